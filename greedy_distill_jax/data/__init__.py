@@ -1,0 +1,1 @@
+"""Sources of captioned videos, text encoding, video files and the loader."""

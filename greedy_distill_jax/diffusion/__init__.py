@@ -1,0 +1,1 @@
+"""Flow-matching arithmetic, noise schedules, guidance and solvers; no models in here."""

@@ -1,0 +1,54 @@
+"""Noise levels: the shifted 1000-entry table of Wan, its step lists, and random draws (METHOD_SPEC A.8, E.4)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TABLE_SIZE = 1000
+
+
+def shift_sigma(sigma, shift: float):
+    """sigma' = shift sigma / (1 + (shift - 1) sigma): more weight on high noise for shift > 1."""
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def sigma_table(shift: float) -> np.ndarray:
+    """The 1000 shifted levels from 1 down to shift(.001); there is no zero entry (float64)."""
+    return shift_sigma((TABLE_SIZE - np.arange(TABLE_SIZE)) / TABLE_SIZE, shift)
+
+
+def warp_steps(raw: tuple[float, ...], shift: float) -> tuple[float, ...]:
+    """Raw step list such as (1000, 750, 500, 250) -> noise levels; shift 5 gives (1, .9375, .8333, .625)."""
+    return tuple(float(shift_sigma(r / TABLE_SIZE, shift)) for r in raw)
+
+
+def uniform_steps(steps: int, shift: float) -> tuple[float, ...]:
+    """``steps`` shifted levels from 1, equally spaced before the shift; the closing 0 is left to the solver."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    return tuple(float(shift_sigma(1.0 - i / steps, shift)) for i in range(steps))
+
+
+def draw_sigma(key, shape: tuple[int, ...], *, distribution: str = "uniform", shift: float = 5.0):
+    """Random noise levels in (0, 1], float32.
+
+    Args:
+      key: PRNG key.
+      shape: shape of the draw.
+      distribution: "uniform" draws from the shifted 1000-entry table; "logit_normal" a shifted logit-normal(0, 1).
+      shift: of the table.
+    """
+    if distribution == "uniform":
+        index = jax.random.randint(key, shape, 0, TABLE_SIZE)
+        return jnp.asarray(sigma_table(shift), jnp.float32)[index]
+    if distribution == "logit_normal":
+        return shift_sigma(jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32)), shift)
+    raise ValueError(f"sigma distribution {distribution!r} is unknown; choose 'uniform' or 'logit_normal'.")
+
+
+def bell_weight(sigma, shift: float):
+    """Wan's training weight exp(-2 (sigma - .5)^2) minus its minimum, mean 1 over the table (METHOD_SPEC A.8)."""
+    table = sigma_table(shift)
+    bell = np.exp(-2.0 * (table - 0.5) ** 2)
+    low, mean = bell.min(), (bell - bell.min()).mean()
+    return (jnp.exp(-2.0 * jnp.square(sigma - 0.5)) - np.float32(low)) / np.float32(mean)

@@ -1,0 +1,1 @@
+"""Reading videos back: oracle and metrics."""

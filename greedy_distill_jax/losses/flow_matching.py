@@ -1,0 +1,57 @@
+"""Flow matching, for the teacher and (teacher-forced) for the student (METHOD_SPEC A.8, C.2, E.4)."""
+
+import jax
+import jax.numpy as jnp
+
+from greedy_distill_jax.diffusion import flow, schedules
+
+
+def flow_matching(
+    net,
+    batch,
+    key,
+    *,
+    shift: float = 5.0,
+    distribution: str = "uniform",
+    per_frame: bool = False,
+    group: int = 1,
+    draws: int = 1,
+    weighting: str = "none",
+):
+    """mean over T, H, W, C of w(sigma) (v(x_sigma, sigma) - (noise - x0))^2.
+
+    Args:
+      net: ``velocity = net(x, sigma, batch)``; gradients flow through it.
+      batch: "latents" [B, T, H, W, C] is x0.
+      key: PRNG key.
+      shift, distribution: how noise levels are drawn, see ``schedules.draw_sigma``.
+      per_frame: one noise level per group of frames instead of one per video.
+      group: frames that share a level when ``per_frame`` (the student's chunk).
+      draws: noise draws per example, laid out along the frames: ``net`` gets [B, draws * T, ...].
+      weighting: "none" or "bell" (Wan's training weight, METHOD_SPEC A.8).
+
+    Returns:
+      loss [B], and metrics: the loss in the lower and upper half of the noise levels.
+    """
+    x0 = jnp.tile(batch["latents"].astype(jnp.float32), (1, draws, 1, 1, 1))
+    count, frames = x0.shape[:2]
+    key_sigma, key_noise = jax.random.split(key)
+    shape = (count, frames // group if per_frame else 1)
+    sigma = schedules.draw_sigma(key_sigma, shape, distribution=distribution, shift=shift)
+    sigma = jnp.broadcast_to(jnp.repeat(sigma, group if per_frame else 1, axis=1), (count, frames))
+    noise = jax.random.normal(key_noise, x0.shape, jnp.float32)
+    v = net(flow.add_noise(x0, noise, sigma), sigma if per_frame else sigma[:, :1], batch)
+    error = jnp.mean(jnp.square(v - flow.velocity(x0, noise)), axis=(2, 3, 4))
+    if weighting == "bell":
+        weight = schedules.bell_weight(sigma, shift)
+    elif weighting == "none":
+        weight = jnp.ones_like(sigma)
+    else:
+        raise ValueError(f"flow_matching: weighting is {weighting!r}; choose 'none' or 'bell'.")
+    middle = float(schedules.shift_sigma(0.5, shift))
+    low = (sigma < middle).astype(jnp.float32)
+    metrics = {
+        "low_noise": jnp.sum(error * low) / jnp.maximum(jnp.sum(low), 1.0),
+        "high_noise": jnp.sum(error * (1.0 - low)) / jnp.maximum(jnp.sum(1.0 - low), 1.0),
+    }
+    return jnp.mean(weight * error, axis=1), metrics

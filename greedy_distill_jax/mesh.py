@@ -1,0 +1,39 @@
+"""Devices: multi-host start, the mesh, the persistent compilation cache."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from greedy_distill_jax.types import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+def start(compile_cache: str | None = None) -> None:
+    """Joins the other hosts of a multi-process job (SLURM, GKE, TPU pods) and sets the compilation cache."""
+    if compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(compile_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
+    if several and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
+    """A mesh with the axes of ``AXES``; one size may be -1 and takes the remaining devices."""
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    described = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise UserError(f"mesh ({described}): sizes must be positive, and at most one may be -1.")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if devices.size % known or (-1 not in sizes and known != devices.size):
+        raise UserError(
+            f"mesh ({described}) does not fit {devices.size} devices; choose sizes whose product is {devices.size}, "
+            f"or set one of them to -1."
+        )
+    return Mesh(devices.reshape([devices.size // known if s == -1 else s for s in sizes]), AXES)

@@ -1,0 +1,150 @@
+"""Sizes of the Wan2.1 DiT and of the streaming student cut from it."""
+
+import dataclasses
+from typing import Literal
+
+Fusion = Literal["selfkv", "xattn2", "replace", "add", "concat", "adaln"]
+FUSIONS: tuple[str, ...] = ("selfkv", "xattn2", "replace", "add", "concat", "adaln")
+ROPE_MODES = ("clamped", "absolute", "fixed")
+CONTEXT_MODES = ("clean", "last_step_kv", "fused")
+
+
+def _check(owner: object, field: str, choices) -> None:
+    if getattr(owner, field) not in choices:
+        raise ValueError(
+            f"{type(owner).__name__}.{field} is {getattr(owner, field)!r}; choose from {', '.join(map(str, choices))}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """The bidirectional teacher (METHOD_SPEC A.1) and everything its blocks share with the student.
+
+    ``gate_init`` is added to both residual gates at initialisation and ``text_init`` / ``time_init`` are the
+    standard deviations of the embedding MLPs: 0 and .02 in Wan, larger for short training from scratch
+    (TINY_RECIPE). ``prediction``: what the head predicts; Wan weights predict "velocity".
+    ``remat``: "none", "full" (recompute each block) or "dots" (keep matmul results).
+    """
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    channels: int = 16
+    patch: int = 2
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+    prediction: str = "velocity"
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    gate_init: float = 0.0
+    text_init: float = 0.02
+    time_init: float = 0.02
+
+    def __post_init__(self):
+        _check(self, "prediction", ("velocity", "x0"))
+        _check(self, "dtype", ("bfloat16", "float32"))
+        _check(self, "remat", ("none", "full", "dots"))
+        if self.dim % self.num_heads:
+            raise ValueError(f"WanConfig.dim {self.dim} is not a multiple of num_heads {self.num_heads}.")
+
+    @property
+    def head_dim(self) -> int:
+        """K."""
+        return self.dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """ETM + SDD (METHOD_SPEC E.3). ``etm_layers`` / ``sdd_layers``: teacher blocks each starts from, in order.
+
+    chunk: latent frames generated together (g). window: ETM slots seen, the own one included. sink: first ETM
+    slots that stay visible on top of the window. rope_mode: time positions of SDD's {frame 0, previous, current}:
+    "clamped" below ``rope_frames`` (the length the teacher was trained at), "absolute", or "fixed" (0, 1, 2).
+    ETM keeps absolute positions in mode "absolute" and window-relative ones otherwise. context: how the previous
+    frame's keys come about: an extra "clean" pass, the "last_step_kv" of its own denoising, or a clean pass
+    "fused" into the next frame's first call (same numbers as "clean", one call fewer).
+    gate_init is the initial per-head weight of the second attention of fusion "xattn2".
+    """
+
+    base: WanConfig = WanConfig()
+    etm_layers: tuple[int, ...] = tuple(range(0, 30, 2))
+    sdd_layers: tuple[int, ...] = tuple(range(1, 30, 2))
+    fusion: str = "selfkv"
+    chunk: int = 1
+    window: int = 7
+    sink: int = 0
+    rope_mode: str = "clamped"
+    rope_frames: int = 21
+    context: str = "clean"
+    gate_init: float = 0.1
+
+    def __post_init__(self):
+        _check(self, "fusion", FUSIONS)
+        _check(self, "rope_mode", ROPE_MODES)
+        _check(self, "context", CONTEXT_MODES)
+        for name in ("etm_layers", "sdd_layers"):
+            layers = getattr(self, name)
+            bad = [i for i in layers if not 0 <= i < self.base.num_layers]
+            if bad or not layers:
+                raise ValueError(
+                    f"StudentConfig.{name} is {layers}; it needs at least one of the teacher's {self.base.num_layers} "
+                    f"blocks, numbered from 0."
+                )
+        if self.chunk < 1 or self.window < 1 or self.sink < 0:
+            raise ValueError(
+                f"StudentConfig needs chunk >= 1, window >= 1, sink >= 0; got {self.chunk}, {self.window}, {self.sink}."
+            )
+
+    @property
+    def max_previous(self) -> int:
+        """Largest chunk position the previous chunk takes; the current one sits right after it."""
+        if self.rope_mode == "fixed":
+            return 1
+        if self.rope_mode == "absolute":
+            return 2**62
+        return max(0, self.rope_frames // self.chunk - 2)
+
+
+WAN_SIZES: dict[str, dict] = {
+    "wan1_3b": dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan14b": dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "tiny": dict(
+        dim=96, ffn_dim=480, num_heads=2, num_layers=4, freq_dim=64, text_dim=32, text_len=16, dtype="float32",
+        remat="none", prediction="x0", gate_init=0.3, text_init=0.1, time_init=0.1,
+    ),
+}  # fmt: skip
+
+
+def split_layers(split: str, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Named layer splits (METHOD_SPEC E.3) -> (ETM's teacher blocks, SDD's teacher blocks).
+
+    "interleaved" s1, "quality" s2 (1:2), "cheap" s3 (2:1), "copies" s4 (both whole), "contiguous" s5,
+    "shallow_etm" (ETM = the first half, SDD = all: best at tiny size, TINY_RECIPE); or explicit "0,1/0,1,2,3".
+    """
+    every = tuple(range(num_layers))
+
+    def spread(count: int) -> tuple[int, ...]:
+        return tuple(round(i * (num_layers - 1) / max(1, count - 1)) for i in range(count))
+
+    third, half = max(1, num_layers // 3), max(1, num_layers // 2)
+    named = {
+        "interleaved": (every[0::2], every[1::2]),
+        "quality": (spread(third), spread(2 * third)),
+        "cheap": (spread(2 * third), spread(third)),
+        "copies": (every, every),
+        "contiguous": (every[:half], every[half:]),
+        "shallow_etm": (every[:half], every),
+    }
+    if split in named:
+        return named[split]
+    try:
+        etm, sdd = split.split("/")
+        return tuple(int(i) for i in etm.split(",")), tuple(int(i) for i in sdd.split(","))
+    except ValueError:
+        raise ValueError(
+            f"split {split!r} is neither one of {', '.join(named)} nor of the form '0,1/0,1,2,3' "
+            f"(ETM's teacher blocks / SDD's)."
+        ) from None

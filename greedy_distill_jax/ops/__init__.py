@@ -1,0 +1,1 @@
+"""Kernels and the reference code that defines them."""

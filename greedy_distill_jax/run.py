@@ -1,0 +1,137 @@
+"""A trained run, loaded: network, weights, codec and text encoder, ready to sample."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from greedy_distill_jax import config as configuration
+from greedy_distill_jax.checkpoint import Checkpointer, load_params
+from greedy_distill_jax.data.text import HashWordEncoder
+from greedy_distill_jax.diffusion import guidance, schedules, solvers
+from greedy_distill_jax.models.codec import PatchCodec
+from greedy_distill_jax.models.dit import Teacher
+from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.stream import Sampling, Streamer
+from greedy_distill_jax.types import UserError
+
+CODEC = "codec.npz"
+
+
+def architecture(model: Teacher | Student) -> dict[str, Any]:
+    """What makes two checkpoints interchangeable, as JSON."""
+    return {"kind": type(model).__name__.lower(), **json.loads(json.dumps(dataclasses.asdict(model.cfg)))}
+
+
+def write_assets(workdir: Path, codec: PatchCodec) -> None:
+    """Stores the codec beside the checkpoints."""
+    if not (workdir / CODEC).exists():
+        codec.save(workdir / CODEC)
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything needed to sample. ``params`` are the averaged (EMA) weights; ``latent_shape`` is (T, H, W, C)."""
+
+    config: ConfigDict
+    model: Teacher | Student
+    params: Any
+    codec: PatchCodec
+    encoder: HashWordEncoder
+    latent_shape: tuple[int, ...]
+    meta: dict[str, Any]
+
+    @classmethod
+    def load(cls, directory: str | Path, step: int | None = None) -> "Run":
+        """The latest (or the given) checkpoint of a run directory.
+
+        Raises:
+          UserError: no run, no finished checkpoint, or a codec that is missing.
+        """
+        directory = Path(directory).expanduser()
+        if not (directory / "checkpoints").is_dir():
+            raise UserError(
+                f"{directory} holds no run of greedy_distill_jax (no checkpoints folder); give the --workdir of a "
+                f"training command."
+            )
+        with Checkpointer(directory / "checkpoints") as checkpointer:
+            step = checkpointer.latest_step() if step is None else step
+            meta = checkpointer.meta(step)
+        config = configuration.base()
+        with config.unlocked():
+            stored = json.loads(meta["config"])
+            config.losses = ConfigDict()
+            config.update(ConfigDict(stored))
+        wan = configuration.wan_config(config)
+        model = (
+            Teacher(wan) if config.stage == "teacher" else Student(configuration.student_config(config))
+        )
+        params = load_params(directory / "checkpoints", "ema", step=step)
+        encoder = HashWordEncoder(wan.text_len, wan.text_dim)
+        codec = PatchCodec.load(directory / CODEC)
+        return cls(config, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
+
+    @property
+    def is_student(self) -> bool:
+        """Streams chunk by chunk; a teacher makes whole videos."""
+        return isinstance(self.model, Student)
+
+    def text(self, prompts: Sequence[str]) -> jax.Array:
+        """Encoder rows [B, M, C]."""
+        return jnp.asarray(self.encoder(list(prompts)))
+
+    def streamer(self, steps: int | None = None, first_steps: int | None = None) -> Streamer:
+        """The student's streaming functions with this run's sampling."""
+        if not self.is_student:
+            raise UserError("A teacher makes whole videos and cannot stream; give a student's run directory.")
+        return Streamer(self.model, configuration.sampling(self.config, steps, first_steps))
+
+    @functools.cached_property
+    def _teacher_sampler(self):
+        @functools.partial(jax.jit, static_argnames=("sigmas", "scale"))
+        def sample(params, noise, text, null, sigmas, scale):
+            net = guidance.guided(functools.partial(self.model, params), text, null, scale)
+            return solvers.euler(net, noise, sigmas)
+
+        return sample
+
+    def sample_latents(self, prompts: Sequence[str], *, frames: int | None = None, steps: int | None = None,
+                       first_steps: int | None = None, seed: int = 0) -> np.ndarray:  # fmt: skip
+        """Latents [B, frames, H, W, C]; the teacher denoises all frames together, the student streams them."""
+        frames = frames or self.latent_shape[0]
+        key = jax.random.key(seed)
+        text = self.text(prompts)
+        if not self.is_student:
+            s = self.config.sample
+            noise = jax.random.normal(key, (len(prompts), frames, *self.latent_shape[1:]), jnp.float32)
+            sigmas = schedules.uniform_steps(steps or s.steps, s.shift)
+            null = jnp.broadcast_to(self.text([""]), text.shape)
+            return np.asarray(self._teacher_sampler(self.params, noise, text, null, sigmas, s.guidance))
+        self.model.chunks_of(frames)
+        out, (state, step) = [], self.open_stream(text, key, steps, first_steps)
+        for _ in range(frames // self.model.cfg.chunk):
+            state, x = step(self.params, state)
+            out.append(np.asarray(x))
+        return np.concatenate(out, axis=1)
+
+    def open_stream(self, text, key, steps: int | None = None, first_steps: int | None = None):
+        """(initial state, jitted step with a donated state) of a student's stream."""
+        streamer = self.streamer(steps, first_steps)
+        state = jax.jit(streamer.init, static_argnums=3)(self.params, text, key, self.latent_shape[1:])
+        return state, _jitted_step(self.model.cfg, streamer.sampling)
+
+    def sample_videos(self, prompts: Sequence[str], **options) -> np.ndarray:
+        """uint8 videos [B, T, H, W, 3]; options as for ``sample_latents``."""
+        return self.codec.decode(self.sample_latents(prompts, **options))
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted_step(student_config, sampling: Sampling):
+    return jax.jit(Streamer(Student(student_config), sampling).step, donate_argnums=1)

@@ -1,0 +1,279 @@
+"""Streaming inference: ``init`` / ``step`` / ``switch_prompt``, pure functions with every cache in the state.
+
+One step makes one chunk: ETM reads the last chunk and gives z; SDD denoises the new chunk from frame 0, the last
+frame and z; a clean pass (or one of its alternatives, ``StudentConfig.context``) leaves the keys the next chunk will
+look at. The state has a fixed size, so does the cost: neither depends on how many frames came before.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from greedy_distill_jax.models import layouts
+from greedy_distill_jax.models.dit import grid_of
+from greedy_distill_jax.models.layers import KeyValue, Layer
+from greedy_distill_jax.models.student import Student
+
+SAMPLERS = ("euler", "renoise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a chunk is denoised.
+
+    sigmas: per chunk a decreasing list of noise levels starting at 1; chunk i uses list min(i, last). The first
+      list may be longer: chunk 0 has no history and is the hardest (METHOD_SPEC D).
+    sampler: "euler" follows the flow ODE; "renoise" predicts x0 and adds fresh noise (few-step students).
+    """
+
+    sigmas: tuple[tuple[float, ...], ...]
+    sampler: str = "euler"
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"Sampling.sampler is {self.sampler!r}; choose from {', '.join(SAMPLERS)}.")
+        for row in self.sigmas:
+            if not row or any(a <= b for a, b in zip(row, row[1:], strict=False)) or row[-1] <= 0 or row[0] > 1:
+                raise ValueError(f"Sampling.sigmas must decrease within (0, 1], got {row}.")
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """(sigmas [lists, longest + 1] ending in zeros, number of steps [lists])."""
+        longest = max(map(len, self.sigmas))
+        table = np.zeros((len(self.sigmas), longest + 1), np.float32)
+        for i, row in enumerate(self.sigmas):
+            table[i, : len(row)] = row
+        return table, np.asarray([len(row) for row in self.sigmas], np.int32)
+
+
+class StreamState(NamedTuple):
+    """Everything a stream carries from chunk to chunk; batch-first where it depends on the video."""
+
+    index: jax.Array  # int32: chunks made so far
+    key: jax.Array
+    last: jax.Array  # [B, g, H, W, C] the last chunk, clean
+    etm_cache: KeyValue | None  # [layers, B, (sink + window - 1) * tokens, N, K]
+    etm_slots: jax.Array  # int32 [sink + window - 1]: which slot each cache chunk holds, -1 for none
+    etm_text: KeyValue
+    sdd_cache: KeyValue  # [layers, B, 2 * tokens, N, K]: frame 0, previous frame
+    sdd_text: KeyValue | None
+    z: jax.Array | None  # context "fused": ETM's output for the last chunk, whose clean pass is pending
+
+
+def initial_noise(key, shape) -> jax.Array:
+    """The noise a chunk starts from, given the key of its step."""
+    return jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
+
+
+class Streamer:
+    """``init``, ``step`` and ``switch_prompt`` of one student and one way of sampling."""
+
+    def __init__(self, student: Student, sampling: Sampling):
+        self.student, self.sampling, self.cfg = student, sampling, student.cfg
+
+    def init(self, params, text_BMC, key, latent_shape: tuple[int, int, int]) -> StreamState:
+        """An empty stream for prompts [B, M, C] and latents (H, W, C)."""
+        cfg, base, batch = self.cfg, self.cfg.base, text_BMC.shape[0]
+        last = jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32)
+        tokens = self.student.chunk_tokens(last)
+        etm_text, sdd_text = self._project_text(params, text_BMC)
+        slots = cfg.sink + cfg.window - 1
+
+        def empty(layers, chunks):
+            shape = (layers, batch, chunks * tokens, base.num_heads, base.head_dim)
+            return KeyValue(jnp.zeros(shape, jnp.dtype(base.dtype)), jnp.zeros(shape, jnp.dtype(base.dtype)))
+
+        return StreamState(
+            index=jnp.int32(0),
+            key=key,
+            last=last,
+            etm_cache=empty(len(cfg.etm_layers), slots) if slots else None,
+            etm_slots=jnp.full((slots,), -1, jnp.int32),
+            etm_text=etm_text,
+            sdd_cache=empty(len(cfg.sdd_layers), 2),
+            sdd_text=sdd_text,
+            z=jnp.zeros((batch, tokens, base.dim), jnp.float32) if cfg.context == "fused" else None,
+        )
+
+    def switch_prompt(self, params, state: StreamState, text_BMC) -> StreamState:
+        """The same stream under new prompts: cached text is replaced, the visual history stays."""
+        etm_text, sdd_text = self._project_text(params, text_BMC)
+        return state._replace(etm_text=etm_text, sdd_text=sdd_text)
+
+    def _project_text(self, params, text_BMC):
+        etm = self.student.etm(project_only=True)
+        etm_text = etm.apply({"params": params["etm"]}, text_BMC, method="project").text
+        if self.cfg.fusion == "replace":
+            return etm_text, None
+        sdd = self.student.sdd(project_only=True)
+        return etm_text, sdd.apply({"params": params["sdd"]}, text_BMC, method="project").text
+
+    def step(self, params, state: StreamState) -> tuple[StreamState, jax.Array]:
+        """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
+        key, key_sample = jax.random.split(state.key)
+        z, state = self._etm(params, state._replace(key=key))
+        if self.cfg.context == "fused":
+            x, state = self._denoise_fused(params, state, z, key_sample)
+            state = state._replace(z=z)
+        else:
+            x, own, call = self._denoise(params, state, z, key_sample)
+            if self.cfg.context == "clean":
+                own = call(x, jnp.float32(0.0), with_head=False, emit=("own",))[1].own
+            state = state._replace(sdd_cache=self._remember(state.sdd_cache, own, state.index == 0))
+        return state._replace(index=state.index + 1, last=x), x
+
+    def _etm(self, params, state: StreamState):
+        """z of the next chunk; the ring takes the new slot's keys and values."""
+        cfg, j = self.cfg, state.index
+        grid, tokens = grid_of(state.last, cfg.base), self.student.chunk_tokens(state.last)
+        layout, ids = layouts.etm_step(cfg, tokens), state.etm_slots
+        visible = jnp.concatenate([ids >= 0, jnp.ones(1, bool)])[None]
+        if layout.rotate_at_use:
+            # Only differences matter: the new slot sits at the end, a sink no further away than just before the ring.
+            own = jnp.int32(cfg.sink + cfg.window - 1)
+            distance = jnp.where(ids < cfg.sink, jnp.minimum(j - ids, own - ids), j - ids)
+            key_position = jnp.concatenate([jnp.where(ids >= 0, own - distance, 0), own[None]])
+            ropes = dict(rope_q=self.student.rope(own[None], grid), rope_k=self.student.rope(key_position, grid))
+        else:
+            ropes = dict(rope_q=self.student.rope(j[None], grid))
+        zero = jnp.zeros((state.last.shape[0], 1), jnp.float32)
+        z, emitted = self.student.etm(layout, emit=("own",)).apply(
+            {"params": params["etm"]}, state.last, (j == 0)[None], zero, visible=visible,
+            layer=Layer(cache=state.etm_cache, text=state.etm_text), **ropes,
+        )  # fmt: skip
+        if state.etm_cache is None:
+            return z, state
+        ring = cfg.window - 1
+        slot = jnp.where(j < cfg.sink, j, cfg.sink + (j - cfg.sink) % max(ring, 1))
+        keep = (j >= cfg.sink) & (ring == 0)  # a full sink without a ring: nothing to write
+        slot = jnp.where(keep, 0, slot)
+
+        def write(cache, own):
+            old = jax.lax.dynamic_slice_in_dim(cache, slot * tokens, tokens, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(keep, old, own), slot * tokens, axis=2)
+
+        cache = KeyValue(*(write(c, o) for c, o in zip(state.etm_cache, emitted.own, strict=True)))
+        ids = ids.at[slot].set(jnp.where(keep, ids[slot], j))
+        return z, state._replace(etm_cache=cache, etm_slots=ids)
+
+    def _project_z(self, params, z, rope_z):
+        sdd = self.student.sdd(project_only=True)
+        if self.cfg.fusion not in ("selfkv", "xattn2", "replace"):
+            return None
+        return sdd.apply({"params": params["sdd"]}, z_BSD=z, rope_z=rope_z, method="project").z
+
+    def _denoise(self, params, state: StreamState, z, key):
+        """(x0, keys and values of the last step, the SDD call itself)."""
+        cfg, student, i = self.cfg, self.student, state.index
+        grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
+        layout = layouts.sdd_step(cfg, tokens)
+        previous, current = layouts.sdd_positions(cfg, i)
+        keys = jnp.stack([jnp.zeros_like(i), previous] + [current] * (len(layout.source) - 2))
+        visible = jnp.stack([i >= 1, i >= 2] + [i >= 0] * (len(layout.source) - 2))[None]
+        ropes = student.z_ropes(1, 1, current[None], grid)
+        layer = Layer(state.sdd_cache, state.sdd_text, self._project_z(params, z, ropes.get("rope_z")))
+        call_args = dict(
+            rope_q=student.rope(current[None], grid), rope_k=student.rope(keys, grid), visible=visible,
+            z_BSD=z, layer=layer, **ropes,
+        )  # fmt: skip
+
+        def call(x, sigma, **module):
+            sigma = jnp.broadcast_to(sigma, (x.shape[0], 1))
+            return student.sdd(layout, **module).apply({"params": params["sdd"]}, x, sigma, **call_args)
+
+        emit = ("own",) if cfg.context == "last_step_kv" else ()
+        own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
+        x, own = self._sample(lambda x, s: call(x, s, emit=emit), state, own, key)
+        return x, own, call
+
+    def _sample(self, velocity, state: StreamState, own, key, first=None):
+        """Runs the chunk's step list. ``velocity(x, sigma) -> (v, Emitted)``; ``first`` overrides the first call."""
+        table, lengths = self.sampling.tables()
+        row = jnp.minimum(state.index, len(table) - 1)
+        sigmas, steps = jnp.asarray(table)[row], jnp.asarray(lengths)[row]
+        x = initial_noise(key, state.last.shape)
+
+        def update(n, x, v):
+            sigma, after = sigmas[n], sigmas[n + 1]
+            if self.sampling.sampler == "euler":
+                return x + (after - sigma) * v
+            x0 = x - sigma * v
+            noise = jax.random.normal(jax.random.fold_in(key, n + 1), x.shape, jnp.float32)
+            return jnp.where(n + 1 == steps, x0, (1.0 - after) * x0 + after * noise)
+
+        def body(n, carry):
+            x, own = carry
+            v, emitted = velocity(x, sigmas[n])
+            return update(n, x, v), emitted.own if own is not None else None
+
+        start = 0
+        if first is not None:
+            x, start = update(0, x, first(x, sigmas[0])), 1
+        return jax.lax.fori_loop(start, steps, body, (x, own))
+
+    def _remember(self, cache: KeyValue, own: KeyValue, is_first) -> KeyValue:
+        """Cache [frame 0 | previous] after the clean pass of a chunk."""
+
+        def write(cache, own):
+            tokens = own.shape[2]
+            first = jnp.where(is_first, own, cache[:, :, :tokens])
+            return jnp.concatenate([first, own], axis=2)
+
+        return KeyValue(*(write(c, o) for c, o in zip(cache, own, strict=True)))
+
+    def _denoise_fused(self, params, state: StreamState, z, key):
+        """As ``_denoise``, the pending clean pass of the last chunk riding along in the first call."""
+        cfg, student, i = self.cfg, self.student, state.index
+        grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
+        layout = layouts.sdd_fused(cfg, tokens)
+        before, last = layouts.sdd_positions(cfg, jnp.maximum(i - 1, 0))
+        previous, current = layouts.sdd_positions(cfg, i)
+        selfkv = cfg.fusion == "selfkv"
+        zero, yes, no = jnp.zeros_like(i), i >= 0, i < 0
+        keys = jnp.stack([zero, before, last, previous, current] + ([last, current] if selfkv else []))
+        visible = jnp.stack([
+            jnp.stack([i >= 2, i >= 3, yes, no, no] + ([yes, no] if selfkv else [])),
+            jnp.stack([i >= 2, no, no, i >= 1, yes] + ([no, yes] if selfkv else [])),
+        ])  # fmt: skip
+        own_position = jnp.stack([last, current])
+        ropes = student.z_ropes(2, 2, own_position, grid)
+        both_z = jnp.concatenate([state.z, z], axis=1)
+        both_kv = self._project_z(params, both_z, ropes.get("rope_z"))
+        fresh: list[KeyValue] = []
+
+        def first(x, sigma):
+            own = jnp.concatenate([state.last, x], axis=1)
+            levels = jnp.repeat(jnp.stack([jnp.zeros_like(sigma), sigma]), cfg.chunk)
+            v, emitted = student.sdd(layout, emit=("own",)).apply(
+                {"params": params["sdd"]}, own, jnp.broadcast_to(levels[None], own.shape[:2]),
+                rope_q=student.rope(own_position, grid), rope_k=student.rope(keys, grid), visible=visible,
+                z_BSD=both_z, layer=Layer(state.sdd_cache, state.sdd_text, both_kv), **ropes,
+            )  # fmt: skip
+            clean = jax.tree.map(lambda y: y[:, :, :tokens], emitted.own)
+            cache = self._remember(state.sdd_cache, clean, i == 1)
+            fresh.append(jax.tree.map(lambda new, old: jnp.where(i >= 1, new, old), cache, state.sdd_cache))
+            return v[:, cfg.chunk :]
+
+        step_layout = layouts.sdd_step(cfg, tokens)
+        extra = len(step_layout.source) - 2
+        z_ropes = student.z_ropes(1, 1, current[None], grid)
+        z_kv = None if both_kv is None else jax.tree.map(lambda y: y[:, :, tokens:], both_kv)
+
+        def velocity(x, sigma):
+            return student.sdd(step_layout).apply(
+                {"params": params["sdd"]}, x, jnp.broadcast_to(sigma, (x.shape[0], 1)),
+                rope_q=student.rope(current[None], grid),
+                rope_k=student.rope(jnp.stack([zero, previous] + [current] * extra), grid),
+                visible=jnp.stack([i >= 1, i >= 2] + [yes] * extra)[None],
+                z_BSD=z, layer=Layer(fresh[0], state.sdd_text, z_kv), **z_ropes,
+            )  # fmt: skip
+
+        x, _ = self._sample(velocity, state, None, key, first)
+        return x, state._replace(sdd_cache=fresh[0])
+
+
+def cache_bytes(state: StreamState) -> int:
+    """Bytes a stream holds between chunks."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(key=None)))

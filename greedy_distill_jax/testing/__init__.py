@@ -1,0 +1,1 @@
+"""Small models and planted problems for tests and notebooks."""

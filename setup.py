@@ -1,0 +1,92 @@
+"""Packaging of greedy_distill_jax. Every version below is a lower bound that the suite has run with; there are no upper bounds.
+
+Extras:
+  cuda, tpu   accelerator builds of jax
+  torch       the text encoder and conversion from and to PyTorch (nothing of torch is in the base install)
+  eval        optical flow and image metrics
+  notebook    execute the notebooks
+  dev         everything the suite needs (`test` is the same set)
+"""
+
+import ast
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Returns `__version__` of the package without importing it."""
+    tree = ast.parse((ROOT / "greedy_distill_jax" / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__version__":
+            return ast.literal_eval(node.value)
+    raise RuntimeError("greedy_distill_jax/__init__.py has no __version__")
+
+
+BASE = [
+    "absl-py>=2.5.1",
+    "array_record>=0.8.6",
+    "av>=18.1.0",
+    "einops>=0.8.2",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "jaxtyping>=0.3.11",
+    "jinja2>=3.1.6",
+    "matplotlib>=3.11.2",
+    "ml-collections>=1.1.0",
+    "numpy>=2.4.6",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=13.0.0",
+    "safetensors>=0.8.0",
+    "scipy>=1.17.1",
+    "tensorboard>=2.21.0",
+    "tqdm>=4.70.1",
+]
+EVAL = ["opencv-python-headless>=5.0.0.93", "scikit-image>=0.26.0"]
+NOTEBOOK = ["ipykernel>=7.4.0", "jupytext>=1.19.6", "nbclient>=0.11.0", "nbformat>=5.11.1"]
+DEV = [
+    "beartype>=0.23.1",
+    "hypothesis>=6.170.15",
+    "import-linter>=2.16",
+    "pytest>=9.2.0",
+    "pytest-timeout>=2.4.0",
+    "pytest-xdist>=3.8.0",
+    "ruff>=0.17.5",
+    *EVAL,
+    *NOTEBOOK,
+]
+
+setup(
+    name="greedy_distill_jax",
+    version=read_version(),
+    description="Distil video diffusion transformers into streaming students, in JAX and Flax",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author="greedy_distill_jax developers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["greedy_distill_jax", "greedy_distill_jax.*"]),
+    package_data={
+        "greedy_distill_jax": ["eval/*.html.j2", "eval/templates/*.html.j2", "ops/sliding_window/tuned/*.json"],
+    },
+    install_requires=BASE,
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "torch": ["torch>=2.13", "transformers>=5.0", "sentencepiece>=0.2.1"],
+        "eval": EVAL,
+        "notebook": NOTEBOOK,
+        "dev": DEV,
+        "test": DEV,
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,189 @@
+"""The loader: global batch k is a function of (seed, k), whatever the processes, threads or restarts."""
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+
+from greedy_distill_jax.data.clips import encode_record
+from greedy_distill_jax.data.loader import load_source, make_loader
+from greedy_distill_jax.data.text import HashWordEncoder
+from greedy_distill_jax.types import UserError
+
+
+class Listed:
+    """Record i is a video of grey level i; those in `bad` raise."""
+
+    def __init__(self, length, bad=()):
+        self.length, self.bad = length, set(bad)
+
+    def __len__(self):
+        return self.length
+
+    def __repr__(self):
+        return "Listed"
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise ValueError(f"shard.array_record index {index} is damaged")
+        return {"video": np.full((2, 4, 4, 3), index, np.uint8), "caption": f"number {index}"}
+
+
+class Grey:
+    """A codec whose latents are the grey level."""
+
+    def encode(self, video):
+        return video[..., ::4, ::4, :1].astype(np.float32)
+
+
+def _loader(source, **options):
+    options = {"global_batch": 6, "seed": 1, "codec": Grey(), "text_encoder": HashWordEncoder()} | options
+    return make_loader(source, **options)
+
+
+def _indices(loader, batches):
+    return np.stack([batch["latents"][:, 0, 0, 0, 0].astype(int) for batch in itertools.islice(loader, batches)])
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return load_source("moving_shapes", "train")
+
+
+def test_batches_have_the_contract(shapes):
+    source, codec = shapes
+    batch = next(make_loader(source, codec=codec, text_encoder=HashWordEncoder(), global_batch=4, seed=0))
+    assert set(batch) == {"latents", "text"}
+    assert batch["latents"].shape == (4, 8, 4, 4, 16) and batch["latents"].dtype == np.float32
+    assert batch["text"].shape == (4, 16, 32) and batch["text"].dtype == np.float32
+
+
+def test_latents_and_text_belong_together():
+    batch = next(_loader(Listed(50)))
+    numbers = batch["latents"][:, 0, 0, 0, 0].astype(int)
+    np.testing.assert_array_equal(batch["text"], HashWordEncoder()([f"number {n}" for n in numbers]))
+
+
+def test_start_resumes_exactly(shapes):
+    source, codec = shapes
+    options = {"codec": codec, "text_encoder": HashWordEncoder(), "global_batch": 4, "seed": 3}
+    whole = list(itertools.islice(make_loader(source, **options), 5))
+    resumed = list(itertools.islice(make_loader(source, start=3 * 4, **options), 2))
+    for a, b in zip(whole[3:], resumed, strict=True):
+        np.testing.assert_array_equal(a["latents"], b["latents"])
+        np.testing.assert_array_equal(a["text"], b["text"])
+    other = next(make_loader(source, **options | {"seed": 4}))
+    assert (other["latents"] != whole[0]["latents"]).any()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_slices_of_processes_make_the_global_batch(count):
+    source = Listed(40)
+    whole = _indices(_loader(source, start=12), 15)  # past the end of the first epoch
+    parts = [_indices(_loader(source, start=12, process_index=p, process_count=count), 15) for p in range(count)]
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+def test_threads_do_not_matter():
+    one, many = (_indices(_loader(Listed(100), num_threads=threads), 30) for threads in (0, 8))
+    np.testing.assert_array_equal(one, many)
+
+
+def test_epochs_cover_the_source_in_different_orders():
+    order = _indices(_loader(Listed(30)), 15).reshape(-1)
+    first, second = order[:30], order[30:60]
+    assert sorted(first) == sorted(second) == list(range(30)) and (first != second).any()
+    plain = _indices(_loader(Listed(30), shuffle=False), 6).reshape(-1)
+    np.testing.assert_array_equal(plain, np.arange(36) % 30)
+    np.testing.assert_array_equal(_indices(_loader(Listed(1)), 2), np.zeros((2, 6)))  # smaller than a batch
+
+
+def test_bad_records_are_replaced_named_and_counted():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = _indices(_loader(Listed(20, bad=(3, 4, 19)), shuffle=False, num_threads=0), 7).reshape(-1)
+    expected = [{3: 5, 4: 5, 19: 0}.get(i % 20, i % 20) for i in range(42)]
+    np.testing.assert_array_equal(got, expected)
+    messages = sorted(str(warning.message) for warning in caught)
+    assert len(messages) == 3 and all("shard.array_record index" in message for message in messages)
+
+
+def test_replacement_does_not_depend_on_history():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = Listed(40, bad=(5, 6, 17, 30))
+        whole = _indices(_loader(source), 20)
+        np.testing.assert_array_equal(_indices(_loader(source, start=60), 10), whole[10:])
+        parts = [_indices(_loader(source, process_index=p, process_count=2), 20) for p in (0, 1)]
+        np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+def test_too_many_bad_records_raise():
+    with pytest.warns(UserWarning, match="index 2"), pytest.raises(UserError, match=r"max_bad_records=2; .*index 8"):
+        _indices(_loader(Listed(20, bad=(2, 5, 8)), shuffle=False, max_bad_records=2, num_threads=0), 9)
+    with pytest.raises(UserError, match=r"max_bad_records=0; .*index 2"):
+        _indices(_loader(Listed(20, bad=(2,)), shuffle=False, max_bad_records=0), 3)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="all 4 records are bad"):
+        _indices(_loader(Listed(4, bad=range(4)), num_threads=0), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 7}, "start=7 is not a multiple of global_batch=6.*at 6"),
+        ({"start": -6}, "start=-6"),
+        ({"process_count": 4}, "global_batch=6 over process_count=4"),
+        ({"process_count": 2, "process_index": 2}, "process_index=2"),
+        ({"global_batch": 0}, "global_batch=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(UserError, match=message):
+        _loader(Listed(20), **options)
+
+
+def test_empty_source():
+    with pytest.raises(UserError, match="Listed is empty"):
+        _loader(Listed(0))
+
+
+def test_load_source_of_moving_shapes(shapes):
+    _, codec = shapes
+    held_out, again = load_source("moving_shapes", "held_out", frames=12, seed=9)
+    assert held_out[0]["video"].shape == (12, 16, 16, 3)
+    np.testing.assert_array_equal(codec.components, again.components)
+    assert codec.scale == again.scale
+
+
+def test_load_source_of_clips(tmp_path):
+    import json
+
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    source, codec = load_source("moving_shapes")
+    writer = ArrayRecordWriter(str(tmp_path / "train.array_record"), "group_size:1")
+    for index in range(5):
+        writer.write(encode_record(source[index]["video"], source[index]["caption"]))
+    writer.close()
+    shards = {"train": [{"file": "train.array_record", "records": 5}], "held_out": []}
+    info = {"format": 1, "height": 16, "width": 16, "frames": 8, "fps": 8, "shards": shards}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"codec\.npz does not exist"):
+        load_source(f"clips:{tmp_path}")
+    codec.save(tmp_path / "codec.npz")
+    windows, loaded = load_source(f"clips:{tmp_path}", size=16, frames=8)
+    np.testing.assert_array_equal(windows[4]["video"], source[4]["video"])
+    batch = next(make_loader(windows, codec=loaded, text_encoder=HashWordEncoder(), global_batch=8, seed=0))
+    assert batch["latents"].shape == (8, 8, 4, 4, 16)
+    with pytest.raises(UserError, match="frames=8, asked for 16"):
+        load_source(f"clips:{tmp_path}", frames=16)
+    with pytest.raises(UserError, match="size=16x16, asked for 32"):
+        load_source(f"clips:{tmp_path}", size=32)
+
+
+@pytest.mark.parametrize("spec", ["shapes", "clips:", "clips", "moving_shapes:1"])
+def test_unknown_source(spec):
+    with pytest.raises(UserError, match="use moving_shapes or clips:DIR"):
+        load_source(spec)

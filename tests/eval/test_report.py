@@ -1,0 +1,295 @@
+"""The report: complete, self-contained, safe with any caption, and never half-written."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from greedy_distill_jax.eval import report
+from greedy_distill_jax.eval.report import validate_metrics, write_report
+from greedy_distill_jax.types import UserError
+
+COLUMNS = ("data", "teacher", "student (16 steps)", "student (2 steps)")
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text between tags."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def named(self, name: str) -> list[dict]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def make_inputs(captions=("a red square moving left", "a blue circle moving up"), frames=16) -> dict:
+    """Small invented results that have every part of a report."""
+    random = np.random.default_rng(0)
+
+    def video(number):
+        pixels = np.full((frames, 16, 16, 3), 20, np.uint8)
+        for frame in range(frames):
+            left = (frame + 3 * number) % 12
+            pixels[frame, 5:9, left : left + 4] = (220, 60 + 25 * number, 50)
+        return pixels
+
+    def line(level, drop):
+        return (level - drop * np.linspace(0, 1, 64) + random.normal(0, 0.01, 64)).clip(0, 1).tolist()
+
+    def row(name, steps, valid):
+        return {
+            "name": name, "steps": steps, "direction": 0.97, "valid_first": valid, "valid_last": valid - 0.01,
+            "caption": 0.76, "fd_first": 0.0161, "fd_last": 0.0172, "step_std": 0.61, "flicker": 0.0312,
+            "train_cpu_s": 68.4, "seeds": [0, 1],
+        }  # fmt: skip
+
+    steps = list(range(0, 2000, 5))
+    metrics = {
+        "rows": [
+            {**row("data", None, 1.0), "train_cpu_s": None},
+            row("teacher", 16, 0.88),
+            row("student", 16, 0.87),
+            row("student", 2, 0.71),
+        ],
+        "time_per_frame_ms": [
+            {"frames": n, "etm_sdd": 0.88, "full_causal": 2.1 + n / 65, "teacher": 1.7 + n / 53}
+            for n in (8, 32, 128, 256, 1024)
+        ],
+        "cache_bytes": {"etm": 98_304, "sdd": 24_576},
+        "versions": {"python": "3.11", "jax": "0.10.2"},
+        "device": "cpu, 2 cores",
+        "commit": "0123456789abcdef",
+        "gates": [
+            {"name": "teacher follows the caption", "value": 0.97, "threshold": ">= 0.95", "passed": True},
+            {"name": "time per frame at 256 over 32", "value": 1.0, "threshold": "<= 1.1", "passed": True},
+        ],
+        "config": {"model": {"width": 96, "layers": 4}, "seed": 0},
+        "training_frames": 8,
+        "extra": {"commands": ["python -m greedy_distill_jax.train --config configs/quickstart.py"], "psnr_db": 27.3},
+    }
+    return {
+        "metrics": metrics,
+        "videos": {column: [video(i + j) for i in range(len(captions))] for j, column in enumerate(COLUMNS)},
+        "captions": list(captions),
+        "curves": {
+            "teacher": {"step": steps, "flow_matching": [0.9 / (1 + s / 60) + 0.02 * random.random() for s in steps]},
+            "teacher_forcing": {"step": steps[:50], "flow_matching": [0.4 / (1 + s / 60) for s in steps[:50]]},
+        },
+        "by_frame": {
+            "validity": {"student (16 steps)": line(0.88, 0.01), "teacher": line(0.88, 0)[:8]},
+            "quality": {"student (16 steps)": line(0.83, 0.01), "teacher": line(0.81, 0)[:8]},
+        },
+    }
+
+
+def write(directory, **changes) -> Page:
+    path = write_report(directory, **{**make_inputs(), **changes})
+    assert path == Path(directory) / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def gif(attributes: dict) -> Image.Image:
+    kind, content = attributes["src"].split(",", 1)
+    assert kind == "data:image/gif;base64"
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def test_page_loads_nothing(tmp_path):
+    page = write(tmp_path)
+    assert not page.named("script") and not page.named("link") and not page.named("iframe")
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "poster", "data", "action"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/")), (tag, name, attributes[name][:80])
+        assert not [name for name in attributes if name.startswith("on")]
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
+    policy = next(meta["content"] for meta in page.named("meta") if "content" in meta and "http-equiv" in meta)
+    assert "default-src 'none'" in policy
+
+
+def test_everything_given_is_shown(tmp_path):
+    inputs = make_inputs()
+    page = write(tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == inputs["metrics"]
+    for text in (
+        *(column[1] for column in report.ROW_COLUMNS),
+        *(row["name"] for row in inputs["metrics"]["rows"]),
+        *inputs["captions"],
+        *COLUMNS,
+        *(gate["name"] for gate in inputs["metrics"]["gates"]),
+        *(
+            "All 2 gates passed",
+            "Full-causal cache",
+            "96.0 KiB",
+            "98,304",
+            "jax",
+            "0.10.2",
+            "cpu, 2 cores",
+            "0123456789abcdef",
+        ),
+        *(
+            "python -m greedy_distill_jax.train",
+            '"width": 96',
+            '"psnr_db": 27.3',
+            "training length",
+            "88.0%",
+            "Growth, 256 / 32",
+        ),
+        *(
+            "1.00\N{MULTIPLICATION SIGN}",
+            "Stage teacher_forcing",
+            "Validity over the frame index",
+            "Quality over the frame index",
+        ),
+    ):
+        assert text in page.text, text
+    plots = [attributes for attributes in page.named("svg") if attributes.get("role") == "img"]
+    assert len(plots) == 2 + 1 + 2
+    assert all(attributes["aria-label"].startswith("Line plot: ") for attributes in plots)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {reference["xlink:href"][1:] for reference in page.named("use")} <= set(ids)
+    assert len(page.named("table")) == len(page.named("caption"))
+    assert all("scope" in attributes for attributes in page.named("th"))
+
+
+def test_videos_of_a_row_play_in_step(tmp_path):
+    inputs = make_inputs()
+    inputs["videos"]["teacher"][0] = inputs["videos"]["teacher"][0][:8]
+    page = write(tmp_path, videos=inputs["videos"])
+    images = page.named("img")
+    assert len(images) == len(COLUMNS) * len(inputs["captions"])
+    assert images[0]["alt"] == "Video of 16 frames: 'a red square moving left', data"
+    durations = set()
+    for index, attributes in enumerate(images):
+        image = gif(attributes)
+        assert image.size == (128, 128) and image.info["loop"] == 0
+        milliseconds = 0
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            milliseconds += image.info["duration"]
+        durations.add(milliseconds)
+        if index != 1:
+            assert image.n_frames == 16
+    assert len(durations) == 1
+    image = gif(images[0])
+    image.seek(3)
+    shown = np.asarray(image.convert("RGB"))
+    np.testing.assert_allclose(shown[4::8, 4::8], inputs["videos"]["data"][0][3], atol=2)
+    assert (shown.reshape(16, 8, 16, 8, 3) == shown[None, ::8, None, ::8].reshape(16, 1, 16, 1, 3)).all()
+    short = gif(images[1])
+    short.seek(short.n_frames - 1)
+    assert np.asarray(short.convert("RGB")).max() < 100  # the teacher's video had ended: dimmed
+
+
+def test_any_caption_is_only_text(tmp_path):
+    caption = '<script>alert("1")</script> & \'"><img src=http://x onerror=alert(1)> $x^2$'
+    inputs = make_inputs(captions=(caption, "a blue circle"))
+    metrics = inputs["metrics"]
+    metrics["rows"][0]["name"] = metrics["gates"][0]["name"] = metrics["device"] = metrics["config"]["name"] = caption
+    inputs["by_frame"][caption] = {caption: [0.1, 0.2]}
+    inputs["curves"][caption] = {caption: [0.1, 0.2]}
+    inputs["videos"][caption] = inputs["videos"]["data"]
+    page = write(tmp_path, **inputs)
+    assert not page.named("script")
+    assert len(page.named("img")) == 2 * (len(COLUMNS) + 1)
+    assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
+    assert page.text.count(caption) >= 8
+
+
+def test_missing_values_say_so(tmp_path):
+    inputs = make_inputs()
+    metrics = {**inputs["metrics"], "commit": None, "versions": {}, "config": {}, "cache_bytes": {}}
+    metrics["rows"] = [{**metrics["rows"][1], "fd_last": None, "caption": float("nan")}]
+    metrics["time_per_frame_ms"] = [{"frames": 32, "etm_sdd": np.float32(0.9), "full_causal": None, "teacher": None}]
+    metrics["gates"] = [*metrics["gates"], {"name": "linear", "value": None, "threshold": 1.1, "passed": None}]
+    del metrics["extra"]
+    videos = {"data": inputs["videos"]["data"], "teacher": [None, None]}
+    by_frame = {"validity": {"student": [0.9, None, float("nan"), 0.8]}}
+    page = write(tmp_path, metrics=metrics, videos=videos, by_frame=by_frame, curves={"teacher": {"loss": []}})
+    assert page.text.count("not yet measured") >= 12
+    assert "1 of 3 gates not yet measured" in page.text
+    written = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert written["rows"][0]["caption"] is None and written["time_per_frame_ms"][0]["etm_sdd"] == pytest.approx(0.9)
+
+
+def test_an_empty_report_is_still_a_report(tmp_path):
+    metrics = {**make_inputs()["metrics"], "rows": [], "gates": [], "time_per_frame_ms": []}
+    page = write(tmp_path / "new" / "folder", metrics=metrics, videos={}, captions=[], curves={}, by_frame={})
+    assert "No gate measured yet" in page.text
+    assert page.text.count("not yet measured") >= 6
+
+
+def test_one_failed_gate_decides_the_verdict(tmp_path):
+    metrics = make_inputs()["metrics"]
+    metrics["gates"][1].update(passed=np.False_, value=1.4)
+    page = write(tmp_path, metrics=metrics)
+    assert "1 of 2 gates failed" in page.text and "✗ fail" in page.text and "✓ pass" in page.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("device"), "missing key 'device'"),
+        (lambda m: m["rows"][2].pop("flicker"), r"\['rows'\]\[2\]: missing key 'flicker'"),
+        (lambda m: m["time_per_frame_ms"][0].pop("teacher"), r"\['time_per_frame_ms'\]\[0\]: missing key 'teacher'"),
+        (lambda m: m["gates"][1].pop("passed"), r"\['gates'\]\[1\]: missing key 'passed'"),
+        (lambda m: m.update(speed=1), "unknown key 'speed'.*'extra'"),
+        (lambda m: m["rows"][0].update(iou=1), r"\['rows'\]\[0\]: unknown key 'iou'"),
+        (lambda m: m.update(rows={}), r"\['rows'\] must be a list"),
+        (lambda m: m.update(versions=[]), r"\['versions'\] must be a mapping"),
+        (lambda m: m.update(training_frames=None), "training_frames"),
+        (lambda m: m["gates"][0].update(passed="yes"), "must be True, False or None"),
+    ],
+)
+def test_wrong_metrics_are_named_and_nothing_is_written(tmp_path, change, message):
+    metrics = make_inputs()["metrics"]
+    validate_metrics(metrics)
+    change(metrics)
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "report", metrics=metrics)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
+    write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["metrics.json", "report.html"]
+    write_text = Path.write_text
+
+    def full_disk(path, text, **options):
+        write_text(path, text[: len(text) // 2], **options)
+        if "report.html" in path.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        write(tmp_path, captions=["other", "captions"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_directory_that_cannot_be_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write the report"):
+        write(tmp_path / "file" / "report")
+
+
+def test_the_same_inputs_give_the_same_page(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    assert (tmp_path / "a/report.html").read_bytes() == (tmp_path / "b/report.html").read_bytes()
