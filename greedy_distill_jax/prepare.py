@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.types import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code, 2 after a one-line message for bad input."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Raises:
+      UserError: bad input; nothing was written (`cli.run` makes it one line and exit code 2).
+    """
     parser = argparse.ArgumentParser(prog="python -m greedy_distill_jax.prepare", description=__doc__.split(":")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_clips(commands)
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    args.run(args)
 
 
 def _add_clips(commands: argparse._SubParsersAction) -> None:
@@ -74,4 +70,4 @@ def _clips(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -55,6 +55,12 @@ def build_network(config: ConfigDict):
     return student, make_net
 
 
+def data_source(config: ConfigDict, split: str):
+    """(source, codec) of ``config.data``; clips have a size of their own."""
+    size = config.data.size if config.data.source == "moving_shapes" else None
+    return load_source(config.data.source, split, size=size, frames=config.data.frames, seed=config.seed)
+
+
 def initial_params(config: ConfigDict, model, latent_shape):
     """A random teacher, or a student cut from the teacher of ``config.teacher_from``."""
     key = jax.random.key(config.seed)
@@ -183,12 +189,12 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     mesh = make_mesh(config.mesh)
     main = jax.process_index() == 0
 
-    source, codec = load_source(config.data.source, "train", frames=config.data.frames, size=config.data.size,
-                                seed=config.seed)  # fmt: skip
+    source, codec = data_source(config, "train")
+    examples = [source[i] for i in range(4)]
     wan = configuration.wan_config(config)
     encoder = HashWordEncoder(wan.text_len, wan.text_dim)
     model, make_net = build_network(config)
-    latent_shape = (config.data.frames, *codec.latent_shape(*source.size))
+    latent_shape = (config.data.frames, *codec.latent_shape(*examples[0]["video"].shape[1:3]))
     if latent_shape[-1] != wan.channels:
         raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
 
@@ -264,10 +270,9 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
                 saved = step
             if config.log.samples_every and (step % config.log.samples_every == 0 or step == config.steps):
                 run = Run(config, model, state.ema, codec, encoder, latent_shape, meta(step))
-                if main:
-                    for caption, video in zip(source.example_captions(4), run.sample_videos(source.example_captions(4)),
-                                              strict=True):  # fmt: skip
-                        writer.gif(step, f"samples/{caption}", video)
+                captions = [example["caption"] for example in examples]
+                for caption, video in zip(captions, run.sample_videos(captions), strict=True):
+                    writer.gif(step, f"samples/{caption}", video)
             bar.update(1)
             if stop.signal:
                 break

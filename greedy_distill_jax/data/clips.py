@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import operator
 import os
 import shutil
 import statistics
@@ -16,7 +17,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import cv2
 import numpy as np
@@ -34,6 +35,7 @@ SPLITS = ("train", "held_out")
 _FORMAT = 1
 _MAGIC = b"GDJ1"
 _SHARD_BYTES = 256 << 20
+_WRITER_OPTIONS = "group_size:1,zstd:3"  # records are read one by one, in random order
 _CODEC_PATCH = 4
 _CODEC_PATCHES = 1 << 18  # the codec is fitted on about this many patches
 
@@ -107,9 +109,9 @@ class ClipWindows:
     def __repr__(self) -> str:
         return f"ClipWindows({os.fspath(self.directory)!r}, {self.split!r})"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         """One window; UserError naming the file and the index when the record is damaged."""
-        index = int(index)
+        index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"{self!r}: index {index} is outside [0, {len(self)})")
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -134,9 +136,9 @@ def prepare_clips(
     width: int,
     height: int,
     frames: int,
-    fps: float | None = None,
+    fps: float | int | None = None,
     stride: int | None = None,
-    held_out: float = 0.15,
+    held_out: float | int = 0.15,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -298,7 +300,7 @@ def fit_frame(frame: UInt8[np.ndarray, "A B 3"], width: int, height: int) -> UIn
 
 
 def _cut(
-    path: Path, width: int, height: int, frames: int, fps: float | None, stride: int, held_out: float
+    path: Path, width: int, height: int, frames: int, fps: float | int | None, stride: int, held_out: float | int
 ) -> tuple[dict[str, Any], dict[str, range], np.ndarray]:
     """What dataset.json says about one clip, the starts of its windows by split, and its frames [n, H, W, 3]."""
     info = probe(path)
@@ -328,7 +330,7 @@ class _ShardWriter:
     def write(self, record: bytes) -> None:
         if self._writer is None or self._bytes >= _SHARD_BYTES:
             self._finish()
-            self._writer, self._bytes = ArrayRecordWriter(self._path(len(self._records)), "group_size:1"), 0
+            self._writer, self._bytes = ArrayRecordWriter(self._path(len(self._records)), _WRITER_OPTIONS), 0
             self._records.append(0)
         self._writer.write(record)
         self._bytes += len(record)

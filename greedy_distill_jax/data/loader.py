@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import grain
 import numpy as np
@@ -15,18 +16,19 @@ import numpy as np
 from greedy_distill_jax.data.clips import ClipWindows
 from greedy_distill_jax.data.moving_shapes import MovingShapes
 from greedy_distill_jax.data.text import TextEncoder
-from greedy_distill_jax.models.codec import PatchCodec
+from greedy_distill_jax.models.codec import PatchCodec, VideoCodec
 from greedy_distill_jax.types import UserError
 
 _CODEC_SEED, _CODEC_VIDEOS = 0, 512
 
 
+@runtime_checkable
 class VideoSource(Protocol):
     """Random access to {"video": uint8 [T, H, W, 3], "caption": str}; a bad record raises ValueError naming it."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
 
 
 class SkipBadRecords:
@@ -45,10 +47,11 @@ class SkipBadRecords:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         """The record, or the next good one; UserError beyond the limit or when no record is good."""
+        first = operator.index(index)
         for offset in range(len(self)):
-            candidate = (index + offset) % len(self)
+            candidate = (first + offset) % len(self)
             if candidate not in self._bad:
                 try:
                     return self._source[candidate]
@@ -74,7 +77,7 @@ class SkipBadRecords:
 def make_loader(
     source: VideoSource,
     *,
-    codec: PatchCodec,
+    codec: VideoCodec,
     text_encoder: TextEncoder,
     global_batch: int,
     seed: int,

@@ -8,8 +8,9 @@ Lengths are given at 16x16 pixels and scale with the size of the frame.
 from __future__ import annotations
 
 import itertools
+import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, UInt8
@@ -156,7 +157,7 @@ class MovingShapes:
     def __repr__(self) -> str:
         return f"MovingShapes(size={self.size}, frames={self.frames}, split={self.split!r}, seed={self.seed})"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         """{"video": uint8 [T, H, W, 3], "caption": str}."""
         truth = self.state(index)
         return {
@@ -164,9 +165,9 @@ class MovingShapes:
             "caption": caption_of(truth.shape, truth.colour, truth.direction),
         }
 
-    def state(self, index: int) -> ShapeState:
+    def state(self, index: SupportsIndex) -> ShapeState:
         """The ground truth of video `index`; IndexError outside [0, length)."""
-        index = int(index)
+        index = operator.index(index)
         if not 0 <= index < self.length:
             raise IndexError(f"{self!r}: index {index} is outside [0, {self.length})")
         # Seed sequences, PCG64 and `random` are what numpy keeps stable across versions: use nothing else.

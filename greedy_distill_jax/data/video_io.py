@@ -44,7 +44,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
         return VideoInfo(stream.width, stream.height, float(rate), stream.frames)
 
 
-def read_frames(path: str | os.PathLike, *, fps: float | None = None) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+def read_frames(path: str | os.PathLike, *, fps: float | int | None = None) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """Decodes a video file frame by frame, upright RGB uint8 [H, W, 3].
 
     Args:
@@ -60,7 +60,7 @@ def read_frames(path: str | os.PathLike, *, fps: float | None = None) -> Iterato
     return _read_frames(path, fps)
 
 
-def _read_frames(path: str | os.PathLike, fps: float | None) -> Iterator[np.ndarray]:
+def _read_frames(path: str | os.PathLike, fps: float | int | None) -> Iterator[np.ndarray]:
     count = 0
     with _opened(path) as container:
         stream = container.streams.video[0]
@@ -127,8 +127,8 @@ class VideoWriter:
     """Writes frames to a video file as they come; the file appears complete under its name, or not at all.
 
     Frames go to a hidden temporary file in the same folder, which is renamed when the `with` block ends and removed
-    when it raises. h264 and vp9 need even sides: an odd side is extended by one repeated row or column. A gif is kept in
-    memory (one byte per pixel) until the end, because its format is written in one go.
+    when it raises. h264 and vp9 need even sides: an odd side is extended by one repeated row or column. A gif is kept
+    in memory (one byte per pixel) until the end, because its format is written in one go.
 
     Example:
       with VideoWriter("out.mp4", fps=8, upscale=8) as writer:
@@ -136,7 +136,7 @@ class VideoWriter:
               writer.write(frame)
     """
 
-    def __init__(self, path: str | os.PathLike, *, fps: float = 8, upscale: int = 1) -> None:
+    def __init__(self, path: str | os.PathLike, *, fps: float | int = 8, upscale: int = 1) -> None:
         """Args: `path` ending in .mp4, .webm or .gif; `fps` > 0; `upscale`, a whole number of pixels per pixel.
 
         Raises:
@@ -225,7 +225,7 @@ class VideoWriter:
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
 
 
-def encode_gif(video: UInt8[np.ndarray, "T H W 3"], *, fps: float = 8, upscale: int = 1) -> bytes:
+def encode_gif(video: UInt8[np.ndarray, "T H W 3"], *, fps: float | int = 8, upscale: int = 1) -> bytes:
     """An endlessly looping GIF of a video (for TensorBoard and reports); delays are rounded to 1/100 s."""
     buffer = io.BytesIO()
     _save_gif([_palette(_upscaled(frame, upscale)) for frame in np.asarray(video)], buffer, fps)
@@ -240,6 +240,6 @@ def _palette(frame: np.ndarray) -> Image.Image:
     return Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE)
 
 
-def _save_gif(images: list[Image.Image], target: io.BytesIO | Path, fps: float) -> None:
+def _save_gif(images: list[Image.Image], target: io.BytesIO | Path, fps: float | int) -> None:
     delay = max(20, round(100 / fps) * 10)  # milliseconds; viewers slow down anything shorter
     images[0].save(target, "GIF", save_all=True, append_images=images[1:], duration=delay, loop=0)

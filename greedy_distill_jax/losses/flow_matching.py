@@ -28,7 +28,9 @@ def flow_matching(
       per_frame: one noise level per group of frames instead of one per video.
       group: frames that share a level when ``per_frame`` (the student's chunk).
       draws: noise draws per example, laid out along the frames: ``net`` gets [B, draws * T, ...].
-      weighting: "none" or "bell" (Wan's training weight, METHOD_SPEC A.8).
+      weighting: "none"; "bell", Wan's training weight (METHOD_SPEC A.8); "x0", sigma^2, which makes it the squared
+        error of x0 and suits a network that predicts x0: unweighted, its rare low-noise draws (1 / sigma^2) would
+        dominate the gradient.
 
     Returns:
       loss [B], and metrics: the loss in the lower and upper half of the noise levels.
@@ -44,10 +46,12 @@ def flow_matching(
     error = jnp.mean(jnp.square(v - flow.velocity(x0, noise)), axis=(2, 3, 4))
     if weighting == "bell":
         weight = schedules.bell_weight(sigma, shift)
+    elif weighting == "x0":
+        weight = jnp.square(sigma)
     elif weighting == "none":
         weight = jnp.ones_like(sigma)
     else:
-        raise ValueError(f"flow_matching: weighting is {weighting!r}; choose 'none' or 'bell'.")
+        raise ValueError(f"flow_matching: weighting is {weighting!r}; choose 'none', 'bell' or 'x0'.")
     middle = float(schedules.shift_sigma(0.5, shift))
     low = (sigma < middle).astype(jnp.float32)
     metrics = {

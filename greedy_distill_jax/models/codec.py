@@ -10,6 +10,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from einops import rearrange
@@ -18,6 +19,29 @@ from jaxtyping import Float32, UInt8
 from greedy_distill_jax.types import UserError
 
 _FORMAT = 1
+
+
+@runtime_checkable
+class VideoCodec(Protocol):
+    """What stands between pixels and latents: `PatchCodec` here, a causal VAE at full size.
+
+    Attributes:
+      temporal_stride: pixel frames per latent frame.
+    """
+
+    temporal_stride: int
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, C) of the latent of a frame of `height` x `width` pixels."""
+        ...
+
+    def encode(self, video: UInt8[np.ndarray, "*n H W 3"]) -> Float32[np.ndarray, "*m h w C"]:
+        """Latents of uint8 frames."""
+        ...
+
+    def decode(self, latents: Float32[np.ndarray, "*m h w C"]) -> UInt8[np.ndarray, "*n H W 3"]:
+        """uint8 frames of latents."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

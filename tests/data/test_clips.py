@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from greedy_distill_jax import prepare
+from greedy_distill_jax import cli, prepare
 from greedy_distill_jax.data import clips
 from greedy_distill_jax.data.clips import ClipWindows, decode_record, encode_record, fit_frame
 from greedy_distill_jax.data.video_io import VideoWriter
@@ -16,15 +16,15 @@ from greedy_distill_jax.models.codec import PatchCodec
 
 
 def _write_clip(path, frames, fps=10, size=(48, 64)):
-    """A clip whose frame t has grey level 2 t + 10, with a little texture."""
+    """A clip whose frame t has grey level 3 t + 20, with a little texture."""
     texture = np.indices(size).sum(0)[..., None] % 16
     with VideoWriter(path, fps=fps) as writer:
         for t in range(frames):
-            writer.write(np.broadcast_to(2 * t + 10 + texture, (*size, 3)).astype(np.uint8))
+            writer.write(np.broadcast_to(3 * t + 20 + texture, (*size, 3)).astype(np.uint8))
 
 
 def _frame_numbers(video):
-    return np.rint((video.mean((1, 2, 3)) - 17.5) / 2).astype(int)
+    return np.rint((video.mean((1, 2, 3)) - 27.5) / 3).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,9 @@ def folder(tmp_path_factory):
 
 def _run(folder, output, *more, captions="captions.csv", source="in"):
     arguments = ["--clips", folder / source, "--captions", folder / captions, "--output", output]
-    return prepare.main(["clips", *map(str, arguments), *more])
+    with pytest.raises(SystemExit) as end:
+        cli.run(prepare.main, ["clips", *map(str, arguments), *more])
+    return end.value.code
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_windows_show_their_part_of_the_clip(prepared):
             numbers = _frame_numbers(example["video"])
             np.testing.assert_array_equal(numbers, numbers[0] + np.arange(8))
             seen.setdefault((example["caption"], split), []).append(numbers[0])
-    # 60 frames: the last 15% are 9, so training ends at frame 51; 40 frames: at least a window, ends at 32; 10: training
+    # 60 frames: the last 15% are 9, so training ends at 51; 40 frames: at least a window, at 32; 10 frames: none
     assert seen["grey, rising", "train"] == list(range(0, 44, 4)) and seen["grey, rising", "held_out"] == [51]
     assert seen["b", "train"] == list(range(0, 25, 4)) and seen["b", "held_out"] == [32]
     assert seen["c", "train"] == [0] and ("c", "held_out") not in seen
@@ -218,8 +220,9 @@ def test_damaged_folders_are_named(folder, prepared, tmp_path):
         ClipWindows(tmp_path, "test")
     shard = tmp_path / "train-00000-of-00001.array_record"
     data = bytearray(shard.read_bytes())
-    middle = data.index(b"GDJ1", len(data) // 4) if b"GDJ1" in data[len(data) // 4 :] else len(data) // 4
-    data[middle : middle + 64] = bytes(64)
+    written = np.flatnonzero(np.frombuffer(data, np.uint8))
+    middle = int(written[len(written) // 2])
+    data[middle : middle + 16] = bytes(byte ^ 255 for byte in data[middle : middle + 16])
     shard.write_bytes(data)
     source, bad = ClipWindows(tmp_path), []
     for index in range(len(source)):

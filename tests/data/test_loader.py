@@ -33,6 +33,14 @@ class Listed:
 class Grey:
     """A codec whose latents are the grey level."""
 
+    temporal_stride = 1
+
+    def latent_shape(self, height, width):
+        return height // 4, width // 4, 1
+
+    def decode(self, latents):
+        raise NotImplementedError
+
     def encode(self, video):
         return video[..., ::4, ::4, :1].astype(np.float32)
 
@@ -120,7 +128,8 @@ def test_replacement_does_not_depend_on_history():
 
 
 def test_too_many_bad_records_raise():
-    with pytest.warns(UserWarning, match="index 2"), pytest.raises(UserError, match=r"max_bad_records=2; .*index 8"):
+    reached = r"3 bad records, max_bad_records=2; .*index 8"
+    with pytest.warns(UserWarning, match="index [25]"), pytest.raises(UserError, match=reached):
         _indices(_loader(Listed(20, bad=(2, 5, 8)), shuffle=False, max_bad_records=2, num_threads=0), 9)
     with pytest.raises(UserError, match=r"max_bad_records=0; .*index 2"):
         _indices(_loader(Listed(20, bad=(2,)), shuffle=False, max_bad_records=0), 3)

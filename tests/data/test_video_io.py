@@ -122,8 +122,8 @@ def test_bad_targets(tmp_path):
         VideoWriter(tmp_path / "dir.mp4")
     with pytest.raises(UserError, match="fps=0"):
         VideoWriter(tmp_path / "out.mp4", fps=0)
-    with pytest.raises(UserError, match="upscale=1.5"):
-        VideoWriter(tmp_path / "out.mp4", upscale=1.5)
+    with pytest.raises(UserError, match=r"upscale=0"):
+        VideoWriter(tmp_path / "out.mp4", upscale=0)
 
 
 def test_encode_gif(video):

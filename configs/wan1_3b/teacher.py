@@ -1,0 +1,33 @@
+"""The Wan2.1 1.3B teacher: flow matching as in METHOD_SPEC C.2. Not yet run at full size.
+
+    python -m greedy_distill_jax.train --config=configs/wan1_3b/teacher.py --workdir=runs/wan1_3b \
+        --config.data.source=clips:DIR
+"""
+
+from greedy_distill_jax.config import base
+
+
+def get_config():
+    """bf16 matmuls, full rematerialisation, velocity prediction, AdamW."""
+    config = base()
+    config.model.size = "wan1_3b"
+    config.steps = 4000
+    config.data.frames = 21
+    config.data.batch = 64
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-6
+    config.optimizer.betas = (0.9, 0.999)
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.warmup = 0
+    config.optimizer.final = 1.0
+    config.ema.decay = 0.99
+    config.ema.start = 200
+    config.sample.steps = 50
+    config.sample.shift = 5.0
+    config.sample.guidance = 5.0
+    config.student.rope_frames = 21
+    config.student.window = 7
+    with config.unlocked():
+        options = config.losses.flow_matching.options
+        options.shift, options.weighting = 5.0, "bell"
+    return config

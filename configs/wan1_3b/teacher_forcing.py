@@ -1,0 +1,23 @@
+"""Stage 1 at 1.3B: ETM + SDD by teacher forcing (METHOD_SPEC E.4). Not yet run at full size.
+
+    python -m greedy_distill_jax.train --config=configs/wan1_3b/teacher_forcing.py --workdir=runs/stage1 \
+        --config.teacher_from=runs/wan1_3b --config.data.source=clips:DIR
+"""
+
+from configs.wan1_3b import teacher
+
+
+def get_config():
+    """Depth-halved interleaved copies, window 7, one noise level per frame."""
+    config = teacher.get_config()
+    config.stage = "teacher_forcing"
+    config.steps = 10_000
+    config.student.split = "interleaved"
+    config.optimizer.learning_rate = 5e-6
+    config.optimizer.new_scale = 10.0
+    config.optimizer.betas = (0.9, 0.95)
+    config.ema.decay = 0.999
+    config.sample.guidance = 1.0
+    with config.unlocked():
+        config.losses.flow_matching.options.per_frame = True
+    return config

@@ -1,0 +1,47 @@
+"""How every command ends: 0, one line and 2 for bad input, 130 for Ctrl-C, a traceback for everything else."""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from greedy_distill_jax.types import UserError
+
+
+def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn:
+    """Calls `main()` (or `main(argv)` if `argv` is given) and exits the process.
+
+    Args:
+      main: returns None or an exit code.
+      argv: arguments without the program's name; None lets `main` read `sys.argv` itself.
+
+    Raises:
+      SystemExit: always, except for an error that is not the user's, which keeps its traceback.
+    """
+    try:
+        if argv is None and not _needs_argument(main):
+            code = main()
+        else:
+            code = main(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        code = 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left, as in `... | head`
+        code = 141
+    sys.exit(code or 0)
+
+
+def _needs_argument(main: Callable[..., Any]) -> bool:
+    return any(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in inspect.signature(main).parameters.values()
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)

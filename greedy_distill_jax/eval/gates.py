@@ -1,0 +1,32 @@
+"""What a run must reach before it may call itself trained, as data: the report shows it, the tests enforce it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DIRECTION = 0.95  # videos in which the teacher moves the captioned object the captioned way
+BEHIND_TEACHER = 0.05  # valid frames the student may lose to its teacher
+LAST_OVER_FIRST = 0.9  # valid frames in the last window over the first, at 8x the training length
+GROWTH = 1.1  # time of a frame far into the stream over an early one
+
+
+def quality_gates(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Gates on two rows of metrics (keys direction, valid_first, valid_last)."""
+    floor = teacher["valid_first"] - BEHIND_TEACHER
+    ratio = student["valid_last"] / student["valid_first"] if student["valid_first"] else 0.0
+    return [
+        _gate("teacher moves the object as captioned", teacher["direction"], DIRECTION),
+        _gate("student valid in as many frames as its teacher, less 5 points", student["valid_first"], floor),
+        _gate("student's last window over its first, valid frames, 8x the training length", ratio, LAST_OVER_FIRST),
+    ]
+
+
+def cost_gate(rows: Sequence[Mapping[str, float]], early: int, late: int) -> dict[str, Any]:
+    """Gate on ``time_per_frame`` rows: the student's frame ``late`` over frame ``early``."""
+    by_length = {row["frames"]: row["etm_sdd"] for row in rows}
+    growth = by_length[late] / by_length[early]
+    name = f"time of frame {late} over frame {early}, ETM + SDD"
+    return {"name": name, "value": round(growth, 4), "threshold": f"<= {GROWTH}", "passed": growth <= GROWTH}
+
+
+def _gate(name: str, value: float, floor: float) -> dict[str, Any]:
+    return {"name": name, "value": round(value, 4), "threshold": f">= {floor:.4f}", "passed": bool(value >= floor)}

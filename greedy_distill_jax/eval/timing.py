@@ -1,0 +1,104 @@
+"""Time per frame against the length of the video, all models in one run and in turns.
+
+What is compared, one video at a time, model only (no decoder):
+- ETM + SDD: the step that makes frame n of a stream;
+- full-causal cache: the teacher's own network made causal, ``steps`` evaluations and a clean pass for frame n against
+  the cached keys of all n frames before it;
+- bidirectional teacher: all n frames denoised together, divided by n.
+The causal network is timed with the teacher's weights: speed does not depend on what they were trained for.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from greedy_distill_jax.diffusion import solvers
+from greedy_distill_jax.models.dit import Dit, Teacher, grid_of
+from greedy_distill_jax.models.layers import KeyValue, Layer, Layout
+from greedy_distill_jax.models.rope import rope_table
+from greedy_distill_jax.stream import StreamState, Streamer
+
+
+def causal_frame(teacher: Teacher, params, frames: int, sigmas: Sequence[float], latent_shape, text_BMC) -> Callable:
+    """A jitted function that makes one frame against the cached keys of ``frames`` earlier ones."""
+    cfg = teacher.cfg
+    x = jnp.zeros((1, 1, *latent_shape), jnp.float32)
+    grid = grid_of(x, cfg)
+    tokens = grid[0] * grid[1]
+    keys = tuple(range(frames + 1))
+    layout = Layout(tokens, keys, (keys,))
+    rope = rope_table(np.asarray([frames]), grid, cfg.head_dim)
+    module = functools.partial(Dit, cfg, cfg.num_layers, layout)
+    shape = (cfg.num_layers, 1, frames * tokens, cfg.num_heads, cfg.head_dim)
+    cache = KeyValue(jnp.zeros(shape, jnp.dtype(cfg.dtype)), jnp.zeros(shape, jnp.dtype(cfg.dtype)))
+    text = module(project_only=True).apply({"params": params}, text_BMC, method="project").text
+
+    @jax.jit
+    def run(params, noise, cache, text):
+        def call(x, sigma, **options):
+            return module(**options).apply(
+                {"params": params}, x, sigma, rope_q=rope, layer=Layer(cache=cache, text=text)
+            )  # fmt: skip
+
+        x = solvers.euler(lambda x, s: call(x, s)[0], noise, tuple(sigmas))
+        return x, call(x, jnp.zeros((1, 1), jnp.float32), with_head=False, emit=("own",))[1].own
+
+    return lambda noise: run(params, noise, cache, text)
+
+
+def time_per_frame(
+    teacher: Teacher, teacher_params, teacher_sigmas, streamer: Streamer, params, text_BMC, latent_shape,
+    *, frames: Sequence[int] = (8, 32, 128, 256), repeats: int = 5,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Rows {frames, etm_sdd, full_causal, teacher}: milliseconds per frame, medians of ``repeats`` turns.
+
+    Args:
+      teacher, teacher_params, teacher_sigmas: the bidirectional teacher, its step list, no guidance.
+      streamer, params: the student; the causal model takes its step list.
+      text_BMC: rows of one prompt.
+      latent_shape: (H, W, C).
+      frames: video lengths.
+      repeats: turns; every turn times every model once.
+    """
+    key = jax.random.key(0)
+    init = jax.jit(streamer.init, static_argnums=3)
+    step = jax.jit(streamer.step, donate_argnums=1)
+    sigmas, span = streamer.sampling.sigmas[-1], 8
+    noise = jax.random.normal(key, (1, 1, *latent_shape), jnp.float32)
+    causal = {n: causal_frame(teacher, teacher_params, n, sigmas, latent_shape, text_BMC) for n in frames}
+    whole = jax.jit(
+        lambda p, x, t: solvers.euler(lambda x, s: teacher(p, x, s, t), x, tuple(teacher_sigmas))
+    )  # fmt: skip
+    videos = {n: jax.random.normal(key, (1, n, *latent_shape), jnp.float32) for n in frames}
+
+    def clock(run: Callable, calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            jax.block_until_ready(run())
+        return (time.perf_counter() - begin) * 1e3 / calls
+
+    times: dict[int, dict[str, list[float]]] = {n: {"etm_sdd": [], "full_causal": [], "teacher": []} for n in frames}
+    for turn in range(repeats + 1):  # turn 0 compiles
+        state: StreamState = init(params, text_BMC, key, tuple(latent_shape))
+        for n in range(1, max(frames) + 1):
+            if any(0 <= m - n < span for m in frames):
+                begin = time.perf_counter()
+                state, x = step(params, state)
+                jax.block_until_ready(x)
+                spent = (time.perf_counter() - begin) * 1e3
+                for m in frames:
+                    if turn and 0 <= m - n < span:
+                        times[m]["etm_sdd"].append(spent)
+            else:
+                state, _ = step(params, state)
+        for n in frames:
+            one = clock(lambda n=n: causal[n](noise), 3)
+            all_ = clock(lambda n=n: whole(teacher_params, videos[n], text_BMC), 1) / n
+            if turn:
+                times[n]["full_causal"].append(one)
+                times[n]["teacher"].append(all_)
+    return [{"frames": n, **{name: float(np.median(x)) for name, x in times[n].items()}} for n in frames]

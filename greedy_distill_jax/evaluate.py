@@ -1,0 +1,205 @@
+"""Numbers, pictures and a report of a teacher and the student distilled from it.
+
+    python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/student --output runs/report
+"""
+
+import argparse
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from greedy_distill_jax import cli
+from greedy_distill_jax.data.loader import load_source
+from greedy_distill_jax.diffusion import schedules
+from greedy_distill_jax.eval import gates, oracle
+from greedy_distill_jax.eval.metrics import evaluate_videos
+from greedy_distill_jax.eval.next_frame import next_frame_psnr
+from greedy_distill_jax.eval.report import ROW_KEYS, write_report
+from greedy_distill_jax.eval.timing import time_per_frame
+from greedy_distill_jax.logging import read_scalars
+from greedy_distill_jax.mesh import start
+from greedy_distill_jax.run import Run
+from greedy_distill_jax.stream import cache_bytes
+from greedy_distill_jax.types import UserError
+
+HORIZON = 8  # rollouts are this many times longer than training videos
+SHOWN = 6  # captions in the report's grid
+
+
+def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Real videos [V, T, H, W, 3] of captions the run was not trained on, and the captions."""
+    spec = run.config.data.source
+    size = run.config.data.size if spec == "moving_shapes" else None
+    source, _ = load_source(spec, "held_out", size=size, frames=frames, seed=seed)
+    if not len(source):
+        raise UserError(f"{spec} has no held-out windows; prepare it again with --held-out above 0.")
+    examples = [source[i] for i in range(min(count, len(source)))]
+    return np.stack([e["video"] for e in examples]), [e["caption"] for e in examples]
+
+
+def few_steps(run: Run) -> int:
+    """The few-step setting shown beside the many-step one."""
+    return min(2, run.config.sample.steps)
+
+
+def sampled(run: Run, captions: Sequence[str], *, batch: int = 256, **options) -> np.ndarray:
+    """``run.sample_videos`` in batches."""
+    parts = [captions[i : i + batch] for i in range(0, len(captions), batch)]
+    seed = options.pop("seed", 0)
+    return np.concatenate([run.sample_videos(part, seed=seed + i, **options) for i, part in enumerate(parts)])
+
+
+def rows_of(
+    videos: dict[str, tuple[np.ndarray, dict[str, Any]]], captions: list[str], real: np.ndarray, window: int
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, list[float]]]]:
+    """Table rows and per-frame curves of moving-shape videos; ``videos``: name -> (video, fixed columns)."""
+    rows, by_frame = [], {"validity": {}, "quality": {}}
+    for name, (video, fixed) in videos.items():
+        metrics = evaluate_videos(video, captions, window=window, reference_VTHWC=real)
+        rows.append({key: fixed.get(key, metrics.get(key)) for key in ROW_KEYS} | {"name": name})
+        by_frame["validity"][name] = metrics["valid_by_frame"]
+        by_frame["quality"][name] = oracle.read(video).iou_VT.mean(0).tolist()
+    return rows, by_frame
+
+
+def evaluate(
+    teacher_dir: str | Path,
+    student_dir: str | Path,
+    output: str | Path,
+    *,
+    videos: int = 256,
+    seed: int = 1000,
+    lengths: Sequence[int] = (8, 32, 128, 256),
+    commands: Sequence[str] = (),
+    announce: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Samples, measures, writes ``metrics.json`` and ``report.html`` and returns the metrics.
+
+    Args:
+      teacher_dir, student_dir: run directories.
+      output: folder of the report.
+      videos: held-out videos per row.
+      seed: of held-out data and noise.
+      lengths: video lengths of the timing.
+      commands: shown in the report.
+      announce: told what is being done.
+    """
+    teacher, student = Run.load(teacher_dir), Run.load(student_dir)
+    if teacher.is_student or not student.is_student:
+        raise UserError("evaluate needs a teacher's run directory (--teacher) and a student's (--student), in this order.")
+    if teacher.config.compile_cache:
+        start(teacher.config.compile_cache)
+    frames, chunk = teacher.latent_shape[0], student.model.cfg.chunk
+    shapes = teacher.config.data.source == "moving_shapes"
+    long = HORIZON * frames
+    real, captions = held_out_videos(teacher, long if shapes else frames, videos, seed)
+    few, many = few_steps(student), student.config.sample.steps
+
+    announce(f"evaluate: {len(captions)} held-out videos per model, students to {long} frames")
+    todo: list[tuple[str, Run, int, dict[str, Any]]] = [
+        ("teacher", teacher, frames, dict(steps=teacher.config.sample.steps)),
+        ("stage1", student, long, dict(steps=many)),
+        ("stage1_few_steps", student, long, dict(steps=few, first_steps=few)),
+    ]
+    made: dict[str, tuple[np.ndarray, dict[str, Any]]] = {"data": (real, {"steps": "–", "train_cpu_s": 0.0, "seeds": [seed]})}
+    for name, run, length, options in tqdm(todo, desc="sampling", disable=not sys.stderr.isatty()):
+        video = sampled(run, captions, frames=length, seed=seed, **options)
+        made[name] = (video, options | {"train_cpu_s": run.meta["train_cpu_s"], "seeds": [run.config.seed, seed]})
+
+    extra: dict[str, Any] = {"commands": list(commands), "videos": len(captions), "held_out_captions": sorted(set(captions))}
+    gate_list: list[dict[str, Any]] = []
+    if shapes:
+        rows, by_frame = rows_of(made, captions, real, frames)
+        named = {row["name"]: row for row in rows}
+        gate_list = gates.quality_gates(named["teacher"], named["stage1"])
+    else:
+        rows = [{key: fixed.get(key) for key in ROW_KEYS} | {"name": name} for name, (_, fixed) in made.items()]
+        by_frame = {}
+        scores = next_frame_psnr(student.model, student.params, student.codec, real, student.text(captions))
+        extra["next_frame_psnr_db"] = scores
+        gate_list = [{"name": "next frame, PSNR in dB: the student against repeating the last frame",
+                      "value": round(scores["student"], 2), "threshold": f"> {scores['repeat']:.2f}",
+                      "passed": scores["student"] > scores["repeat"]}]  # fmt: skip
+
+    announce("evaluate: time per frame against video length, all models in this process")
+    streamer, text = student.streamer(few, few), student.text(captions[:1])
+    s = teacher.config.sample
+    times = time_per_frame(
+        teacher.model, teacher.params, schedules.uniform_steps(s.steps, s.shift), streamer, student.params, text,
+        student.latent_shape[1:], frames=[max(n // chunk, 1) * chunk for n in lengths],
+    )  # fmt: skip
+    if {32, 256} <= {row["frames"] for row in times}:
+        gate_list.append(gates.cost_gate(times, 32, 256))
+
+    state = streamer.init(student.params, text, jax.random.key(0), student.latent_shape[1:])
+    key_bytes = jnp.dtype(teacher.model.cfg.dtype).itemsize
+    tokens = np.prod(student.latent_shape[1:3]) // teacher.model.cfg.patch**2
+    causal = 2 * teacher.model.cfg.num_layers * teacher.model.cfg.dim * int(tokens) * key_bytes
+    metrics = {
+        "rows": rows,
+        "time_per_frame_ms": times,
+        "cache_bytes": {"etm_sdd, any length": cache_bytes(state), f"full_causal, {max(lengths)} frames": causal * max(lengths)},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
+        | {"python": sys.version.split()[0]},
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "commit": _commit(),
+        "gates": gate_list,
+        "config": {"teacher": teacher.config.to_dict(), "student": student.config.to_dict()},
+        "training_frames": frames,
+        "extra": extra,
+    }  # fmt: skip
+    columns = {name: [video[i] for i in range(min(SHOWN, len(captions)))] for name, (video, _) in made.items()}
+    curves = {run.config.stage: read_scalars(directory, run.config.stage)
+              for run, directory in ((teacher, teacher_dir), (student, student_dir))}  # fmt: skip
+    path = write_report(
+        output, metrics=metrics, videos=columns, captions=captions[:SHOWN], curves=curves, by_frame=by_frame,
+        fps=float(teacher.config.log.fps),
+    )  # fmt: skip
+    announce(f"evaluate: {path}")
+    return metrics
+
+
+def _commit() -> str | None:
+    try:
+        here = Path(__file__).resolve().parent
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def print_table(metrics: dict[str, Any]) -> None:
+    """Rows and gates as text."""
+    for row in metrics["rows"]:
+        cells = [f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float) and k != "train_cpu_s"]
+        print(f"  {row['name']:<18} steps {row['steps']}  {'  '.join(cells)}")
+    for row in metrics["time_per_frame_ms"]:
+        print("  ms per frame  " + "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    for gate in metrics["gates"]:
+        print(f"  {'pass' if gate['passed'] else 'FAIL'}  {gate['name']}: {gate['value']} ({gate['threshold']})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m greedy_distill_jax.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", required=True, help="run directory of the teacher")
+    parser.add_argument("--student", required=True, help="run directory of the student")
+    parser.add_argument("--output", required=True, help="folder of metrics.json and report.html")
+    parser.add_argument("--videos", type=int, default=256, help="held-out videos per model")
+    parser.add_argument("--seed", type=int, default=1000)
+    args = parser.parse_args(argv)
+    metrics = evaluate(args.teacher, args.student, args.output, videos=args.videos, seed=args.seed,
+                       commands=["python -m greedy_distill_jax.evaluate " + " ".join(sys.argv[1:])])  # fmt: skip
+    print_table(metrics)
+
+
+if __name__ == "__main__":
+    cli.run(main)
