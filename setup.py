@@ -1,9 +1,11 @@
-"""Packaging of greedy_distill_jax. Every version below is a lower bound that the suite has run with; there are no upper bounds.
+"""Packaging of greedy_distill_jax.
+
+Every version below is a lower bound that the suite has run with; there are no upper bounds.
 
 Extras:
   cuda, tpu   accelerator builds of jax
   torch       the text encoder and conversion from and to PyTorch (nothing of torch is in the base install)
-  eval        optical flow and image metrics
+  eval        image metrics (SSIM)
   notebook    execute the notebooks
   dev         everything the suite needs (`test` is the same set)
 """
@@ -35,9 +37,11 @@ BASE = [
     "jax>=0.10.2",
     "jaxtyping>=0.3.11",
     "jinja2>=3.1.6",
+    "markupsafe>=3.0.4",
     "matplotlib>=3.11.2",
     "ml-collections>=1.1.0",
     "numpy>=2.4.6",
+    "opencv-python-headless>=5.0.0.93",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow>=13.0.0",
@@ -46,7 +50,7 @@ BASE = [
     "tensorboard>=2.21.0",
     "tqdm>=4.70.1",
 ]
-EVAL = ["opencv-python-headless>=5.0.0.93", "scikit-image>=0.26.0"]
+EVAL = ["scikit-image>=0.26.0"]
 NOTEBOOK = ["ipykernel>=7.4.0", "jupytext>=1.19.6", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 DEV = [
     "beartype>=0.23.1",

@@ -9,8 +9,10 @@ Saving is asynchronous. A step interrupted in the middle never counts. Restoring
 run moves between device counts.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -46,23 +48,24 @@ class Checkpointer:
         async_save: bool = True,
         read_only: bool = False,
     ):
-        self.directory = _absolute(directory)
+        self.directory, self._read_only = _absolute(directory), read_only
         if not read_only:
             _check_writable(self.directory)
         elif "://" not in self.directory and not os.path.isdir(self.directory):
             raise _none_in(self.directory)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else max_to_keep,
-            enable_async_checkpointing=async_save and not read_only,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-        )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
-        )
+        with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else max_to_keep,
+                enable_async_checkpointing=async_save and not read_only,
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+            )
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            )
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -72,6 +75,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The complete checkpoints, oldest first."""
+        if self._read_only:
+            self._manager.reload()  # the run may have saved more since
         return sorted(step for step in self._manager.all_steps() if self._is_complete(step))
 
     def latest_step(self) -> int | None:
@@ -130,7 +135,7 @@ class Checkpointer:
         *,
         sharding: Sharding | Callable[[Any], Any] | None = None,
         dtype: Any = None,
-    ) -> dict[str, Any]:
+    ) -> Any:
         """Reads one part of a state as nested dictionaries, without knowing the rest of it.
 
         Args:
@@ -223,7 +228,7 @@ def load_params(
     step: int | None = None,
     sharding: Sharding | Callable[[Any], Any] | None = None,
     dtype: Any = None,
-) -> dict[str, Any]:
+) -> Any:
     """Reads one part of a checkpoint, as `Checkpointer.restore_subtree`; the run may still be training."""
     with Checkpointer(directory, read_only=True) as checkpointer:
         return checkpointer.restore_subtree(step, subtree, sharding=sharding, dtype=dtype)
@@ -301,6 +306,18 @@ def _default_sharding() -> Sharding:
     if jax.process_count() == 1:
         return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps Orbax from warning that a read-only directory is read-only."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 # --- messages -----------------------------------------------------------------------------------------------------

@@ -70,6 +70,14 @@ def rows_of(
     return rows, by_frame
 
 
+def loss_curves(run: Run, directory: str | Path) -> dict[str, list[float]]:
+    """{"step": [...], term: [...]} of every loss term in the run's scalars.jsonl."""
+    lines = read_scalars(directory)
+    stage = run.config.stage
+    terms = [t for t in run.config.losses if lines and f"{stage}/{t}" in lines[0]]
+    return {"step": [line["step"] for line in lines]} | {t: [line[f"{stage}/{t}"] for line in lines] for t in terms}
+
+
 def evaluate(
     teacher_dir: str | Path,
     student_dir: str | Path,
@@ -157,8 +165,7 @@ def evaluate(
         "extra": extra,
     }  # fmt: skip
     columns = {name: [video[i] for i in range(min(SHOWN, len(captions)))] for name, (video, _) in made.items()}
-    curves = {run.config.stage: read_scalars(directory, run.config.stage)
-              for run, directory in ((teacher, teacher_dir), (student, student_dir))}  # fmt: skip
+    curves = {run.config.stage: loss_curves(run, folder) for run, folder in ((teacher, teacher_dir), (student, student_dir))}
     path = write_report(
         output, metrics=metrics, videos=columns, captions=captions[:SHOWN], curves=curves, by_frame=by_frame,
         fps=float(teacher.config.log.fps),

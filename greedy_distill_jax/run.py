@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from greedy_distill_jax import config as configuration
-from greedy_distill_jax.checkpoint import Checkpointer, load_params
+from greedy_distill_jax.checkpoint import load_meta, load_params
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.diffusion import guidance, schedules, solvers
 from greedy_distill_jax.models.codec import PatchCodec
@@ -61,9 +61,7 @@ class Run:
                 f"{directory} holds no run of greedy_distill_jax (no checkpoints folder); give the --workdir of a "
                 f"training command."
             )
-        with Checkpointer(directory / "checkpoints") as checkpointer:
-            step = checkpointer.latest_step() if step is None else step
-            meta = checkpointer.meta(step)
+        meta = load_meta(directory / "checkpoints", step=step)
         config = configuration.base()
         with config.unlocked():
             stored = json.loads(meta["config"])

@@ -36,8 +36,9 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/modulation", (None, "embed")),
     (r"bos", (None,)),
     (r"etm/norm/(scale|bias)", (None,)),
-    # Everything that is not a parameter: step counters of the optimiser and of the state.
+    # Not parameters: step counters, and Muon's polynomial.
     (r"count|step", ()),
+    (r"ns_coeffs", (None,)),
     # Batches and video-shaped arrays.
     (r"latents", ("batch", "frames", None, None, None)),
     (r"text", ("batch", None, None)),
@@ -102,7 +103,8 @@ def shardings(tree, mesh: Mesh, rules: Rules = RULES):
             raise ValueError(f"sharding: {path} has shape {leaf.shape}, but its row lists the axes {logical}.")
         spec = rules.spec(logical)
         for size, axes in zip(leaf.shape, spec, strict=True):
-            parts = int(np.prod([mesh.shape[a] for a in axes or ()]))
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            parts = int(np.prod([mesh.shape[a] for a in axes]))
             if size % parts:
                 raise ValueError(
                     f"sharding: {path} {leaf.shape}: {size} does not divide into {parts} parts ({axes}); "

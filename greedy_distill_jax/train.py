@@ -223,11 +223,12 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         target = jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shape, state_sharding
         )
-        state, meta = checkpointer.restore(begun, target), checkpointer.meta(begun)
-        cpu_before = meta["train_cpu_s"]
-        if meta["data_position"] != begun * config.data.batch:
+        state = checkpointer.restore(begun, target, architecture=architecture(model))
+        stored = checkpointer.meta(begun)
+        cpu_before = stored["train_cpu_s"]
+        if stored["data_position"] != begun * config.data.batch:
             raise UserError(
-                f"{workdir}: the checkpoint stands at example {meta['data_position']}, not a multiple of "
+                f"{workdir}: the checkpoint stands at example {stored['data_position']}, not a multiple of "
                 f"config.data.batch = {config.data.batch} after {begun} steps; resume with the batch it was made with."
             )
     first = begun or 0
@@ -241,7 +242,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
             latent_shape=list(latent_shape), steps=config.steps,
         )  # fmt: skip
 
-    writer = MetricWriter(workdir, enabled=main, resume_step=first)
+    writer = MetricWriter(workdir, enabled=main, resume_step=first, fps=config.log.fps)
     cpu_start, pending, saved = time.process_time(), [], begun
     loader = make_loader(
         source, codec=codec, text_encoder=encoder, global_batch=config.data.batch, seed=config.seed,

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
 
@@ -19,15 +20,21 @@ def student_config(**changes) -> StudentConfig:
     return dataclasses.replace(STUDENT, **changes)
 
 
-def perturbed(params, key, scale: float = 0.3):
-    """Adds noise to every leaf: zero-initialised heads and gates would hide errors behind them."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [
-        x + scale * jax.random.normal(k, x.shape, x.dtype) / (x.shape[-2] ** 0.5 if x.ndim > 1 else 1.0)
-        for x, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
+def random_params(model, seed: int = 0, latent_shape: tuple[int, int, int, int] = (1, 4, 4, 4)):
+    """Parameters of a model's tree with no leaf zero or one: zero-initialised heads and gates would hide errors.
+
+    Drawn with numpy from the shapes alone, because compiling an ``init`` takes longer than most tests.
+    """
+    shapes = jax.eval_shape(lambda key: model.init(key, latent_shape), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        value = rng.standard_normal(leaf.shape)
+        if path[-1].key == "kernel":
+            return jnp.asarray(value / np.sqrt(leaf.shape[-2]), leaf.dtype)
+        return jnp.asarray((path[-1].key == "scale") + 0.3 * value, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def text_rows(batch: int, key, base: WanConfig = BASE):

@@ -67,7 +67,7 @@ def test_sinusoid_is_float64_accurate(t):
 @pytest.fixture(scope="module")
 def teacher():
     model = Teacher(tiny.BASE)
-    return model, tiny.perturbed(model.init(jax.random.key(0), (3, 4, 4, 4)), jax.random.key(1))
+    return model, tiny.random_params(model)
 
 
 def test_one_level_per_video_equals_equal_levels_per_frame(teacher):

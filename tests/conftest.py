@@ -1,0 +1,51 @@
+"""Every test runs on 8 virtual CPU devices, with strict dtypes and ranks and with shapes checked at run time."""
+
+import os
+
+# Before jax is imported: distributed tests need 8 devices, everything else uses the first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
+    # The suite compiles much and computes little.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jaxtyping
+
+if os.environ.get("CHECK_SHAPES", "1") != "0":
+    jaxtyping.install_import_hook("greedy_distill_jax", "beartype.beartype")
+
+import hypothesis
+import jax
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.path.join(ROOT, ".pytest_cache", "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=15, database=None)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """An empty directory for one run."""
+    path = tmp_path / "run"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def subprocess_env():
+    """Environment of a child process: one CPU device, the checkout importable, the compilation cache shared."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "TQDM_DISABLE")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, env.get("PYTHONPATH")]))
+    env["JAX_COMPILATION_CACHE_DIR"] = os.path.join(ROOT, ".pytest_cache", "jax")
+    return env

@@ -1,0 +1,180 @@
+"""The rules of the house: lint, who may import whom, sizes, docstrings, packaging, what the documents refer to."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "greedy_distill_jax"
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+FOLDERS = ("greedy_distill_jax", "configs", "tests", "benchmarks")
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+TORCH = ("torch", "transformers", "diffusers")
+TORCH_ALLOWED = ("testing", "export", "prepare.py")
+
+
+def command(name):
+    found = Path(sys.executable).parent / name
+    return str(found) if found.exists() else shutil.which(name)
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(tree):
+    """(top-level name of an imported module, whether the import runs when the module is imported)."""
+
+    def visit(node, top):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0], top
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, top and not inside)
+
+    yield from visit(tree, True)
+
+
+def test_ruff():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_who_may_import_whom():
+    done = subprocess.run(
+        [command("lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_of_a_module(path):
+    top = path.relative_to(PACKAGE).parts[0]
+    for name, at_import in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        if name in TORCH:
+            assert top in TORCH_ALLOWED, f"{relative(path)} imports {name}: only {TORCH_ALLOWED} may"
+            assert not at_import, f"{relative(path)} imports {name} outside a function"
+        if name == "orbax":
+            assert top == "checkpoint.py"
+        if name == "grain":
+            assert top in ("data", "checkpoint.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_a_module_has_a_docstring(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not tree.body or ast.get_docstring(tree), f"{relative(path)} has no docstring"
+
+
+def test_no_file_is_long():
+    long = {relative(p): n for p in SOURCES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500}
+    assert not long, "split these files: at most 500 lines"
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, greedy_distill_jax; "
+        "heavy = [m for m in ('jax', 'numpy', 'flax', 'torch', 'orbax', 'tensorflow') if m in sys.modules]; "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.subprocesses
+def test_importing_every_module_starts_no_backend():
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in MODULES]
+    code = (
+        f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends, 'a backend was started'\n"
+        f"assert not [m for m in {TORCH!r} if m in sys.modules], 'torch was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def setup_arguments(monkeypatch):
+    """What setup.py passes to setuptools.setup."""
+    setuptools = pytest.importorskip("setuptools")
+    seen = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **kw: seen.update(kw))
+    exec(compile((ROOT / "setup.py").read_text(), str(ROOT / "setup.py"), "exec"), {"__file__": str(ROOT / "setup.py")})
+    return seen
+
+
+DISTRIBUTION_OF = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "cv2": "opencv-python-headless",
+    "ml_collections": "ml-collections",
+    "orbax": "orbax-checkpoint",
+}
+OPTIONAL = {"skimage", "starlette", "uvicorn", "websockets", *TORCH}  # in extras, imported inside functions
+
+
+def test_setup_lists_what_the_package_imports(monkeypatch):
+    base = {re.split(r"[><=\[]", r)[0].lower() for r in setup_arguments(monkeypatch)["install_requires"]}
+    external = {}
+    for path in MODULES:
+        for name, at_import in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            if name not in sys.stdlib_module_names and name != "greedy_distill_jax":
+                external.setdefault(name, []).append((relative(path), at_import))
+    at_import = {name: [path for path, top in uses if top] for name, uses in external.items() if name in OPTIONAL}
+    assert not {name: paths for name, paths in at_import.items() if paths}, "in an extra: import it inside functions"
+    needed = {DISTRIBUTION_OF.get(name, name).lower(): uses for name, uses in external.items() if name not in OPTIONAL}
+    assert not {name: uses for name, uses in needed.items() if name not in base}, "setup.py does not list these"
+
+
+def test_setup_has_no_torch_in_the_base(monkeypatch):
+    arguments = setup_arguments(monkeypatch)
+    assert not [r for r in arguments["install_requires"] if re.match("torch|transformers|tensorflow|diffusers", r)]
+    assert {"cuda", "tpu", "torch", "eval", "notebook", "dev", "test"} <= set(arguments["extras_require"])
+    assert not [r for rs in arguments["extras_require"].values() for r in rs if "<" in r.split(";")[0]]
+
+
+def test_data_files_are_packaged(monkeypatch):
+    patterns = setup_arguments(monkeypatch)["package_data"]["greedy_distill_jax"]
+    packaged = {p for pattern in patterns for p in PACKAGE.glob(pattern)}
+    data = {p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and "~" not in p.name}
+    assert not {relative(p) for p in data - packaged}
+    assert {p.parent for p in MODULES} <= {p.parent for p in MODULES if p.name == "__init__.py"}
+
+
+def test_one_version(monkeypatch):
+    import greedy_distill_jax
+
+    assert setup_arguments(monkeypatch)["version"] == greedy_distill_jax.__version__
+    assert f"[{greedy_distill_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_commands_in_documents_name_files_that_exist(document):
+    if not (ROOT / document).exists():
+        pytest.skip(f"{document} does not exist")
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", text, re.DOTALL))
+    files = re.findall(r"(?<![\w/.-])((?:launch|configs|benchmarks|notebooks|tests|\.ci)/[\w./-]+)", blocks)
+    modules = re.findall(r"-m (greedy_distill_jax[\w.]*|benchmarks[\w.]*)", blocks)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not re.match(r"mailto:|\w+://", link)]
+    missing = [f for f in files + links if not (ROOT / f).exists()]
+    missing += [m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("script", [*sorted(ROOT.glob("launch/*.sh")), ROOT / ".ci" / "run"], ids=relative)
+def test_scripts_parse(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
