@@ -53,9 +53,9 @@ def base() -> ConfigDict:
     c.student.gate_init = 0.1  # initial gate of fusion xattn2
     c.student.context_noise = 0.0  # history is noised up to this level in training
 
-    c.losses = ConfigDict()  # name in the logs -> loss (a built-in, "module:function" or "file.py:function"), weight, options
+    c.losses = ConfigDict()  # name in the logs -> {loss, weight, options}; more names may be added
     c.losses.flow_matching = ConfigDict()
-    c.losses.flow_matching.loss = "flow_matching"
+    c.losses.flow_matching.loss = "flow_matching"  # a built-in, "module:function" or "file.py:function"
     c.losses.flow_matching.weight = 1.0
     c.losses.flow_matching.options = ConfigDict()  # keyword arguments of the loss
     c.text_dropout = 0.1  # examples trained without text

@@ -1,10 +1,9 @@
 """Numbers, pictures and a report of a teacher and the student distilled from it.
 
-    python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/student --output runs/report
+python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/student --output runs/report
 """
 
 import argparse
-import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from greedy_distill_jax import cli
+from greedy_distill_jax.checkpoint import versions
 from greedy_distill_jax.data.loader import load_source
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.eval import gates, oracle
@@ -102,7 +102,7 @@ def evaluate(
     """
     teacher, student = Run.load(teacher_dir), Run.load(student_dir)
     if teacher.is_student or not student.is_student:
-        raise UserError("evaluate needs a teacher's run directory (--teacher) and a student's (--student), in this order.")
+        raise UserError("evaluate needs the run directory of a teacher (--teacher) and that of a student (--student).")
     if teacher.config.compile_cache:
         start(teacher.config.compile_cache)
     frames, chunk = teacher.latent_shape[0], student.model.cfg.chunk
@@ -117,15 +117,19 @@ def evaluate(
         ("stage1", student, long, dict(steps=many)),
         ("stage1_few_steps", student, long, dict(steps=few, first_steps=few)),
     ]
-    made: dict[str, tuple[np.ndarray, dict[str, Any]]] = {"data": (real, {"steps": "–", "train_cpu_s": 0.0, "seeds": [seed]})}
+    nothing = {"steps": "\N{EN DASH}", "train_cpu_s": 0.0, "seeds": [seed]}
+    made: dict[str, tuple[np.ndarray, dict[str, Any]]] = {"data": (real, nothing)}
     for name, run, length, options in tqdm(todo, desc="sampling", disable=not sys.stderr.isatty()):
         video = sampled(run, captions, frames=length, seed=seed, **options)
         made[name] = (video, options | {"train_cpu_s": run.meta["train_cpu_s"], "seeds": [run.config.seed, seed]})
 
-    extra: dict[str, Any] = {"commands": list(commands), "videos": len(captions), "held_out_captions": sorted(set(captions))}
+    extra: dict[str, Any] = {"commands": list(commands), "videos": len(captions)}
+    extra["held_out_captions"] = sorted(set(captions))
     gate_list: list[dict[str, Any]] = []
     if shapes:
-        rows, by_frame = rows_of(made, captions, real, frames)
+        # Distances are to other real videos than the data row's, so that its own row is the floor.
+        reference, _ = held_out_videos(teacher, long, videos, seed + 1)
+        rows, by_frame = rows_of(made, captions, reference, frames)
         named = {row["name"]: row for row in rows}
         gate_list = gates.quality_gates(named["teacher"], named["stage1"])
     else:
@@ -154,9 +158,11 @@ def evaluate(
     metrics = {
         "rows": rows,
         "time_per_frame_ms": times,
-        "cache_bytes": {"etm_sdd, any length": cache_bytes(state), f"full_causal, {max(lengths)} frames": causal * max(lengths)},
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
-        | {"python": sys.version.split()[0]},
+        "cache_bytes": {
+            "etm_sdd, any length": cache_bytes(state),
+            f"full_causal, {max(lengths)} frames": causal * max(lengths),
+        },
+        "versions": versions(),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "commit": _commit(),
         "gates": gate_list,
@@ -165,7 +171,8 @@ def evaluate(
         "extra": extra,
     }  # fmt: skip
     columns = {name: [video[i] for i in range(min(SHOWN, len(captions)))] for name, (video, _) in made.items()}
-    curves = {run.config.stage: loss_curves(run, folder) for run, folder in ((teacher, teacher_dir), (student, student_dir))}
+    pairs = ((teacher, teacher_dir), (student, student_dir))
+    curves = {run.config.stage: loss_curves(run, folder) for run, folder in pairs}
     path = write_report(
         output, metrics=metrics, videos=columns, captions=captions[:SHOWN], curves=curves, by_frame=by_frame,
         fps=float(teacher.config.log.fps),
@@ -189,7 +196,10 @@ def print_table(metrics: dict[str, Any]) -> None:
         cells = [f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float) and k != "train_cpu_s"]
         print(f"  {row['name']:<18} steps {row['steps']}  {'  '.join(cells)}")
     for row in metrics["time_per_frame_ms"]:
-        print("  ms per frame  " + "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        print(
+            f"  ms per frame at {row['frames']:>4} frames  "
+            + "  ".join(f"{k} {v:.2f}" for k, v in list(row.items())[1:])
+        )
     for gate in metrics["gates"]:
         print(f"  {'pass' if gate['passed'] else 'FAIL'}  {gate['name']}: {gate['value']} ({gate['threshold']})")
 

@@ -1,6 +1,5 @@
 """What a run says: TensorBoard events, a JSON-lines file of scalars, and progress on stderr."""
 
-import io
 import json
 import math
 import os
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from greedy_distill_jax.data.video_io import encode_gif
 from greedy_distill_jax.types import UserError
 
 SCALARS = "scalars.jsonl"
@@ -63,7 +62,7 @@ class MetricWriter:
         self._lines.flush()  # one write per line: a killed run leaves at most one torn line
 
     def gif(self, step: int, tag: str, video_THWC: np.ndarray) -> None:
-        """Writes a uint8 video [T, H, W, C] (C of 1 or 3), shown as an animated image."""
+        """Writes a uint8 video [T, H, W, 3], shown as an animated image."""
         if not self._enabled:
             return
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -102,17 +101,6 @@ def read_scalars(logdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of `scalars.jsonl`: dictionaries with step, time and one number per tag ("nan" as text)."""
     path = Path(logdir).expanduser() / SCALARS
     return _parse(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def encode_gif(video_THWC: np.ndarray, *, fps: int = 8) -> bytes:
-    """A uint8 video [T, H, W, C] (C of 1 or 3) as an endlessly repeating GIF."""
-    video_THWC = np.asarray(video_THWC)
-    if video_THWC.ndim != 4 or video_THWC.dtype != np.uint8 or video_THWC.shape[-1] not in (1, 3):
-        raise ValueError(f"gif: expected uint8 [T, H, W, 1 or 3], got {video_THWC.dtype} {list(video_THWC.shape)}.")
-    frames = [Image.fromarray(np.broadcast_to(f, (*f.shape[:2], 3)).copy()) for f in video_THWC]
-    out = io.BytesIO()
-    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
-    return out.getvalue()
 
 
 def _parse(text: str) -> list[dict[str, Any]]:

@@ -68,9 +68,7 @@ class Run:
             config.losses = ConfigDict()
             config.update(ConfigDict(stored))
         wan = configuration.wan_config(config)
-        model = (
-            Teacher(wan) if config.stage == "teacher" else Student(configuration.student_config(config))
-        )
+        model = Teacher(wan) if config.stage == "teacher" else Student(configuration.student_config(config))
         params = load_params(directory / "checkpoints", "ema", step=step)
         encoder = HashWordEncoder(wan.text_len, wan.text_dim)
         codec = PatchCodec.load(directory / CODEC)

@@ -20,7 +20,7 @@ from greedy_distill_jax.types import UserError
 
 
 def parse_switch(value: str) -> tuple[int, str]:
-    """"128:a blue circle moving up" -> (128, prompt)."""
+    """ "128:a blue circle moving up" -> (128, prompt)."""
     frame, colon, prompt = value.partition(":")
     if not colon or not frame.strip().isdigit():
         raise UserError(f'--switch {value!r} is not of the form FRAME:"PROMPT", such as 128:"a blue circle moving up".')
@@ -51,7 +51,7 @@ def stream_videos(run: Run, prompts: list[str], frames: int, *, seed: int = 0, s
             raise UserError(f"{what} {frame} does not fit the student's chunk of {chunk} frames; use a multiple of it.")
     late = [f for f in switches if not 0 < f < frames]
     if late:
-        raise UserError(f"--switch at frame {late[0]} lies outside the video; choose a frame between 1 and {frames - 1}.")
+        raise UserError(f"--switch at frame {late[0]} lies outside the video; choose 1 to {frames - 1}.")
     state, step = run.open_stream(run.text(prompts), jax.random.key(seed), steps, first_steps)
     switch = jax.jit(run.streamer(steps, first_steps).switch_prompt)
     for frame in range(0, frames, chunk):
@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m greedy_distill_jax.sample", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="run directory (the --workdir of training)")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--switch", action="append", default=[], metavar='FRAME:"PROMPT"', help="new prompt from a frame on")
+    parser.add_argument(
+        "--switch", action="append", default=[], metavar='FRAME:"PROMPT"', help="new prompt from a frame on"
+    )
     parser.add_argument("--frames", type=int, default=64)
     parser.add_argument("--steps", type=int, help="network evaluations per chunk (default: the run's)")
     parser.add_argument("--first-steps", type=int, help="of the first chunk")

@@ -6,6 +6,7 @@ look at. The state has a fixed size, so does the cost: neither depends on how ma
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class Sampling:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"Sampling.sampler is {self.sampler!r}; choose from {', '.join(SAMPLERS)}.")
         for row in self.sigmas:
-            if not row or any(a <= b for a, b in zip(row, row[1:], strict=False)) or row[-1] <= 0 or row[0] > 1:
+            if not row or any(a <= b for a, b in itertools.pairwise(row)) or row[-1] <= 0 or row[0] > 1:
                 raise ValueError(f"Sampling.sigmas must decrease within (0, 1], got {row}.")
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:

@@ -90,7 +90,8 @@ def new_parameter_scale(scale: float):
     def factors(params):
         def factor(path, leaf):
             names = {getattr(k, "key", "") for k in path}
-            fresh = names & {"z_k", "z_v", "z_in", "z_gate", "bos"} or {"etm", "norm"} <= names and "blocks" not in names
+            norm_of_etm = {"etm", "norm"} <= names and "blocks" not in names
+            fresh = norm_of_etm or names & {"z_k", "z_v", "z_in", "z_gate", "bos"}
             return jnp.asarray(scale if fresh else 1.0, leaf.dtype).reshape((1,) * leaf.ndim)
 
         return jax.tree_util.tree_map_with_path(factor, params)
@@ -220,9 +221,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         params = initial_params(config, model, latent_shape)
         state = jax.jit(lambda p: make_state(p, optimizer), out_shardings=state_sharding)(params)
     else:
-        target = jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shape, state_sharding
-        )
+        target = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shape, state_sharding)
         state = checkpointer.restore(begun, target, architecture=architecture(model))
         stored = checkpointer.meta(begun)
         cpu_before = stored["train_cpu_s"]
@@ -294,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv[1:] if argv is None else argv, {"workdir": (str, None, "directory of the run (required)")}
     )
     if not flags["workdir"]:
-        raise UserError("--workdir is missing; name a directory for checkpoints and logs, such as --workdir=runs/teacher.")
+        raise UserError("--workdir is missing; name a directory, such as --workdir=runs/teacher.")
     try:
         train(config, flags["workdir"])
     except Diverged as error:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from greedy_distill_jax.logging import SCALARS, MetricWriter, _Lines, encode_gif, progress, read_scalars
+from greedy_distill_jax.logging import SCALARS, MetricWriter, _Lines, progress, read_scalars
 from greedy_distill_jax.types import UserError
 
 
@@ -69,16 +69,6 @@ def test_an_unwritable_directory_is_a_user_error(workdir):
     (workdir / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         MetricWriter(workdir / "file" / "run")
-
-
-@pytest.mark.parametrize("bad", [np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8)])
-def test_gif_takes_uint8_videos_only(bad):
-    with pytest.raises(Exception, match=r"uint8|video_THWC"):
-        encode_gif(bad)
-
-
-def test_gif_of_one_channel():
-    assert Image.open(io.BytesIO(encode_gif(np.zeros((3, 4, 6, 1), np.uint8)))).size == (6, 4)
 
 
 def test_progress_without_a_terminal_is_lines(capsys):

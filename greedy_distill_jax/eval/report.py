@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
+from greedy_distill_jax.data.video_io import encode_gif
 from greedy_distill_jax.types import UserError
 
 VIDEO_PIXELS = 128  # width that a small video is scaled up to, so that each of its pixels can be seen
@@ -195,14 +196,6 @@ def _growth(times: Sequence[dict]) -> dict | None:
 # --------------------------------------------------------------------------------------------------------------- videos
 
 
-def _encode_gif(frames_THWC: np.ndarray, *, fps: float) -> bytes:
-    images = [Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames_THWC]
-    buffer = io.BytesIO()
-    duration = 10 * max(2, round(100 / fps))  # milliseconds; GIF counts in hundredths of a second
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=False)
-    return buffer.getvalue()
-
-
 def _data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
@@ -218,7 +211,7 @@ def _video_cell(column: str, caption: str, video: np.ndarray | None, frames: int
     Image.fromarray(large[0]).save(still, "PNG")
     return {
         "column": column,
-        "gif": _data_uri("gif", _encode_gif(large, fps=fps)),
+        "gif": _data_uri("gif", encode_gif(large, fps=fps)),
         "still": _data_uri("png", still.getvalue()),
         "height": large.shape[1],
         "width": large.shape[2],

@@ -20,7 +20,7 @@ from greedy_distill_jax.diffusion import solvers
 from greedy_distill_jax.models.dit import Dit, Teacher, grid_of
 from greedy_distill_jax.models.layers import KeyValue, Layer, Layout
 from greedy_distill_jax.models.rope import rope_table
-from greedy_distill_jax.stream import StreamState, Streamer
+from greedy_distill_jax.stream import Streamer, StreamState
 
 
 def causal_frame(teacher: Teacher, params, frames: int, sigmas: Sequence[float], latent_shape, text_BMC) -> Callable:

@@ -58,4 +58,4 @@ def check_options(name: str, loss: Callable, options: dict) -> None:
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise UserError(f"loss {name!r} has no option {unknown[0]!r}; its keyword-only options are: {', '.join(known)}.")
+        raise UserError(f"loss {name!r} has no option {unknown[0]!r}; it takes {', '.join(known)}.")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from greedy_distill_jax.models.layers import Emitted, Embeddings, Head, Layer, Layout, Shared, block_stack, dense
+from greedy_distill_jax.models.layers import Embeddings, Emitted, Head, Layer, Layout, Shared, block_stack, dense
 from greedy_distill_jax.models.rope import Rope, rope_table
 from greedy_distill_jax.models.wan_config import WanConfig
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from greedy_distill_jax.models.dit import grid_of
-from greedy_distill_jax.models.layers import Emitted, Embeddings, Layer, Layout, Shared, block_stack, layer_norm
+from greedy_distill_jax.models.layers import Embeddings, Emitted, Layer, Layout, Shared, block_stack, layer_norm
 from greedy_distill_jax.models.rope import Rope
 from greedy_distill_jax.models.wan_config import StudentConfig
 

@@ -85,9 +85,7 @@ def dense(features: int, cfg: WanConfig, kernel_init=None, **kwargs) -> nn.Dense
 
 def layer_norm(eps: float, affine: bool = False, **kwargs) -> nn.LayerNorm:
     """LayerNorm with float32 statistics and result."""
-    return nn.LayerNorm(
-        eps, dtype=jnp.float32, use_bias=affine, use_scale=affine, use_fast_variance=False, **kwargs
-    )
+    return nn.LayerNorm(eps, dtype=jnp.float32, use_bias=affine, use_scale=affine, use_fast_variance=False, **kwargs)
 
 
 class RMSNorm(nn.Module):

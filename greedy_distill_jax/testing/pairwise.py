@@ -9,10 +9,7 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """A small list of full assignments that covers every pair of values of two options (greedy, deterministic)."""
     names = list(options)
     left = {
-        frozenset([(a, x), (b, y)])
-        for a, b in itertools.combinations(names, 2)
-        for x in options[a]
-        for y in options[b]
+        frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]
     }
     cases = []
     while left:

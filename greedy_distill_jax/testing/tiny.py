@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from greedy_distill_jax.config import base
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
 
 BASE = WanConfig(
@@ -35,6 +36,24 @@ def random_params(model, seed: int = 0, latent_shape: tuple[int, int, int, int] 
         return jnp.asarray((path[-1].key == "scale") + 0.3 * value, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def train_config(stage: str = "teacher", **changes):
+    """A run of a few steps; ``changes`` are dotted keys with "__" for ".": ``data__batch=8``."""
+    config = base()
+    config.stage, config.steps = stage, 6
+    config.model.dim, config.model.ffn_dim, config.model.num_layers = 24, 32, 2
+    config.model.freq_dim, config.model.text_dim, config.model.text_len = 8, 8, 6
+    config.data.batch, config.data.frames = 8, 4
+    config.student.window, config.student.rope_frames = 2, 4
+    config.checkpoint.every, config.log.every, config.log.samples_every = 3, 1, 0
+    config.optimizer.warmup, config.ema.start, config.compile_cache = 1, 2, ""
+    config.sample.steps = 2
+    with config.unlocked():
+        config.losses.flow_matching.options.per_frame = stage != "teacher"
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
 
 
 def text_rows(batch: int, key, base: WanConfig = BASE):

@@ -12,8 +12,10 @@ from greedy_distill_jax.models.student import Student
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig, split_layers
 from greedy_distill_jax.testing import tiny
 
+WAN = [("wan1_3b", 1_418_996_800, 46_440_704), ("wan14b", 14_288_491_584, 351_394_304)]
 
-@pytest.mark.parametrize("size, total, block", [("wan1_3b", 1_418_996_800, 46_440_704), ("wan14b", 14_288_491_584, 351_394_304)])
+
+@pytest.mark.parametrize("size, total, block", WAN)
 def test_parameter_counts_are_wans(size, total, block):
     teacher = Teacher(WanConfig(**WAN_SIZES[size]))
     shapes = jax.eval_shape(lambda k: teacher.init(k, (1, 4, 4, 16)), jax.random.key(0))
@@ -114,7 +116,11 @@ def test_bfloat16_keeps_float32_weights_and_stays_close(teacher):
 
 @pytest.mark.parametrize(
     "change, message",
-    [(dict(prediction="noise"), "choose from"), (dict(num_heads=5), "multiple of num_heads"), (dict(remat="some"), "remat")],
+    [
+        (dict(prediction="noise"), "choose from"),
+        (dict(num_heads=5), "multiple of num_heads"),
+        (dict(remat="some"), "remat"),
+    ],
 )
 def test_bad_config_names_the_value(change, message):
     with pytest.raises(ValueError, match=message):
