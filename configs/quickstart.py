@@ -23,10 +23,8 @@ def get_config(arg: str = "teacher"):
     if stage not in ("teacher", "student") or speed not in STEPS:
         raise ValueError(f"{arg!r} is not one of teacher, student, each with ',fast' or ',smoke' or neither")
     config = base()
-    with config.unlocked():
-        options = config.losses.flow_matching.options
-        options.shift, options.weighting = 8.0, "x0"
-        options.per_frame = stage == "student"
+    options = config.losses.flow_matching.options
+    options.shift, options.weighting, options.per_frame = 8.0, "x0", stage == "student"
     config.data.batch = 16
     if stage == "teacher":
         config.stage = "teacher"

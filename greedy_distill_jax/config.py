@@ -95,7 +95,9 @@ def base() -> ConfigDict:
     c.log.samples_every = 1000  # updates between sample GIFs, 0 = never
     c.log.fps = 8  # of samples
     c.compile_cache = "~/.cache/greedy_distill_jax/xla"  # "" = none
-    return c.lock()
+    c.lock()
+    c.losses.unlock()  # losses and their options are open; ``validate`` checks them against the functions
+    return c
 
 
 def validate(config: ConfigDict) -> None:

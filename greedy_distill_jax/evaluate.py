@@ -85,7 +85,7 @@ def evaluate(
     *,
     videos: int = 256,
     seed: int = 1000,
-    lengths: Sequence[int] = (8, 32, 128, 256),
+    lengths: Sequence[int] = (32, 128, 256, 512),
     commands: Sequence[str] = (),
     announce: Callable[[str], None] = print,
 ) -> dict[str, Any]:

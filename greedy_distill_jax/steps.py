@@ -112,7 +112,8 @@ def train_step(
         return total_loss(terms, make_net(params, key_net), batch, key_loss)
 
     (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes dtypes and ranks
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     if rate_scale is not None:
         updates = jax.tree.map(lambda u, s: u * s, updates, rate_scale(state.params))
     params = optax.apply_updates(state.params, updates)

@@ -187,7 +187,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     workdir = Path(workdir).expanduser()
     if config.compile_cache:
         start(config.compile_cache)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.to_dict())
     main = jax.process_index() == 0
 
     source, codec = data_source(config, "train")
@@ -218,7 +218,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     checkpointer = Checkpointer(workdir / "checkpoints", max_to_keep=config.checkpoint.keep)
     begun, cpu_before = checkpointer.latest_step(), 0.0
     if begun is None:
-        params = initial_params(config, model, latent_shape)
+        params = jax.device_put(initial_params(config, model, latent_shape), state_sharding.params)
         state = jax.jit(lambda p: make_state(p, optimizer), out_shardings=state_sharding)(params)
     else:
         target = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shape, state_sharding)
@@ -257,7 +257,8 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
             }
             state, metrics = jitted(state, batch)
             pending.append((step, metrics))
-            last = step == config.steps or stop.signal != 0
+            stopping = stop.signal  # read once: a signal later in this update is for the next one
+            last = step == config.steps or stopping != 0
             save = step % config.checkpoint.every == 0 or last
             if save or step % config.log.every == 0:
                 values = _check_finite(config, pending, workdir / "checkpoints")
@@ -274,12 +275,12 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
                 for caption, video in zip(captions, run.sample_videos(captions), strict=True):
                     writer.gif(step, f"samples/{caption}", video)
             bar.update(1)
-            if stop.signal:
+            if stopping:
                 break
     checkpointer.wait()
     writer.close()
     checkpointer.close()
-    if stop.signal and main:
+    if stop.signal and saved < config.steps and main:
         print(f"{config.stage}: stopped by a signal, saved step {saved} of {config.steps} in {workdir}; "
               f"the same command goes on from there.", file=sys.stderr)  # fmt: skip
     if stop.signal == signal.SIGINT:

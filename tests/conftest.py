@@ -42,7 +42,7 @@ def workdir(tmp_path):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def subprocess_env():
     """Environment of a child process: one CPU device, the checkout importable, the compilation cache shared."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "TQDM_DISABLE")}

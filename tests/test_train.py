@@ -63,10 +63,11 @@ class _Process:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    train(tiny.train_config(steps=40, checkpoint__every=5), workdir, show_progress=False)
-    return _leaves(workdir)
+def undisturbed(tmp_path_factory, subprocess_env):
+    root = tmp_path_factory.mktemp("undisturbed")
+    code, error = _Process(root, root / "run", subprocess_env).finish()
+    assert code == 0, error
+    return _leaves(root / "run")
 
 
 @pytest.mark.xdist_group("train")
@@ -153,9 +154,8 @@ def test_a_loss_of_ones_own_by_registration_and_by_file(tmp_path):
         "    return scale * jnp.mean(jnp.abs(v), axis=(1, 2, 3, 4)), {}\n"
     )
     config = tiny.train_config(steps=2)
-    with config.unlocked():
-        config.losses.registered = dict(loss="mean_square", weight=0.5, options=dict(scale=2.0))
-        config.losses.from_file = dict(loss=f"{tmp_path / 'mine.py'}:gap", weight=0.1, options={})
+    config.losses.registered = dict(loss="mean_square", weight=0.5, options=dict(scale=2.0))
+    config.losses.from_file = dict(loss=f"{tmp_path / 'mine.py'}:gap", weight=0.1, options={})
     train(config, tmp_path / "run", show_progress=False)
     line = read_scalars(tmp_path / "run")[-1]
     total = line["teacher/flow_matching"] + 0.5 * line["teacher/registered"] + 0.1 * line["teacher/from_file"]

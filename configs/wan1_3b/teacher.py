@@ -27,7 +27,6 @@ def get_config():
     config.sample.guidance = 5.0
     config.student.rope_frames = 21
     config.student.window = 7
-    with config.unlocked():
-        options = config.losses.flow_matching.options
-        options.shift, options.weighting = 5.0, "bell"
+    options = config.losses.flow_matching.options
+    options.shift, options.weighting = 5.0, "bell"
     return config

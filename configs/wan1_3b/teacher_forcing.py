@@ -18,6 +18,5 @@ def get_config():
     config.optimizer.betas = (0.9, 0.95)
     config.ema.decay = 0.999
     config.sample.guidance = 1.0
-    with config.unlocked():
-        config.losses.flow_matching.options.per_frame = True
+    config.losses.flow_matching.options.per_frame = True
     return config

@@ -49,8 +49,7 @@ def train_config(stage: str = "teacher", **changes):
     config.checkpoint.every, config.log.every, config.log.samples_every = 3, 1, 0
     config.optimizer.warmup, config.ema.start, config.compile_cache = 1, 2, ""
     config.sample.steps = 2
-    with config.unlocked():
-        config.losses.flow_matching.options.per_frame = stage != "teacher"
+    config.losses.flow_matching.options.per_frame = stage != "teacher"
     for key, value in changes.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
     return config
