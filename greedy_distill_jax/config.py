@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from greedy_distill_jax.diffusion import schedules
-from greedy_distill_jax.losses import check_options, resolve
+from greedy_distill_jax.losses import check_options, option_names, resolve
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig, split_layers
 from greedy_distill_jax.steps import Term
 from greedy_distill_jax.stream import Sampling
@@ -184,11 +184,13 @@ def sampling(config: ConfigDict, steps: int | None = None, first_steps: int | No
 
 
 def terms(config: ConfigDict) -> list[Term]:
-    """The weighted losses."""
+    """The weighted losses. A loss with an option "group" (frames that share a noise level) gets the student's chunk."""
     out = []
     for name, term in config.losses.items():
         loss, options = resolve(term.loss), dict(term.get("options", {}))
         check_options(term.loss, loss, options)
+        if config.stage != "teacher" and "group" in option_names(loss):
+            options.setdefault("group", config.student.chunk)
         out.append(Term(name, loss, float(term.weight), options))
     if not out:
         raise UserError("config.losses is empty; name at least one loss.")

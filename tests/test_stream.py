@@ -1,5 +1,9 @@
 """Streaming equals full: the step-by-step form with caches against one parallel pass over the whole video."""
 
+import gc
+import os
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,18 +152,26 @@ def test_switch_prompt_changes_the_future_only_through_text():
     assert float(jnp.abs(same - other).max()) > 1e-3
 
 
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc (Linux)")
 def test_state_and_live_buffers_do_not_grow():
     student = Student(tiny.STUDENT)
     params = _params(student)
     streamer = Streamer(student, Sampling(((1.0,),)))
     step = jax.jit(streamer.step, donate_argnums=1)
     state = streamer.init(params, tiny.text_rows(1, jax.random.key(3)), jax.random.key(7), LATENT)
-    bytes_, live = {}, {}
+    bytes_, live, resident = {}, {}, {}
     for n in range(1, 2049):
         state, x = step(params, state)
         if n in (64, 2048):
             x.block_until_ready()
-            bytes_[n], live[n] = cache_bytes(state), len(jax.live_arrays())
+            gc.collect()
+            bytes_[n], live[n], resident[n] = cache_bytes(state), len(jax.live_arrays()), _resident_bytes()
+    assert resident[2048] <= 1.01 * resident[64], "the process grew while it streamed"
     assert bytes_[64] == bytes_[2048] and live[64] == live[2048]
     assert step._cache_size() == 1, "the step was compiled more than once"
 

@@ -227,3 +227,20 @@ def test_the_stored_config_is_the_config(tmp_path):
     config = tiny.train_config(steps=2, student__sink=1)
     train(config, tmp_path, show_progress=False)
     assert json.loads(json.dumps(Run.load(tmp_path).config.to_dict())) == json.loads(json.dumps(config.to_dict()))
+
+
+def test_training_options_of_the_student_run_together(tmp_path):
+    """Context noise, keys of the last step, two noise draws, chunks of two frames and faster new parameters."""
+    config = tiny.train_config(
+        "teacher_forcing",
+        steps=2,
+        student__chunk=2,
+        student__context="last_step_kv",
+        student__context_noise=0.3,
+        optimizer__new_scale=10.0,
+        optimizer__name="adamw",
+    )
+    config.losses.flow_matching.options.draws = 2
+    assert configuration.terms(config)[0].options["group"] == 2
+    train(config, tmp_path, show_progress=False)
+    assert Run.load(tmp_path).sample_videos(["a red square moving left"], frames=6).shape == (1, 6, 16, 16, 3)

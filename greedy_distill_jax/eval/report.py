@@ -154,7 +154,7 @@ def _show(value: Any, kind: str = "number") -> str | Markup:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(str(_show(item)) for item in value)
+        return ", ".join(str(item) if kind == "text" else str(_show(item)) for item in value)
     if not isinstance(value, int | float):
         return str(value)
     if kind == "share":

@@ -50,12 +50,18 @@ def resolve(name: str) -> Callable:
         raise UserError(f"loss {name!r} cannot be loaded: {error}. Check the path and the function's name.") from error
 
 
+def option_names(loss: Callable) -> list[str]:
+    """The keyword-only arguments of a loss."""
+    parameters = inspect.signature(loss).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
 def check_options(name: str, loss: Callable, options: dict) -> None:
     """Raises UserError for an option the loss does not take, naming those it does."""
     parameters = inspect.signature(loss).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return
-    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    known = option_names(loss)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise UserError(f"loss {name!r} has no option {unknown[0]!r}; it takes {', '.join(known)}.")

@@ -37,6 +37,11 @@ def flow_matching(
     """
     x0 = jnp.tile(batch["latents"].astype(jnp.float32), (1, draws, 1, 1, 1))
     count, frames = x0.shape[:2]
+    if per_frame and batch["latents"].shape[1] % group:
+        raise ValueError(
+            f"flow_matching: {batch['latents'].shape[1]} frames do not divide into groups of {group}; "
+            f"use the student's chunk, or another frame count."
+        )
     key_sigma, key_noise = jax.random.split(key)
     shape = (count, frames // group if per_frame else 1)
     sigma = schedules.draw_sigma(key_sigma, shape, distribution=distribution, shift=shift)
