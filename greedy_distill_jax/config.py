@@ -33,6 +33,7 @@ def base() -> ConfigDict:
     c.data.size = 16  # pixels, moving_shapes only (clips have their own)
     c.data.frames = 8  # latent frames of one example
     c.data.batch = 32  # examples of one update, over all devices
+    c.data.augment = "none"  # none | labelled (mirrored, recoloured, reversed; the caption says so): for few clips
     c.data.threads = 2  # reader threads of this process
     c.data.max_bad_records = 10  # unreadable records skipped before the run stops
 

@@ -70,7 +70,7 @@ def rows_of(
     return rows, by_frame
 
 
-def loss_curves(run: Run, directory: str | Path) -> dict[str, list[float]]:
+def loss_curves(run: Run, directory: str | Path) -> dict[str, list[float | int]]:
     """{"step": [...], term: [...]} of every loss term in the run's scalars.jsonl."""
     lines = read_scalars(directory)
     stage = run.config.stage

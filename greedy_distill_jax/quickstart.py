@@ -7,10 +7,10 @@ Every stage is the public command of the same name and resumes where it was inte
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, config as configuration, prepare, sample
@@ -20,7 +20,9 @@ from greedy_distill_jax.evaluate import evaluate, print_table
 from greedy_distill_jax.train import train
 from greedy_distill_jax.types import UserError
 
-CLIP_SIZE, CLIP_FRAMES = "32x32", 16
+CLIP_FRAMES = 16
+# At 12 frames per second things move between frames; a third is held out, so that short clips have a window there too.
+PREPARE = ["--size", "32x32", "--frames", str(CLIP_FRAMES), "--fps", "12", "--stride", "2", "--held-out", "0.35"]
 CLIP_STEPS = {"full": {"teacher": 800, "student": 1500}, "fast": {"teacher": 150, "student": 400}}
 VIDEOS = {"full": 256, "fast": 128, "smoke": 16}
 
@@ -36,6 +38,8 @@ def stage_configs(speed: str, clips: Path | None) -> dict[str, ConfigDict]:
             if speed != "smoke":
                 config.steps = CLIP_STEPS[speed][name]
             config.log.samples_every = config.steps
+        devices = jax.device_count()
+        config.data.batch = -(-config.data.batch // devices) * devices
         configuration.validate(config)
     return configs
 
@@ -57,7 +61,7 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
     Args:
       workdir: created if missing.
       clips, captions: a folder of videos and a CSV with the columns clip,caption; None for the embedded data.
-      speed: "full", "fast" (a third of the time, a worse result) or "smoke" (seconds, for CI).
+      speed: "full", "fast" (a third of the time, a worse result) or "smoke" (a few updates, for CI).
     """
     if (clips is None) != (captions is None):
         raise UserError(
@@ -71,18 +75,16 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
     if marker.exists() and marker.read_text() != job:
         other = marker.read_text()
         raise UserError(f"--workdir {workdir} holds another job ({other}); choose another folder or delete it.")
-    marker.write_text(job)
     if report.exists():
         print(f"quickstart: already done; report in {report}. Delete {workdir} to start over.")
         return report
 
-    dataset = None
-    if clips:
-        dataset = workdir / "dataset"
-        if not (dataset / "dataset.json").exists():
-            print("quickstart: preparing the clips")
-            prepare.main(["clips", "--clips", str(clips), "--captions", str(captions), "--output", str(dataset),
-                          "--size", CLIP_SIZE, "--frames", str(CLIP_FRAMES)])  # fmt: skip
+    dataset = workdir / "dataset" if clips else None
+    if clips and not (marker.exists() and (dataset / "dataset.json").exists()):
+        print("quickstart: preparing the clips")
+        folders = ["--clips", str(clips), "--captions", str(captions), "--output", str(dataset), "--overwrite"]
+        prepare.main(["clips", *folders, *PREPARE])
+    marker.write_text(job)  # only now: clips that cannot be used leave the folder free for another job
     configs = stage_configs(speed, dataset)
     runs = {name: workdir / name for name in configs}
     configs["student"].teacher_from = str(runs["teacher"])
@@ -98,8 +100,11 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
     sample.main(["--checkpoint", str(runs["student"]), "--prompt", prompt, "--frames", "128", "--output", str(video)])
 
     print("quickstart: 4/4 measuring and writing the report", flush=True)
+    command = f"bash launch/quickstart.sh --workdir {workdir}" + (f" --{speed}" if speed != "full" else "")
+    if clips:
+        command += f" --clips {clips} --captions {captions}"
     metrics = evaluate(runs["teacher"], runs["student"], report.parent, videos=VIDEOS[speed],
-                       commands=["bash launch/quickstart.sh " + " ".join(sys.argv[1:])])  # fmt: skip
+                       commands=[command])  # fmt: skip
     print_table(metrics)
     print(f"quickstart: done in {time.time() - begin:.0f} s\n  video   {video}\n  report  {report}")
     return report
@@ -112,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=Path, help="folder of mp4/webm clips instead of the embedded data")
     parser.add_argument("--captions", type=Path, help="CSV with the columns clip,caption")
     parser.add_argument("--fast", action="store_true", help="a few minutes, with a worse result")
-    parser.add_argument("--smoke", action="store_true", help="seconds, learns nothing: for CI")
+    parser.add_argument("--smoke", action="store_true", help="learns nothing: for CI")
     args = parser.parse_args(argv)
     speed = "smoke" if args.smoke else "fast" if args.fast else "full"
     quickstart(args.workdir, clips=args.clips, captions=args.captions, speed=speed)

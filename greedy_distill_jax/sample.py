@@ -22,7 +22,7 @@ from greedy_distill_jax.types import UserError
 def parse_switch(value: str) -> tuple[int, str]:
     """ "128:a blue circle moving up" -> (128, prompt)."""
     frame, colon, prompt = value.partition(":")
-    if not colon or not frame.strip().isdigit():
+    if not colon or not frame.strip().isdecimal():
         raise UserError(f'--switch {value!r} is not of the form FRAME:"PROMPT", such as 128:"a blue circle moving up".')
     return int(frame), prompt
 
@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_student:
         chunks = stream_videos(run, args.prompt, args.frames, seed=args.seed, switches=switches, steps=args.steps,
                                first_steps=args.first_steps)  # fmt: skip
-    elif switches:
-        raise UserError("--switch needs a streaming student; a teacher makes the whole video at once.")
+    elif switches or args.first_steps:
+        option = "--switch" if switches else "--first-steps"
+        raise UserError(f"{option} needs a streaming student; a teacher makes the whole video at once.")
     else:
         video = run.sample_videos(args.prompt, frames=args.frames, steps=args.steps, seed=args.seed)
         chunks = (video[:, t : t + 1] for t in range(args.frames))
@@ -97,14 +98,14 @@ def main(argv: list[str] | None = None) -> None:
     width = run.latent_shape[2] * run.codec.patch
     upscale = args.upscale or max(1, 128 // width)
     paths = output_paths(args.output, len(args.prompt))
-    fps = args.fps or run.config.log.fps
+    fps = run.config.log.fps if args.fps is None else args.fps
     with contextlib.ExitStack() as stack, tqdm(total=args.frames, unit="frame", desc="sample") as bar:
         writers = [stack.enter_context(VideoWriter(path, fps=fps, upscale=upscale)) for path in paths]
-        for video in chunks:
-            for writer, frames in zip(writers, video, strict=True):
+        for chunk in chunks:  # [B, g, H, W, 3]
+            for writer, frames in zip(writers, chunk, strict=True):
                 for frame in frames:
                     writer.write(frame)
-            bar.update(video.shape[1])
+            bar.update(chunk.shape[1])
     for path, prompt in zip(paths, args.prompt, strict=True):
         print(f"{path}: {args.frames} frames, {prompt!r}")
 

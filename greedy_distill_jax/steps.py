@@ -120,5 +120,5 @@ def train_step(
     step = state.step + 1
     follow = jnp.where(step <= ema_start, 1.0, 1.0 - ema_decay)
     ema = jax.tree.map(lambda old, new: old + follow.astype(old.dtype) * (new - old), state.ema, params)
-    metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
     return TrainState(step, params, ema, opt_state), metrics

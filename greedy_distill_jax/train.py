@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from greedy_distill_jax import cli, config as configuration, steps
 from greedy_distill_jax.checkpoint import Checkpointer
 from greedy_distill_jax.config_cli import load_config
+from greedy_distill_jax.data.augment import augmented
 from greedy_distill_jax.data.loader import load_source, make_loader
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.logging import MetricWriter, progress
@@ -191,7 +192,8 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     main = jax.process_index() == 0
 
     source, codec = data_source(config, "train")
-    examples = [source[i] for i in range(4)]
+    examples = [source[i % len(source)] for i in range(4)]
+    source = augmented(source, config.data.augment, config.seed)
     wan = configuration.wan_config(config)
     encoder = HashWordEncoder(wan.text_len, wan.text_dim)
     model, make_net = build_network(config)
@@ -207,6 +209,12 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         "latents": jax.ShapeDtypeStruct((config.data.batch, *latent_shape), jnp.float32),
         "text": jax.ShapeDtypeStruct((config.data.batch, wan.text_len, wan.text_dim), jnp.float32),
     }
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch % parts:
+        raise UserError(
+            f"config.data.batch is {config.data.batch}, which does not divide over data x fsdp = {parts} devices; "
+            f"choose a multiple of {parts} or another config.mesh."
+        )
     batch_sharding = shardings(batch_shape, mesh)
     jitted = jax.jit(
         step_fn,

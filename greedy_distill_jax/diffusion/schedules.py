@@ -17,7 +17,7 @@ def sigma_table(shift: float) -> np.ndarray:
     return shift_sigma((TABLE_SIZE - np.arange(TABLE_SIZE)) / TABLE_SIZE, shift)
 
 
-def warp_steps(raw: tuple[float, ...], shift: float) -> tuple[float, ...]:
+def warp_steps(raw: tuple[float | int, ...], shift: float) -> tuple[float, ...]:
     """Raw step list such as (1000, 750, 500, 250) -> noise levels; shift 5 gives (1, .9375, .8333, .625)."""
     return tuple(float(shift_sigma(r / TABLE_SIZE, shift)) for r in raw)
 

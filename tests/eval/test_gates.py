@@ -1,0 +1,131 @@
+"""The gates of a trained pair: real videos pass them, every control fails the gate that is about it."""
+
+import jax
+import numpy as np
+import pytest
+
+from greedy_distill_jax import config as configuration
+from greedy_distill_jax.data.loader import load_source
+from greedy_distill_jax.data.moving_shapes import MovingShapes
+from greedy_distill_jax.data.text import HashWordEncoder
+from greedy_distill_jax.eval import gates
+from greedy_distill_jax.eval.metrics import evaluate_videos
+from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.run import Run
+from greedy_distill_jax.testing import tiny
+
+FRAMES, LONG, COUNT = 8, 64, 48
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def _drawn(frames, seed):
+    source = MovingShapes(frames=frames, split="held_out", seed=seed)
+    items = [source[i] for i in range(COUNT)]
+    return np.stack([item["video"] for item in items]), [item["caption"] for item in items]
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_source("moving_shapes")[1]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return _drawn(LONG, 2)[0]
+
+
+@pytest.fixture(scope="module")
+def teacher(codec):
+    """(videos of the training length, captions): a perfect teacher, seen through the codec."""
+    video, captions = _drawn(FRAMES, 1)
+    return codec.decode(codec.encode(video)), captions
+
+
+@pytest.fixture(scope="module")
+def student(codec):
+    """(videos of 8 times that length, captions): a perfect student."""
+    video, captions = _drawn(LONG, 3)
+    return codec.decode(codec.encode(video)), captions
+
+
+@pytest.fixture(scope="module")
+def rows(teacher, student, reference):
+    return _row(*teacher, reference), _row(*student, reference)
+
+
+def _row(video, captions, reference):
+    return evaluate_videos(video, captions, window=FRAMES, reference_VTHWC=reference)
+
+
+def _passed(teacher_row, student_row):
+    return [gate["passed"] for gate in gates.quality_gates(teacher_row, student_row)]
+
+
+def test_real_videos_pass_every_gate(rows):
+    assert _passed(*rows) == [True, True, True]
+    for gate in gates.quality_gates(*rows):
+        assert set(gate) == {"name", "value", "threshold", "passed"} and isinstance(gate["passed"], bool)
+
+
+def test_permuted_captions_fail(rows, teacher, student, reference):
+    def permuted(video, captions):
+        order = np.random.default_rng(0).permutation(len(captions))
+        return _row(video, [captions[i] for i in order], reference)
+
+    assert permuted(*teacher)["direction"] < 0.6
+    assert not _passed(permuted(*teacher), rows[1])[0]
+    assert not _passed(rows[0], permuted(*student))[1]
+
+
+def test_opposite_directions_fail_the_direction_gate_alone(rows, teacher, reference):
+    video, captions = teacher
+    turned = [caption.replace(word := caption.split()[-1], OPPOSITE[word]) for caption in captions]
+    assert _passed(_row(video, turned, reference), rows[1]) == [False, True, True]
+
+
+def test_a_frozen_first_frame_fails_the_direction_gate_alone(rows, teacher, reference):
+    video, captions = teacher
+    frozen = np.repeat(video[:, :1], FRAMES, axis=1)
+    assert _passed(_row(frozen, captions, reference), rows[1]) == [False, True, True]
+
+
+def test_a_stream_that_fades_fails_the_last_gate_alone(rows, student, reference):
+    video, captions = student
+    faded = video.copy()
+    faded[: COUNT // 4, LONG // 2 :] = 20
+    assert _passed(rows[0], _row(faded, captions, reference)) == [True, True, False]
+
+
+def test_an_untrained_student_fails(rows, student, codec, reference):
+    captions = student[1][:12]
+    config = tiny.train_config("teacher_forcing", data__frames=FRAMES, student__rope_frames=FRAMES)
+    model = Student(configuration.student_config(config))
+    shape = (FRAMES, *codec.latent_shape(16, 16))
+    params = jax.jit(lambda key: model.init(key, shape))(jax.random.key(0))
+    encoder = HashWordEncoder(config.model.text_len, config.model.text_dim)
+    run = Run(config, model, params, codec, encoder, shape, {})
+    video = run.sample_videos(captions, frames=LONG)
+    assert _passed(rows[0], _row(video, captions, reference[:12])) == [True, False, False]
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_values_that_are_nothing_do_not_pass(bad):
+    good = {"direction": 1.0, "valid_first": 1.0, "valid_last": 1.0}
+    nothing = dict.fromkeys(good, bad)
+    assert _passed(nothing, good)[0] is False
+    assert _passed(good, nothing)[1:] == [False, False]
+
+
+def test_the_student_may_lose_five_points_and_a_tenth():
+    teacher = {"direction": 0.95, "valid_first": 0.9, "valid_last": None}
+    assert _passed(teacher, {"valid_first": 0.86, "valid_last": 0.78}) == [True, True, True]
+    assert _passed(teacher, {"valid_first": 0.84, "valid_last": 0.84}) == [True, False, True]
+    assert _passed(teacher | {"direction": 0.94}, {"valid_first": 0.9, "valid_last": 0.8}) == [False, True, False]
+
+
+@pytest.mark.parametrize("late, passed", [(1.0, True), (1.09, True), (1.12, False), (8.0, False)])
+def test_the_cost_gate_compares_two_lengths(late, passed):
+    times = [{"frames": n, "etm_sdd": ms, "full_causal": 9.0, "teacher": 9.0} for n, ms in ((32, 1.0), (128, 7.0))]
+    times.append({"frames": 256, "etm_sdd": late, "full_causal": 1.0, "teacher": 1.0})
+    gate = gates.cost_gate(times, 32, 256)
+    assert gate["passed"] is passed and gate["value"] == late and "256" in gate["name"]

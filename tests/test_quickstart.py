@@ -1,0 +1,333 @@
+"""The quickstart in its smoke size, once, and everything that reads its result: report, notebook, sample, evaluate."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from PIL import Image
+
+from greedy_distill_jax import quickstart, sample
+from greedy_distill_jax.data.video_io import VideoWriter, probe, read_frames
+from greedy_distill_jax.eval.report import ROW_KEYS, TIME_KEYS, validate_metrics
+from greedy_distill_jax.evaluate import evaluate
+from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.models.wan_config import StudentConfig
+from greedy_distill_jax.run import Run
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ("a red square moving left", "a blue circle moving up")
+
+pytestmark = pytest.mark.xdist_group("quickstart")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a finished smoke run; programs are cached where the suite caches its own."""
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    configs_of = quickstart.stage_configs
+
+    def stage_configs(*args):
+        configs = configs_of(*args)
+        for config in configs.values():
+            config.compile_cache, config.log.samples_every = "", 0
+            config.data.batch = 8  # one example for each of the suite's devices
+        return configs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "stage_configs", stage_configs)
+        report = quickstart.quickstart(workdir, speed="smoke")
+    assert report == workdir / "report" / "report.html"
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def student(finished):
+    return Run.load(finished / "student")
+
+
+# --- what it leaves ---------------------------------------------------------------------------------------------------
+
+
+def test_it_leaves_a_report_with_every_number(finished):
+    assert "<html" in (finished / "report/report.html").read_text(encoding="utf-8")
+    metrics = json.loads((finished / "report/metrics.json").read_text(encoding="utf-8"))
+    validate_metrics(metrics)
+    assert [row["name"] for row in metrics["rows"]] == ["data", "teacher", "stage1", "stage1_few_steps"]
+    assert all(set(row) == set(ROW_KEYS) for row in metrics["rows"])
+    data, teacher, many, few = metrics["rows"]
+    assert data["direction"] == data["valid_first"] == 1.0 and data["valid_last"] == pytest.approx(1.0, abs=0.01)
+    assert teacher["train_cpu_s"] > 0 and many["train_cpu_s"] > 0 and few["seeds"] == many["seeds"]
+    times = {row["frames"]: row for row in metrics["time_per_frame_ms"]}
+    assert {32, 256} <= set(times) and all(set(row) == set(TIME_KEYS) for row in times.values())
+    assert all(row[name] > 0 for row in times.values() for name in TIME_KEYS)
+    streaming, growing = metrics["cache_bytes"].values()
+    assert 0 < streaming < growing
+    assert metrics["versions"]["jax"] and metrics["device"] and "commit" in metrics
+    assert metrics["training_frames"] == 8 and len(metrics["gates"]) == 4
+    assert metrics["config"]["student"]["teacher_from"] == str(finished / "teacher")
+
+
+def test_it_leaves_a_video_that_decodes(finished):
+    frames = list(read_frames(finished / "stream.mp4"))
+    assert len(frames) == 128 and frames[0].shape == (128, 128, 3)
+    assert probe(finished / "stream.mp4").fps == pytest.approx(8)
+
+
+def test_a_second_call_says_that_it_is_done(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert quickstart.quickstart(finished, speed="smoke") == finished / "report" / "report.html"
+    said = capsys.readouterr().out
+    assert "already done" in said and str(finished) in said
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("options", [dict(speed="fast"), dict(speed="smoke", clips=Path("c"), captions=Path("d"))])
+def test_another_job_in_the_same_folder_is_refused(finished, options):
+    with pytest.raises(UserError, match="holds another job.*moving_shapes, smoke"):
+        quickstart.quickstart(finished, **options)
+    assert (finished / "job").read_text() == "moving_shapes, smoke"
+
+
+# --- the notebook -----------------------------------------------------------------------------------------------------
+
+
+def _execute(path, env):
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}})
+    client.execute(env=env)
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+@pytest.fixture
+def kernel_env(subprocess_env, tmp_path):
+    env = {**subprocess_env, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    env.pop("MPLBACKEND", None)  # the kernel's own draws into the notebook
+    return env
+
+
+@pytest.mark.subprocesses
+def test_the_stream_notebook_runs(finished, kernel_env):
+    path = ROOT / "notebooks" / "01_stream.ipynb"
+    outputs = _execute(path, kernel_env | {"QUICKSTART": str(finished)})
+    shown = [kind for output in outputs for kind in output.get("data", {})]
+    assert shown.count("image/gif") == 1 and shown.count("image/png") >= 3
+    assert not [output for output in outputs if output.get("name") == "stderr"], "it warns"
+
+
+@pytest.mark.subprocesses
+def test_the_stream_notebook_says_what_is_missing(tmp_path, kernel_env):
+    with pytest.raises(CellExecutionError, match="bash launch/quickstart.sh"):
+        _execute(ROOT / "notebooks" / "01_stream.ipynb", kernel_env | {"QUICKSTART": str(tmp_path)})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_stored_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and not any(cell.outputs or cell.execution_count for cell in code)
+
+
+# --- sample -----------------------------------------------------------------------------------------------------------
+
+
+def _sample(run, *arguments, prompts=PROMPTS[:1]):
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    sample.main(["--checkpoint", str(run), *given, *map(str, arguments)])
+
+
+def test_several_prompts_make_several_files(finished, tmp_path, capsys):
+    _sample(finished / "student", "--frames", 10, "--output", tmp_path / "new/out.mp4", prompts=PROMPTS)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out-0.mp4", "out-1.mp4"]
+    for number, prompt in enumerate(PROMPTS):
+        path = tmp_path / "new" / f"out-{number}.mp4"
+        info = probe(path)
+        assert (info.width, info.height, info.frames) == (128, 128, 10) and info.fps == pytest.approx(8)
+        assert len(list(read_frames(path))) == 10
+        assert f"{path}: 10 frames, {prompt!r}" in capsys.readouterr().out or number
+
+
+def test_size_rate_and_steps_are_as_asked(finished, tmp_path):
+    out = tmp_path / "out.mp4"
+    _sample(finished / "student", "--frames", 7, "--fps", 12.5, "--upscale", 3, "--steps", 1, "--output", out)
+    info = probe(out)
+    assert (info.width, info.height, info.frames) == (48, 48, 7) and info.fps == pytest.approx(12.5)
+
+
+@pytest.mark.parametrize("name, decoder", [("out.webm", "webm"), ("out.gif", "gif")])
+def test_other_containers(finished, tmp_path, name, decoder):
+    _sample(finished / "student", "--frames", 6, "--output", tmp_path / name)
+    with av.open(os.fspath(tmp_path / name)) as container:
+        assert decoder in container.format.name
+    assert len(list(read_frames(tmp_path / name))) == 6
+    if name.endswith("gif"):
+        assert Image.open(tmp_path / name).n_frames == 6
+
+
+def test_a_seed_is_a_video(student):
+    def stream(prompt, seed):
+        return np.concatenate(list(sample.stream_videos(student, [prompt], 4, seed=seed)), axis=1)
+
+    first = stream(PROMPTS[0], 0)
+    assert first.shape == (1, 4, 16, 16, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(first, stream(PROMPTS[0], 0))
+    assert (first != stream(PROMPTS[0], 1)).any()
+
+
+def test_a_switch_changes_what_follows_and_nothing_before(finished, student, tmp_path):
+    # Four updates leave the text without a visible effect, so the weights are random here.
+    run = dataclasses.replace(student, params=tiny.random_params(student.model, latent_shape=student.latent_shape))
+    plain, switched = (
+        np.concatenate(list(sample.stream_videos(run, [PROMPTS[0]], 6, switches=switches)), axis=1)
+        for switches in (None, {3: PROMPTS[1]})
+    )
+    np.testing.assert_array_equal(plain[:, :3], switched[:, :3])
+    assert all((plain[:, t] != switched[:, t]).any() for t in range(3, 6))
+    out = tmp_path / "out.mp4"
+    _sample(finished / "student", "--frames", 6, "--switch", f"3:{PROMPTS[1]}", "--switch", "5:", "--output", out)
+    assert len(list(read_frames(out))) == 6
+
+
+def test_a_teacher_makes_whole_videos(finished, tmp_path):
+    _sample(finished / "teacher", "--frames", 8, "--output", tmp_path / "out.mp4", prompts=PROMPTS)
+    assert [len(list(read_frames(tmp_path / f"out-{i}.mp4"))) for i in (0, 1)] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    "run, arguments, message",
+    [
+        ("student", ["--frames", "0"], "--frames is 0; it must be at least 1"),
+        ("student", ["--steps", "0"], "--steps is 0"),
+        ("student", ["--first-steps", "-1"], "--first-steps is -1"),
+        ("student", ["--switch", "halfway"], "--switch 'halfway' is not of the form FRAME:"),
+        ("student", ["--switch", "x:a red square moving up"], "is not of the form FRAME:"),
+        ("student", ["--switch", "-2:a red square moving up"], "is not of the form FRAME:"),
+        ("student", ["--switch", "²:a red square moving up"], "is not of the form FRAME:"),
+        ("student", ["--switch", "6:a red square moving up"], "at frame 6 lies outside the video; choose 1 to 5"),
+        ("student", ["--switch", "0:a red square moving up"], "at frame 0 lies outside"),
+        ("student", ["--fps", "-1"], "fps=-1"),
+        ("student", ["--fps", "0"], "fps=0"),
+        ("student", ["--upscale", "-2"], "upscale=-2"),
+        ("teacher", ["--switch", "3:a red square moving up"], "needs a streaming student"),
+        ("teacher", ["--first-steps", "4"], "needs a streaming student"),
+        ("pupil", [], "pupil holds no run"),
+        (".", [], "holds no run"),
+    ],
+)
+def test_bad_arguments_of_sample_leave_nothing(finished, tmp_path, run, arguments, message):
+    with pytest.raises(UserError, match=message):
+        _sample(finished / run, "--frames", 6, "--output", tmp_path / "out.mp4", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["out.avi", "out", "out.mp4.txt"])
+def test_an_unknown_extension_leaves_no_file(finished, tmp_path, name):
+    with pytest.raises(UserError, match="extension .* is unknown; use one of .mp4, .webm, .gif"):
+        _sample(finished / "student", "--frames", 6, "--output", tmp_path / name, prompts=PROMPTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_and_switches_fit_the_chunk(student):
+    cfg: StudentConfig = dataclasses.replace(student.model.cfg, chunk=2)
+    run = dataclasses.replace(student, model=Student(cfg))
+    with pytest.raises(UserError, match="--frames 7 does not fit the student's chunk of 2 frames"):
+        next(sample.stream_videos(run, list(PROMPTS), 7))
+    with pytest.raises(UserError, match="--switch 3 does not fit the student's chunk of 2 frames"):
+        next(sample.stream_videos(run, list(PROMPTS), 8, switches={3: PROMPTS[1]}))
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "teacher, pupil, message",
+    [
+        ("student", "teacher", "needs the run directory of a teacher"),
+        ("teacher", "teacher", "and that of a student"),
+        ("nothing", "student", "nothing holds no run"),
+        ("teacher", "nothing", "nothing holds no run"),
+    ],
+)
+def test_bad_arguments_of_evaluate_leave_nothing(finished, tmp_path, teacher, pupil, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(finished / teacher, finished / pupil, tmp_path / "report", videos=2)
+    assert not list(tmp_path.iterdir())
+
+
+# --- bad input on the command line ------------------------------------------------------------------------------------
+
+
+def _clips(tmp_path, *, captions="clip,caption\na.mp4,grey\n", good=True):
+    (tmp_path / "clips").mkdir()
+    if good:
+        with VideoWriter(tmp_path / "clips/a.mp4") as writer:
+            for t in range(4):
+                writer.write(np.full((16, 16, 3), 40 * t, np.uint8))
+    else:
+        (tmp_path / "clips/a.mp4").write_bytes(np.random.default_rng(0).bytes(3000))
+    (tmp_path / "captions.csv").write_text(captions)
+    return ["--clips", str(tmp_path / "clips"), "--captions", str(tmp_path / "captions.csv")]
+
+
+def _command(subprocess_env, *arguments):
+    command = [sys.executable, "-m", "greedy_distill_jax.quickstart", *map(str, arguments)]
+    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.subprocesses
+def test_a_workdir_that_cannot_be_written(subprocess_env):
+    assert "--workdir /proc/x cannot be written" in _command(subprocess_env, "--workdir", "/proc/x")
+
+
+@pytest.mark.parametrize("given", [slice(0, 2), slice(2, 4)], ids=["clips", "captions"])
+def test_clips_and_captions_belong_together(tmp_path, given):
+    with pytest.raises(UserError, match="--clips and --captions belong together"):
+        quickstart.main(["--smoke", "--workdir", str(tmp_path / "run"), *_clips(tmp_path)[given]])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(good=False), "none of the 1 clips gives a window.*does not decode"),
+        (dict(captions="clip,text\na.mp4,grey\n"), "no column 'caption'.*clip,caption"),
+        (dict(captions="clip,caption\nb.mp4,grey\n"), "names 'b.mp4', which is not in"),
+        (dict(captions="clip,caption\n"), "no caption for 'a.mp4'"),
+    ],
+)
+def test_clips_that_cannot_be_used_leave_nothing(tmp_path, options, message):
+    _, clips, _, captions = _clips(tmp_path, **options)
+    with pytest.raises(UserError, match=message):
+        quickstart.quickstart(tmp_path / "run", clips=Path(clips), captions=Path(captions), speed="smoke")
+    assert not list((tmp_path / "run").iterdir()), "the next attempt, perhaps with another folder, starts from nothing"
+
+
+@pytest.mark.subprocesses
+def test_a_clip_folder_where_nothing_decodes_is_one_line(subprocess_env, tmp_path):
+    error = _command(subprocess_env, "--workdir", tmp_path / "run", *_clips(tmp_path, good=False))
+    assert "none of the 1 clips gives a window" in error
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.subprocesses
+def test_a_caption_file_without_the_column_is_one_line(subprocess_env, tmp_path):
+    arguments = _clips(tmp_path, captions="clip,text\na.mp4,grey\n")
+    assert "no column 'caption'" in _command(subprocess_env, "--workdir", tmp_path / "run", *arguments)
+    assert not list((tmp_path / "run").iterdir())
