@@ -37,3 +37,8 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
             f"or set one of them to -1."
         )
     return Mesh(devices.reshape([devices.size // known if s == -1 else s for s in sizes]), AXES)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -23,7 +23,7 @@ from greedy_distill_jax.types import UserError
 CLIP_FRAMES = 16
 # At 12 frames per second things move between frames; a third is held out, so that short clips have a window there too.
 PREPARE = ["--size", "32x32", "--frames", str(CLIP_FRAMES), "--fps", "12", "--stride", "2", "--held-out", "0.35"]
-CLIP_STEPS = {"full": {"teacher": 800, "student": 1500}, "fast": {"teacher": 150, "student": 400}}
+CLIP_STEPS = {"full": {"teacher": 700, "student": 3000}, "fast": {"teacher": 200, "student": 800}}
 VIDEOS = {"full": 256, "fast": 128, "smoke": 16}
 
 
@@ -34,7 +34,11 @@ def stage_configs(speed: str, clips: Path | None) -> dict[str, ConfigDict]:
         if clips:
             config.data.source = f"clips:{clips}"
             config.data.frames = config.student.rope_frames = CLIP_FRAMES
-            config.data.batch = 4
+            config.data.augment = "labelled"
+            config.data.batch = {"teacher": 4, "student": 2}[name]
+            config.student.fusion = "add"  # z sits on the frame's own grid: the shortest way to copy what does not move
+            if name == "student":
+                config.optimizer.muon_rate, config.optimizer.learning_rate = 2e-2, 2e-3
             if speed != "smoke":
                 config.steps = CLIP_STEPS[speed][name]
             config.log.samples_every = config.steps

@@ -27,7 +27,7 @@ from greedy_distill_jax.data.augment import augmented
 from greedy_distill_jax.data.loader import load_source, make_loader
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.logging import MetricWriter, progress
-from greedy_distill_jax.mesh import make_mesh, start
+from greedy_distill_jax.mesh import batch_parts, make_mesh, start
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import Student
 from greedy_distill_jax.run import Run, architecture, write_assets
@@ -209,10 +209,10 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         "latents": jax.ShapeDtypeStruct((config.data.batch, *latent_shape), jnp.float32),
         "text": jax.ShapeDtypeStruct((config.data.batch, wan.text_len, wan.text_dim), jnp.float32),
     }
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     if config.data.batch % parts:
         raise UserError(
-            f"config.data.batch is {config.data.batch}, which does not divide over data x fsdp = {parts} devices; "
+            f"config.data.batch is {config.data.batch}, which does not divide over the {parts} parts of the mesh; "
             f"choose a multiple of {parts} or another config.mesh."
         )
     batch_sharding = shardings(batch_shape, mesh)
