@@ -24,7 +24,7 @@ def get_config(arg: str = "teacher"):
         raise ValueError(f"{arg!r} is not one of teacher, student, each with ',fast' or ',smoke' or neither")
     config = base()
     options = config.losses.flow_matching.options
-    options.shift, options.weighting, options.per_frame = 8.0, "x0", stage == "student"
+    options.shift, options.weighting = 8.0, "x0"
     config.data.batch = 16
     if stage == "teacher":
         config.stage = "teacher"

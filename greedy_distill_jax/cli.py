@@ -1,11 +1,16 @@
-"""How every command ends: 0, one line and 2 for bad input, 130 for Ctrl-C, a traceback for everything else."""
+"""How every command ends: 0, one line and 2 for bad input, 4 for a diverged run, 130 for Ctrl-C, else a traceback.
+
+SIGTERM unwinds the stack, so that nothing half-written stays behind, and exits with 143; a training run saves and exits
+with 0 instead.
+"""
 
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.types import Diverged, Stopped, UserError
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn:
@@ -18,6 +23,7 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
     Raises:
       SystemExit: always, except for an error that is not the user's, which keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if argv is None and not _needs_argument(main):
             code = main()
@@ -26,6 +32,12 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
     except UserError as error:
         _say(f"error: {' '.join(str(error).split())}")
         code = 2
+    except Diverged as error:
+        _say(f"error: {error}")
+        code = 4
+    except Stopped as stopped:
+        _say(str(stopped))
+        code = 0
     except KeyboardInterrupt:
         _say("interrupted")
         code = 130

@@ -17,6 +17,7 @@ from greedy_distill_jax.steps import Term
 from greedy_distill_jax.stream import Sampling
 from greedy_distill_jax.types import UserError
 
+RESERVED = ("loss", "grad_norm", "param_norm")
 STAGES = ("teacher", "teacher_forcing")
 
 
@@ -49,7 +50,7 @@ def base() -> ConfigDict:
     c.student.window = 4  # ETM slots seen, the own one included
     c.student.sink = 0  # first ETM slots that stay visible on top of the window
     c.student.rope_mode = "clamped"  # clamped | absolute | fixed
-    c.student.rope_frames = 8  # latent frames the teacher was trained at
+    c.student.rope_frames = 0  # latent frames the teacher was trained at; 0 = data.frames
     c.student.context = "clean"  # clean | last_step_kv | fused
     c.student.gate_init = 0.1  # initial gate of fusion xattn2
     c.student.context_noise = 0.0  # history is noised up to this level in training
@@ -108,12 +109,16 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.stage is {config.stage!r}; choose from {', '.join(STAGES)}.")
     if config.model.size not in WAN_SIZES:
         raise UserError(f"config.model.size is {config.model.size!r}; choose from {', '.join(WAN_SIZES)}.")
-    for key in ("steps", "data.batch", "data.frames", "checkpoint.every", "log.every", "sample.steps"):
+    positive = ("steps", "data.batch", "data.frames", "checkpoint.every", "checkpoint.keep", "log.every", "log.fps")
+    for key in (*positive, "sample.steps"):
         value = config
         for part in key.split("."):
             value = value[part]
         if value < 1:
             raise UserError(f"config.{key} is {value}; it must be at least 1.")
+    for name, value in (("text_dropout", config.text_dropout), ("ema.decay", config.ema.decay)):
+        if not 0 <= value <= 1:
+            raise UserError(f"config.{name} is {value}; it must lie between 0 and 1.")
     wan_config(config)
     terms(config)
     if config.stage != "teacher":
@@ -139,6 +144,8 @@ def _compare(config, reference, path: str) -> None:
             raise UserError(f"{path}.{missing[0]} is missing; start your config from greedy_distill_jax.config.base().")
     for key, value in config.items():
         if path == "config.losses":
+            if key in RESERVED:
+                raise UserError(f"config.losses.{key}: this name is taken in the logs; choose another.")
             unknown = sorted(set(value) - {"loss", "weight", "options"})
             if unknown or not {"loss", "weight"} <= set(value):
                 raise UserError(f"config.losses.{key} needs the keys loss, weight and options; it has {sorted(value)}.")
@@ -149,7 +156,7 @@ def _compare(config, reference, path: str) -> None:
 def _user_errors(make):
     try:
         return make()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise error if isinstance(error, UserError) else UserError(f"config: {error}") from error
 
 
@@ -163,6 +170,7 @@ def student_config(config: ConfigDict) -> StudentConfig:
     """The student cut from that DiT."""
     wan = wan_config(config)
     fields = {k: v for k, v in config.student.items() if k not in ("split", "context_noise")}
+    fields["rope_frames"] = fields["rope_frames"] or config.data.frames
 
     def make():
         etm, sdd = split_layers(config.student.split, wan.num_layers)
@@ -185,13 +193,16 @@ def sampling(config: ConfigDict, steps: int | None = None, first_steps: int | No
 
 
 def terms(config: ConfigDict) -> list[Term]:
-    """The weighted losses. A loss with an option "group" (frames that share a noise level) gets the student's chunk."""
+    """The weighted losses. For a student, options "per_frame" and "group" default to one noise level per chunk."""
     out = []
     for name, term in config.losses.items():
         loss, options = resolve(term.loss), dict(term.get("options", {}))
         check_options(term.loss, loss, options)
-        if config.stage != "teacher" and "group" in option_names(loss):
-            options.setdefault("group", config.student.chunk)
+        takes = option_names(loss)
+        if config.stage != "teacher":  # every chunk has a noise level of its own, as when streaming
+            options = {k: v for k, v in (("group", config.student.chunk), ("per_frame", True)) if k in takes} | options
+        elif options.get("draws", 1) != 1:
+            raise UserError(f"config.losses.{name}.options.draws: a teacher sees all frames of its input; use 1.")
         out.append(Term(name, loss, float(term.weight), options))
     if not out:
         raise UserError("config.losses is empty; name at least one loss.")

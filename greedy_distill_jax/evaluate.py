@@ -25,7 +25,7 @@ from greedy_distill_jax.eval.next_frame import next_frame_psnr
 from greedy_distill_jax.eval.report import ROW_KEYS, write_report
 from greedy_distill_jax.eval.timing import time_per_frame
 from greedy_distill_jax.logging import read_scalars
-from greedy_distill_jax.mesh import start
+from greedy_distill_jax.mesh import use_compile_cache
 from greedy_distill_jax.run import Run
 from greedy_distill_jax.stream import cache_bytes
 from greedy_distill_jax.types import UserError
@@ -47,7 +47,8 @@ def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[np.nd
 
 def few_steps(run: Run) -> int:
     """The few-step setting shown beside the many-step one."""
-    return min(2, run.config.sample.steps)
+    steps = run.config.sample.steps
+    return steps if run.model.cfg.context == "last_step_kv" else min(2, steps)
 
 
 def sampled(run: Run, captions: Sequence[str], *, batch: int = 256, **options) -> np.ndarray:
@@ -103,9 +104,8 @@ def evaluate(
     teacher, student = Run.load(teacher_dir), Run.load(student_dir)
     if teacher.is_student or not student.is_student:
         raise UserError("evaluate needs the run directory of a teacher (--teacher) and that of a student (--student).")
-    if teacher.config.compile_cache:
-        start(teacher.config.compile_cache)
-    frames, chunk = teacher.latent_shape[0], student.model.cfg.chunk
+    use_compile_cache(teacher.config.compile_cache)
+    frames = teacher.latent_shape[0]
     shapes = teacher.config.data.source == "moving_shapes"
     long = HORIZON * frames
     real, captions = held_out_videos(teacher, long if shapes else frames, videos, seed)
@@ -142,14 +142,14 @@ def evaluate(
                       "passed": scores["student"] > scores["repeat"]}]  # fmt: skip
 
     announce("evaluate: time per frame against video length, all models in this process")
-    streamer, text = student.streamer(few, few), student.text(captions[:1])
+    streamer, text = student.streamer(), student.text(captions[:1])
     s = teacher.config.sample
     times = time_per_frame(
-        teacher.model, teacher.params, schedules.uniform_steps(s.steps, s.shift), streamer, student.params, text,
-        student.latent_shape[1:], frames=[max(n // chunk, 1) * chunk for n in lengths],
+        teacher.model, teacher.params, schedules.uniform_steps(many, s.shift), streamer, student.params, text,
+        student.latent_shape[1:], frames=lengths,
     )  # fmt: skip
-    if {32, 256} <= {row["frames"] for row in times}:
-        gate_list.append(gates.cost_gate(times, 32, 256))
+    gate_list.append(gates.cost_gate(times, min(lengths), 256 if 256 in lengths else max(lengths)))
+    extra["timing"] = f"{many} evaluations per frame (students) and per video (teacher), one video, no guidance"
 
     state = streamer.init(student.params, text, jax.random.key(0), student.latent_shape[1:])
     key_bytes = jnp.dtype(teacher.model.cfg.dtype).itemsize

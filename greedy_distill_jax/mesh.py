@@ -1,4 +1,4 @@
-"""Devices: multi-host start, the mesh, the persistent compilation cache."""
+"""Devices: the other hosts, the mesh, the compilation cache."""
 
 import os
 from collections.abc import Mapping
@@ -13,11 +13,15 @@ from greedy_distill_jax.types import UserError
 AXES = ("data", "fsdp", "context", "tensor")
 
 
-def start(compile_cache: str | None = None) -> None:
-    """Joins the other hosts of a multi-process job (SLURM, GKE, TPU pods) and sets the compilation cache."""
-    if compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(compile_cache).expanduser()))
+def use_compile_cache(path: str) -> None:
+    """Keeps compiled programs in ``path`` from run to run; "" turns that off."""
+    if path:
+        jax.config.update("jax_compilation_cache_dir", str(Path(path).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def join_hosts() -> None:
+    """Joins the other processes of a job that SLURM started, or one with JAX_COORDINATOR_ADDRESS set."""
     several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
     if several and not jax.distributed.is_initialized():
         jax.distributed.initialize()

@@ -33,7 +33,7 @@ def stage_configs(speed: str, clips: Path | None) -> dict[str, ConfigDict]:
     for name, config in configs.items():
         if clips:
             config.data.source = f"clips:{clips}"
-            config.data.frames = config.student.rope_frames = CLIP_FRAMES
+            config.data.frames = CLIP_FRAMES
             config.data.augment = "labelled"
             config.data.batch = {"teacher": 4, "student": 2}[name]
             config.student.fusion = "add"  # z sits on the frame's own grid: the shortest way to copy what does not move
@@ -83,7 +83,7 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
         print(f"quickstart: already done; report in {report}. Delete {workdir} to start over.")
         return report
 
-    dataset = workdir / "dataset" if clips else None
+    dataset = (workdir / "dataset").resolve() if clips else None
     if clips and not (marker.exists() and (dataset / "dataset.json").exists()):
         print("quickstart: preparing the clips")
         folders = ["--clips", str(clips), "--captions", str(captions), "--output", str(dataset), "--overwrite"]

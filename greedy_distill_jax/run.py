@@ -23,11 +23,16 @@ from greedy_distill_jax.stream import Sampling, Streamer
 from greedy_distill_jax.types import UserError
 
 CODEC = "codec.npz"
+NOT_ARCHITECTURE = ("dtype", "remat", "gate_init", "text_init", "time_init")
 
 
 def architecture(model: Teacher | Student) -> dict[str, Any]:
-    """What makes two checkpoints interchangeable, as JSON."""
-    return {"kind": type(model).__name__.lower(), **json.loads(json.dumps(dataclasses.asdict(model.cfg)))}
+    """What makes two checkpoints interchangeable, as JSON: sizes and meanings, not precision or initialisation."""
+    fields = json.loads(json.dumps(dataclasses.asdict(model.cfg)))
+    wan = fields.get("base", fields)
+    for name in NOT_ARCHITECTURE:
+        wan.pop(name)
+    return {"kind": type(model).__name__.lower(), **fields}
 
 
 def write_assets(workdir: Path, codec: PatchCodec) -> None:
@@ -87,7 +92,14 @@ class Run:
         """The student's streaming functions with this run's sampling."""
         if not self.is_student:
             raise UserError("A teacher makes whole videos and cannot stream; give a student's run directory.")
-        return Streamer(self.model, configuration.sampling(self.config, steps, first_steps))
+        chosen, trained = configuration.sampling(self.config, steps, first_steps), configuration.sampling(self.config)
+        last = [(s.sigmas[0][-1], s.sigmas[-1][-1]) for s in (chosen, trained)]
+        if self.model.cfg.context == "last_step_kv" and last[0] != last[1]:
+            raise UserError(
+                f"This student keeps the keys of its last denoising step and was trained for last noise levels "
+                f"{last[1]}, not {last[0]}; sample it with the steps of its config."
+            )
+        return Streamer(self.model, chosen)
 
     @functools.cached_property
     def _teacher_sampler(self):

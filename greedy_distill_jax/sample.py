@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.data.video_io import VideoWriter
-from greedy_distill_jax.mesh import start
+from greedy_distill_jax.mesh import use_compile_cache
 from greedy_distill_jax.run import Run
 from greedy_distill_jax.types import UserError
 
@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     run = Run.load(args.checkpoint)
-    if run.config.compile_cache:
-        start(run.config.compile_cache)
+    use_compile_cache(run.config.compile_cache)
     switches = dict(parse_switch(value) for value in args.switch)
     if run.is_student:
         chunks = stream_videos(run, args.prompt, args.frames, seed=args.seed, switches=switches, steps=args.steps,

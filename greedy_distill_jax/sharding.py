@@ -17,7 +17,7 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/(self|cross)_attn/(q|k|v|z_k|z_v)/bias", ("layers", "heads")),
     (r"blocks/(self|cross)_attn/o/kernel", ("layers", "heads", "embed")),
     (r"blocks/(self|cross)_attn/o/bias", ("layers", "embed")),
-    (r"blocks/(self|cross)_attn/norm_(q|k)/scale", ("layers", "heads")),
+    (r"blocks/(self|cross)_attn/norm_(q|k|z)/scale", ("layers", "heads")),
     (r"blocks/ffn/up/kernel", ("layers", "embed", "mlp")),
     (r"blocks/ffn/up/bias", ("layers", "mlp")),
     (r"blocks/ffn/down/kernel", ("layers", "mlp", "embed")),

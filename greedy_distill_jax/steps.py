@@ -29,7 +29,9 @@ def teacher_net(teacher: Teacher, params, key):
     return lambda x, sigma, batch: teacher(params, x, sigma, batch["text"])
 
 
-def student_net(student: Student, params, key, *, context_noise: float = 0.0, last_sigma: float | None = None):
+def student_net(
+    student: Student, params, key, *, context_noise: float = 0.0, last_sigmas: tuple[float, float] | None = None
+):
     """Teacher-forced ``net(x, sigma, batch)``: every chunk sees the batch's own frames before it.
 
     Args:
@@ -37,7 +39,8 @@ def student_net(student: Student, params, key, *, context_noise: float = 0.0, la
       key: for the noise on the history.
       context_noise: the history is noised to a level drawn from U(0, context_noise) per video, and the networks
         are told the level (METHOD_SPEC E.4, robustness to their own errors).
-      last_sigma: with context mode "last_step_kv" SDD's history is at this level, as it will be when streaming.
+      last_sigmas: with context mode "last_step_kv" SDD's history is at these levels (of the first chunk, of the
+        others), as it will be when streaming.
     """
     key_level, key_noise, key_last = jax.random.split(key, 3)
 
@@ -48,8 +51,10 @@ def student_net(student: Student, params, key, *, context_noise: float = 0.0, la
         if context_noise:
             frames = flow.add_noise(clean, jax.random.normal(key_noise, clean.shape, jnp.float32), level)
         history = History(frames, level)
-        if last_sigma is not None:
-            last = jnp.full_like(level, last_sigma)
+        if last_sigmas is not None:
+            is_first = jnp.arange(frames.shape[1]) < student.cfg.chunk
+            last = jnp.where(is_first, *(jnp.float32(x) for x in last_sigmas))
+            last = jnp.broadcast_to(last[None], frames.shape[:2])
             noisy = flow.add_noise(clean, jax.random.normal(key_last, clean.shape, jnp.float32), last)
             history = history._replace(sdd_frames_BTHWC=noisy, sdd_sigma_BT=last)
         return student(params, x, sigma, batch["text"], history)
@@ -103,7 +108,7 @@ def train_step(
       rate_scale: ``rate_scale(params) -> tree`` of factors on the update of each leaf (new parameters learn faster).
 
     Returns:
-      (state, metrics): every loss term, their weighted sum "loss", "grad_norm".
+      (state, metrics): every loss term, their weighted sum "loss", "grad_norm", and "param_norm" after the update.
     """
     key_text, key_net, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 3)
     batch = {**batch, "text": drop_text(batch["text"], null_MC, key_text, text_dropout)}
@@ -118,7 +123,9 @@ def train_step(
         updates = jax.tree.map(lambda u, s: u * s, updates, rate_scale(state.params))
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    follow = jnp.where(step <= ema_start, 1.0, 1.0 - ema_decay)
-    ema = jax.tree.map(lambda old, new: old + follow.astype(old.dtype) * (new - old), state.ema, params)
-    metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
+    ema = jax.tree.map(
+        lambda old, new: jnp.where(step <= ema_start, new, old + (1.0 - ema_decay) * (new - old)), state.ema, params
+    )
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    metrics = {"loss": loss, **metrics, **norms}
     return TrainState(step, params, ema, opt_state), metrics

@@ -8,16 +8,21 @@ A stage is a network and a way to call it; losses come from ``config.losses``; n
 SIGTERM and Ctrl-C save a checkpoint; the same command resumes it, bit for bit.
 """
 
+import contextlib
 import functools
+import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, config as configuration, steps
@@ -27,18 +32,14 @@ from greedy_distill_jax.data.augment import augmented
 from greedy_distill_jax.data.loader import load_source, make_loader
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.logging import MetricWriter, progress
-from greedy_distill_jax.mesh import batch_parts, make_mesh, start
+from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
+from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.run import Run, architecture, write_assets
+from greedy_distill_jax.run import CODEC, NOT_ARCHITECTURE, Run, architecture, write_assets
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.state import TrainState, make_optimizer
-from greedy_distill_jax.types import UserError
-
-
-class Diverged(RuntimeError):
-    """A loss or gradient is not finite; the last good checkpoint is kept."""
-
+from greedy_distill_jax.types import Diverged, Stopped, UserError
 
 # --- Chapter 1: what is trained, and how it is called -------------------------------------------------------------
 
@@ -49,9 +50,10 @@ def build_network(config: ConfigDict):
         model = Teacher(configuration.wan_config(config))
         return model, functools.partial(steps.teacher_net, model)
     student = Student(configuration.student_config(config))
-    last = configuration.sampling(config).sigmas[-1][-1] if student.cfg.context == "last_step_kv" else None
+    lists = configuration.sampling(config).sigmas
+    last = (lists[0][-1], lists[-1][-1]) if student.cfg.context == "last_step_kv" else None
     make_net = functools.partial(
-        steps.student_net, student, context_noise=config.student.context_noise, last_sigma=last
+        steps.student_net, student, context_noise=config.student.context_noise, last_sigmas=last
     )
     return student, make_net
 
@@ -62,12 +64,8 @@ def data_source(config: ConfigDict, split: str):
     return load_source(config.data.source, split, size=size, frames=config.data.frames, seed=config.seed)
 
 
-def initial_params(config: ConfigDict, model, latent_shape):
-    """A random teacher, or a student cut from the teacher of ``config.teacher_from``."""
-    key = jax.random.key(config.seed)
-    if isinstance(model, Teacher) or not config.teacher_from:
-        return jax.jit(lambda k: model.init(k, latent_shape))(key)
-    teacher = Run.load(config.teacher_from)
+def check_teacher(config: ConfigDict, model: Student, teacher: Run) -> None:
+    """Raises UserError unless the student can be cut from that run."""
     if teacher.config.stage != "teacher":
         raise UserError(f"config.teacher_from {config.teacher_from} holds stage {teacher.config.stage}, not a teacher.")
     differing = _differences(teacher.model.cfg, model.cfg.base)
@@ -76,12 +74,10 @@ def initial_params(config: ConfigDict, model, latent_shape):
             f"config.teacher_from {config.teacher_from} has another architecture: {differing}; "
             f"set the same config.model for teacher and student."
         )
-    return jax.jit(lambda k, p: model.from_teacher(k, p, latent_shape))(key, teacher.params)
 
 
 def _differences(a, b) -> str:
-    ours = ("dtype", "remat", "gate_init", "text_init", "time_init")  # no effect on a trained teacher's meaning
-    fields = [f for f in a.__dataclass_fields__ if f not in ours and getattr(a, f) != getattr(b, f)]
+    fields = [f for f in a.__dataclass_fields__ if f not in NOT_ARCHITECTURE and getattr(a, f) != getattr(b, f)]
     return ", ".join(f"{f} {getattr(a, f)} against {getattr(b, f)}" for f in fields)
 
 
@@ -92,7 +88,7 @@ def new_parameter_scale(scale: float):
         def factor(path, leaf):
             names = {getattr(k, "key", "") for k in path}
             norm_of_etm = {"etm", "norm"} <= names and "blocks" not in names
-            fresh = norm_of_etm or names & {"z_k", "z_v", "z_in", "z_gate", "bos"}
+            fresh = norm_of_etm or names & {"z_k", "z_v", "norm_z", "z_in", "z_gate", "bos"}
             return jnp.asarray(scale if fresh else 1.0, leaf.dtype).reshape((1,) * leaf.ndim)
 
         return jax.tree_util.tree_map_with_path(factor, params)
@@ -130,11 +126,109 @@ def make_state(params, optimizer) -> TrainState:
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-# --- Chapter 3: the loop --------------------------------------------------------------------------------------------
+# --- Chapter 3: everything that can be refused, before anything is written -----------------------------------------
+
+
+class Job(NamedTuple):
+    """A run that is ready to start."""
+
+    model: Teacher | Student
+    teacher: Run | None
+    source: Any
+    captions: list[str]
+    codec: PatchCodec
+    encoder: HashWordEncoder
+    latent_shape: tuple[int, int, int, int]
+    optimizer: optax.GradientTransformation
+    state_shape: TrainState
+    state_sharding: TrainState
+    batch_sharding: dict[str, NamedSharding]
+    step: Callable
+
+
+def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
+    """Builds network, data and the jitted step, and traces the step once: every mistake in the config shows here."""
+    source, codec = data_source(config, "train")
+    examples = [source[i] for i in range(min(4, len(source)))]
+    model, make_net = build_network(config)
+    teacher = Run.load(config.teacher_from) if config.teacher_from and isinstance(model, Student) else None
+    if teacher:
+        check_teacher(config, model, teacher)
+    codec = _agreed_codec(codec, config, workdir, teacher)
+    wan = configuration.wan_config(config)
+    encoder = HashWordEncoder(wan.text_len, wan.text_dim)
+    latent_shape = (config.data.frames, *codec.latent_shape(*examples[0]["video"].shape[1:3]))
+    if latent_shape[-1] != wan.channels:
+        raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
+    parts, processes = batch_parts(mesh), jax.process_count()
+    if config.data.batch % parts or parts % processes:
+        raise UserError(
+            f"config.data.batch is {config.data.batch}; it must divide over the {parts} data and fsdp parts of the "
+            f"mesh, and these over the {processes} processes. Change config.data.batch or config.mesh."
+        )
+
+    optimizer = optimizer_of(config)
+    batch_shape = {
+        "latents": jax.ShapeDtypeStruct((config.data.batch, *latent_shape), jnp.float32),
+        "text": jax.ShapeDtypeStruct((config.data.batch, wan.text_len, wan.text_dim), jnp.float32),
+    }
+    try:
+        state_shape = jax.eval_shape(lambda k: make_state(model.init(k, latent_shape), optimizer), jax.random.key(0))
+        state_sharding, batch_sharding = shardings(state_shape, mesh), shardings(batch_shape, mesh)
+        step = jax.jit(
+            make_step(config, make_net, optimizer, encoder([""])[0]),
+            in_shardings=(state_sharding, batch_sharding),
+            out_shardings=(state_sharding, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+        metrics = step.eval_shape(state_shape, batch_shape)[1]
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"config: {error}") from error
+    for name, metric in metrics.items():
+        if metric.shape:
+            raise UserError(f"The metric {name} has shape {metric.shape}; a loss must return scalars as metrics.")
+    captions = [example["caption"] for example in examples]
+    return Job(model, teacher, augmented(source, config.data.augment, config.seed), captions, codec, encoder,
+               latent_shape, optimizer, state_shape, state_sharding, batch_sharding, step)  # fmt: skip
+
+
+def _agreed_codec(codec: PatchCodec, config: ConfigDict, workdir: Path, teacher: Run | None) -> PatchCodec:
+    """The codec of the run that is resumed, or of the teacher; UserError when the data was made with another one."""
+    stored = PatchCodec.load(workdir / CODEC) if (workdir / CODEC).exists() else teacher and teacher.codec
+    if not stored:
+        return codec
+    if stored.components.shape != codec.components.shape or not np.allclose(
+        stored.components, codec.components, atol=1e-3
+    ):
+        raise UserError(
+            f"config.data.source {config.data.source} comes with another codec than "
+            f"{workdir if (workdir / CODEC).exists() else config.teacher_from} was trained with; use the same data, "
+            f"or start a new run."
+        )
+    return stored
+
+
+def check_resume(config: ConfigDict, workdir: Path, step: int, meta: dict[str, Any]) -> None:
+    """Raises UserError when going on from a checkpoint would not continue the run that it belongs to."""
+    stored = json.loads(meta["config"])
+    for key in ("stage", "seed", "data.source", "data.frames", "data.batch", "data.augment"):
+        old, new = stored, config
+        for part in key.split("."):
+            old, new = old[part], new[part]
+        if old != new:
+            raise UserError(
+                f"{workdir} was started with config.{key} = {old!r}, not {new!r}; resume with the same value or choose "
+                f"another workdir."
+            )
+    if meta["data_position"] != step * config.data.batch:
+        raise UserError(f"{workdir} step {step} stands at example {meta['data_position']}; the checkpoint is damaged.")
+
+
+# --- Chapter 4: the loop --------------------------------------------------------------------------------------------
 
 
 class _Stop:
-    """Set by SIGTERM and Ctrl-C; the loop saves and leaves at the next update."""
+    """Set by SIGTERM and Ctrl-C; the loop saves and leaves. A second Ctrl-C interrupts at once."""
 
     def __init__(self):
         self.signal = 0
@@ -153,10 +247,12 @@ class _Stop:
             signal.signal(number, handler)
 
     def _set(self, number, _):
+        if number == signal.SIGINT and self.signal == number:
+            raise KeyboardInterrupt
         self.signal = number
 
 
-def _check_finite(config: ConfigDict, pending: list, directory) -> list[dict]:
+def _check_finite(config: ConfigDict, pending: list, checkpointer: Checkpointer) -> list[dict]:
     """Device metrics of the updates since the last check as floats; raises at the first that is not finite."""
     out = []
     for step, metrics in pending:
@@ -164,9 +260,11 @@ def _check_finite(config: ConfigDict, pending: list, directory) -> list[dict]:
         bad = [name for name, x in values.items() if not np.isfinite(x)]
         if bad:
             named = [name for name in bad if name in config.losses] or bad
+            kept = checkpointer.latest_step()
             raise Diverged(
                 f"stage {config.stage}, step {step}: {', '.join(named)} is not finite ({values[named[0]]}); "
-                f"the last good checkpoint is kept in {directory}. Lower the learning rate or look at the data."
+                + (f"step {kept} is kept in {checkpointer.directory}. " if kept else "there is no checkpoint yet. ")
+                + "Lower the learning rate or look at the data."
             )
         out.append(values)
     return out
@@ -182,118 +280,105 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
 
     Raises:
       UserError: a config, workdir or checkpoint that cannot be used, naming value, place and remedy.
-      Diverged: a loss is not finite.
+      Diverged: a loss, a gradient or a parameter is not finite.
+      Stopped: SIGTERM came; the run is saved.
     """
     configuration.validate(config)
     workdir = Path(workdir).expanduser()
-    if config.compile_cache:
-        start(config.compile_cache)
+    use_compile_cache(config.compile_cache)
+    join_hosts()
     mesh = make_mesh(config.mesh.to_dict())
-    main = jax.process_index() == 0
+    main, alone = jax.process_index() == 0, jax.process_count() == 1
+    job = prepare_job(config, workdir, mesh)
 
-    source, codec = data_source(config, "train")
-    examples = [source[i % len(source)] for i in range(4)]
-    source = augmented(source, config.data.augment, config.seed)
-    wan = configuration.wan_config(config)
-    encoder = HashWordEncoder(wan.text_len, wan.text_dim)
-    model, make_net = build_network(config)
-    latent_shape = (config.data.frames, *codec.latent_shape(*examples[0]["video"].shape[1:3]))
-    if latent_shape[-1] != wan.channels:
-        raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
-
-    optimizer = optimizer_of(config)
-    step_fn = make_step(config, make_net, optimizer, encoder([""])[0])
-    shape = jax.eval_shape(lambda k: make_state(model.init(k, latent_shape), optimizer), jax.random.key(0))
-    state_sharding = shardings(shape, mesh)
-    batch_shape = {
-        "latents": jax.ShapeDtypeStruct((config.data.batch, *latent_shape), jnp.float32),
-        "text": jax.ShapeDtypeStruct((config.data.batch, wan.text_len, wan.text_dim), jnp.float32),
-    }
-    parts = batch_parts(mesh)
-    if config.data.batch % parts:
-        raise UserError(
-            f"config.data.batch is {config.data.batch}, which does not divide over the {parts} parts of the mesh; "
-            f"choose a multiple of {parts} or another config.mesh."
-        )
-    batch_sharding = shardings(batch_shape, mesh)
-    jitted = jax.jit(
-        step_fn,
-        in_shardings=(state_sharding, batch_sharding),
-        out_shardings=(state_sharding, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )
-
-    checkpointer = Checkpointer(workdir / "checkpoints", max_to_keep=config.checkpoint.keep)
-    begun, cpu_before = checkpointer.latest_step(), 0.0
-    if begun is None:
-        params = jax.device_put(initial_params(config, model, latent_shape), state_sharding.params)
-        state = jax.jit(lambda p: make_state(p, optimizer), out_shardings=state_sharding)(params)
-    else:
-        target = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shape, state_sharding)
-        state = checkpointer.restore(begun, target, architecture=architecture(model))
-        stored = checkpointer.meta(begun)
-        cpu_before = stored["train_cpu_s"]
-        if stored["data_position"] != begun * config.data.batch:
-            raise UserError(
-                f"{workdir}: the checkpoint stands at example {stored['data_position']}, not a multiple of "
-                f"config.data.batch = {config.data.batch} after {begun} steps; resume with the batch it was made with."
+    with _Stop() as stop, contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", max_to_keep=config.checkpoint.keep))
+        first, cpu_before = checkpointer.latest_step() or 0, 0.0
+        if first:
+            meta = checkpointer.meta(first)
+            check_resume(config, workdir, first, meta)
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), job.state_shape, job.state_sharding
             )
-    first = begun or 0
-    if main:
-        write_assets(workdir, codec)
+            state = checkpointer.restore(first, target, architecture=architecture(job.model))
+            cpu_before = meta["train_cpu_s"]
+            if first >= config.steps and main:
+                print(f"{config.stage}: already at step {first} of {config.steps} in {workdir}", file=sys.stderr)
+        else:
+            state = _initial_state(config, job)
+        if main:
+            write_assets(workdir, job.codec)
+        cpu_start = time.process_time()
 
-    def meta(step):
-        return dict(
-            stage=config.stage, data_position=step * config.data.batch, config=config.to_json_best_effort(),
-            architecture=architecture(model), train_cpu_s=cpu_before + time.process_time() - cpu_start,
-            latent_shape=list(latent_shape), steps=config.steps,
+        def meta_of(step):
+            return dict(
+                stage=config.stage, data_position=step * config.data.batch, config=config.to_json_best_effort(),
+                architecture=architecture(job.model), train_cpu_s=cpu_before + time.process_time() - cpu_start,
+                latent_shape=list(job.latent_shape), steps=config.steps,
+            )  # fmt: skip
+
+        writer = stack.enter_context(
+            MetricWriter(workdir, enabled=main, resume_step=first, fps=config.log.fps)
         )  # fmt: skip
-
-    writer = MetricWriter(workdir, enabled=main, resume_step=first, fps=config.log.fps)
-    cpu_start, pending, saved = time.process_time(), [], begun
-    loader = make_loader(
-        source, codec=codec, text_encoder=encoder, global_batch=config.data.batch, seed=config.seed,
-        start=first * config.data.batch, process_index=jax.process_index(), process_count=jax.process_count(),
-        num_threads=config.data.threads, max_bad_records=config.data.max_bad_records,
-    )  # fmt: skip
-    bar = progress(config.steps, first, config.stage, enabled=show_progress and main)
-    with _Stop() as stop, bar:
-        for step in range(first + 1, config.steps + 1):
-            batch = next(loader)
+        loader = make_loader(
+            job.source, codec=job.codec, text_encoder=job.encoder, global_batch=config.data.batch, seed=config.seed,
+            start=first * config.data.batch, process_index=jax.process_index(), process_count=jax.process_count(),
+            num_threads=config.data.threads, max_bad_records=config.data.max_bad_records,
+        )  # fmt: skip
+        bar = stack.enter_context(progress(config.steps, first, config.stage, enabled=show_progress and main))
+        pending, step = [], first
+        while step < config.steps and not stop.signal:
+            batch, step = next(loader), step + 1
             batch = {
-                name: jax.make_array_from_process_local_data(batch_sharding[name], batch[name]) for name in batch_shape
+                name: jax.make_array_from_process_local_data(sharding, batch[name])
+                for name, sharding in job.batch_sharding.items()
             }
-            state, metrics = jitted(state, batch)
+            state, metrics = job.step(state, batch)
             pending.append((step, metrics))
-            stopping = stop.signal  # read once: a signal later in this update is for the next one
-            last = step == config.steps or stopping != 0
-            save = step % config.checkpoint.every == 0 or last
+            save = step % config.checkpoint.every == 0 or step == config.steps
             if save or step % config.log.every == 0:
-                values = _check_finite(config, pending, workdir / "checkpoints")
-                pending = []
+                values, pending = _check_finite(config, pending, checkpointer), []
                 mean = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
                 writer.scalars(step, {f"{config.stage}/{name}": x for name, x in mean.items()})
                 bar.set_postfix(loss=f"{mean['loss']:.4f}")
             if save:
-                checkpointer.save(step, state, meta(step))
-                saved = step
-            if config.log.samples_every and (step % config.log.samples_every == 0 or step == config.steps):
-                run = Run(config, model, state.ema, codec, encoder, latent_shape, meta(step))
-                captions = [example["caption"] for example in examples]
-                for caption, video in zip(captions, run.sample_videos(captions), strict=True):
-                    writer.gif(step, f"samples/{caption}", video)
+                checkpointer.save(step, state, meta_of(step))
+            every = config.log.samples_every
+            if alone and every and (step % every == 0 or step == config.steps):
+                run = Run(config, job.model, state.ema, job.codec, job.encoder, job.latent_shape, meta_of(step))
+                for number, video in enumerate(run.sample_videos(job.captions)):
+                    writer.gif(step, f"samples/{number}: {job.captions[number]}", video)
             bar.update(1)
-            if stopping:
-                break
-    checkpointer.wait()
-    writer.close()
-    checkpointer.close()
-    if stop.signal and saved < config.steps and main:
-        print(f"{config.stage}: stopped by a signal, saved step {saved} of {config.steps} in {workdir}; "
-              f"the same command goes on from there.", file=sys.stderr)  # fmt: skip
+        if stop.signal and step > first and step < config.steps:
+            _check_finite(config, pending, checkpointer)
+            checkpointer.save(step, state, meta_of(step))
+        checkpointer.wait()
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
+    if stop.signal and step < config.steps:
+        raise Stopped(
+            f"{config.stage}: stopped by SIGTERM, saved step {step} of {config.steps} in {workdir}; "
+            f"the same command goes on from there."
+        )
     return state
+
+
+def _initial_state(config: ConfigDict, job: Job) -> TrainState:
+    """Update 0: a random network, or a student cut from its teacher, made where it will live."""
+    key = jax.random.key(config.seed)
+    if job.teacher:
+        params = jax.jit(
+            lambda k, p: job.model.from_teacher(k, p, job.latent_shape), out_shardings=job.state_sharding.params
+        )(key, jax.device_put(job.teacher.params, _replicated(job)))
+    else:
+        params = jax.jit(
+            lambda k: job.model.init(k, job.latent_shape), out_shardings=job.state_sharding.params
+        )(key)  # fmt: skip
+    return jax.jit(lambda p: make_state(p, job.optimizer), out_shardings=job.state_sharding)(params)
+
+
+def _replicated(job: Job) -> NamedSharding:
+    return NamedSharding(job.batch_sharding["text"].mesh, PartitionSpec())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -303,11 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not flags["workdir"]:
         raise UserError("--workdir is missing; name a directory, such as --workdir=runs/teacher.")
-    try:
-        train(config, flags["workdir"])
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(4)
+    train(config, flags["workdir"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the linter and the test suite on the CPU. Arguments go to pytest: bash launch/test.sh tests/test_cli.py -k help
+# Runs the test suite (the linters are among the tests) on the CPU. Arguments go to pytest: bash launch/test.sh tests/test_cli.py -k help
 # TEST_WORKERS=N sets the number of processes (default 2; 0 runs everything in one).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
@@ -10,11 +10,8 @@ export JAX_PLATFORMS=cpu
 start=$SECONDS
 status=0
 
-say "ruff"
-"$VENV_PYTHON" -m ruff check --quiet --output-format=concise . || status=1
-
 workers="${TEST_WORKERS:-2}"
-say "pytest in $workers processes (the import rules are among the tests)"
-"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile "$@" || status=$?
+say "pytest in $workers processes"
+"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadgroup "$@" || status=$?
 say "launch/test.sh: $([ "$status" = 0 ] && echo passed || echo "FAILED with exit code $status") in $((SECONDS - start)) s"
 exit "$status"

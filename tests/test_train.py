@@ -8,6 +8,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -124,18 +125,23 @@ def test_stages_follow_each_other_and_sample(tmp_path):
         train(tiny.train_config("teacher_forcing", teacher_from=str(tmp_path / "student")), tmp_path / "y")
     with pytest.raises(UserError, match="architecture"):
         train(tiny.train_config(model__ffn_dim=40, steps=9), tmp_path / "teacher", show_progress=False)
-    with pytest.raises(UserError, match=r"data\.batch"):
+    with pytest.raises(UserError, match=r"started with config.data.batch = 8, not 16"):
         train(tiny.train_config(data__batch=16, steps=9), tmp_path / "teacher", show_progress=False)
+    with pytest.raises(UserError, match=r"started with config.seed = 0, not 1"):
+        train(tiny.train_config(seed=1, steps=9), tmp_path / "teacher", show_progress=False)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
 
 
-def test_divergence_names_stage_step_and_term_and_keeps_the_checkpoint(tmp_path, capsys):
-    config = tiny.train_config(steps=40, optimizer__muon_rate=1e30, optimizer__warmup=5, optimizer__clip=0.0)
-    with pytest.raises(Diverged, match=r"stage teacher, step \d+: flow_matching is not finite"):
+def test_divergence_names_stage_step_and_term_and_keeps_the_checkpoint(tmp_path):
+    train(tiny.train_config(steps=3), tmp_path, show_progress=False)
+    losses.register("broken", lambda net, batch, key: (batch["latents"][:, 0, 0, 0, 0] * jnp.nan, {}))
+    config = tiny.train_config(steps=8)
+    config.losses.mine = dict(loss="broken", weight=1.0, options={})
+    with pytest.raises(Diverged, match=r"stage teacher, step 4: mine is not finite \(nan\); step 3 is kept in"):
         train(config, tmp_path, show_progress=False)
     with Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpointer:
-        step = checkpointer.latest_step()
-    if step is not None:
-        assert all(np.isfinite(x).all() for x in _leaves(tmp_path, step).values())
+        assert checkpointer.latest_step() == 3
+    assert all(np.isfinite(x).all() for x in _leaves(tmp_path, 3).values())
 
 
 def _mean_square(net, batch, key, *, scale=1.0):
@@ -178,6 +184,13 @@ def test_an_unknown_loss_names_itself(name):
     [
         (dict(stage="stage9"), "config.stage"),
         (dict(steps=0), "config.steps is 0"),
+        (dict(log__fps=0), "config.log.fps is 0"),
+        (dict(text_dropout=1.5), "text_dropout is 1.5"),
+        (dict(data__size=20), "20"),
+        (dict(data__batch=6), "config.data.batch is 6"),
+        (dict(model__num_heads=0), "num_heads 0"),
+        (dict(losses__flow_matching__options={"weighting": "foo"}), "weighting is 'foo'"),
+        (dict(losses__flow_matching__options={"draws": 2}), "options.draws"),
         (dict(model__size="huge"), "config.model.size"),
         (dict(model__num_heads=5), "num_heads 5"),
         (dict(data__source="films"), "films"),
@@ -190,7 +203,8 @@ def test_an_unknown_loss_names_itself(name):
 )
 def test_bad_config_values_name_themselves(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        train(tiny.train_config(**changes), tmp_path, show_progress=False)
+        train(tiny.train_config(**changes), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists(), "something was written before the config was refused"
 
 
 def test_unknown_keys_are_errors_wherever_they_are_set(tmp_path):

@@ -18,5 +18,4 @@ def get_config():
     config.optimizer.betas = (0.9, 0.95)
     config.ema.decay = 0.999
     config.sample.guidance = 1.0
-    config.losses.flow_matching.options.per_frame = True
     return config

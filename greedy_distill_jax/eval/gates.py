@@ -29,4 +29,9 @@ def cost_gate(rows: Sequence[Mapping[str, float | int]], early: int, late: int) 
 
 
 def _gate(name: str, value: float, floor: float) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "threshold": f">= {floor:.4f}", "passed": bool(value >= floor)}
+    return {
+        "name": name,
+        "value": round(value, 4),
+        "threshold": f">= {floor:.4f}",
+        "passed": bool(value >= floor and value > 0),
+    }

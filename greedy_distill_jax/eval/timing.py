@@ -22,6 +22,8 @@ from greedy_distill_jax.models.layers import KeyValue, Layer, Layout
 from greedy_distill_jax.models.rope import rope_table
 from greedy_distill_jax.stream import Streamer, StreamState
 
+SPAN = 8  # stream steps timed around each length
+
 
 def causal_frame(teacher: Teacher, params, frames: int, sigmas: Sequence[float], latent_shape, text_BMC) -> Callable:
     """A jitted function that makes one frame against the cached keys of ``frames`` earlier ones."""
@@ -54,7 +56,7 @@ def time_per_frame(
     teacher: Teacher, teacher_params, teacher_sigmas, streamer: Streamer, params, text_BMC, latent_shape,
     *, frames: Sequence[int] = (8, 32, 128, 256), repeats: int = 5,
 ) -> list[dict[str, float | int]]:  # fmt: skip
-    """Rows {frames, etm_sdd, full_causal, teacher}: milliseconds per frame, medians of ``repeats`` turns.
+    """Rows {frames, etm_sdd, full_causal, teacher}: milliseconds per latent frame, medians of ``repeats`` turns.
 
     Args:
       teacher, teacher_params, teacher_sigmas: the bidirectional teacher, its step list, no guidance.
@@ -67,7 +69,7 @@ def time_per_frame(
     key = jax.random.key(0)
     init = jax.jit(streamer.init, static_argnums=3)
     step = jax.jit(streamer.step, donate_argnums=1)
-    sigmas, span = streamer.sampling.sigmas[-1], 8
+    sigmas = streamer.sampling.sigmas[-1]
     noise = jax.random.normal(key, (1, 1, *latent_shape), jnp.float32)
     causal = {n: causal_frame(teacher, teacher_params, n, sigmas, latent_shape, text_BMC) for n in frames}
     whole = jax.jit(
@@ -81,20 +83,20 @@ def time_per_frame(
             jax.block_until_ready(run())
         return (time.perf_counter() - begin) * 1e3 / calls
 
+    chunk = streamer.cfg.chunk
+    near = {n: range(max(1, n // chunk), max(1, n // chunk) + SPAN) for n in frames}  # stream steps timed for length n
     times: dict[int, dict[str, list[float]]] = {n: {"etm_sdd": [], "full_causal": [], "teacher": []} for n in frames}
     for turn in range(repeats + 1):  # turn 0 compiles
         state: StreamState = init(params, text_BMC, key, tuple(latent_shape))
-        for n in range(1, max(frames) + 1):
-            if any(0 <= m - n < span for m in frames):
-                begin = time.perf_counter()
-                state, x = step(params, state)
+        for number in range(1, max(map(max, near.values())) + 1):
+            begin = time.perf_counter()
+            state, x = step(params, state)
+            if any(number in steps for steps in near.values()):
                 jax.block_until_ready(x)
-                spent = (time.perf_counter() - begin) * 1e3
-                for m in frames:
-                    if turn and 0 <= m - n < span:
-                        times[m]["etm_sdd"].append(spent)
-            else:
-                state, _ = step(params, state)
+                spent = (time.perf_counter() - begin) * 1e3 / chunk
+                for n, steps in near.items():
+                    if turn and number in steps:
+                        times[n]["etm_sdd"].append(spent)
         for n in frames:
             one = clock(lambda n=n: causal[n](noise), 3)
             all_ = clock(lambda n=n: whole(teacher_params, videos[n], text_BMC), 1) / n

@@ -64,4 +64,6 @@ def check_options(name: str, loss: Callable, options: dict) -> None:
     known = option_names(loss)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise UserError(f"loss {name!r} has no option {unknown[0]!r}; it takes {', '.join(known)}.")
+        raise UserError(
+            f"loss {name!r} has no option {unknown[0]!r}; keyword-only options it takes: {', '.join(known) or 'none'}."
+        )

@@ -127,7 +127,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (dense(cfg.dim, cfg) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.eps), RMSNorm(cfg.eps)
         if self.with_z:
-            self.z_k, self.z_v = (dense(cfg.dim, cfg) for _ in range(2))
+            self.z_k, self.z_v, self.norm_z = dense(cfg.dim, cfg), dense(cfg.dim, cfg), RMSNorm(cfg.eps)
 
     def query(self, x_BSD):
         """[B, S, N, K]"""
@@ -139,9 +139,9 @@ class Attention(nn.Module):
         return KeyValue(_heads(self.norm_k(self.k(x_BSD)), n), _heads(self.v(x_BSD), n))
 
     def z_key_value(self, z_BSD) -> KeyValue:
-        """The same from ETM's output, by its own linears."""
+        """The same from ETM's output, by its own linears and norm (as Wan-I2V has for images, METHOD_SPEC A.4)."""
         n = self.cfg.num_heads
-        return KeyValue(_heads(self.norm_k(self.z_k(z_BSD)), n), _heads(self.z_v(z_BSD), n))
+        return KeyValue(_heads(self.norm_z(self.z_k(z_BSD)), n), _heads(self.z_v(z_BSD), n))
 
     def out(self, x_BSNK):
         """Output projection."""

@@ -115,7 +115,8 @@ class Student:
             picked = jax.tree.map(lambda x: x[np.asarray(layers)], teacher_params["blocks"])
             for attention in ("self_attn", "cross_attn"):
                 if "z_k" in target["blocks"][attention]:
-                    extra = {"z_k": picked["self_attn"]["k"], "z_v": picked["self_attn"]["v"]}
+                    own = picked["self_attn"]
+                    extra = {"z_k": own["k"], "z_v": own["v"], "norm_z": own["norm_k"]}
                     picked = {**picked, attention: {**picked[attention], **extra}}
             return fill(target, {**teacher_params, "blocks": picked})
 

@@ -1,9 +1,7 @@
 """Sizes of the Wan2.1 DiT and of the streaming student cut from it."""
 
 import dataclasses
-from typing import Literal
 
-Fusion = Literal["selfkv", "xattn2", "replace", "add", "concat", "adaln"]
 FUSIONS: tuple[str, ...] = ("selfkv", "xattn2", "replace", "add", "concat", "adaln")
 ROPE_MODES = ("clamped", "absolute", "fixed")
 CONTEXT_MODES = ("clean", "last_step_kv", "fused")
@@ -47,8 +45,11 @@ class WanConfig:
         _check(self, "prediction", ("velocity", "x0"))
         _check(self, "dtype", ("bfloat16", "float32"))
         _check(self, "remat", ("none", "full", "dots"))
-        if self.dim % self.num_heads:
-            raise ValueError(f"WanConfig.dim {self.dim} is not a multiple of num_heads {self.num_heads}.")
+        if self.num_heads < 1 or self.num_layers < 1 or self.dim % self.num_heads:
+            raise ValueError(
+                f"WanConfig: dim {self.dim} must be a multiple of num_heads {self.num_heads}, num_layers "
+                f"{self.num_layers} at least 1."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -65,7 +66,8 @@ class StudentConfig:
     "clamped" below ``rope_frames`` (the length the teacher was trained at), "absolute", or "fixed" (0, 1, 2).
     ETM keeps absolute positions in mode "absolute" and window-relative ones otherwise. context: how the previous
     frame's keys come about: an extra "clean" pass, the "last_step_kv" of its own denoising, or a clean pass
-    "fused" into the next frame's first call (same numbers as "clean", one call fewer).
+    "fused" into the next frame's first call (one call fewer; the same numbers as "clean", except that after a prompt
+    switch the pending clean pass already sees the new prompt).
     gate_init is the initial per-head weight of the second attention of fusion "xattn2".
     """
 

@@ -45,13 +45,15 @@ def train_config(stage: str = "teacher", **changes):
     config.model.dim, config.model.ffn_dim, config.model.num_layers = 24, 32, 2
     config.model.freq_dim, config.model.text_dim, config.model.text_len = 8, 8, 6
     config.data.batch, config.data.frames = 8, 4
-    config.student.window, config.student.rope_frames = 2, 4
+    config.student.window = 2
     config.checkpoint.every, config.log.every, config.log.samples_every = 3, 1, 0
     config.optimizer.warmup, config.ema.start, config.compile_cache = 1, 2, ""
     config.sample.steps = 2
-    config.losses.flow_matching.options.per_frame = stage != "teacher"
     for key, value in changes.items():
-        config.update_from_flattened_dict({key.replace("__", "."): value})
+        if key == "losses__flow_matching__options":
+            config.losses.flow_matching.options.update(value)
+        else:
+            config.update_from_flattened_dict({key.replace("__", "."): value})
     return config
 
 
