@@ -39,6 +39,9 @@ def _add_clips(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--held-out", type=float, default=0.15, help="last part of each clip in time to hold out (default: %(default)s)"
     )
+    parser.add_argument(
+        "--crops", type=int, default=0, help="further training windows through random crops (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder prepared before")
     parser.set_defaults(run=_clips)
 
@@ -59,6 +62,7 @@ def _clips(args: argparse.Namespace) -> None:
         fps=args.fps,
         stride=args.stride,
         held_out=args.held_out,
+        crops=args.crops,
         overwrite=args.overwrite,
     )
     counts = info["counts"]

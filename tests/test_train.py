@@ -186,7 +186,7 @@ def test_an_unknown_loss_names_itself(name):
         (dict(steps=0), "config.steps is 0"),
         (dict(log__fps=0), "config.log.fps is 0"),
         (dict(text_dropout=1.5), "text_dropout is 1.5"),
-        (dict(data__size=20), "20"),
+        (dict(data__size=20), "Latent grid 5x5"),
         (dict(data__batch=6), "config.data.batch is 6"),
         (dict(model__num_heads=0), "num_heads 0"),
         (dict(losses__flow_matching__options={"weighting": "foo"}), "weighting is 'foo'"),

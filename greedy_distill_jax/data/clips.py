@@ -139,6 +139,7 @@ def prepare_clips(
     fps: float | int | None = None,
     stride: int | None = None,
     held_out: float | int = 0.15,
+    crops: int = 0,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -158,6 +159,8 @@ def prepare_clips(
       fps: frames per second to resample to; None keeps each clip's own frames.
       stride: frames between the starts of windows; None for frames // 2.
       held_out: fraction of each clip, in [0, 1); 0 for none.
+      crops: further training windows from each stretch of time, each seen through a random crop that stays where it is
+        for the whole clip (a few clips hold many small scenes); seeded by the name of the clip.
       overwrite: replace a folder prepared before.
       progress: show a bar on standard error. Clips that are skipped are named there in any case.
 
@@ -178,6 +181,8 @@ def prepare_clips(
         raise UserError(f"--frames {frames}, --stride {stride}: both must be at least 1")
     if fps is not None and not fps > 0:
         raise UserError(f"--fps {fps}: must be positive")
+    if crops < 0:
+        raise UserError(f"--crops {crops}: must be 0 or more")
     if not 0 <= held_out < 1:
         raise UserError(f"--held-out {held_out}: must be at least 0 and less than 1")
     caption_of = read_captions(clips, captions)
@@ -195,16 +200,18 @@ def prepare_clips(
         for clip, caption in bar:
             bar.set_postfix_str(clip, refresh=True)
             try:
-                entry, starts, video = _cut(clips / clip, width, height, frames, fps, stride, held_out)
+                entry, starts, video = _cut(clips / clip, width, height, frames, fps, stride, held_out, crops)
             except UserError as error:
                 skipped.append({"clip": clip, "reason": str(error)})
                 tqdm.write(f"skipped {clip}: {error}", file=sys.stderr)
                 continue
             for split in SPLITS:
                 for start in starts[split]:
-                    window = video[start : start + frames]
-                    writers[split].write(encode_record(window, caption, clip=clip, start=start))
-            used.append({"clip": clip, **entry, **{split: len(starts[split]) for split in SPLITS}})
+                    for crop, images in enumerate(video if split == "train" else video[:1]):
+                        window = images[start : start + frames]
+                        writers[split].write(encode_record(window, caption, clip=clip, start=start, crop=crop))
+            counts = {"train": len(starts["train"]) * len(video), "held_out": len(starts["held_out"])}
+            used.append({"clip": clip, **entry, **counts})
         if not used:
             raise UserError(
                 f"--clips {clips}: none of the {len(skipped)} clips gives a window; the first: {skipped[0]['reason']}"
@@ -223,6 +230,7 @@ def prepare_clips(
             "fps": fps or statistics.median(entry["fps"] for entry in used),
             "stride": stride,
             "held_out": held_out,
+            "crops": crops,
             "counts": {split: sum(shard["records"] for shard in shards[split]) for split in SPLITS},
             "shards": shards,
             "captions": {entry["clip"]: caption_of[entry["clip"]] for entry in used},
@@ -299,12 +307,28 @@ def fit_frame(frame: UInt8[np.ndarray, "A B 3"], width: int, height: int) -> UIn
     return cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
+def _random_boxes(clip: str, rows: int, columns: int, aspect: float, count: int) -> list[tuple[slice, slice]]:
+    """Boxes of the given aspect ratio (width / height), from 0.4 to 1 times the largest that fits, anywhere in a frame."""
+    rng = np.random.default_rng(list(clip.encode()))
+    largest = min(rows, columns / aspect)
+    boxes = []
+    for scale in rng.uniform(0.4, 1.0, count):
+        box_rows, box_columns = max(1, int(largest * scale)), max(1, int(largest * scale * aspect))
+        top, left = rng.integers(rows - box_rows + 1), rng.integers(columns - box_columns + 1)
+        boxes.append((slice(top, top + box_rows), slice(left, left + box_columns)))
+    return boxes
+
+
 def _cut(
-    path: Path, width: int, height: int, frames: int, fps: float | int | None, stride: int, held_out: float | int
-) -> tuple[dict[str, Any], dict[str, range], np.ndarray]:
-    """What dataset.json says about one clip, the starts of its windows by split, and its frames [n, H, W, 3]."""
+    path: Path, width: int, height: int, frames: int, fps: float | int | None, stride: int, held_out: float | int,
+    crops: int,
+) -> tuple[dict[str, Any], dict[str, range], np.ndarray]:  # fmt: skip
+    """What dataset.json says about one clip, the starts of its windows by split, and its frames [1 + crops, n, H, W, 3]."""
     info = probe(path)
-    images = [fit_frame(frame, width, height) for frame in read_frames(path, fps=fps)]
+    images, boxes = [], None
+    for frame in read_frames(path, fps=fps):
+        boxes = boxes or _random_boxes(path.name, *frame.shape[:2], width / height, crops)
+        images.append([fit_frame(view, width, height) for view in (frame, *(frame[box] for box in boxes))])
     count = len(images)
     if count < frames:
         raise UserError(f"{path} has {count} frames, a window needs {frames}; use fewer --frames")
@@ -316,7 +340,7 @@ def _cut(
         "held_out": range(count - held, count - frames + 1, stride),
     }
     entry = {"width": info.width, "height": info.height, "fps": fps or info.fps, "frames": count}
-    return entry, starts, np.stack(images)
+    return entry, starts, np.swapaxes(np.asarray(images), 0, 1)
 
 
 class _ShardWriter:

@@ -54,7 +54,7 @@ def causal_frame(teacher: Teacher, params, frames: int, sigmas: Sequence[float],
 
 def time_per_frame(
     teacher: Teacher, teacher_params, teacher_sigmas, streamer: Streamer, params, text_BMC, latent_shape,
-    *, frames: Sequence[int] = (8, 32, 128, 256), repeats: int = 5,
+    *, frames: Sequence[int] = (8, 32, 128, 256), repeats: int = 3,
 ) -> list[dict[str, float | int]]:  # fmt: skip
     """Rows {frames, etm_sdd, full_causal, teacher}: milliseconds per latent frame, medians of ``repeats`` turns.
 
