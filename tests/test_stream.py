@@ -1,5 +1,6 @@
 """Streaming equals full: the step-by-step form with caches against one parallel pass over the whole video."""
 
+import dataclasses
 import gc
 import os
 import resource
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from greedy_distill_jax import config as configuration
+from greedy_distill_jax.config_cli import read_config
 from greedy_distill_jax.models.student import History, Student
 from greedy_distill_jax.stream import Sampling, Streamer, cache_bytes, initial_noise
 from greedy_distill_jax.testing import tiny
@@ -28,8 +31,9 @@ OPTIONS = {
 
 def _config(case):
     case = dict(case)
-    etm, sdd = case.pop("split", (tiny.STUDENT.etm_layers, tiny.STUDENT.sdd_layers))
-    return tiny.student_config(etm_layers=etm, sdd_layers=sdd, **case)
+    if "split" in case:
+        case["etm_layers"], case["sdd_layers"] = case.pop("split")
+    return tiny.student_config(**case)
 
 
 def _params(student):
@@ -57,21 +61,26 @@ def _stream(student, params, text, frames, sigmas):
 def _parallel(student, params, text, frames, noise, sigmas):
     """The same denoising, every chunk at once, given the frames as history."""
     zero = jnp.zeros((len(frames), 1), jnp.float32)
-    history = History(frames, zero)
+    call = jax.jit(lambda params, x, s, history: student(params, x, s, text, history))
+    history, last, rounds = History(frames, zero), noise, 1
     if student.cfg.context == "last_step_kv":
-        history = history._replace(sdd_frames_BTHWC=noise, sdd_sigma_BT=zero + sigmas[-1])
-    call = jax.jit(lambda params, x, s: student(params, x, s, text, history))
-    x = noise
-    for sigma, after in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
-        x = x + (after - sigma) * call(params, x, zero + sigma)
+        # Keys come from the last denoising inputs, which depend on earlier chunks' keys: one more chunk is right after
+        # every round.
+        rounds = student.chunks_of(frames.shape[1])
+    for _ in range(rounds):
+        if student.cfg.context == "last_step_kv":
+            history = history._replace(sdd_frames_BTHWC=last, sdd_sigma_BT=zero + sigmas[-1])
+        x = noise
+        for sigma, after in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+            last = x
+            x = x + (after - sigma) * call(params, x, zero + sigma, history)
     return x
 
 
 def _compare(case, frames, batch=2):
     student = Student(_config(case))
     params, text = _params(student), tiny.text_rows(batch, jax.random.key(3))
-    # last_step_kv keeps the keys of the last denoising input, which is the noise only when there is one step.
-    sigmas = (1.0,) if student.cfg.context == "last_step_kv" else (1.0, 0.6)
+    sigmas = (1.0, 0.6)
     streamed, noise = _stream(student, params, text, frames, sigmas)
     full = _parallel(student, params, text, streamed, noise, sigmas)
     assert float(jnp.abs(streamed).mean()) > 0.1
@@ -87,6 +96,24 @@ def test_streaming_equals_full(case):
 @pytest.mark.parametrize("frames", [24, 1032])
 def test_streaming_equals_full_on_long_streams(rope_mode, frames):
     _compare(dict(rope_mode=rope_mode, sink=1, window=3), frames, batch=1)
+
+
+def test_the_defaults_of_the_quickstart():
+    config = configuration.student_config(read_config("configs/quickstart.py:student").lock())
+    base = dataclasses.replace(tiny.BASE, num_layers=config.base.num_layers, prediction=config.base.prediction)
+    config = dataclasses.replace(config, base=base)
+    assert (config.fusion, config.window, config.rope_frames) == ("selfkv", 4, 8)
+    _compare({f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, frames=24, batch=1)
+
+
+def test_bfloat16_streams_close_to_float32():
+    streams = []
+    for dtype in ("float32", "bfloat16"):
+        student = Student(tiny.student_config(base=dataclasses.replace(tiny.BASE, dtype=dtype)))
+        params, text = _params(student), tiny.text_rows(1, jax.random.key(3))
+        streams.append(_stream(student, params, text, 4, (1.0, 0.6))[0])
+    error = jnp.linalg.norm(streams[0] - streams[1]) / jnp.linalg.norm(streams[0])
+    assert 0 < float(error) < 0.1
 
 
 def test_past_the_training_length_of_wan():

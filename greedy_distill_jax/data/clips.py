@@ -308,7 +308,7 @@ def fit_frame(frame: UInt8[np.ndarray, "A B 3"], width: int, height: int) -> UIn
 
 
 def _random_boxes(clip: str, rows: int, columns: int, aspect: float, count: int) -> list[tuple[slice, slice]]:
-    """Boxes of the given aspect ratio (width / height), from 0.4 to 1 times the largest that fits, anywhere in a frame."""
+    """Boxes of the given aspect ratio (width / height), 0.4 to 1 times the largest that fits, anywhere in a frame."""
     rng = np.random.default_rng(list(clip.encode()))
     largest = min(rows, columns / aspect)
     boxes = []
@@ -323,7 +323,7 @@ def _cut(
     path: Path, width: int, height: int, frames: int, fps: float | int | None, stride: int, held_out: float | int,
     crops: int,
 ) -> tuple[dict[str, Any], dict[str, range], np.ndarray]:  # fmt: skip
-    """What dataset.json says about one clip, the starts of its windows by split, and its frames [1 + crops, n, H, W, 3]."""
+    """dataset.json's entry of one clip, the starts of its windows by split, its frames [1 + crops, n, H, W, 3]."""
     info = probe(path)
     images, boxes = [], None
     for frame in read_frames(path, fps=fps):
