@@ -221,6 +221,14 @@ class Checkpointer:
             raise _another(self.directory, step, ", ".join(parts[:3]) + _more(parts))
 
 
+def has_checkpoint(directory: str | os.PathLike) -> bool:
+    """Whether a complete checkpoint lies in a directory; creates nothing."""
+    if not os.path.isdir(os.path.expanduser(directory)):
+        return False
+    with Checkpointer(directory, read_only=True) as checkpointer:
+        return checkpointer.latest_step() is not None
+
+
 def load_params(
     directory: str | os.PathLike,
     subtree: str = "ema",

@@ -104,6 +104,17 @@ def evaluate(
     teacher, student = Run.load(teacher_dir), Run.load(student_dir)
     if teacher.is_student or not student.is_student:
         raise UserError("evaluate needs the run directory of a teacher (--teacher) and that of a student (--student).")
+    if videos < 1:
+        raise UserError(f"--videos is {videos}; evaluate at least one video.")
+    if teacher.config.data.source != student.config.data.source or teacher.latent_shape != student.latent_shape:
+        raise UserError(
+            "evaluate: teacher and student were trained on different data; give a pair that belongs together."
+        )
+    if HORIZON * teacher.latent_shape[0] % student.model.cfg.chunk:
+        raise UserError(
+            f"evaluate streams {HORIZON} x {teacher.latent_shape[0]} frames, which do not divide into student chunks "
+            f"of {student.model.cfg.chunk}; train with another chunk or frame count."
+        )
     use_compile_cache(teacher.config.compile_cache)
     frames = teacher.latent_shape[0]
     shapes = teacher.config.data.source == "moving_shapes"

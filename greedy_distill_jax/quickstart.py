@@ -76,7 +76,7 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
     check_workdir(workdir)
     begin = time.time()
     marker, report = workdir / "job", workdir / "report" / "report.html"
-    job = f"clips {clips.resolve()}" if clips else "moving_shapes"
+    job = f"clips {clips.resolve()}, captions {captions.resolve()}" if clips else "moving_shapes"
     job += f", {speed}"
     if marker.exists() and marker.read_text() != job:
         other = marker.read_text()
@@ -90,7 +90,8 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
         print("quickstart: preparing the clips")
         folders = ["--clips", str(clips), "--captions", str(captions), "--output", str(dataset), "--overwrite"]
         prepare.main(["clips", *folders, *PREPARE])
-    marker.write_text(job)  # only now: clips that cannot be used leave the folder free for another job
+    if not marker.exists():
+        marker.write_text(job)  # only now: clips that cannot be used leave the folder free for another job
     configs = stage_configs(speed, dataset)
     runs = {name: workdir / name for name in configs}
     configs["student"].teacher_from = str(runs["teacher"])

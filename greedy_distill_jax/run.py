@@ -35,12 +35,6 @@ def architecture(model: Teacher | Student) -> dict[str, Any]:
     return {"kind": type(model).__name__.lower(), **fields}
 
 
-def write_assets(workdir: Path, codec: PatchCodec) -> None:
-    """Stores the codec beside the checkpoints."""
-    if not (workdir / CODEC).exists():
-        codec.save(workdir / CODEC)
-
-
 @dataclasses.dataclass
 class Run:
     """Everything needed to sample. ``params`` are the averaged (EMA) weights; ``latent_shape`` is (T, H, W, C)."""

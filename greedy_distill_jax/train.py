@@ -26,17 +26,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, config as configuration, steps
-from greedy_distill_jax.checkpoint import Checkpointer
+from greedy_distill_jax.checkpoint import Checkpointer, has_checkpoint
 from greedy_distill_jax.config_cli import load_config
 from greedy_distill_jax.data.augment import augmented
-from greedy_distill_jax.data.loader import load_source, make_loader
+from greedy_distill_jax.data.loader import SkipBadRecords, load_source, make_loader
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
 from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.run import CODEC, NOT_ARCHITECTURE, Run, architecture, write_assets
+from greedy_distill_jax.run import CODEC, NOT_ARCHITECTURE, Run, architecture
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.state import TrainState, make_optimizer
 from greedy_distill_jax.types import Diverged, Stopped, UserError
@@ -149,12 +149,16 @@ class Job(NamedTuple):
 def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     """Builds network, data and the jitted step, and traces the step once: every mistake in the config shows here."""
     source, codec = data_source(config, "train")
+    source = SkipBadRecords(source, config.data.max_bad_records)
     examples = [source[i] for i in range(min(4, len(source)))]
     model, make_net = build_network(config)
-    teacher = Run.load(config.teacher_from) if config.teacher_from and isinstance(model, Student) else None
-    if teacher:
+    resumed = has_checkpoint(workdir / "checkpoints")
+    teacher = None
+    if config.teacher_from and isinstance(model, Student) and not resumed:
+        teacher = Run.load(config.teacher_from)
         check_teacher(config, model, teacher)
-    codec = _agreed_codec(codec, config, workdir, teacher)
+    if teacher or resumed:
+        codec = _agreed_codec(codec, workdir if resumed else Path(config.teacher_from))
     wan = configuration.wan_config(config)
     encoder = HashWordEncoder(wan.text_len, wan.text_dim)
     latent_shape = (config.data.frames, *codec.latent_shape(*examples[0]["video"].shape[1:3]))
@@ -167,12 +171,12 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
             f"mesh, and these over the {processes} processes. Change config.data.batch or config.mesh."
         )
 
-    optimizer = optimizer_of(config)
     batch_shape = {
         "latents": jax.ShapeDtypeStruct((config.data.batch, *latent_shape), jnp.float32),
         "text": jax.ShapeDtypeStruct((config.data.batch, wan.text_len, wan.text_dim), jnp.float32),
     }
     try:
+        optimizer = optimizer_of(config)
         state_shape = jax.eval_shape(lambda k: make_state(model.init(k, latent_shape), optimizer), jax.random.key(0))
         state_sharding, batch_sharding = shardings(state_shape, mesh), shardings(batch_shape, mesh)
         step = jax.jit(
@@ -182,7 +186,7 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
             donate_argnums=0,
         )
         metrics = step.eval_shape(state_shape, batch_shape)[1]
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"config: {error}") from error
     for name, metric in metrics.items():
         if metric.shape:
@@ -192,29 +196,28 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
                latent_shape, optimizer, state_shape, state_sharding, batch_sharding, step)  # fmt: skip
 
 
-def _agreed_codec(codec: PatchCodec, config: ConfigDict, workdir: Path, teacher: Run | None) -> PatchCodec:
-    """The codec of the run that is resumed, or of the teacher; UserError when the data was made with another one."""
-    stored = PatchCodec.load(workdir / CODEC) if (workdir / CODEC).exists() else teacher and teacher.codec
-    if not stored:
-        return codec
-    if stored.components.shape != codec.components.shape or not np.allclose(
-        stored.components, codec.components, atol=1e-3
-    ):
+def _agreed_codec(codec: PatchCodec, run: Path) -> PatchCodec:
+    """The codec that ``run`` was trained with; UserError when the data comes with another one."""
+    stored = PatchCodec.load(run / CODEC)
+    same = stored.components.shape == codec.components.shape and all(
+        np.allclose(getattr(stored, name), getattr(codec, name), atol=1e-3) for name in ("components", "mean", "scale")
+    )
+    if not same:
         raise UserError(
-            f"config.data.source {config.data.source} comes with another codec than "
-            f"{workdir if (workdir / CODEC).exists() else config.teacher_from} was trained with; use the same data, "
-            f"or start a new run."
+            f"config.data.source comes with another codec than {run} was trained with; use the same data, or train a "
+            f"teacher on this one."
         )
     return stored
 
 
 def check_resume(config: ConfigDict, workdir: Path, step: int, meta: dict[str, Any]) -> None:
-    """Raises UserError when going on from a checkpoint would not continue the run that it belongs to."""
+    """Raises UserError when a checkpoint belongs to another stage, seed or data. Rates, losses and steps may change."""
     stored = json.loads(meta["config"])
-    for key in ("stage", "seed", "data.source", "data.frames", "data.batch", "data.augment"):
-        old, new = stored, config
+    for key in ("stage", "seed", "data.source", "data.size", "data.frames", "data.batch", "data.augment"):
+        old, new, default = stored, config, configuration.base()
         for part in key.split("."):
-            old, new = old[part], new[part]
+            new, default = new[part], default[part]
+            old = old.get(part, default)
         if old != new:
             raise UserError(
                 f"{workdir} was started with config.{key} = {old!r}, not {new!r}; resume with the same value or choose "
@@ -231,7 +234,7 @@ class _Stop:
     """Set by SIGTERM and Ctrl-C; the loop saves and leaves. A second Ctrl-C interrupts at once."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self._interrupts = 0, 0
         self._old = {}
 
     def __enter__(self):
@@ -247,9 +250,10 @@ class _Stop:
             signal.signal(number, handler)
 
     def _set(self, number, _):
-        if number == signal.SIGINT and self.signal == number:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
 
 def _check_finite(config: ConfigDict, pending: list, checkpointer: Checkpointer) -> list[dict]:
@@ -306,8 +310,9 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
                 print(f"{config.stage}: already at step {first} of {config.steps} in {workdir}", file=sys.stderr)
         else:
             state = _initial_state(config, job)
+            job = job._replace(teacher=None)  # its memory is needed now
         if main:
-            write_assets(workdir, job.codec)
+            job.codec.save(workdir / CODEC)
         cpu_start = time.process_time()
 
         def meta_of(step):
@@ -353,13 +358,13 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
             _check_finite(config, pending, checkpointer)
             checkpointer.save(step, state, meta_of(step))
         checkpointer.wait()
-    if stop.signal == signal.SIGINT:
+    if stop.signal:
+        saved = f"saved step {step} of {config.steps} in {workdir}" if step else "nothing to save yet"
+        message = f"{config.stage}: stopped, {saved}; the same command goes on from there."
+        if stop.signal == signal.SIGTERM:
+            raise Stopped(message)
+        print(message, file=sys.stderr)
         raise KeyboardInterrupt
-    if stop.signal and step < config.steps:
-        raise Stopped(
-            f"{config.stage}: stopped by SIGTERM, saved step {step} of {config.steps} in {workdir}; "
-            f"the same command goes on from there."
-        )
     return state
 
 

@@ -10,4 +10,4 @@ class Diverged(RuntimeError):
 
 
 class Stopped(RuntimeError):
-    """SIGTERM ended the work early; everything is saved and the same command goes on. Commands exit with 0."""
+    """SIGTERM ended the work early; what was done is saved and the same command goes on. Commands exit with 0."""

@@ -19,7 +19,7 @@ _CHANNELS = tuple(itertools.permutations(range(3)))
 
 
 class Labelled:
-    """A source in which every video also occurs mirrored, transposed (if square), recoloured and reversed in time."""
+    """Every video also mirrored, inverted, transposed (if square), recoloured and reversed in time."""
 
     def __init__(self, source, seed: int) -> None:
         self._source, self._seed = source, seed

@@ -170,6 +170,7 @@ def load_source(
     kind, _, directory = spec.partition(":")
     if kind != "clips" or not directory:
         raise UserError(f"data {spec!r} is unknown; use moving_shapes or clips:DIR")
+    directory = Path(directory).expanduser()
     source = ClipWindows(directory, split)
     for name, asked, held in (
         ("frames", frames, (source.frames,)),
@@ -180,4 +181,4 @@ def load_source(
                 f"data {spec!r} holds {name}={'x'.join(map(str, held))}, asked for {asked}; change the configuration, "
                 "or prepare the clips again"
             )
-    return source, PatchCodec.load(Path(directory) / "codec.npz")
+    return source, PatchCodec.load(directory / "codec.npz")

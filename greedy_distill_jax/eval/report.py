@@ -334,7 +334,9 @@ def _loss_figure(stage: str, curves: dict[str, list], name: str) -> dict:
     return _figure(name, f"Stage {stage}", text, figure, list(series))
 
 
-def _by_frame_figure(metric: str, lines: dict[str, list[float]], labels: list[str], training_frames: int) -> dict:
+def _by_frame_figure(
+    metric: str, lines: dict[str, list[float | None]], labels: list[str], training_frames: int
+) -> dict:
     title, text = BY_FRAME_TEXT.get(metric, (f"{metric} over the frame index", f"{metric}, frame by frame."))
     text += f" The marker at frame {training_frames} is the training length: nothing to its right was ever trained on."
     values = {label: _floats(line) for label, line in lines.items()}
@@ -420,7 +422,7 @@ def write_report(
     videos: dict[str, list[np.ndarray]],
     captions: list[str],
     curves: dict[str, dict[str, list]],
-    by_frame: dict[str, dict[str, list[float]]],
+    by_frame: dict[str, dict[str, list[float | None]]],
     fps: float = 8.0,
 ) -> Path:
     """Writes `metrics.json` and the self-contained `report.html`; each file is replaced whole or not at all.
