@@ -45,8 +45,6 @@ BASE = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow>=13.0.0",
-    "safetensors>=0.8.0",
-    "scipy>=1.17.1",
     "tensorboard>=2.21.0",
     "tqdm>=4.70.1",
 ]
