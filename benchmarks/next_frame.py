@@ -5,7 +5,6 @@
 Prints PSNR on the held-out windows of the data the student was trained on, overall and per caption.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from greedy_distill_jax.run import Run
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="run directory of a student trained on clips")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()

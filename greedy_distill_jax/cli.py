@@ -4,6 +4,7 @@ SIGTERM unwinds the stack, so that nothing half-written stays behind, and exits 
 with 0 instead.
 """
 
+import argparse
 import inspect
 import signal
 import sys
@@ -11,6 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from greedy_distill_jax.types import Diverged, Stopped, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with the hint where the options are listed."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn:

@@ -3,7 +3,6 @@
 python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/student --output runs/report
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -104,6 +103,10 @@ def evaluate(
     teacher, student = Run.load(teacher_dir), Run.load(student_dir)
     if teacher.is_student or not student.is_student:
         raise UserError("evaluate needs the run directory of a teacher (--teacher) and that of a student (--student).")
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another folder.") from error
     if videos < 1:
         raise UserError(f"--videos is {videos}; evaluate at least one video.")
     if teacher.config.data.source != student.config.data.source or teacher.latent_shape != student.latent_shape:
@@ -162,7 +165,8 @@ def evaluate(
         student.latent_shape[1:], frames=lengths,
     )  # fmt: skip
     gate_list.append(gates.cost_gate(times, min(lengths), 256 if 256 in lengths else max(lengths)))
-    extra["timing"] = f"{few} evaluations per frame (students) and per video (teacher), one video, no guidance"
+    extra["timing"] = f"{few} evaluations per frame (students) and per video (teacher), one video, no guidance, "
+    extra["timing"] += "CPU time of the process" if jax.default_backend() == "cpu" else "wall time"
 
     state = streamer.init(student.params, text, jax.random.key(0), student.latent_shape[1:])
     key_bytes = jnp.dtype(teacher.model.cfg.dtype).itemsize
@@ -212,13 +216,14 @@ def print_table(metrics: dict[str, Any]) -> None:
             f"  ms per frame at {row['frames']:>4} frames  "
             + "  ".join(f"{k} {v:.2f}" for k, v in list(row.items())[1:])
         )
+    print(f"  (timed: {metrics['extra']['timing']})")
     for gate in metrics["gates"]:
         print(f"  {'pass' if gate['passed'] else 'FAIL'}  {gate['name']}: {gate['value']} ({gate['threshold']})")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m greedy_distill_jax.evaluate", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m greedy_distill_jax.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="run directory of the teacher")
     parser.add_argument("--student", required=True, help="run directory of the student")
     parser.add_argument("--output", required=True, help="folder of metrics.json and report.html")

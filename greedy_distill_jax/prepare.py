@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
       UserError: bad input; nothing was written (`cli.run` makes it one line and exit code 2).
     """
-    parser = argparse.ArgumentParser(prog="python -m greedy_distill_jax.prepare", description=__doc__.split(":")[0])
+    parser = cli.Parser(prog="python -m greedy_distill_jax.prepare", description=__doc__.split(":")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_clips(commands)
     args = parser.parse_args(argv)
@@ -65,6 +65,9 @@ def _clips(args: argparse.Namespace) -> None:
         crops=args.crops,
         overwrite=args.overwrite,
     )
+    rates = sorted({round(clip["fps"], 2) for clip in info["clips"]})
+    if len(rates) > 1:
+        print(f"note: clips of different rates ({', '.join(map(str, rates))} fps) are mixed; --fps N resamples them.")
     counts = info["counts"]
     print(
         f"{args.output}: {counts['train']} training and {counts['held_out']} held-out windows of {info['frames']} "

@@ -5,7 +5,6 @@
 Every stage is the public command of the same name and resumes where it was interrupted; a finished one is skipped.
 """
 
-import argparse
 import os
 import time
 from pathlib import Path
@@ -119,7 +118,7 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="bash launch/quickstart.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--clips", type=Path, help="folder of mp4/webm clips instead of the embedded data")
     parser.add_argument("--captions", type=Path, help="CSV with the columns clip,caption")

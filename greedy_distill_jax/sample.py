@@ -4,7 +4,6 @@
         --frames 256 --seed 0 --output out.mp4 --switch 128:"a blue circle moving up"
 """
 
-import argparse
 import contextlib
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def stream_videos(run: Run, prompts: list[str], frames: int, *, seed: int = 0, s
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m greedy_distill_jax.sample", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m greedy_distill_jax.sample", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="run directory (the --workdir of training)")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument(
@@ -98,8 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     upscale = args.upscale or max(1, 128 // width)
     paths = output_paths(args.output, len(args.prompt))
     fps = run.config.log.fps if args.fps is None else args.fps
-    with contextlib.ExitStack() as stack, tqdm(total=args.frames, unit="frame", desc="sample") as bar:
+    with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(VideoWriter(path, fps=fps, upscale=upscale)) for path in paths]
+        bar = stack.enter_context(tqdm(total=args.frames, unit="frame", desc="sample"))
         for chunk in chunks:  # [B, g, H, W, 3]
             for writer, frames in zip(writers, chunk, strict=True):
                 for frame in frames:

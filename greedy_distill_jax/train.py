@@ -253,6 +253,8 @@ class _Stop:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
+        if not self.signal:
+            print("\nstopping after this update ...", file=sys.stderr, flush=True)
         self.signal = self.signal or number
 
 
