@@ -13,7 +13,7 @@ very high noise), teacher first, student cut from it.
 
 from greedy_distill_jax.config import base
 
-STEPS = {"full": (3500, 600), "fast": (1500, 250), "smoke": (8, 4)}
+STEPS = {"full": (3500, 600), "fast": (1200, 200), "smoke": (8, 4)}
 
 
 def get_config(arg: str = "teacher"):
