@@ -5,7 +5,7 @@
         --config.teacher_from=runs/teacher
 
 ``launch/quickstart.sh`` runs both, streams a video and writes the report. ``teacher,fast`` is the same in under half
-the time (its report says which gates it misses), ``teacher,smoke`` a few seconds for CI.
+the time (its report says which gates it misses), ``teacher,smoke`` a few updates for CI.
 
 The recipe: Muon for the kernels, x0 prediction and x0 weighting, small batches, noise shift 8 (positions are decided at
 very high noise), teacher first, student cut from it.

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.checkpoint import versions
-from greedy_distill_jax.data.loader import load_source
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.eval import gates, oracle
 from greedy_distill_jax.eval.metrics import evaluate_videos
@@ -25,7 +24,7 @@ from greedy_distill_jax.eval.report import ROW_KEYS, write_report
 from greedy_distill_jax.eval.timing import time_per_frame
 from greedy_distill_jax.logging import read_scalars
 from greedy_distill_jax.mesh import use_compile_cache
-from greedy_distill_jax.run import Run
+from greedy_distill_jax.run import Run, data_source
 from greedy_distill_jax.stream import cache_bytes
 from greedy_distill_jax.types import UserError
 
@@ -35,11 +34,9 @@ SHOWN = 6  # captions in the report's grid
 
 def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     """Real videos [V, T, H, W, 3] of captions the run was not trained on, and the captions."""
-    spec = run.config.data.source
-    size = run.config.data.size if spec == "moving_shapes" else None
-    source, _ = load_source(spec, "held_out", size=size, frames=frames, seed=seed)
+    source, _ = data_source(run.config, "held_out", frames=frames, seed=seed)
     if not len(source):
-        raise UserError(f"{spec} has no held-out windows; prepare it again with --held-out above 0.")
+        raise UserError(f"{run.config.data.source} has no held-out windows; prepare it again with --held-out above 0.")
     examples = [source[i] for i in range(min(count, len(source)))]
     return np.stack([e["video"] for e in examples]), [e["caption"] for e in examples]
 

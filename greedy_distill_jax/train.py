@@ -29,14 +29,14 @@ from greedy_distill_jax import cli, config as configuration, steps
 from greedy_distill_jax.checkpoint import Checkpointer, has_checkpoint
 from greedy_distill_jax.config_cli import load_config
 from greedy_distill_jax.data.augment import augmented
-from greedy_distill_jax.data.loader import SkipBadRecords, load_source, make_loader
+from greedy_distill_jax.data.loader import SkipBadRecords, make_loader
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
 from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.run import CODEC, NOT_ARCHITECTURE, Run, architecture
+from greedy_distill_jax.run import CODEC, NOT_ARCHITECTURE, Run, architecture, data_source
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.state import TrainState, make_optimizer
 from greedy_distill_jax.types import Diverged, Stopped, UserError
@@ -56,12 +56,6 @@ def build_network(config: ConfigDict):
         steps.student_net, student, context_noise=config.student.context_noise, last_sigmas=last
     )
     return student, make_net
-
-
-def data_source(config: ConfigDict, split: str):
-    """(source, codec) of ``config.data``; clips have a size of their own."""
-    size = config.data.size if config.data.source == "moving_shapes" else None
-    return load_source(config.data.source, split, size=size, frames=config.data.frames, seed=config.seed)
 
 
 def check_teacher(config: ConfigDict, model: Student, teacher: Run) -> None:
@@ -148,7 +142,7 @@ class Job(NamedTuple):
 
 def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     """Builds network, data and the jitted step, and traces the step once: every mistake in the config shows here."""
-    source, codec = data_source(config, "train")
+    source, codec = data_source(config, "train", frames=config.data.frames, seed=config.seed)
     source = SkipBadRecords(source, config.data.max_bad_records)
     examples = [source[i] for i in range(min(4, len(source)))]
     model, make_net = build_network(config)
@@ -157,8 +151,9 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     if config.teacher_from and isinstance(model, Student) and not resumed:
         teacher = Run.load(config.teacher_from)
         check_teacher(config, model, teacher)
-    if teacher or resumed:
-        codec = _agreed_codec(codec, workdir if resumed else Path(config.teacher_from))
+        codec = _agreed_codec(codec, teacher.codec, config.teacher_from)
+    elif resumed:
+        codec = _agreed_codec(codec, PatchCodec.load(workdir / CODEC), str(workdir))
     wan = configuration.wan_config(config)
     encoder = HashWordEncoder(wan.text_len, wan.text_dim)
     latent_shape = (config.data.frames, *codec.latent_shape(*examples[0]["video"].shape[1:3]))
@@ -196,9 +191,8 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
                latent_shape, optimizer, state_shape, state_sharding, batch_sharding, step)  # fmt: skip
 
 
-def _agreed_codec(codec: PatchCodec, run: Path) -> PatchCodec:
-    """The codec that ``run`` was trained with; UserError when the data comes with another one."""
-    stored = PatchCodec.load(run / CODEC)
+def _agreed_codec(codec: PatchCodec, stored: PatchCodec, run: str) -> PatchCodec:
+    """``stored``, the codec that ``run`` was trained with; UserError when the data comes with another one."""
     same = stored.components.shape == codec.components.shape and all(
         np.allclose(getattr(stored, name), getattr(codec, name), atol=1e-3) for name in ("components", "mean", "scale")
     )
