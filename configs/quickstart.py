@@ -3,38 +3,50 @@
     python -m greedy_distill_jax.train --config=configs/quickstart.py:teacher --workdir=runs/teacher
     python -m greedy_distill_jax.train --config=configs/quickstart.py:student --workdir=runs/student \
         --config.teacher_from=runs/teacher
+    python -m greedy_distill_jax.train --config=configs/quickstart.py:stage2 --workdir=runs/stage2 \
+        --config.teacher_from=runs/teacher --config.student_from=runs/student
 
-``launch/quickstart.sh`` runs both, streams a video and writes the report. ``teacher,fast`` is the same in under half
-the time (its report says which gates it misses), ``teacher,smoke`` a few updates for CI.
+``launch/quickstart.sh`` runs them, streams a video and writes the report. ``teacher,fast`` is the same in under half
+the time (its report says which gates it misses), ``teacher,smoke`` a few updates for CI. ``greedy_distill_paper`` in
+place of ``stage2`` is stage 2 as published: the student itself, as it is, as the fake score.
 
 The recipe: Muon for the kernels, x0 prediction and x0 weighting, small batches, noise shift 8 (positions are decided at
-very high noise), teacher first, student cut from it.
+very high noise), teacher first, student cut from it, stage 2 with few steps.
 """
 
-from greedy_distill_jax.config import base
+from greedy_distill_jax.config import base, greedy_distill_paper
 
-STEPS = {"full": (3500, 600), "fast": (1200, 200), "smoke": (8, 4)}
+STEPS = {
+    "full": dict(teacher=3500, student=600, stage2=240),
+    "fast": dict(teacher=1200, student=200, stage2=80),
+    "smoke": dict(teacher=8, student=4, stage2=4),
+}
+STAGES = ("teacher", "student", "stage2", "greedy_distill_paper")
 
 
 def get_config(arg: str = "teacher"):
-    """``arg``: "teacher" or "student", with ",fast" or ",smoke" for the short runs."""
+    """``arg``: one of STAGES, with ",fast" or ",smoke" for the short runs."""
     stage, _, speed = arg.partition(",")
     speed = speed or "full"
-    if stage not in ("teacher", "student") or speed not in STEPS:
-        raise ValueError(f"{arg!r} is not one of teacher, student, each with ',fast' or ',smoke' or neither")
+    if stage not in STAGES or speed not in STEPS:
+        raise ValueError(f"{arg!r} is not one of {', '.join(STAGES)}, each with ',fast' or ',smoke' or neither")
     config = base()
-    options = config.losses.flow_matching.options
-    options.shift, options.weighting = 8.0, "x0"
     config.data.batch = 16
+    config.losses.flow_matching.options.update(shift=8.0, weighting="x0")
     if stage == "teacher":
         config.stage = "teacher"
         config.optimizer.muon_rate = 3e-2
-    else:
+    elif stage == "student":
         config.stage = "teacher_forcing"
         config.optimizer.muon_rate = 1e-2
         config.optimizer.learning_rate = 1e-3
         config.sample.guidance = 1.0
-    config.steps = STEPS[speed][stage == "student"]
+    else:
+        _stage2(config)
+    config.steps = STEPS[speed].get(stage, STEPS[speed]["stage2"])
+    if stage == "greedy_distill_paper":
+        greedy_distill_paper(config)
+        config.steps //= 2  # without a critic every step updates the student
     config.log.samples_every = config.steps
     if speed == "smoke":
         config.data.batch = 4
@@ -42,3 +54,23 @@ def get_config(arg: str = "teacher"):
         config.sample.steps = 2
         config.log.every = 2
     return config
+
+
+def _stage2(config):
+    """Two evaluations per frame, four for the first; a separate critic, updated twice as often as the student."""
+    config.stage = "dmd"
+    del config.losses["flow_matching"]
+    config.losses.dmd = dict(loss="dmd", weight=1.0, options=dict(shift=8.0))
+    config.critic.losses.flow_matching.options.update(shift=8.0, low=0.02, high=0.98, weighting="x0")
+    config.distill.generator_every = 2
+    config.distill.critic_warmup = 20
+    config.distill.guidance = 2.0
+    config.optimizer.name, config.optimizer.learning_rate = "adamw", 2e-4
+    config.critic.optimizer.name, config.critic.optimizer.learning_rate = "adamw", 1e-3
+    for optimizer in (config.optimizer, config.critic.optimizer):
+        optimizer.betas, optimizer.final, optimizer.clip = (0.0, 0.99), 1.0, 10.0
+        optimizer.warmup = 5
+    config.text_dropout = 0.0
+    config.ema.decay, config.ema.start = 0.98, 20
+    config.sample.steps, config.sample.first_steps = 2, 4
+    config.sample.sampler, config.sample.guidance = "renoise", 1.0

@@ -10,6 +10,7 @@ import difflib
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from greedy_distill_jax import distillation, rollout
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.losses import check_options, option_names, resolve
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig, split_layers
@@ -18,19 +19,23 @@ from greedy_distill_jax.stream import Sampling
 from greedy_distill_jax.types import UserError
 
 RESERVED = ("loss", "grad_norm", "param_norm")
-STAGES = ("teacher", "teacher_forcing")
+STAGES = ("teacher", "teacher_forcing", "dmd")
+REAL = ("joint", "autoregressive", "per_frame")
+FAKE = ("critic", "self_sg", "self_fm", "self_ema", "stage1")
+OPEN_KEYS = ("losses", "critic.losses")  # below these, keys may be added
 
 
 def base() -> ConfigDict:
     """Every key with its default. Keys that are absent here are errors everywhere."""
     c = ConfigDict()
-    c.stage = "teacher"  # what is trained: "teacher" or "teacher_forcing" (stage 1 of the student)
+    c.stage = "teacher"  # teacher | teacher_forcing (stage 1 of the student) | dmd (stage 2: on its own videos)
     c.seed = 0  # parameters, data order and noise are functions of it
     c.steps = 1000  # optimiser updates
-    c.teacher_from = ""  # run directory of the teacher a student starts from; "" for a random start
+    c.teacher_from = ""  # run directory of the teacher a student is cut from, and that stage "dmd" asks for scores
+    c.student_from = ""  # run directory of the student that stage "dmd" (or more of stage 1) starts from
 
     c.data = ConfigDict()
-    c.data.source = "moving_shapes"  # or "clips:DIR", a folder written by `prepare clips`
+    c.data.source = "moving_shapes"  # or "moving_shapes:wandering", "clips:DIR" (a folder by `prepare clips`)
     c.data.size = 16  # pixels, moving_shapes only (clips have their own)
     c.data.frames = 8  # latent frames of one example
     c.data.batch = 32  # examples of one update, over all devices
@@ -53,25 +58,30 @@ def base() -> ConfigDict:
     c.student.rope_frames = 0  # latent frames the teacher was trained at; 0 = data.frames
     c.student.context = "clean"  # clean | last_step_kv | fused
     c.student.gate_init = 0.1  # initial gate of fusion xattn2
+    c.student.anchor = True  # SDD sees frame 0; without it long streams drift
     c.student.context_noise = 0.0  # history is noised up to this level in training
 
-    c.losses = ConfigDict()  # name in the logs -> {loss, weight, options}; more names may be added
-    c.losses.flow_matching = ConfigDict()
-    c.losses.flow_matching.loss = "flow_matching"  # a built-in, "module:function" or "file.py:function"
-    c.losses.flow_matching.weight = 1.0
-    c.losses.flow_matching.options = ConfigDict()  # keyword arguments of the loss
+    c.losses = _losses("flow_matching")  # name in the logs -> {loss, weight, options}; more names may be added
     c.text_dropout = 0.1  # examples trained without text
 
-    c.optimizer = ConfigDict()
-    c.optimizer.name = "muon"  # muon (kernels; AdamW for the rest) | adamw
-    c.optimizer.learning_rate = 2e-3  # AdamW
-    c.optimizer.muon_rate = 2e-2  # Muon
+    c.optimizer = _optimizer()
     c.optimizer.new_scale = 1.0  # factor on the updates of parameters the teacher does not have
-    c.optimizer.warmup = 30  # updates
-    c.optimizer.final = 0.05  # rate at the end of the cosine, as a fraction of the peak; 1 = constant
-    c.optimizer.betas = (0.9, 0.99)
-    c.optimizer.weight_decay = 0.0
-    c.optimizer.clip = 1.0  # global gradient norm, 0 = off
+    c.distill = ConfigDict()  # stage "dmd" only
+    c.distill.real = "joint"  # teacher score: joint (bidirectional) | autoregressive (stage 1, frozen) | per_frame
+    c.distill.fake = "critic"  # student score: critic | self_sg | self_fm | self_ema | stage1 (frozen)
+    c.distill.guidance = 4.0  # CFG scale of the teacher score; 1 = off
+    c.distill.pg = "rollout_trunc"  # rollout_trunc | rollout_full | actor_critic, see distillation.py
+    c.distill.segment = 0  # rollout_full: chunks through which later frames give credit to earlier ones, 0 = all
+    c.distill.epochs = 1  # actor_critic: updates per rollout
+    c.distill.anchor = 0.0  # actor_critic: weight of (action - action of the rollout)^2
+    c.distill.exit = "random"  # denoising step that makes the frames of a rollout: random | last
+    c.distill.context_grad_etm = "params"  # ETM learns through z: params | none
+    c.distill.context_grad_sdd = "none"  # SDD learns through its keys of earlier frames: params | none
+    c.distill.generator_every = 5  # steps from one generator update to the next; the critic is updated in every step
+    c.distill.critic_warmup = 0  # steps before the first generator update
+    c.critic = ConfigDict()  # distill.fake "critic" only
+    c.critic.losses = _losses("flow_matching")
+    c.critic.optimizer = _optimizer()
     c.ema = ConfigDict()
     c.ema.decay = 0.995
     c.ema.start = 100  # updates until which the average follows the parameters
@@ -98,8 +108,30 @@ def base() -> ConfigDict:
     c.log.fps = 8  # of samples
     c.compile_cache = "~/.cache/greedy_distill_jax/xla"  # "" = none
     c.lock()
-    c.losses.unlock()  # losses and their options are open; ``validate`` checks them against the functions
+    for losses in (c.losses, c.critic.losses):
+        losses.unlock()  # losses and their options are open; ``validate`` checks them against the functions
     return c
+
+
+def _losses(name: str) -> ConfigDict:
+    losses = ConfigDict({name: ConfigDict()})
+    losses[name].loss = name  # a built-in, "module:function" or "file.py:function"
+    losses[name].weight = 1.0
+    losses[name].options = ConfigDict()  # keyword arguments of the loss
+    return losses
+
+
+def _optimizer() -> ConfigDict:
+    o = ConfigDict()
+    o.name = "muon"  # muon (kernels; AdamW for the rest) | adamw
+    o.learning_rate = 2e-3  # AdamW
+    o.muon_rate = 2e-2  # Muon
+    o.warmup = 30  # updates
+    o.final = 0.05  # rate at the end of the cosine, as a fraction of the peak; 1 = constant
+    o.betas = (0.9, 0.99)
+    o.weight_decay = 0.0
+    o.clip = 1.0  # global gradient norm, 0 = off
+    return o
 
 
 def validate(config: ConfigDict) -> None:
@@ -129,10 +161,58 @@ def validate(config: ConfigDict) -> None:
                 f"config.student.chunk = {student.chunk}; choose a multiple of {student.chunk}."
             )
         sampling(config)
+    if config.stage == "dmd":
+        _validate_distillation(config)
+
+
+def _validate_distillation(config: ConfigDict) -> None:
+    d = config.distill
+    for key, choices in (
+        ("real", REAL), ("fake", FAKE), ("pg", distillation.PG), ("exit", rollout.EXITS),
+        ("context_grad_etm", ("params", "none")), ("context_grad_sdd", ("params", "none")),
+    ):  # fmt: skip
+        if d[key] not in choices:
+            raise UserError(f"config.distill.{key} is {d[key]!r}; choose from {', '.join(choices)}.")
+    for key, least in (("generator_every", 1), ("epochs", 1), ("segment", 0), ("critic_warmup", 0)):
+        if d[key] < least:
+            raise UserError(f"config.distill.{key} is {d[key]}; it must be at least {least}.")
+    if not config.student_from:
+        raise UserError("config.student_from is empty; stage dmd starts from a stage-1 student, name its run.")
+    if d.fake == "critic":
+        critic_terms(config)
+    elif d.generator_every != 1 or d.critic_warmup:
+        raise UserError(
+            f"config.distill.fake is {d.fake!r}: there is no critic to update between generator updates; set "
+            f"config.distill.generator_every=1 and config.distill.critic_warmup=0."
+        )
+    chunks = config.data.frames // config.student.chunk
+    if d.segment and chunks % d.segment:
+        raise UserError(f"config.distill.segment is {d.segment}, which does not divide the {chunks} chunks of a video.")
+    on_scores = ["real" in option_names(term.loss) for term in terms(config)]
+    if not any(on_scores):
+        raise UserError("config.losses has no loss that asks for scores; stage dmd needs one, such as 'dmd'.")
+    if d.fake == "self_fm" and all(on_scores):
+        raise UserError(
+            "config.distill.fake is 'self_fm', but nothing keeps the student a score of its own videos; add a term "
+            "such as config.losses.own with the loss 'flow_matching'."
+        )
+    if d.fake == "stage1" and d.real == "autoregressive":
+        raise UserError(
+            "config.distill: real 'autoregressive' and fake 'stage1' are the same network: no gradient; change one."
+        )
+
+
+def frozen_networks(config: ConfigDict) -> set[str]:
+    """Networks that stage "dmd" asks for scores: "teacher", "stage1"."""
+    if config.stage != "dmd":
+        return set()
+    d = config.distill
+    return ({"stage1"} if d.real == "autoregressive" else {"teacher"}) | ({"stage1"} if d.fake == "stage1" else set())
 
 
 def _compare(config, reference, path: str) -> None:
-    free = path == "config.losses" or path.endswith(".options")
+    is_losses = path.removeprefix("config.") in OPEN_KEYS
+    free = is_losses or path.endswith(".options")
     unknown = [key for key in config if key not in reference] if not free else []
     if unknown:
         close = difflib.get_close_matches(unknown[0], list(reference), 1)
@@ -143,12 +223,12 @@ def _compare(config, reference, path: str) -> None:
         if missing:
             raise UserError(f"{path}.{missing[0]} is missing; start your config from greedy_distill_jax.config.base().")
     for key, value in config.items():
-        if path == "config.losses":
+        if is_losses:
             if key in RESERVED:
-                raise UserError(f"config.losses.{key}: this name is taken in the logs; choose another.")
+                raise UserError(f"{path}.{key}: this name is taken in the logs; choose another.")
             unknown = sorted(set(value) - {"loss", "weight", "options"})
             if unknown or not {"loss", "weight"} <= set(value):
-                raise UserError(f"config.losses.{key} needs the keys loss, weight and options; it has {sorted(value)}.")
+                raise UserError(f"{path}.{key} needs the keys loss, weight and options; it has {sorted(value)}.")
         elif isinstance(value, ConfigDict) and key in reference:
             _compare(value, reference[key], f"{path}.{key}")
 
@@ -193,17 +273,48 @@ def sampling(config: ConfigDict, steps: int | None = None, first_steps: int | No
 
 
 def terms(config: ConfigDict) -> list[Term]:
-    """The weighted losses. For a student, options "per_frame" and "group" default to one noise level per chunk."""
+    """The weighted losses of the trained network.
+
+    For a student, options "per_frame" and "group" default to one noise level per chunk, as when streaming; a loss that
+    asks a bidirectional teacher for scores keeps one per video.
+    """
+    return _terms(config, config.losses, "config.losses", teacher_forced=config.stage != "teacher")
+
+
+def critic_terms(config: ConfigDict) -> list[Term]:
+    """The same of the critic: bidirectional beside a bidirectional teacher score, teacher-forced beside the others."""
+    found = _terms(config, config.critic.losses, "config.critic.losses", teacher_forced=config.distill.real != "joint")
+    for term in found:
+        if "real" in option_names(term.loss):
+            raise UserError(f"config.critic.losses.{term.name}: the critic's losses get no scores; use flow_matching.")
+    return found
+
+
+def _terms(config: ConfigDict, losses: ConfigDict, path: str, *, teacher_forced: bool) -> list[Term]:
     out = []
-    for name, term in config.losses.items():
+    for name, term in losses.items():
         loss, options = resolve(term.loss), dict(term.get("options", {}))
         check_options(term.loss, loss, options)
         takes = option_names(loss)
-        if config.stage != "teacher":  # every chunk has a noise level of its own, as when streaming
+        asks = [key for key in ("real", "fake") if key in takes]
+        if asks and config.stage != "dmd":
+            raise UserError(f"{path}.{name}: {term.loss!r} asks for scores ({', '.join(asks)}); use it in stage dmd.")
+        per_frame = teacher_forced and not (asks and config.distill.real == "joint")
+        if per_frame:  # every chunk has a noise level of its own, as when streaming
             options = {k: v for k, v in (("group", config.student.chunk), ("per_frame", True)) if k in takes} | options
-        elif options.get("draws", 1) != 1:
-            raise UserError(f"config.losses.{name}.options.draws: a teacher sees all frames of its input; use 1.")
+        elif not asks and options.get("draws", 1) != 1:
+            raise UserError(f"{path}.{name}.options.draws: a bidirectional network sees every frame it gets; use 1.")
         out.append(Term(name, loss, float(term.weight), options))
     if not out:
-        raise UserError("config.losses is empty; name at least one loss.")
+        raise UserError(f"{path} is empty; name at least one loss.")
     return out
+
+
+def greedy_distill_paper(config: ConfigDict) -> ConfigDict:
+    """Makes a stage-2 config the published setting: a bidirectional teacher, the student itself as the fake score.
+
+    Source: METHOD_SPEC E.1, E.5. There is no critic, so every step updates the student.
+    """
+    config.distill.real, config.distill.fake, config.distill.pg = "joint", "self_sg", "rollout_trunc"
+    config.distill.generator_every, config.distill.critic_warmup = 1, 0
+    return config

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from greedy_distill_jax.config import OPEN_KEYS
 from greedy_distill_jax.types import UserError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ def load_config(
     extra_flags: dict[str, tuple[type, Any, str]],
     *,
     default: str | None = None,
-    open_keys: Sequence[str] = ("losses",),
+    open_keys: Sequence[str] = OPEN_KEYS,
 ) -> tuple[ConfigDict, dict[str, Any]]:
     """Reads a configuration file, its overrides and a few more flags from a command line.
 

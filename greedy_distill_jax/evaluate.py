@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.checkpoint import versions
+from greedy_distill_jax.data.loader import is_shapes
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.eval import gates, oracle
 from greedy_distill_jax.eval.metrics import evaluate_videos
@@ -117,7 +118,7 @@ def evaluate(
         )
     use_compile_cache(teacher.config.compile_cache)
     frames = teacher.latent_shape[0]
-    shapes = teacher.config.data.source == "moving_shapes"
+    shapes = is_shapes(teacher.config.data.source)
     long = HORIZON * frames
     real, captions = held_out_videos(teacher, long if shapes else frames, videos, seed)
     few, many = few_steps(student), student.config.sample.steps

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from greedy_distill_jax import config as configuration
 from greedy_distill_jax.checkpoint import load_meta, load_params
-from greedy_distill_jax.data.loader import load_source
+from greedy_distill_jax.data.loader import is_shapes, load_source
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.diffusion import guidance, schedules, solvers
 from greedy_distill_jax.models.codec import PatchCodec
@@ -38,7 +38,7 @@ def architecture(model: Teacher | Student) -> dict[str, Any]:
 
 def data_source(config: ConfigDict, split: str, *, frames: int, seed: int):
     """(source, codec) of ``config.data``; clips have a size of their own."""
-    size = config.data.size if config.data.source == "moving_shapes" else None
+    size = config.data.size if is_shapes(config.data.source) else None
     return load_source(config.data.source, split, size=size, frames=frames, seed=seed)
 
 

@@ -16,6 +16,8 @@ class TrainState(NamedTuple):
     params: Any
     ema: Any
     opt_state: Any
+    critic: Any = None  # stage 2 with a separate fake score
+    critic_opt: Any = None
 
 
 def decay_schedule(peak: float, *, steps: int, warmup: int, final: float) -> optax.Schedule:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 
 from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.losses import option_names
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import History, Student
 from greedy_distill_jax.state import TrainState
@@ -62,22 +64,87 @@ def student_net(
     return net
 
 
+def clean_history_net(teacher: Teacher, chunk: int, params, key):
+    """``net(x, sigma, batch)`` of a teacher trained with per-frame noise: chunk i given the clean chunks before it.
+
+    One call per chunk, all in one batch: chunks < i are the batch's own frames at level 0, later ones pure noise, which
+    says nothing. So teacher and teacher-forced student are asked the same question.
+    """
+
+    def net(x, sigma, batch):
+        count, frames = x.shape[:2]
+        chunks = frames // chunk
+        of_frame = jnp.arange(frames)[None] // chunk - jnp.arange(chunks)[:, None]  # [chunks, T]: negative = past
+
+        def choose(past, now, later, trailing):
+            at = of_frame.reshape(1, chunks, frames, *(1,) * trailing)
+            return jnp.where(at < 0, past[:, None], jnp.where(at == 0, now[:, None], later[:, None]))
+
+        sigma = jnp.broadcast_to(sigma, (count, frames))
+        noise = jax.random.normal(key, x.shape, jnp.float32)
+        inputs = choose(batch["latents"].astype(jnp.float32), x, noise, 3)
+        levels = choose(jnp.zeros_like(sigma), sigma, jnp.ones_like(sigma), 0)
+        v = teacher(
+            params, rearrange(inputs, "b n ... -> (b n) ..."), rearrange(levels, "b n t -> (b n) t"),
+            jnp.repeat(batch["text"], chunks, axis=0),
+        )  # fmt: skip
+        v = rearrange(v, "(b n) (m g) ... -> b n m g ...", n=chunks, g=chunk)
+        own = jnp.diagonal(v, axis1=1, axis2=2)  # [B, g, H, W, C, n]
+        return rearrange(own, "b g h w c n -> b (n g) h w c")
+
+    return net
+
+
 def drop_text(text_BMC, null_MC, key, rate: float):
     """Replaces the text of a fraction ``rate`` of the examples by the unconditional rows."""
     drop = jax.random.uniform(key, (text_BMC.shape[0], 1, 1)) < rate
     return jnp.where(drop, null_MC[None], text_BMC)
 
 
-def total_loss(terms: Sequence[Term], net, batch, key):
-    """(sum of weight * mean(loss_B), metrics by term); ``net`` is called with x, sigma, batch."""
+def total_loss(terms: Sequence[Term], net, batch, key, scores: Mapping[str, Callable] | None = None):
+    """(sum of weight * mean(loss_B), metrics by term); ``net`` is called with x, sigma, batch.
+
+    ``scores``: networks that a loss may ask for by the keyword-only arguments "real" and "fake".
+    """
     total, metrics = jnp.float32(0.0), {}
     for i, term in enumerate(terms):
-        loss_B, extra = term.loss(net, batch, jax.random.fold_in(key, i), **term.options)
+        asked = {name: score for name, score in (scores or {}).items() if name in option_names(term.loss)}
+        loss_B, extra = term.loss(net, batch, jax.random.fold_in(key, i), **asked, **term.options)
         value = jnp.mean(loss_B)
         total = total + term.weight * value
         metrics[term.name] = value
         metrics.update({f"{term.name}/{name}": x for name, x in extra.items()})
     return total, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How gradients become parameters.
+
+    optimizer: of the trained parameters.
+    ema_decay, ema_start: the average follows the parameters exactly until step ``ema_start``.
+    rate_scale: ``rate_scale(params) -> tree`` of factors on the update of each leaf (new parameters learn faster).
+    """
+
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    ema_start: int
+    rate_scale: Callable | None = None
+
+    def params(self, params, opt_state, grads):
+        """(new parameters, new optimiser state)."""
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes dtypes and ranks
+            updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        if self.rate_scale is not None:
+            updates = jax.tree.map(lambda u, s: u * s, updates, self.rate_scale(params))
+        return optax.apply_updates(params, updates), opt_state
+
+    def ema(self, ema, params, step):
+        """The average after update ``step``."""
+        return jax.tree.map(
+            lambda old, new: jnp.where(step <= self.ema_start, new, old + (1.0 - self.ema_decay) * (new - old)),
+            ema, params,
+        )  # fmt: skip
 
 
 def train_step(
@@ -88,13 +155,10 @@ def train_step(
     null_MC,
     make_net: Callable,
     terms: Sequence[Term],
-    optimizer: optax.GradientTransformation,
+    update: Update,
     text_dropout: float,
-    ema_decay: float,
-    ema_start: int,
-    rate_scale: Callable | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the trained network.
+    """One update of a network trained on data.
 
     Args:
       state: donated by the caller.
@@ -102,10 +166,8 @@ def train_step(
       seed, null_MC: randomness is a function of (seed, state.step); null_MC are the unconditional text rows.
       make_net: ``make_net(params, key) -> net``.
       terms: weighted losses.
-      optimizer: of ``state.params``.
+      update: optimiser and average.
       text_dropout: fraction of examples trained without text.
-      ema_decay, ema_start: the average follows the parameters exactly until update ``ema_start``.
-      rate_scale: ``rate_scale(params) -> tree`` of factors on the update of each leaf (new parameters learn faster).
 
     Returns:
       (state, metrics): every loss term, their weighted sum "loss", "grad_norm", and "param_norm" after the update.
@@ -117,15 +179,12 @@ def train_step(
         return total_loss(terms, make_net(params, key_net), batch, key_loss)
 
     (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes dtypes and ranks
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    if rate_scale is not None:
-        updates = jax.tree.map(lambda u, s: u * s, updates, rate_scale(state.params))
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = update.params(state.params, state.opt_state, grads)
     step = state.step + 1
-    ema = jax.tree.map(
-        lambda old, new: jnp.where(step <= ema_start, new, old + (1.0 - ema_decay) * (new - old)), state.ema, params
-    )
-    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-    metrics = {"loss": loss, **metrics, **norms}
-    return TrainState(step, params, ema, opt_state), metrics
+    state = state._replace(step=step, params=params, ema=update.ema(state.ema, params, step), opt_state=opt_state)
+    return state, {"loss": loss, **metrics, **norms(grads, params)}
+
+
+def norms(grads, params) -> dict[str, jax.Array]:
+    """Global norms of the gradient and of the parameters after the update."""
+    return {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}

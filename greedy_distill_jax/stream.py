@@ -16,7 +16,8 @@ import numpy as np
 from greedy_distill_jax.models import layouts
 from greedy_distill_jax.models.dit import grid_of
 from greedy_distill_jax.models.layers import KeyValue, Layer
-from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.models.student import ContextGrad, Student
+from greedy_distill_jax.models.wan_config import StudentConfig
 
 SAMPLERS = ("euler", "renoise")
 
@@ -61,6 +62,18 @@ class StreamState(NamedTuple):
     sdd_cache: KeyValue  # [layers, B, 2 * tokens, N, K]: frame 0, previous frame
     sdd_text: KeyValue | None
     z: jax.Array | None  # context "fused": ETM's output for the last chunk, whose clean pass is pending
+
+
+class Exit(NamedTuple):
+    """The denoising call whose x0 became a chunk."""
+
+    x: jax.Array  # [B, g, H, W, C] its input
+    sigma: jax.Array  # scalar, its noise level
+
+
+def _past(cfg: StudentConfig, i):
+    """Whether chunk ``i`` sees frame 0 and, where that is another one, the previous chunk."""
+    return (i >= 1) if cfg.anchor else (i == 1), i >= 2
 
 
 def initial_noise(key, shape) -> jax.Array:
@@ -113,17 +126,57 @@ class Streamer:
 
     def step(self, params, state: StreamState) -> tuple[StreamState, jax.Array]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
+        if self.cfg.context != "fused":
+            state, x, _ = self.step_to(params, state, self.sampling.tables()[1] - 1)
+            return state, x
         key, key_sample = jax.random.split(state.key)
         z, state = self._etm(params, state._replace(key=key))
-        if self.cfg.context == "fused":
-            x, state = self._denoise_fused(params, state, z, key_sample)
-            state = state._replace(z=z)
-        else:
-            x, own, call = self._denoise(params, state, z, key_sample)
-            if self.cfg.context == "clean":
-                own = call(x, jnp.float32(0.0), with_head=False, emit=("own",))[1].own
-            state = state._replace(sdd_cache=self._remember(state.sdd_cache, own, state.index == 0))
-        return state._replace(index=state.index + 1, last=x), x
+        x, state = self._denoise_fused(params, state, z, key_sample)
+        return state._replace(z=z, index=state.index + 1, last=x), x
+
+    def step_to(self, params, state: StreamState, exits) -> tuple[StreamState, jax.Array, Exit]:
+        """``step`` that leaves the step list early: the x0 predicted at step ``exits`` (per list) is the chunk.
+
+        Training by self-rollout draws the exit at random (METHOD_SPEC C.3). Context mode "fused" has no such form; its
+        numbers are those of "clean".
+        """
+        key, key_sample = jax.random.split(state.key)
+        z, state = self._etm(params, state._replace(key=key))
+        call = self._caller(params, state, z)
+        emit = ("own",) if self.cfg.context == "last_step_kv" else ()
+        tokens = self.student.chunk_tokens(state.last)
+        own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
+        x, own, exit = self._sample(lambda x, s: call(x, s, emit=emit), state, own, key_sample, exits)
+        return self._conclude(call, state, x, own), x, exit
+
+    def replay(self, params, state: StreamState, exit: Exit, grads: ContextGrad, frames: bool):
+        """The chunk of ``step_to`` again, from its exit: differentiable in ``params``.
+
+        Args:
+          params, state: as for ``step``.
+          exit: input and noise level of the step that made the chunk.
+          grads: what flows through the parameters that made the contexts.
+          frames: gradients also flow through the generated frames that later chunks see.
+
+        Returns:
+          (new state, x0 [B, g, H, W, C]).
+        """
+        z, state = self._etm(params, state)
+        z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
+        call = self._caller(params, state, z)
+        last_kv = self.cfg.context == "last_step_kv"
+        v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv else ())
+        x = exit.x - exit.sigma * v
+        seen = x if frames else jax.lax.stop_gradient(x)
+        return self._conclude(call, state, seen, emitted.own, frozen=grads.sdd == "none"), x
+
+    def _conclude(self, call, state: StreamState, x, own: KeyValue | None, frozen: bool = False) -> StreamState:
+        """The state after chunk ``x``: its clean pass (or the keys of its last step) becomes the cache."""
+        if own is None:
+            own = call(x, jnp.float32(0.0), with_head=False, emit=("own",))[1].own
+        own = jax.lax.stop_gradient(own) if frozen else own
+        cache = self._remember(state.sdd_cache, own, state.index == 0)
+        return state._replace(sdd_cache=cache, index=state.index + 1, last=x)
 
     def _etm(self, params, state: StreamState):
         """z of the next chunk; the ring takes the new slot's keys and values."""
@@ -165,14 +218,14 @@ class Streamer:
             return None
         return sdd.apply({"params": params["sdd"]}, z_BSD=z, rope_z=rope_z, method="project").z
 
-    def _denoise(self, params, state: StreamState, z, key):
-        """(x0, keys and values of the last step, the SDD call itself)."""
+    def _caller(self, params, state: StreamState, z):
+        """SDD's call for the next chunk: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
         cfg, student, i = self.cfg, self.student, state.index
         grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
         layout = layouts.sdd_step(cfg, tokens)
         previous, current = layouts.sdd_positions(cfg, i)
         keys = jnp.stack([jnp.zeros_like(i), previous] + [current] * (len(layout.source) - 2))
-        visible = jnp.stack([i >= 1, i >= 2] + [i >= 0] * (len(layout.source) - 2))[None]
+        visible = jnp.stack([*_past(cfg, i)] + [i >= 0] * (len(layout.source) - 2))[None]
         ropes = student.z_ropes(1, 1, current[None], grid)
         layer = Layer(state.sdd_cache, state.sdd_text, self._project_z(params, z, ropes.get("rope_z")))
         call_args = dict(
@@ -184,35 +237,39 @@ class Streamer:
             sigma = jnp.broadcast_to(sigma, (x.shape[0], 1))
             return student.sdd(layout, **module).apply({"params": params["sdd"]}, x, sigma, **call_args)
 
-        emit = ("own",) if cfg.context == "last_step_kv" else ()
-        own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
-        x, own = self._sample(lambda x, s: call(x, s, emit=emit), state, own, key)
-        return x, own, call
+        return call
 
-    def _sample(self, velocity, state: StreamState, own, key, first=None):
-        """Runs the chunk's step list. ``velocity(x, sigma) -> (v, Emitted)``; ``first`` overrides the first call."""
-        table, lengths = self.sampling.tables()
+    def _sample(self, velocity, state: StreamState, own, key, exits, first=None):
+        """Runs the chunk's step list up to its exit: (x0, keys and values of the last call, that call's input).
+
+        ``velocity(x, sigma) -> (v, Emitted)``; ``exits``: number of the last step, per list; ``first`` overrides the
+        first call.
+        """
+        table, _ = self.sampling.tables()
         row = jnp.minimum(state.index, len(table) - 1)
-        sigmas, steps = jnp.asarray(table)[row], jnp.asarray(lengths)[row]
+        sigmas, last = jnp.asarray(table)[row], jnp.asarray(exits, jnp.int32)[row]
         x = initial_noise(key, state.last.shape)
 
         def update(n, x, v):
             sigma, after = sigmas[n], sigmas[n + 1]
-            if self.sampling.sampler == "euler":
-                return x + (after - sigma) * v
             x0 = x - sigma * v
-            noise = jax.random.normal(jax.random.fold_in(key, n + 1), x.shape, jnp.float32)
-            return jnp.where(n + 1 == steps, x0, (1.0 - after) * x0 + after * noise)
+            if self.sampling.sampler == "euler":
+                between = x + (after - sigma) * v
+            else:
+                noise = jax.random.normal(jax.random.fold_in(key, n + 1), x.shape, jnp.float32)
+                between = (1.0 - after) * x0 + after * noise
+            return jnp.where(n == last, x0, between)
 
         def body(n, carry):
-            x, own = carry
+            x, own, _ = carry
             v, emitted = velocity(x, sigmas[n])
-            return update(n, x, v), emitted.own if own is not None else None
+            return update(n, x, v), emitted.own if own is not None else None, x
 
-        start = 0
+        start, entered = 0, x
         if first is not None:
             x, start = update(0, x, first(x, sigmas[0])), 1
-        return jax.lax.fori_loop(start, steps, body, (x, own))
+        x, own, entered = jax.lax.fori_loop(start, last + 1, body, (x, own, entered))
+        return x, own, Exit(entered, sigmas[last])
 
     def _remember(self, cache: KeyValue, own: KeyValue, is_first) -> KeyValue:
         """Cache [frame 0 | previous] after the clean pass of a chunk."""
@@ -235,8 +292,8 @@ class Streamer:
         zero, yes, no = jnp.zeros_like(i), i >= 0, i < 0
         keys = jnp.stack([zero, before, last, previous, current] + ([last, current] if selfkv else []))
         visible = jnp.stack([
-            jnp.stack([i >= 2, i >= 3, yes, no, no] + ([yes, no] if selfkv else [])),
-            jnp.stack([i >= 2, no, no, i >= 1, yes] + ([no, yes] if selfkv else [])),
+            jnp.stack([*_past(cfg, i - 1), yes, no, no] + ([yes, no] if selfkv else [])),
+            jnp.stack([(i >= 2) & cfg.anchor, no, no, i >= 1, yes] + ([no, yes] if selfkv else [])),
         ])  # fmt: skip
         own_position = jnp.stack([last, current])
         ropes = student.z_ropes(2, 2, own_position, grid)
@@ -267,11 +324,11 @@ class Streamer:
                 {"params": params["sdd"]}, x, jnp.broadcast_to(sigma, (x.shape[0], 1)),
                 rope_q=student.rope(current[None], grid),
                 rope_k=student.rope(jnp.stack([zero, previous] + [current] * extra), grid),
-                visible=jnp.stack([i >= 1, i >= 2] + [yes] * extra)[None],
+                visible=jnp.stack([*_past(cfg, i)] + [yes] * extra)[None],
                 z_BSD=z, layer=Layer(fresh[0], state.sdd_text, z_kv), **z_ropes,
             )  # fmt: skip
 
-        x, _ = self._sample(velocity, state, None, key, first)
+        x, _, _ = self._sample(velocity, state, None, key, self.sampling.tables()[1] - 1, first)
         return x, state._replace(sdd_cache=fresh[0])
 
 

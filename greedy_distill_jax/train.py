@@ -14,18 +14,16 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from greedy_distill_jax import cli, config as configuration, steps
+from greedy_distill_jax import cli, config as configuration
 from greedy_distill_jax.checkpoint import Checkpointer, has_checkpoint
 from greedy_distill_jax.config_cli import load_config
 from greedy_distill_jax.data.augment import augmented
@@ -34,110 +32,39 @@ from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
 from greedy_distill_jax.models.codec import PatchCodec
-from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.run import CODEC, NOT_ARCHITECTURE, Run, architecture, data_source
+from greedy_distill_jax.run import CODEC, Run, architecture, data_source
 from greedy_distill_jax.sharding import shardings
-from greedy_distill_jax.state import TrainState, make_optimizer
+from greedy_distill_jax.stages import (
+    Part,
+    Sources,
+    Stage,
+    build_model,
+    build_stage,
+    given_params,
+    initial_params,
+    load_sources,
+)  # fmt: skip
+from greedy_distill_jax.state import TrainState
 from greedy_distill_jax.types import Diverged, Stopped, UserError
 
-# --- Chapter 1: what is trained, and how it is called -------------------------------------------------------------
-
-
-def build_network(config: ConfigDict):
-    """(model with ``init``, ``make_net(params, key)``) of the config's stage."""
-    if config.stage == "teacher":
-        model = Teacher(configuration.wan_config(config))
-        return model, functools.partial(steps.teacher_net, model)
-    student = Student(configuration.student_config(config))
-    lists = configuration.sampling(config).sigmas
-    last = (lists[0][-1], lists[-1][-1]) if student.cfg.context == "last_step_kv" else None
-    make_net = functools.partial(
-        steps.student_net, student, context_noise=config.student.context_noise, last_sigmas=last
-    )
-    return student, make_net
-
-
-def check_teacher(config: ConfigDict, model: Student, teacher: Run) -> None:
-    """Raises UserError unless the student can be cut from that run."""
-    if teacher.config.stage != "teacher":
-        raise UserError(f"config.teacher_from {config.teacher_from} holds stage {teacher.config.stage}, not a teacher.")
-    differing = _differences(teacher.model.cfg, model.cfg.base)
-    if differing:
-        raise UserError(
-            f"config.teacher_from {config.teacher_from} has another architecture: {differing}; "
-            f"set the same config.model for teacher and student."
-        )
-
-
-def _differences(a, b) -> str:
-    fields = [f for f in a.__dataclass_fields__ if f not in NOT_ARCHITECTURE and getattr(a, f) != getattr(b, f)]
-    return ", ".join(f"{f} {getattr(a, f)} against {getattr(b, f)}" for f in fields)
-
-
-def new_parameter_scale(scale: float):
-    """Factors on updates: ``scale`` for student parameters that no teacher has, 1 for the rest."""
-
-    def factors(params):
-        def factor(path, leaf):
-            names = {getattr(k, "key", "") for k in path}
-            norm_of_etm = {"etm", "norm"} <= names and "blocks" not in names
-            fresh = norm_of_etm or names & {"z_k", "z_v", "norm_z", "z_in", "z_gate", "bos"}
-            return jnp.asarray(scale if fresh else 1.0, leaf.dtype).reshape((1,) * leaf.ndim)
-
-        return jax.tree_util.tree_map_with_path(factor, params)
-
-    return factors
-
-
-# --- Chapter 2: the step function on the mesh ---------------------------------------------------------------------
-
-
-def make_step(config: ConfigDict, make_net, optimizer, null_MC):
-    """``step(state, batch) -> (state, metrics)``, pure."""
-    return functools.partial(
-        steps.train_step,
-        seed=config.seed,
-        null_MC=jnp.asarray(null_MC),
-        make_net=make_net,
-        terms=configuration.terms(config),
-        optimizer=optimizer,
-        text_dropout=config.text_dropout,
-        ema_decay=config.ema.decay,
-        ema_start=config.ema.start,
-        rate_scale=new_parameter_scale(config.optimizer.new_scale) if config.optimizer.new_scale != 1.0 else None,
-    )
-
-
-def optimizer_of(config: ConfigDict):
-    """The optimiser of ``config.optimizer``."""
-    o = {k: v for k, v in config.optimizer.items() if k != "new_scale"}
-    return make_optimizer(o.pop("name"), steps=config.steps, **{**o, "betas": tuple(o["betas"])})
-
-
-def make_state(params, optimizer) -> TrainState:
-    """Update 0."""
-    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-
-
-# --- Chapter 3: everything that can be refused, before anything is written -----------------------------------------
+# --- Chapter 1: everything that can be refused, before anything is written -----------------------------------------
 
 
 class Job(NamedTuple):
     """A run that is ready to start."""
 
-    model: Teacher | Student
-    teacher: Run | None
+    stage: Stage
+    sources: Sources
     source: Any
     captions: list[str]
     codec: PatchCodec
     encoder: HashWordEncoder
     latent_shape: tuple[int, int, int, int]
-    optimizer: optax.GradientTransformation
     state_shape: TrainState
     state_sharding: TrainState
     batch_sharding: dict[str, NamedSharding]
-    step: Callable
+    frozen_sharding: Any
+    parts: tuple[Part, ...]  # of the stage, jitted
 
 
 def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
@@ -145,14 +72,13 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     source, codec = data_source(config, "train", frames=config.data.frames, seed=config.seed)
     source = SkipBadRecords(source, config.data.max_bad_records)
     examples = [source[i] for i in range(min(4, len(source)))]
-    model, make_net = build_network(config)
+    model = build_model(config)
     resumed = has_checkpoint(workdir / "checkpoints")
-    teacher = None
-    if config.teacher_from and isinstance(model, Student) and not resumed:
-        teacher = Run.load(config.teacher_from)
-        check_teacher(config, model, teacher)
-        codec = _agreed_codec(codec, teacher.codec, config.teacher_from)
-    elif resumed:
+    sources = load_sources(config, model, resumed=resumed)
+    for key, run in (("teacher_from", sources.teacher), ("student_from", sources.student)):
+        if run is not None:
+            codec = _agreed_codec(codec, run.codec, config[key])
+    if resumed:
         codec = _agreed_codec(codec, PatchCodec.load(workdir / CODEC), str(workdir))
     wan = configuration.wan_config(config)
     encoder = HashWordEncoder(wan.text_len, wan.text_dim)
@@ -171,24 +97,32 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
         "text": jax.ShapeDtypeStruct((config.data.batch, wan.text_len, wan.text_dim), jnp.float32),
     }
     try:
-        optimizer = optimizer_of(config)
-        state_shape = jax.eval_shape(lambda k: make_state(model.init(k, latent_shape), optimizer), jax.random.key(0))
-        state_sharding, batch_sharding = shardings(state_shape, mesh), shardings(batch_shape, mesh)
-        step = jax.jit(
-            make_step(config, make_net, optimizer, encoder([""])[0]),
-            in_shardings=(state_sharding, batch_sharding),
-            out_shardings=(state_sharding, NamedSharding(mesh, PartitionSpec())),
-            donate_argnums=0,
+        stage = build_stage(config, model, sources, encoder([""])[0], latent_shape)
+        given = given_params(sources)
+        state_shape = jax.eval_shape(
+            lambda key, given: stage.state(*initial_params(stage, key, latent_shape, given)), jax.random.key(0), given
         )
-        metrics = step.eval_shape(state_shape, batch_shape)[1]
+        state_sharding, batch_sharding, frozen_sharding = (
+            shardings(tree, mesh) for tree in (state_shape, batch_shape, stage.frozen)
+        )
+        jitted, metrics = [], {}
+        for part in stage.parts:
+            call = jax.jit(
+                part.call,
+                in_shardings=(state_sharding, frozen_sharding, batch_sharding),
+                out_shardings=(state_sharding, NamedSharding(mesh, PartitionSpec())),
+                donate_argnums=0,
+            )
+            metrics |= call.eval_shape(state_shape, stage.frozen, batch_shape)[1]
+            jitted.append(part._replace(call=call))
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"config: {error}") from error
     for name, metric in metrics.items():
         if metric.shape:
             raise UserError(f"The metric {name} has shape {metric.shape}; a loss must return scalars as metrics.")
     captions = [example["caption"] for example in examples]
-    return Job(model, teacher, augmented(source, config.data.augment, config.seed), captions, codec, encoder,
-               latent_shape, optimizer, state_shape, state_sharding, batch_sharding, step)  # fmt: skip
+    return Job(stage, sources, augmented(source, config.data.augment, config.seed), captions, codec, encoder,
+               latent_shape, state_shape, state_sharding, batch_sharding, frozen_sharding, tuple(jitted))  # fmt: skip
 
 
 def _agreed_codec(codec: PatchCodec, stored: PatchCodec, run: str) -> PatchCodec:
@@ -207,7 +141,10 @@ def _agreed_codec(codec: PatchCodec, stored: PatchCodec, run: str) -> PatchCodec
 def check_resume(config: ConfigDict, workdir: Path, step: int, meta: dict[str, Any]) -> None:
     """Raises UserError when a checkpoint belongs to another stage, seed or data. Rates, losses and steps may change."""
     stored = json.loads(meta["config"])
-    for key in ("stage", "seed", "data.source", "data.size", "data.frames", "data.batch", "data.augment"):
+    for key in (
+        "stage", "seed", "data.source", "data.size", "data.frames", "data.batch", "data.augment", "distill.real",
+        "distill.fake",
+    ):  # fmt: skip
         old, new, default = stored, config, configuration.base()
         for part in key.split("."):
             new, default = new[part], default[part]
@@ -221,7 +158,7 @@ def check_resume(config: ConfigDict, workdir: Path, step: int, meta: dict[str, A
         raise UserError(f"{workdir} step {step} stands at example {meta['data_position']}; the checkpoint is damaged.")
 
 
-# --- Chapter 4: the loop --------------------------------------------------------------------------------------------
+# --- Chapter 2: the loop --------------------------------------------------------------------------------------------
 
 
 class _Stop:
@@ -300,13 +237,14 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
             target = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), job.state_shape, job.state_sharding
             )
-            state = checkpointer.restore(first, target, architecture=architecture(job.model))
+            state = checkpointer.restore(first, target, architecture=architecture(job.stage.model))
             cpu_before = meta["train_cpu_s"]
             if first >= config.steps and main:
                 print(f"{config.stage}: already at step {first} of {config.steps} in {workdir}", file=sys.stderr)
         else:
             state = _initial_state(config, job)
-            job = job._replace(teacher=None)  # its memory is needed now
+        frozen = jax.device_put(job.stage.frozen, job.frozen_sharding)
+        job = job._replace(sources=None, stage=job.stage._replace(frozen=None))  # their memory is needed now
         if main:
             job.codec.save(workdir / CODEC)
         cpu_start = time.process_time()
@@ -314,7 +252,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         def meta_of(step):
             return dict(
                 stage=config.stage, data_position=step * config.data.batch, config=config.to_json_best_effort(),
-                architecture=architecture(job.model), train_cpu_s=cpu_before + time.process_time() - cpu_start,
+                architecture=architecture(job.stage.model), train_cpu_s=cpu_before + time.process_time() - cpu_start,
                 latent_shape=list(job.latent_shape), steps=config.steps,
             )  # fmt: skip
 
@@ -334,19 +272,25 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
                 name: jax.make_array_from_process_local_data(sharding, batch[name])
                 for name, sharding in job.batch_sharding.items()
             }
-            state, metrics = job.step(state, batch)
+            metrics = {}
+            for part in job.parts:
+                if part.due(step):
+                    state, found = part.call(state, frozen, batch)
+                    metrics |= found
             pending.append((step, metrics))
             save = step % config.checkpoint.every == 0 or step == config.steps
             if save or step % config.log.every == 0:
                 values, pending = _check_finite(config, pending, checkpointer), []
-                mean = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+                names = dict.fromkeys(name for v in values for name in v)
+                mean = {name: float(np.mean([v[name] for v in values if name in v])) for name in names}
                 writer.scalars(step, {f"{config.stage}/{name}": x for name, x in mean.items()})
-                bar.set_postfix(loss=f"{mean['loss']:.4f}")
+                shown = [name for name in ("loss", "critic/loss") if name in mean]
+                bar.set_postfix(**{name.replace("/", "_"): f"{mean[name]:.4f}" for name in shown})
             if save:
                 checkpointer.save(step, state, meta_of(step))
             every = config.log.samples_every
             if alone and every and (step % every == 0 or step == config.steps):
-                run = Run(config, job.model, state.ema, job.codec, job.encoder, job.latent_shape, meta_of(step))
+                run = Run(config, job.stage.model, state.ema, job.codec, job.encoder, job.latent_shape, meta_of(step))
                 for number, video in enumerate(run.sample_videos(job.captions)):
                     writer.gif(step, f"samples/{number}: {job.captions[number]}", video)
             bar.update(1)
@@ -365,21 +309,14 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
 
 
 def _initial_state(config: ConfigDict, job: Job) -> TrainState:
-    """Update 0: a random network, or a student cut from its teacher, made where it will live."""
-    key = jax.random.key(config.seed)
-    if job.teacher:
-        params = jax.jit(
-            lambda k, p: job.model.from_teacher(k, p, job.latent_shape), out_shardings=job.state_sharding.params
-        )(key, jax.device_put(job.teacher.params, _replicated(job)))
-    else:
-        params = jax.jit(
-            lambda k: job.model.init(k, job.latent_shape), out_shardings=job.state_sharding.params
-        )(key)  # fmt: skip
-    return jax.jit(lambda p: make_state(p, job.optimizer), out_shardings=job.state_sharding)(params)
-
-
-def _replicated(job: Job) -> NamedSharding:
-    return NamedSharding(job.batch_sharding["text"].mesh, PartitionSpec())
+    """Step 0: a random network, or one that starts from other runs, made where it will live."""
+    given = jax.device_put(given_params(job.sources), NamedSharding(job.batch_sharding["text"].mesh, PartitionSpec()))
+    make = functools.partial(initial_params, job.stage, latent_shape=job.latent_shape)
+    params, critic = jax.jit(
+        lambda key, given: make(key, given=given),
+        out_shardings=(job.state_sharding.params, job.state_sharding.critic),
+    )(jax.random.key(config.seed), given)
+    return jax.jit(job.stage.state, out_shardings=job.state_sharding)(params, critic)
 
 
 def main(argv: list[str] | None = None) -> None:

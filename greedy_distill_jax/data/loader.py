@@ -148,13 +148,18 @@ def make_loader(
     return iter(batches.to_iter_dataset(options))
 
 
+def is_shapes(spec: str) -> bool:
+    """Whether a data specification names drawn shapes, which an oracle can read."""
+    return spec.partition(":")[0] == "moving_shapes"
+
+
 def load_source(
     spec: str, split: str = "train", *, size: int | None = None, frames: int | None = None, seed: int = 0
 ) -> tuple[VideoSource, PatchCodec]:
     """The source and the codec that a data specification names.
 
     Args:
-      spec: "moving_shapes", or "clips:DIR" with a folder written by `prepare clips`.
+      spec: "moving_shapes", "moving_shapes:wandering", or "clips:DIR" with a folder written by `prepare clips`.
       split: "train" or "held_out".
       size, frames: of the videos; None for 16 and 8 (moving shapes) or for what the folder holds.
       seed: of the moving shapes. Their codec does not depend on it, nor on the split: it is fitted on a fixed sample.
@@ -162,14 +167,14 @@ def load_source(
     Raises:
       UserError: an unknown specification, or a size or frame count that the folder does not hold.
     """
-    if spec == "moving_shapes":
-        size, frames = size or 16, frames or 8
-        sample = MovingShapes(size=size, frames=4, split="train", seed=_CODEC_SEED)
-        codec = PatchCodec.fit(np.stack([sample[index]["video"] for index in range(_CODEC_VIDEOS)]))
-        return MovingShapes(size=size, frames=frames, split=split, seed=seed), codec
     kind, _, directory = spec.partition(":")
+    if is_shapes(spec):
+        shapes = dict(size=size or 16, motion=directory or "captioned")
+        sample = MovingShapes(**shapes, frames=4, split="train", seed=_CODEC_SEED)
+        codec = PatchCodec.fit(np.stack([sample[index]["video"] for index in range(_CODEC_VIDEOS)]))
+        return MovingShapes(**shapes, frames=frames or 8, split=split, seed=seed), codec
     if kind != "clips" or not directory:
-        raise UserError(f"data {spec!r} is unknown; use moving_shapes or clips:DIR")
+        raise UserError(f"data {spec!r} is unknown; use moving_shapes, moving_shapes:wandering or clips:DIR")
     directory = Path(directory).expanduser()
     source = ClipWindows(directory, split)
     for name, asked, held in (

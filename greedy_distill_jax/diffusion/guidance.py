@@ -18,3 +18,18 @@ def guided(net, text, null_text, scale: float):
         return unconditional + scale * (conditional - unconditional)
 
     return velocity
+
+
+def guided_score(score, null_MC, scale: float):
+    """The same for ``score(x, sigma, batch)``, whose batch carries "text" and other arrays with a leading B."""
+
+    def velocity(x, sigma, batch):
+        def conditioned(x, sigma, text):
+            repeats = text.shape[0] // batch["text"].shape[0]
+            rows = {name: jnp.concatenate([value] * repeats) for name, value in batch.items()}
+            return score(x, sigma, {**rows, "text": text})
+
+        null = jnp.broadcast_to(null_MC[None], batch["text"].shape)
+        return guided(conditioned, batch["text"], null, scale)(x, sigma)
+
+    return velocity

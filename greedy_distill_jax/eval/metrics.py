@@ -44,8 +44,10 @@ def evaluate_videos(
         the other three, within the first window, and at least 0.5 px (at 16x16). Chance is about 1/4.
       valid_first, valid_last: fraction of valid frames in the first and last window.
       valid_by_frame: list of T floats, fraction of videos valid in that frame.
-      caption: fraction of videos with the captioned direction, and the captioned shape and colour in most frames of the
-        first window.
+      colour_change_by_frame: list of T floats, mean |rgb of the object - its mean over the first window|, in [0, 1]:
+        how far colour has drifted.
+      caption: fraction of videos with the captioned direction (meaningless when wandering), and the captioned shape and
+        colour in most frames of the first window.
       fd_first, fd_last: Frechet distance of `random_conv_features` to the reference.
       step_std, step_std_last: standard deviation, in pixels, of the step length along the captioned axis between valid
         frames of the window; U(0.2, 2.4) has 0.64, a model without diversity 0.
@@ -75,6 +77,9 @@ def evaluate_videos(
     heading = ms.DIRECTION_XY[direction_V].astype(np.float32)  # [V, 2]
     along = np.einsum("vtk,vk->vt", reading.velocity_VT2, heading)
     across = np.einsum("vtk,vk->vt", reading.velocity_VT2, heading[:, ::-1])
+    # A wandering shape moves along an axis of its own.
+    sizes, wandering = np.abs(reading.velocity_VT2), (direction_V < 0)[:, None]
+    along, across = np.where(wandering, sizes.max(-1), along), np.where(wandering, sizes.min(-1), across)
 
     # How far from its first position the object gets within the first window. Bouncing brings it back, but real
     # objects have room for two steps before it, so that the furthest point lies the captioned way.
@@ -96,12 +101,16 @@ def evaluate_videos(
     def step_std(frames: slice) -> float:
         return _or_nan(np.std, np.abs(along[:, frames][:, 1:])[pairs[:, frames.start : frames.stop - 1]])
 
+    rgb_start = reading.rgb_VT3[:, :window].mean(1, keepdims=True)
+    colour_change = np.abs(reading.rgb_VT3 - rgb_start).mean((0, 2))
+
     return {
         "direction": float(headed.mean()),
         "valid_first": float(valid[:, first].mean()),
         "valid_last": float(valid[:, last].mean()),
         "valid_by_frame": valid.mean(0).tolist(),
         "caption": float((headed & named).mean()),
+        "colour_change_by_frame": colour_change.tolist(),
         "fd_first": frechet_distance(
             random_conv_features(video_VTHWC[:, first]), random_conv_features(reference_VTHWC[:, :window])
         ),

@@ -1,7 +1,9 @@
 """Losses as pure functions: ``loss(net, batch, key, **options) -> (loss_B, metrics)``.
 
 ``net(x_BTHWC, sigma_BT, batch) -> velocity`` hides model, parameters and precision; ``batch`` is a dict of arrays
-("latents" and "text", and what a stage adds). A loss returns one value per example and a dict of scalars for the
+("latents" and "text", and what a stage adds: stage "dmd" puts the student's own videos in "latents" and, with the
+gradient into the student, in "action"; there a loss may also ask for the scores ``real`` and ``fake`` by keyword-only
+arguments of these names). A loss returns one value per example and a dict of scalars for the
 logs; ``train.py`` takes the mean over the batch, applies the weight of the config and logs every term by its name.
 
 ``resolve`` finds a loss by name: a built-in one, one given to ``register``, "package.module:function", or
@@ -14,10 +16,11 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
 from greedy_distill_jax.types import UserError
 
-_LOSSES: dict[str, Callable] = {"flow_matching": flow_matching}
+_LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching}
 
 
 def register(name: str, loss: Callable | None = None):
@@ -50,6 +53,9 @@ def resolve(name: str) -> Callable:
         raise UserError(f"loss {name!r} cannot be loaded: {error}. Check the path and the function's name.") from error
 
 
+SCORES = ("real", "fake")  # keyword-only arguments that the stage supplies, not the config
+
+
 def option_names(loss: Callable) -> list[str]:
     """The keyword-only arguments of a loss."""
     parameters = inspect.signature(loss).parameters.values()
@@ -61,7 +67,7 @@ def check_options(name: str, loss: Callable, options: dict) -> None:
     parameters = inspect.signature(loss).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return
-    known = option_names(loss)
+    known = [name for name in option_names(loss) if name not in SCORES]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise UserError(

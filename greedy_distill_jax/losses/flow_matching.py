@@ -16,6 +16,8 @@ def flow_matching(
     per_frame: bool = False,
     group: int = 1,
     draws: int = 1,
+    low: float = 0.0,
+    high: float = 1.0,
     weighting: str = "none",
 ):
     """mean over T, H, W, C of w(sigma) (v(x_sigma, sigma) - (noise - x0))^2.
@@ -28,6 +30,7 @@ def flow_matching(
       per_frame: one noise level per group of frames instead of one per video.
       group: frames that share a level when ``per_frame`` (the student's chunk).
       draws: noise draws per example, laid out along the frames: ``net`` gets [B, draws * T, ...].
+      low, high: noise levels are clipped to this range.
       weighting: "none"; "bell", Wan's training weight (METHOD_SPEC A.8); "x0", sigma^2, which makes it the squared
         error of x0 and suits a network that predicts x0: unweighted, its rare low-noise draws (1 / sigma^2) would
         dominate the gradient.
@@ -45,6 +48,7 @@ def flow_matching(
     key_sigma, key_noise = jax.random.split(key)
     shape = (count, frames // group if per_frame else 1)
     sigma = schedules.draw_sigma(key_sigma, shape, distribution=distribution, shift=shift)
+    sigma = jnp.clip(sigma, low, high)
     sigma = jnp.broadcast_to(jnp.repeat(sigma, group if per_frame else 1, axis=1), (count, frames))
     noise = jax.random.normal(key_noise, x0.shape, jnp.float32)
     v = net(flow.add_noise(x0, noise, sigma), sigma if per_frame else sigma[:, :1], batch)
@@ -58,9 +62,9 @@ def flow_matching(
     else:
         raise ValueError(f"flow_matching: weighting is {weighting!r}; choose 'none', 'bell' or 'x0'.")
     middle = float(schedules.shift_sigma(0.5, shift))
-    low = (sigma < middle).astype(jnp.float32)
+    is_low = (sigma < middle).astype(jnp.float32)
     metrics = {
-        "low_noise": jnp.sum(error * low) / jnp.maximum(jnp.sum(low), 1.0),
-        "high_noise": jnp.sum(error * (1.0 - low)) / jnp.maximum(jnp.sum(1.0 - low), 1.0),
+        "low_noise": jnp.sum(error * is_low) / jnp.maximum(jnp.sum(is_low), 1.0),
+        "high_noise": jnp.sum(error * (1.0 - is_low)) / jnp.maximum(jnp.sum(1.0 - is_low), 1.0),
     }
     return jnp.mean(weight * error, axis=1), metrics

@@ -31,7 +31,8 @@ class Layout:
     ``source`` picks from them the key chunks to attend to, so that one chunk can appear at two time positions;
     ``table`` lists, per own query chunk, the picked chunks it sees; ``z_of`` is the ETM chunk that conditions each
     own chunk. ``rotate_at_use``: cached keys are un-rotated and every picked chunk is rotated at the positions of
-    ``Shared.rope_k``; otherwise keys are rotated by ``Shared.rope_q`` once, before they are cached.
+    ``Shared.rope_k``; otherwise keys are rotated by ``Shared.rope_q`` once, before they are cached. ``frozen``: keys
+    and values of so many own chunks, from the first, pass no gradient.
     """
 
     tokens: int
@@ -39,6 +40,7 @@ class Layout:
     table: Table
     z_of: tuple[int, ...] = ()
     rotate_at_use: bool = False
+    frozen: int = 0
 
 
 class Shared(NamedTuple):
@@ -114,6 +116,11 @@ def modulate(x_BSD, shift_BTD, scale_BTD):
 
 def _heads(x_BSD, num_heads: int):
     return rearrange(x_BSD, "b s (n k) -> b s n k", n=num_heads)
+
+
+def _stop_gradient(x_BSNK, tokens: int):
+    """``x`` whose first ``tokens`` pass no gradient."""
+    return jnp.concatenate([jax.lax.stop_gradient(x_BSNK[:, :tokens]), x_BSNK[:, tokens:]], axis=1)
 
 
 class Attention(nn.Module):
@@ -210,6 +217,8 @@ class Block(nn.Module):
         q, own = apply_rope(self.self_attn.query(h), shared.rope_q), self.self_attn.key_value(h)
         if not layout.rotate_at_use:
             own = KeyValue(apply_rope(own.k, shared.rope_q), own.v)
+        if layout.frozen:
+            own = KeyValue(*(_stop_gradient(x, layout.frozen * layout.tokens) for x in own))
         parts = [part for part in (cache, own, z if self.fusion == "selfkv" else None) if part is not None]
         k, v = (jnp.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
         chunks = k.shape[1] // layout.tokens

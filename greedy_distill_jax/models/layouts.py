@@ -27,7 +27,7 @@ def frames_at(position_Q, chunk: int):
     return (position_Q[:, None] * chunk + np.arange(chunk, dtype=np.int32)[None]).reshape(-1)
 
 
-def _build(rows, own_position, tokens: int, z_of=(), *, absolute: bool) -> Pattern:
+def _build(rows, own_position, tokens: int, z_of=(), *, absolute: bool, frozen: int = 0) -> Pattern:
     """Rows of (candidate, position) pairs -> Pattern with every distinct pair picked once."""
     picks = sorted({pair for row in rows for pair in row})
     where = {pair: i for i, pair in enumerate(picks)}
@@ -37,6 +37,7 @@ def _build(rows, own_position, tokens: int, z_of=(), *, absolute: bool) -> Patte
         table=tuple(tuple(where[pair] for pair in row) for row in rows),
         z_of=tuple(z_of),
         rotate_at_use=not absolute,
+        frozen=frozen,
     )
     return Pattern(layout, np.asarray(own_position), np.asarray([position for _, position in picks]))
 
@@ -63,11 +64,12 @@ def sdd_positions(cfg: StudentConfig, index):
     return previous, jnp.where(index > 0, previous + 1, 0)
 
 
-def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1) -> Pattern:
+def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Pattern:
     """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw].
 
     Noisy chunk i sees clean 0, clean i-1, itself; so does the clean pass of chunk i (DESIGN.md, "What clean frames
-    see"). With fusion "selfkv" both also see z_i, at the position of chunk i.
+    see"). With fusion "selfkv" both also see z_i, at the position of chunk i. ``frozen``: the keys and values of the
+    clean chunks are stop-gradient.
     """
     clean = chunks - 1
     own = [("clean", i) for i in range(clean)] + [("noisy", i) for _ in range(draws) for i in range(chunks)]
@@ -77,14 +79,17 @@ def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1) -
         previous, current = sdd_positions(cfg, i)
         row = [(c, current)]
         if i >= 1:
-            row.append((0, 0))
-        if i >= 2:
             row.append((i - 1, previous))
+        if i >= 2 and cfg.anchor:
+            row.append((0, 0))
         if cfg.fusion == "selfkv":
             row.append((first_z + i, current))
         rows.append(row)
     own_position = [sdd_positions(cfg, i)[1] for _, i in own]
-    return _build(rows, own_position, tokens, [i for _, i in own], absolute=cfg.rope_mode == "absolute")
+    return _build(
+        rows, own_position, tokens, [i for _, i in own],
+        absolute=cfg.rope_mode == "absolute", frozen=clean if frozen else 0,
+    )  # fmt: skip
 
 
 def sdd_step(cfg: StudentConfig, tokens: int) -> Layout:

@@ -30,6 +30,17 @@ class History(NamedTuple):
     sdd_sigma_BT: jax.Array | None = None
 
 
+class ContextGrad(NamedTuple):
+    """Which parameters learn through the contexts of a chunk (DESIGN.md "Rollout without a sequential graph").
+
+    etm: "params", or "none": z is stop-gradient. sdd: "params", or "none": the keys and values of SDD's pass over
+    earlier chunks are stop-gradient.
+    """
+
+    etm: str = "params"
+    sdd: str = "params"
+
+
 class Student:
     """Pure functions over the parameters of one ``StudentConfig``."""
 
@@ -137,7 +148,9 @@ class Student:
         )  # fmt: skip
         return z
 
-    def __call__(self, params, x_BTHWC, sigma_BT, text_BMC, history: History):
+    def __call__(
+        self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad = ContextGrad()  # noqa: B008
+    ):
         """Teacher-forced velocity: every noisy chunk i sees the history before it, in one parallel pass.
 
         Args:
@@ -146,6 +159,7 @@ class Student:
           sigma_BT: [B, R * T] or [B, 1].
           text_BMC: encoder rows.
           history: T frames (the last chunk is not used).
+          grads: what flows through the parameters that read the history.
 
         Returns:
           velocity [B, R * T, H, W, C] float32.
@@ -156,7 +170,8 @@ class Student:
             raise ValueError(f"{x_BTHWC.shape[1]} noisy frames are not a multiple of the {frames} history frames.")
         draws, seen = x_BTHWC.shape[1] // frames, frames - cfg.chunk
         z = self.conditions(params, history, text_BMC)
-        pattern = layouts.sdd_parallel(cfg, chunks, tokens, draws)
+        z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
+        pattern = layouts.sdd_parallel(cfg, chunks, tokens, draws, frozen=grads.sdd == "none")
 
         clean = history.frames_BTHWC if history.sdd_frames_BTHWC is None else history.sdd_frames_BTHWC
         clean_sigma = history.sigma_BT if history.sdd_sigma_BT is None else history.sdd_sigma_BT

@@ -68,7 +68,8 @@ class StudentConfig:
     frame's keys come about: an extra "clean" pass, the "last_step_kv" of its own denoising, or a clean pass
     "fused" into the next frame's first call (one call fewer; the same numbers as "clean", except that after a prompt
     switch the pending clean pass already sees the new prompt).
-    gate_init is the initial per-head weight of the second attention of fusion "xattn2".
+    gate_init is the initial per-head weight of the second attention of fusion "xattn2". anchor: SDD sees frame 0 (the
+    published system); without it a stream has nothing fixed to hold on to, and drifts.
     """
 
     base: WanConfig = WanConfig()
@@ -82,6 +83,7 @@ class StudentConfig:
     rope_frames: int = 21
     context: str = "clean"
     gate_init: float = 0.1
+    anchor: bool = True
 
     def __post_init__(self):
         _check(self, "fusion", FUSIONS)

@@ -1,0 +1,163 @@
+"""Stage 2 as pure step functions: self-rollout, distribution matching, and the critic (METHOD_SPEC C.3-C.6, E.5).
+
+Generator and critic are separate jitted functions on ``train.py``'s schedule. Both roll the student out afresh. The
+generator's gradient comes in three ways ("pg"), which share the rollout and the losses:
+
+- "rollout_trunc": through the last denoising call of every frame only, in one parallel pass;
+- "rollout_full": through the contexts too, so that later frames give credit to earlier ones, chunk by chunk;
+- "actor_critic": dloss/daction is computed once, then the actor follows it for several epochs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from greedy_distill_jax import rollout as rollouts
+from greedy_distill_jax.models.student import ContextGrad
+from greedy_distill_jax.state import TrainState
+from greedy_distill_jax.steps import Term, Update, drop_text, norms, total_loss
+from greedy_distill_jax.stream import Streamer
+
+STOP_AT_KEYS = ContextGrad("params", "none")  # Self-Forcing's choice
+PG = ("rollout_trunc", "rollout_full", "actor_critic")
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfRollout:
+    """How the student makes its own videos and how gradients pass through them.
+
+    streamer: the student with the few-step sampling it is trained for.
+    latent_shape: (T, H, W, C) of a rollout.
+    exit: see ``rollout.draw_exits``.
+    grads: see ``models.student.ContextGrad``.
+    pg: one of ``PG``.
+    segment: "rollout_full": chunks after which the flow through the state is cut, 0 for never.
+    epochs, anchor: "actor_critic": updates per rollout, and the weight of mean (action - old action)^2 that keeps the
+      later ones near the rollout the gradient belongs to.
+    """
+
+    streamer: Streamer
+    latent_shape: tuple[int, int, int, int]
+    exit: str = "random"
+    grads: ContextGrad = STOP_AT_KEYS
+    pg: str = "rollout_trunc"
+    segment: int = 0
+    epochs: int = 1
+    anchor: float = 0.0
+
+    def draw(self, params, text_BMC, key) -> rollouts.Rollout:
+        """A rollout without gradient."""
+        return rollouts.roll_out(self.streamer, params, text_BMC, key, self.latent_shape, self.exit)
+
+    def act(self, params, text_BMC, drawn: rollouts.Rollout):
+        """The rollout's frames again, differentiable in ``params``."""
+        if self.pg == "rollout_full":
+            return rollouts.replay(
+                self.streamer, params, text_BMC, drawn, self.grads, frames=True, segment=self.segment
+            )  # fmt: skip
+        return rollouts.recompute(self.streamer.student, params, text_BMC, drawn, self.grads)
+
+
+def _keys(seed: int, step, stream: int, count: int):
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), stream), count)
+
+
+def generator_step(
+    state: TrainState,
+    frozen: Mapping[str, object],
+    batch: Mapping[str, jax.Array],
+    *,
+    seed: int,
+    null_MC,
+    own: SelfRollout,
+    make_net: Callable,
+    make_scores: Callable,
+    terms: Sequence[Term],
+    update: Update,
+    text_dropout: float,
+    counts: bool,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the student on its own videos.
+
+    Args:
+      state: donated by the caller.
+      frozen: parameters of networks that are not trained.
+      batch: "text" [B, M, C]; nothing else of the data is used.
+      seed, null_MC, terms, update, text_dropout: as for ``steps.train_step``; the losses get "action" (the generated
+        video, through which they act on the student) and "latents" (the same without gradient).
+      own: the rollout.
+      make_net: ``make_net(params, key) -> net``, the student teacher-forced on its own video.
+      make_scores: ``make_scores(state, frozen, key) -> {"real": net, "fake": net}``.
+      counts: this call ends the step (there is no critic step after it).
+
+    Returns:
+      (state, metrics) as ``steps.train_step``.
+    """
+    key_text, key_roll, key_net, key_score, key_loss = _keys(seed, state.step, 0, 5)
+    text = drop_text(batch["text"], null_MC, key_text, text_dropout)
+    drawn = own.draw(state.params, text, key_roll)
+    scores = make_scores(jax.lax.stop_gradient(state), frozen, key_score)
+
+    def objective(action, params):
+        videos = {"text": text, "latents": drawn.x0_BTHWC, "action": action}
+        return total_loss(terms, make_net(params, key_net), videos, key_loss, scores)
+
+    if own.pg == "actor_critic":
+        (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.x0_BTHWC, state.params)
+
+        def actor(params):
+            action = own.act(params, text, drawn)
+            near = own.anchor * jnp.mean(jnp.square(action - drawn.x0_BTHWC))
+            return jnp.sum(towards * action) + near + objective(drawn.x0_BTHWC, params)[0]
+
+        def epoch(_, carry):
+            params, opt_state, _ = carry
+            grads = jax.grad(actor)(params)
+            return *update.params(params, opt_state, grads), norms(grads, params)
+
+        start = (state.params, state.opt_state, norms(state.params, state.params))
+        params, opt_state, last = jax.lax.fori_loop(0, own.epochs, epoch, start)
+        metrics = {"loss": loss, **metrics, **last}
+    else:
+        (loss, metrics), grads = jax.value_and_grad(
+            lambda params: objective(own.act(params, text, drawn), params), has_aux=True
+        )(state.params)
+        params, opt_state = update.params(state.params, state.opt_state, grads)
+        metrics = {"loss": loss, **metrics, **norms(grads, params)}
+    step = state.step + 1
+    ema = update.ema(state.ema, params, step)
+    return state._replace(step=step if counts else state.step, params=params, ema=ema, opt_state=opt_state), metrics
+
+
+def critic_step(
+    state: TrainState,
+    frozen: Mapping[str, object],
+    batch: Mapping[str, jax.Array],
+    *,
+    seed: int,
+    null_MC,
+    own: SelfRollout,
+    make_net: Callable,
+    terms: Sequence[Term],
+    update: Update,
+    text_dropout: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the fake score on fresh videos of the student, and the end of the step.
+
+    Arguments as for ``generator_step``; ``make_net`` is the critic's, and its losses get the generated videos as
+    "latents".
+    """
+    del frozen
+    key_text, key_roll, key_net, key_loss = _keys(seed, state.step, 1, 4)
+    text = drop_text(batch["text"], null_MC, key_text, text_dropout)
+    videos = {"text": text, "latents": own.draw(state.params, text, key_roll).x0_BTHWC}
+
+    def objective(params):
+        return total_loss(terms, make_net(params, key_net), videos, key_loss)
+
+    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.critic)
+    critic, critic_opt = update.params(state.critic, state.critic_opt, grads)
+    metrics = {f"critic/{name}": x for name, x in {"loss": loss, **metrics, **norms(grads, critic)}.items()}
+    return state._replace(step=state.step + 1, critic=critic, critic_opt=critic_opt), metrics

@@ -1,0 +1,115 @@
+"""Self-rollout: the student makes a video from its own frames, and the gradient through it (METHOD_SPEC C.3, E.5).
+
+``roll_out`` runs without gradient and keeps the input of the call that made every chunk. From there two forms give the
+gradient of the same video: ``recompute`` in ONE parallel teacher-forced pass (no gradient flows through generated
+frames), ``replay`` chunk by chunk with caches, where it may.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.models.student import ContextGrad, History, Student
+from greedy_distill_jax.stream import Exit, Streamer
+
+EXITS = ("random", "last")
+
+
+class Rollout(NamedTuple):
+    """A generated video and how each of its frames came about; no gradients."""
+
+    x0_BTHWC: jax.Array
+    exit_BTHWC: jax.Array  # input of the call whose x0 it is
+    sigma_T: jax.Array  # noise level of that call
+
+
+def draw_exits(key, lengths, how: str):
+    """Number of the last denoising step, per step list; one draw for all chunks, videos and devices.
+
+    "random": uniform over each list (METHOD_SPEC C.3); "last": every list runs to its end.
+    """
+    lengths = jnp.asarray(lengths)
+    if how == "last":
+        return lengths - 1
+    if how != "random":
+        raise ValueError(f"exit is {how!r}; choose from {', '.join(EXITS)}.")
+    return jax.random.randint(key, lengths.shape, 0, lengths)
+
+
+def roll_out(streamer: Streamer, params, text_BMC, key, latent_shape: tuple[int, int, int, int], how: str) -> Rollout:
+    """Streams ``latent_shape`` = (T, H, W, C) for prompts [B, M, C], without gradient.
+
+    Args:
+      streamer: student and step lists; its context mode must not be "fused" (whose numbers are those of "clean").
+      params, text_BMC: of the student.
+      key: of the noise and of the exits.
+      how: see ``draw_exits``.
+    """
+    key_exit, key_stream = jax.random.split(key)
+    params = jax.lax.stop_gradient(params)
+    exits = draw_exits(key_exit, streamer.sampling.tables()[1], how)
+    state = streamer.init(params, text_BMC, key_stream, latent_shape[1:])
+
+    def chunk(state, _):
+        state, x, exit = streamer.step_to(params, state, exits)
+        return state, (x, exit.x, exit.sigma)
+
+    _, (x0, entered, sigma) = jax.lax.scan(chunk, state, length=streamer.student.chunks_of(latent_shape[0]))
+    return Rollout(_in_time(x0), _in_time(entered), jnp.repeat(sigma, streamer.cfg.chunk))
+
+
+def _in_time(x):
+    return rearrange(x, "n b g h w c -> b (n g) h w c")
+
+
+def history(student: Student, rollout: Rollout) -> History:
+    """What the frames of a rollout look back on, as it was when they were made."""
+    clean = jnp.zeros((rollout.x0_BTHWC.shape[0], 1), jnp.float32)
+    if student.cfg.context != "last_step_kv":
+        return History(rollout.x0_BTHWC, clean)
+    sigma = jnp.broadcast_to(rollout.sigma_T[None], rollout.x0_BTHWC.shape[:2])
+    return History(rollout.x0_BTHWC, clean, rollout.exit_BTHWC, sigma)
+
+
+def recompute(student: Student, params, text_BMC, rollout: Rollout, grads: ContextGrad):
+    """The rollout's frames [B, T, H, W, C] in one parallel pass, differentiable in ``params``."""
+    sigma = jnp.broadcast_to(rollout.sigma_T[None], rollout.x0_BTHWC.shape[:2])
+    v = student(params, rollout.exit_BTHWC, sigma, text_BMC, history(student, rollout), grads)
+    return flow.x0_from_velocity(rollout.exit_BTHWC, v, sigma)
+
+
+def replay(
+    streamer: Streamer, params, text_BMC, rollout: Rollout, grads: ContextGrad, *, frames=False, segment: int = 0
+):
+    """The rollout's frames chunk by chunk through the caches, differentiable in ``params``; each chunk rematerialised.
+
+    Args:
+      streamer: as for ``roll_out``.
+      params, text_BMC: of the student.
+      rollout: supplies the input of every chunk's last call; earlier denoising steps are constants.
+      grads: what flows through the parameters that made the contexts.
+      frames: gradients also flow through generated frames, so that later frames give credit to earlier ones.
+      segment: with ``frames``, after so many chunks the flow through the state is cut; 0 never cuts.
+    """
+    shape, g = rollout.x0_BTHWC.shape, streamer.cfg.chunk
+    chunks = streamer.student.chunks_of(shape[1])
+    segment = segment or chunks
+    if chunks % segment:
+        raise ValueError(f"segment is {segment} chunks, which does not divide the {chunks} chunks of a rollout.")
+    state = streamer.init(params, text_BMC, jax.random.key(0), shape[2:])
+    inputs = rearrange(rollout.exit_BTHWC, "b (s n g) h w c -> s n b g h w c", g=g, n=segment)
+    levels = rearrange(rollout.sigma_T[::g], "(s n) -> s n", n=segment)
+
+    @jax.checkpoint
+    def chunk(state, exit):
+        return streamer.replay(params, state, Exit(*exit), grads, frames)
+
+    def section(state, exits):
+        state, x = jax.lax.scan(chunk, jax.lax.stop_gradient(state) if frames else state, exits)
+        return state, x
+
+    _, x = jax.lax.scan(section, state, (inputs, levels))
+    return rearrange(x, "s n b g h w c -> b (s n g) h w c")

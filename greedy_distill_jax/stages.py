@@ -1,0 +1,251 @@
+"""The stages of training: what is trained, what it starts from, which frozen networks it asks, its step functions.
+
+``train.py`` runs any of them in the same loop.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from greedy_distill_jax import config as configuration, distillation, steps
+from greedy_distill_jax.diffusion import guidance
+from greedy_distill_jax.models.dit import Teacher
+from greedy_distill_jax.models.student import ContextGrad, Student
+from greedy_distill_jax.run import NOT_ARCHITECTURE, Run
+from greedy_distill_jax.state import TrainState, make_optimizer
+from greedy_distill_jax.stream import Streamer
+from greedy_distill_jax.types import UserError
+
+
+class Part(NamedTuple):
+    """One jitted function of a step: ``call(state, frozen, batch) -> (state, metrics)``, on steps where ``due(step)``.
+
+    Steps count from 1; the last part that is due ends the step.
+    """
+
+    name: str
+    due: Callable[[int], bool]
+    call: Callable
+
+
+class Stage(NamedTuple):
+    """What ``train.py`` needs to know. ``frozen``: parameters of networks that are not trained, by name."""
+
+    model: Teacher | Student
+    optimizer: optax.GradientTransformation
+    critic: Teacher | Student | None
+    critic_optimizer: optax.GradientTransformation | None
+    frozen: Mapping[str, Any]
+    parts: tuple[Part, ...]
+
+    def state(self, params, critic=None) -> TrainState:
+        """Step 0."""
+        state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), self.optimizer.init(params))
+        if self.critic is None:
+            return state
+        return state._replace(critic=critic, critic_opt=self.critic_optimizer.init(critic))
+
+
+class Sources(NamedTuple):
+    """The runs a stage starts from, or asks for scores."""
+
+    teacher: Run | None
+    student: Run | None
+
+
+def build_model(config: ConfigDict) -> Teacher | Student:
+    """The network that the config's stage trains."""
+    if config.stage == "teacher":
+        return Teacher(configuration.wan_config(config))
+    return Student(configuration.student_config(config))
+
+
+def load_sources(config: ConfigDict, model: Teacher | Student, *, resumed: bool) -> Sources:
+    """Loads what ``config.teacher_from`` and ``config.student_from`` name, if it is still needed."""
+    teacher = student = None
+    asked = configuration.frozen_networks(config)
+    if config.teacher_from and isinstance(model, Student) and ("teacher" in asked or not resumed):
+        teacher = Run.load(config.teacher_from)
+        if teacher.config.stage != "teacher":
+            raise UserError(
+                f"config.teacher_from {config.teacher_from} holds stage {teacher.config.stage}, not a teacher."
+            )
+        _check_same("teacher_from", config.teacher_from, teacher.model.cfg, model.cfg.base)
+    if config.student_from and isinstance(model, Student) and ("stage1" in asked or not resumed):
+        student = Run.load(config.student_from)
+        if student.config.stage == "teacher":
+            raise UserError(f"config.student_from {config.student_from} holds a teacher, not a student.")
+        _check_same("student_from", config.student_from, student.model.cfg, model.cfg)
+    return Sources(teacher, student)
+
+
+def _check_same(key: str, directory: str, stored, wanted) -> None:
+    names = [f for f in stored.__dataclass_fields__ if f not in NOT_ARCHITECTURE and f != "base"]
+    different = [f for f in names if getattr(stored, f) != getattr(wanted, f)]
+    if different:
+        listed = ", ".join(f"{f} {getattr(stored, f)} against {getattr(wanted, f)}" for f in different)
+        raise UserError(
+            f"config.{key} {directory} has another architecture: {listed}; set the same config.model and "
+            f"config.student in both."
+        )
+    if hasattr(stored, "base"):
+        _check_same(key, directory, stored.base, wanted.base)
+
+
+def build_stage(config: ConfigDict, model: Teacher | Student, sources: Sources, null_MC, latent_shape) -> Stage:
+    """Step functions and optimisers of the config's stage.
+
+    Args:
+      model: ``build_model(config)``.
+      sources: ``load_sources(config, model)``.
+      null_MC: the unconditional text rows.
+      latent_shape: (T, H, W, C) of an example.
+    """
+    shared = dict(seed=config.seed, null_MC=jnp.asarray(null_MC), text_dropout=config.text_dropout)
+    if config.stage == "dmd":
+        return _distillation(config, model, sources, shared, latent_shape)
+    make_net = functools.partial(steps.teacher_net, model) if config.stage == "teacher" else _student_net(config, model)
+    optimizer = _optimizer(config.optimizer, config.steps)
+    call = functools.partial(
+        steps.train_step, make_net=make_net, terms=configuration.terms(config), **shared,
+        update=steps.Update(optimizer, config.ema.decay, config.ema.start, _rate_scale(config)),
+    )  # fmt: skip
+
+    def on_data(state, frozen, batch):
+        del frozen
+        return call(state, batch)
+
+    return Stage(model, optimizer, None, None, {}, (Part("", lambda step: True, on_data),))
+
+
+def _distillation(config: ConfigDict, student: Student, sources: Sources, shared, latent_shape) -> Stage:
+    """Stage 2: the generator step and, with a separate fake score, the critic step."""
+    d = config.distill
+    rolled = Student(dataclasses.replace(student.cfg, context="clean")) if student.cfg.context == "fused" else student
+    own = distillation.SelfRollout(
+        Streamer(rolled, configuration.sampling(config)), tuple(latent_shape), d.exit,
+        ContextGrad(d.context_grad_etm, d.context_grad_sdd), d.pg, d.segment, d.epochs, d.anchor,
+    )  # fmt: skip
+    student_net = _student_net(config, student)
+    asked = configuration.frozen_networks(config)
+    loaded = {"teacher": sources.teacher, "stage1": sources.student}
+    for name, key in (("teacher", "teacher_from"), ("stage1", "student_from")):
+        if name in asked and loaded[name] is None:
+            raise UserError(
+                f"config.{key} is empty, but real {d.real!r} with fake {d.fake!r} needs that network; name its run."
+            )
+    frozen = {name: _compute_precision(loaded[name].params, student.cfg.base.dtype) for name in sorted(asked)}
+    critic = critic_net = None
+    if d.fake == "critic":
+        critic = Teacher(student.cfg.base) if d.real == "joint" else student
+        critic_net = functools.partial(steps.teacher_net, critic) if d.real == "joint" else student_net
+    clean_history = functools.partial(steps.clean_history_net, Teacher(student.cfg.base), student.cfg.chunk)
+    real_net = {
+        "joint": lambda frozen, key: steps.teacher_net(Teacher(student.cfg.base), frozen["teacher"], key),
+        "per_frame": lambda frozen, key: clean_history(frozen["teacher"], key),
+        "autoregressive": lambda frozen, key: student_net(frozen["stage1"], key),
+    }[d.real]
+    fake_net = {
+        "critic": lambda state, frozen, key: critic_net(state.critic, key),
+        "self_sg": lambda state, frozen, key: student_net(state.params, key),
+        "self_fm": lambda state, frozen, key: student_net(state.params, key),
+        "self_ema": lambda state, frozen, key: student_net(state.ema, key),
+        "stage1": lambda state, frozen, key: student_net(frozen["stage1"], key),
+    }[d.fake]
+
+    def make_scores(state, frozen, key):
+        key_real, key_fake = jax.random.split(key)
+        real = guidance.guided_score(real_net(frozen, key_real), shared["null_MC"], d.guidance)
+        return {"real": real, "fake": fake_net(state, frozen, key_fake)}
+
+    def due(step):
+        return step > d.critic_warmup and (step - d.critic_warmup - 1) % d.generator_every == 0
+
+    updates = -(-max(config.steps - d.critic_warmup, 1) // d.generator_every)
+    optimizer = _optimizer(config.optimizer, updates)
+    generator = functools.partial(
+        distillation.generator_step, own=own, make_net=student_net, make_scores=make_scores,
+        terms=configuration.terms(config), counts=critic is None, **shared,
+        update=steps.Update(optimizer, config.ema.decay, config.ema.start, _rate_scale(config)),
+    )  # fmt: skip
+    parts = [Part("", due, generator)]
+    critic_optimizer = None
+    if critic:
+        critic_optimizer = _optimizer(config.critic.optimizer, config.steps)
+        parts.append(Part("critic", lambda step: True, functools.partial(
+            distillation.critic_step, own=own, make_net=critic_net, terms=configuration.critic_terms(config), **shared,
+            update=steps.Update(critic_optimizer, 0.0, 0),
+        )))  # fmt: skip
+    return Stage(student, optimizer, critic, critic_optimizer, frozen, tuple(parts))
+
+
+def given_params(sources: Sources) -> dict[str, Any]:
+    """Parameters of the runs a stage starts from."""
+    return {name: run.params for name, run in sources._asdict().items() if run is not None}
+
+
+def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
+    """(parameters, critic's parameters or None) of step 0.
+
+    Args:
+      given: parameters of the sources' runs, "teacher" and "student", as far as there are any.
+      key: of a random start, and of what the sources do not have.
+    """
+    if "student" in given:
+        params = given["student"]
+    elif "teacher" in given and isinstance(stage.model, Student):
+        params = stage.model.from_teacher(key, given["teacher"], latent_shape)
+    else:
+        params = stage.model.init(key, latent_shape)
+    if stage.critic is None:
+        return params, None
+    return params, given["teacher"] if isinstance(stage.critic, Teacher) else given["student"]
+
+
+def _student_net(config: ConfigDict, student: Student):
+    lists = configuration.sampling(config).sigmas
+    last = (lists[0][-1], lists[-1][-1]) if student.cfg.context == "last_step_kv" else None
+    return functools.partial(
+        steps.student_net, student, context_noise=config.student.context_noise, last_sigmas=last
+    )  # fmt: skip
+
+
+def _compute_precision(params, dtype: str):
+    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
+
+    def cast(path, leaf):
+        kernel = getattr(path[-1], "key", None) == "kernel"
+        return jnp.asarray(leaf, jnp.dtype(dtype)) if kernel else jnp.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _optimizer(config: ConfigDict, steps_: int) -> optax.GradientTransformation:
+    o = {k: v for k, v in config.items() if k != "new_scale"}
+    return make_optimizer(o.pop("name"), steps=steps_, **{**o, "betas": tuple(o["betas"])})
+
+
+def _rate_scale(config: ConfigDict):
+    scale = config.optimizer.new_scale
+    return None if scale == 1.0 else new_parameter_scale(scale)
+
+
+def new_parameter_scale(scale: float):
+    """Factors on updates: ``scale`` for student parameters that no teacher has, 1 for the rest."""
+
+    def factors(params):
+        def factor(path, leaf):
+            names = {getattr(k, "key", "") for k in path}
+            norm_of_etm = {"etm", "norm"} <= names and "blocks" not in names
+            fresh = norm_of_etm or names & {"z_k", "z_v", "norm_z", "z_in", "z_gate", "bos"}
+            return jnp.asarray(scale if fresh else 1.0, leaf.dtype).reshape((1,) * leaf.ndim)
+
+        return jax.tree_util.tree_map_with_path(factor, params)
+
+    return factors
