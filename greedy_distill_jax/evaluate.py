@@ -5,7 +5,7 @@ python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/stud
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,9 @@ def rows_of(
 
 
 def loss_curves(run: Run, directory: str | Path) -> dict[str, list[float | int]]:
-    """{"step": [...], term: [...]} of every loss term in the run's scalars.jsonl."""
-    lines = read_scalars(directory)
+    """{"step": [...], term: [...]} of every loss term in the run's scalars.jsonl, from its first update on."""
     stage = run.config.stage
+    lines = [line for line in read_scalars(directory) if f"{stage}/loss" in line]
     terms = [t for t in run.config.losses if lines and f"{stage}/{t}" in lines[0]]
     return {"step": [line["step"] for line in lines]} | {t: [line[f"{stage}/{t}"] for line in lines] for t in terms}
 
@@ -81,6 +81,7 @@ def evaluate(
     student_dir: str | Path,
     output: str | Path,
     *,
+    more: Mapping[str, str | Path] | None = None,
     videos: int = 256,
     seed: int = 1000,
     lengths: Sequence[int] | None = None,
@@ -92,6 +93,8 @@ def evaluate(
     Args:
       teacher_dir, student_dir: run directories.
       output: folder of the report.
+      more: further students by the name of their row, such as {"stage2": ...}, each streamed with the step lists of the
+        first one, as is the student itself in its few-step row.
       videos: held-out videos per row.
       seed: of held-out data and noise.
       lengths: video lengths of the timing; None for 32, 256, and 1024 where the teacher still has few tokens.
@@ -101,6 +104,10 @@ def evaluate(
     teacher, student = Run.load(teacher_dir), Run.load(student_dir)
     if teacher.is_student or not student.is_student:
         raise UserError("evaluate needs the run directory of a teacher (--teacher) and that of a student (--student).")
+    others = {name: Run.load(directory) for name, directory in (more or {}).items()}
+    for name, run in others.items():
+        if not run.is_student or run.latent_shape != student.latent_shape:
+            raise UserError(f"evaluate: {name} in {(more or {})[name]} is no student on the data of {student_dir}.")
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,12 +129,17 @@ def evaluate(
     long = HORIZON * frames
     real, captions = held_out_videos(teacher, long if shapes else frames, videos, seed)
     few, many = few_steps(student), student.config.sample.steps
+    first = few
+    if others:
+        sample = next(iter(others.values())).config.sample
+        few, first = sample.steps, sample.first_steps or sample.steps
 
     announce(f"evaluate: {len(captions)} held-out videos per model, students to {long} frames")
     todo: list[tuple[str, Run, int, dict[str, Any]]] = [
         ("teacher", teacher, frames, dict(steps=teacher.config.sample.steps)),
         ("stage1", student, long, dict(steps=many)),
-        ("stage1_few_steps", student, long, dict(steps=few, first_steps=few)),
+        ("stage1_few_steps", student, long, dict(steps=few, first_steps=first)),
+        *((name, run, long, dict(steps=few, first_steps=first)) for name, run in others.items()),
     ]
     nothing = {"steps": "\N{EN DASH}", "train_cpu_s": 0.0, "seeds": [seed]}
     made: dict[str, tuple[np.ndarray, dict[str, Any]]] = {"data": (real, nothing)}
@@ -144,6 +156,8 @@ def evaluate(
         rows, by_frame = rows_of(made, captions, reference, frames)
         named = {row["name"]: row for row in rows}
         gate_list = gates.quality_gates(named["teacher"], named["stage1"])
+        if "stage2" in named:
+            gate_list += gates.stage2_gates(named["stage2"], named["stage1_few_steps"], named["data"])
     else:
         rows = [{key: fixed.get(key) for key in ROW_KEYS} | {"name": name} for name, (_, fixed) in made.items()]
         by_frame = {}
@@ -185,8 +199,13 @@ def evaluate(
         "extra": extra,
     }  # fmt: skip
     columns = {name: [video[i] for i in range(min(SHOWN, len(captions)))] for name, (video, _) in made.items()}
-    pairs = ((teacher, teacher_dir), (student, student_dir))
-    curves = {run.config.stage: loss_curves(run, folder) for run, folder in pairs}
+    curves = {
+        name: loss_curves(run, folder)
+        for name, run, folder in (
+            ("teacher", teacher, teacher_dir), ("stage1", student, student_dir),
+            *((name, run, (more or {})[name]) for name, run in others.items()),
+        )
+    }  # fmt: skip
     path = write_report(
         output, metrics=metrics, videos=columns, captions=captions[:SHOWN], curves=curves, by_frame=by_frame,
         fps=float(teacher.config.log.fps),
@@ -224,11 +243,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m greedy_distill_jax.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="run directory of the teacher")
     parser.add_argument("--student", required=True, help="run directory of the student")
+    parser.add_argument(
+        "--more", action="append", default=[], metavar="NAME=DIR",
+        help="a further student and the name of its row, such as stage2=runs/stage2; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, help="folder of metrics.json and report.html")
     parser.add_argument("--videos", type=int, default=256, help="held-out videos per model")
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args(argv)
-    metrics = evaluate(args.teacher, args.student, args.output, videos=args.videos, seed=args.seed,
+    wrong = [pair for pair in args.more if "=" not in pair]
+    if wrong:
+        raise UserError(f"--more {wrong[0]}: give NAME=DIR, such as --more stage2=runs/stage2.")
+    more = dict(pair.split("=", 1) for pair in args.more)
+    metrics = evaluate(args.teacher, args.student, args.output, more=more, videos=args.videos, seed=args.seed,
                        commands=["python -m greedy_distill_jax.evaluate " + " ".join(sys.argv[1:])])  # fmt: skip
     print_table(metrics)
 

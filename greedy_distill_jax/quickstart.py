@@ -1,10 +1,11 @@
-"""The main job on one command: train a teacher, distil the student, stream a video, write the report.
+"""The main job on one command: train a teacher, distil the student in two stages, stream a video, write the report.
 
     bash launch/quickstart.sh [--workdir DIR] [--clips DIR --captions FILE] [--fast]
 
 Every stage is the public command of the same name and resumes where it was interrupted; a finished one is skipped.
 """
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, config as configuration, prepare, sample
+from greedy_distill_jax.checkpoint import load_meta
 from greedy_distill_jax.config_cli import read_config
 from greedy_distill_jax.data.loader import load_source
 from greedy_distill_jax.evaluate import evaluate, print_table
@@ -25,13 +27,22 @@ CLIP_FRAMES = 16
 PREPARE = ["--size", "32x32", "--frames", str(CLIP_FRAMES), "--fps", "12", "--stride", "2"]
 PREPARE += ["--held-out", "0.35", "--crops", "15"]
 CLIP_STEPS = {"full": {"teacher": 600, "student": 2500}, "fast": {"teacher": 200, "student": 800}}
+STAGE2 = {"stage2": "stage2", "stage2_fake_self": "greedy_distill_paper"}  # row of the report -> quickstart config
 VIDEOS = {"full": 256, "fast": 128, "smoke": 16}
 
 
-def stage_configs(speed: str, clips: Path | None) -> dict[str, ConfigDict]:
-    """Configs of the teacher and the student; clips have more pixels, so they get smaller batches."""
-    configs = {name: read_config(f"configs/quickstart.py:{name},{speed}").lock() for name in ("teacher", "student")}
+def stage_configs(speed: str, clips: Path | None, workdir: Path) -> dict[str, ConfigDict]:
+    """Configs of the runs below ``workdir``, in their order; clips have more pixels, so they get smaller batches.
+
+    Stage 2 is for the embedded data: of a few real clips there is no distribution to match.
+    """
+    names = {"teacher": "teacher", "student": "student", **({} if clips else STAGE2)}
+    configs = {name: read_config(f"configs/quickstart.py:{preset},{speed}").lock() for name, preset in names.items()}
     for name, config in configs.items():
+        if name != "teacher":
+            config.teacher_from = str(workdir / "teacher")
+        if config.stage == "dmd":
+            config.student_from = str(workdir / "student")
         if clips:
             config.data.source = f"clips:{clips}"
             config.data.frames = CLIP_FRAMES
@@ -47,6 +58,17 @@ def stage_configs(speed: str, clips: Path | None) -> dict[str, ConfigDict]:
         config.data.batch = -(-config.data.batch // devices) * devices
         configuration.validate(config)
     return configs
+
+
+def control_config(config: ConfigDict, stage1: Path, stage2: Path) -> ConfigDict:
+    """More of stage 1: from where it ended, for the CPU time that stage 2 took (compilation counts for both)."""
+    spent = {directory: load_meta(directory / "checkpoints") for directory in (stage1, stage2)}
+    of_update = spent[stage1]["train_cpu_s"] / spent[stage1]["steps"]
+    control = config.copy_and_resolve_references()
+    control.student_from, control.steps = str(stage1), max(1, round(spent[stage2]["train_cpu_s"] / of_update))
+    control.log.samples_every = control.steps
+    control.seed += 1  # other examples than the first time
+    return control
 
 
 def check_workdir(workdir: Path) -> None:
@@ -91,25 +113,35 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
         prepare.main(["clips", *folders, *PREPARE])
     if not marker.exists():
         marker.write_text(job)  # only now: clips that cannot be used leave the folder free for another job
-    configs = stage_configs(speed, dataset)
-    runs = {name: workdir / name for name in configs}
-    configs["student"].teacher_from = str(runs["teacher"])
-    for number, (name, config) in enumerate(configs.items(), 1):
-        print(f"quickstart: {number}/4 training the {name}, {config.steps} steps, in {runs[name]}", flush=True)
-        train(config, runs[name])
+    configs = stage_configs(speed, dataset, workdir)
+    more, parts = {}, len(configs) + (2 if clips else 3)
+    count = itertools.count(1)
+
+    def announce(what: str):
+        print(f"quickstart: {next(count)}/{parts} {what}", flush=True)
+
+    for name, config in configs.items():
+        announce(f"training the {name}, {config.steps} steps, in {workdir / name}")
+        train(config, workdir / name)
+    if not clips:
+        more = {name: workdir / name for name in ("stage2", "stage1_control", "stage2_fake_self")}
+        control = control_config(configs["student"], workdir / "student", workdir / "stage2")
+        announce(f"training the student further, for as long as stage 2 took, {control.steps} steps")
+        train(control, more["stage1_control"])
 
     prompt = "a red square moving left"
     if clips:
         prompt = load_source(f"clips:{dataset}")[0][0]["caption"]
     video = workdir / "stream.mp4"
-    print(f"quickstart: 3/4 streaming {prompt!r} to {video}", flush=True)
-    sample.main(["--checkpoint", str(runs["student"]), "--prompt", prompt, "--frames", "128", "--output", str(video)])
+    announce(f"streaming {prompt!r} to {video}")
+    best = workdir / ("student" if clips else "stage2")
+    sample.main(["--checkpoint", str(best), "--prompt", prompt, "--frames", "128", "--output", str(video)])
 
-    print("quickstart: 4/4 measuring and writing the report", flush=True)
+    announce("measuring and writing the report")
     command = f"bash launch/quickstart.sh --workdir {workdir}" + (f" --{speed}" if speed != "full" else "")
     if clips:
         command += f" --clips {clips} --captions {captions}"
-    metrics = evaluate(runs["teacher"], runs["student"], report.parent, videos=VIDEOS[speed],
+    metrics = evaluate(workdir / "teacher", workdir / "student", report.parent, more=more, videos=VIDEOS[speed],
                        commands=[command])  # fmt: skip
     print_table(metrics)
     print(f"quickstart: done in {time.time() - begin:.0f} s\n  video   {video}\n  report  {report}")

@@ -132,7 +132,6 @@ def _distillation(config: ConfigDict, student: Student, sources: Sources, shared
         Streamer(rolled, configuration.sampling(config)), tuple(latent_shape), d.exit,
         ContextGrad(d.context_grad_etm, d.context_grad_sdd), d.pg, d.segment, d.epochs, d.anchor,
     )  # fmt: skip
-    student_net = _student_net(config, student)
     asked = configuration.frozen_networks(config)
     loaded = {"teacher": sources.teacher, "stage1": sources.student}
     for name, key in (("teacher", "teacher_from"), ("stage1", "student_from")):
@@ -141,36 +140,15 @@ def _distillation(config: ConfigDict, student: Student, sources: Sources, shared
                 f"config.{key} is empty, but real {d.real!r} with fake {d.fake!r} needs that network; name its run."
             )
     frozen = {name: _compute_precision(loaded[name].params, student.cfg.base.dtype) for name in sorted(asked)}
-    critic = critic_net = None
-    if d.fake == "critic":
-        critic = Teacher(student.cfg.base) if d.real == "joint" else student
-        critic_net = functools.partial(steps.teacher_net, critic) if d.real == "joint" else student_net
-    clean_history = functools.partial(steps.clean_history_net, Teacher(student.cfg.base), student.cfg.chunk)
-    real_net = {
-        "joint": lambda frozen, key: steps.teacher_net(Teacher(student.cfg.base), frozen["teacher"], key),
-        "per_frame": lambda frozen, key: clean_history(frozen["teacher"], key),
-        "autoregressive": lambda frozen, key: student_net(frozen["stage1"], key),
-    }[d.real]
-    fake_net = {
-        "critic": lambda state, frozen, key: critic_net(state.critic, key),
-        "self_sg": lambda state, frozen, key: student_net(state.params, key),
-        "self_fm": lambda state, frozen, key: student_net(state.params, key),
-        "self_ema": lambda state, frozen, key: student_net(state.ema, key),
-        "stage1": lambda state, frozen, key: student_net(frozen["stage1"], key),
-    }[d.fake]
-
-    def make_scores(state, frozen, key):
-        key_real, key_fake = jax.random.split(key)
-        real = guidance.guided_score(real_net(frozen, key_real), shared["null_MC"], d.guidance)
-        return {"real": real, "fake": fake_net(state, frozen, key_fake)}
-
+    critic, critic_net = _critic(config, student)
     def due(step):
         return step > d.critic_warmup and (step - d.critic_warmup - 1) % d.generator_every == 0
 
     updates = -(-max(config.steps - d.critic_warmup, 1) // d.generator_every)
     optimizer = _optimizer(config.optimizer, updates)
     generator = functools.partial(
-        distillation.generator_step, own=own, make_net=student_net, make_scores=make_scores,
+        distillation.generator_step, own=own, make_net=_student_net(config, student),
+        make_scores=score_nets(config, student, shared["null_MC"]),
         terms=configuration.terms(config), counts=critic is None, **shared,
         update=steps.Update(optimizer, config.ema.decay, config.ema.start, _rate_scale(config)),
     )  # fmt: skip
@@ -188,6 +166,41 @@ def _distillation(config: ConfigDict, student: Student, sources: Sources, shared
 def given_params(sources: Sources) -> dict[str, Any]:
     """Parameters of the runs a stage starts from."""
     return {name: run.params for name, run in sources._asdict().items() if run is not None}
+
+
+def _critic(config: ConfigDict, student: Student):
+    """(the separate fake score, its ``make_net(params, key)``), or (None, None)."""
+    if config.distill.fake != "critic":
+        return None, None
+    if config.distill.real == "joint":
+        teacher = Teacher(student.cfg.base)
+        return teacher, functools.partial(steps.teacher_net, teacher)
+    return student, _student_net(config, student)
+
+
+def score_nets(config: ConfigDict, student: Student, null_MC) -> Callable:
+    """``make_scores(state, frozen, key) -> {"real": net, "fake": net}`` of ``config.distill``."""
+    d, teacher, student_net = config.distill, Teacher(student.cfg.base), _student_net(config, student)
+    _, critic_net = _critic(config, student)
+    real_net = {
+        "joint": lambda frozen, key: steps.teacher_net(teacher, frozen["teacher"], key),
+        "per_frame": lambda frozen, key: steps.clean_history_net(teacher, student.cfg.chunk, frozen["teacher"], key),
+        "autoregressive": lambda frozen, key: student_net(frozen["stage1"], key),
+    }[d.real]
+    fake_net = {
+        "critic": lambda state, frozen, key: critic_net(state.critic, key),
+        "self_sg": lambda state, frozen, key: student_net(state.params, key),
+        "self_fm": lambda state, frozen, key: student_net(state.params, key),
+        "self_ema": lambda state, frozen, key: student_net(state.ema, key),
+        "stage1": lambda state, frozen, key: student_net(frozen["stage1"], key),
+    }[d.fake]
+
+    def make_scores(state, frozen, key):
+        key_real, key_fake = jax.random.split(key)
+        real = guidance.guided_score(real_net(frozen, key_real), null_MC, d.guidance)
+        return {"real": real, "fake": fake_net(state, frozen, key_fake)}
+
+    return make_scores
 
 
 def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):

@@ -4,9 +4,9 @@ The step length of every frame is random, so that the next frame is a distributi
 (deterministic motion leaves no gap between few and many denoising steps).
 Lengths are given at 16x16 pixels and scale with the size of the frame.
 
-"Wandering" shapes make errors add up over a long stream: axis, heading and a slight tint are not in the caption, so
-that only the frames before can tell them; and every window of a video looks like any other, so that a teacher of short
-clips can judge any part of a long one.
+"Wandering" shapes make errors add up over a long stream: colour, tint, axis and heading are not in the caption, so that
+only the frames before can tell them; and every window of a video looks like any other, so that a teacher of short clips
+can judge any part of a long one.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def radius(size: int) -> float:
 
 
 def caption_of(shape: int, colour: int, direction: int) -> str:
-    """The caption of three indices, e.g. "a red square moving left"; direction -1 is "wandering"."""
+    """The caption of three indices, e.g. "a red square moving left"; without direction (-1) "a square wandering"."""
     if direction < 0:
-        return f"a {COLOURS[colour]} {SHAPES[shape]} wandering"
+        return f"a {SHAPES[shape]} wandering"
     return f"a {COLOURS[colour]} {SHAPES[shape]} moving {DIRECTIONS[direction]}"
 
 
@@ -58,7 +58,7 @@ _OF_SPLIT = {
     "held_out": tuple(c for c in _ALL if _is_held_out(*c)),
 }
 _PAIRS = tuple(itertools.product(range(len(SHAPES)), range(len(COLOURS))))
-_ATTRIBUTES = {caption_of(*c): c for c in _ALL} | {caption_of(*c, -1): (*c, -1) for c in _PAIRS}
+_ATTRIBUTES = {caption_of(*c): c for c in _ALL} | {caption_of(s, -1, -1): (s, -1, -1) for s in range(len(SHAPES))}
 
 
 def captions(split: str) -> tuple[str, ...]:
@@ -70,11 +70,11 @@ def captions(split: str) -> tuple[str, ...]:
 
 
 def attributes(caption: str) -> tuple[int, int, int]:
-    """(shape, colour, direction) indices of a caption (-1: wandering); UserError if it is not one of the 60."""
+    """(shape, colour, direction) indices of a caption (-1: untold); UserError if it is not one of the 51."""
     if caption not in _ATTRIBUTES:
         raise UserError(
-            f"moving_shapes: caption {caption!r} is none of its 60; write 'a COLOUR SHAPE moving DIRECTION' (or "
-            f"'wandering') with colour in {', '.join(COLOURS)}, shape in {', '.join(SHAPES)}, direction in "
+            f"moving_shapes: caption {caption!r} is none of its 51; write 'a COLOUR SHAPE moving DIRECTION' or 'a "
+            f"SHAPE wandering' with colour in {', '.join(COLOURS)}, shape in {', '.join(SHAPES)}, direction in "
             f"{', '.join(DIRECTIONS)}"
         )
     return _ATTRIBUTES[caption]
@@ -138,7 +138,7 @@ def draw(
 @dataclass(frozen=True)
 class ShapeState:
     """Ground truth of one video: centre `position_T2` (x, y in pixels), indices into SHAPES, COLOURS, DIRECTIONS, and
-    the colour's tint. A wandering shape has direction -1."""
+    the colour's tint (0..255 per channel). A wandering shape has direction -1."""
 
     position_T2: Float64[np.ndarray, "T 2"]
     shape: int
@@ -154,7 +154,7 @@ class MovingShapes:
     U(0.2, 2.4) * size / 16 pixels per frame, and bounces at the walls; the other coordinate stays constant. It never
     bounces within the first two steps. "held_out" cycles evenly through the held-out captions, "train" draws them.
     With `motion="wandering"` start, axis and heading are uniform, so that bounces are as likely early as late, and both
-    splits have all 12 captions (their videos differ).
+    splits have all 3 captions (their videos differ).
     """
 
     def __init__(

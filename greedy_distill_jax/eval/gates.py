@@ -7,6 +7,8 @@ DIRECTION = 0.95  # videos in which the teacher moves the captioned object the c
 BEHIND_TEACHER = 0.05  # valid frames the student may lose to its teacher
 LAST_OVER_FIRST = 0.9  # valid frames in the last window over the first, at 8x the training length
 GROWTH = 1.1  # time of a frame far into the stream over an early one
+STAGE2_FD = 0.75  # Frechet distance of stage 2 over stage 1's, real videos' own distance subtracted from both
+MOTION = (0.75, 1.25)  # spread of step lengths over that of real videos
 
 
 def quality_gates(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -18,6 +20,41 @@ def quality_gates(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> lis
         _gate("student valid in as many frames as its teacher, less 5 points", student["valid_first"], floor),
         _gate("student's last window over its first, valid frames, 8x the training length", ratio, LAST_OVER_FIRST),
     ]
+
+
+def stage2_gates(
+    stage2: Mapping[str, Any], stage1: Mapping[str, Any], real: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Gates on the metrics of the streams of both stages at the same evaluations per frame, and of real videos.
+
+    All three with the same reference; keys fd_first, fd_last, step_std, step_std_last.
+    """
+    ratio = corrected_fd(stage2, real) / corrected_fd(stage1, real)
+    motion = motion_spread(stage2, real)
+    return [
+        {
+            "name": "stage 2's Frechet distance over stage 1's, same evaluations, less that of real videos",
+            "value": round(ratio, 4),
+            "threshold": f"<= {STAGE2_FD}",
+            "passed": bool(ratio <= STAGE2_FD),
+        },
+        {
+            "name": "spread of stage 2's step lengths over that of real videos",
+            "value": round(motion, 4),
+            "threshold": f"{MOTION[0]} to {MOTION[1]}",
+            "passed": bool(MOTION[0] <= motion <= MOTION[1]),
+        },
+    ]
+
+
+def corrected_fd(row: Mapping[str, Any], real: Mapping[str, Any]) -> float:
+    """Frechet distance, mean of the first and the last window, less that of real videos to the same reference."""
+    return (row["fd_first"] + row["fd_last"] - real["fd_first"] - real["fd_last"]) / 2
+
+
+def motion_spread(row: Mapping[str, Any], real: Mapping[str, Any]) -> float:
+    """Standard deviation of step lengths, mean of the first and the last window, over that of real videos."""
+    return (row["step_std"] + row["step_std_last"]) / (real["step_std"] + real["step_std_last"])
 
 
 def cost_gate(rows: Sequence[Mapping[str, float | int]], early: int, late: int) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def evaluate_videos(
             "draw the reference at the same size"
         )
     reading = oracle.read(video_VTHWC)
-    valid = oracle.valid(reading, captions)
-    shape_V, colour_V, direction_V = oracle.captioned(captions, len(video_VTHWC)).T
+    valid = oracle.valid(reading, captions, window=window)
+    shape_V, colour_V, direction_V = oracle.expected(reading, captions, window).T
     heading = ms.DIRECTION_XY[direction_V].astype(np.float32)  # [V, 2]
     along = np.einsum("vtk,vk->vt", reading.velocity_VT2, heading)
     across = np.einsum("vtk,vk->vt", reading.velocity_VT2, heading[:, ::-1])

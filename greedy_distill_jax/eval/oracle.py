@@ -67,14 +67,16 @@ def read(video_VTHWC: UInt8[np.ndarray, "V T H W 3"]) -> OracleReading:
 
 
 def valid(
-    reading: OracleReading, captions: Sequence[str], *, iou_threshold: float = IOU_THRESHOLD
+    reading: OracleReading, captions: Sequence[str], *, iou_threshold: float = IOU_THRESHOLD, window: int = 8
 ) -> Bool[np.ndarray, "V T"]:
     """Frames that show the captioned shape in the captioned colour, with its mass and an IoU above the threshold.
+
+    Where the caption names no colour, the one that most of the first `window` frames show takes its place.
 
     Raises:
       UserError: a caption is not one of the moving shapes'; the number of captions is not V.
     """
-    shape_V, colour_V, _ = captioned(captions, len(reading.shape_VT)).T
+    shape_V, colour_V, _ = expected(reading, captions, window).T
     return (
         (reading.shape_VT == shape_V[:, None])
         & (reading.colour_VT == colour_V[:, None])
@@ -84,8 +86,17 @@ def valid(
     )
 
 
+def expected(reading: OracleReading, captions: Sequence[str], window: int) -> Int[np.ndarray, "V 3"]:
+    """`captioned`, with the colour that most of the first `window` frames show where the caption names none."""
+    out = captioned(captions, len(reading.colour_VT))
+    shown = (reading.colour_VT[:, :window, None] == np.arange(len(ms.COLOURS))).sum(1).argmax(1)
+    out[:, 1] = np.where(out[:, 1] < 0, shown, out[:, 1])
+    return out
+
+
 def captioned(captions: Sequence[str], count: int) -> Int[np.ndarray, "V 3"]:
-    """(shape, colour, direction) indices of every caption; UserError unless there are `count` known ones."""
+    """(shape, colour, direction) indices of every caption, -1 where it names none; UserError unless there are `count`
+    known ones."""
     if len(captions) != count:
         raise UserError(f"oracle: {len(captions)} captions for {count} videos; give one caption per video")
     return np.array([ms.attributes(caption) for caption in captions], np.int64).reshape(count, 3)

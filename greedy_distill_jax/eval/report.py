@@ -52,8 +52,10 @@ ROW_COLUMNS = (
     ("caption", "Caption", "share"),
     ("fd_first", "FD, first window", "distance"),
     ("fd_last", "FD, last window", "distance"),
-    ("step_std", "Step spread", "distance"),
+    ("step_std", "Step spread, first window", "distance"),
+    ("step_std_last", "Step spread, last window", "distance"),
     ("flicker", "Flicker", "distance"),
+    ("wobble", "Wobble", "distance"),
     ("train_cpu_s", "Training, CPU s", "seconds"),
     ("seeds", "Seeds", "text"),
 )

@@ -1,13 +1,17 @@
 """Tiny configurations and parameters that are nowhere zero."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.config import base
+from greedy_distill_jax.models.dit import Teacher
+from greedy_distill_jax.models.student import Student
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
+from greedy_distill_jax.stages import Sources, build_model, build_stage, initial_params
 
 BASE = WanConfig(
     **{**WAN_SIZES["tiny"], "dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 3, "freq_dim": 8, "channels": 4,
@@ -42,6 +46,11 @@ def train_config(stage: str = "teacher", **changes):
     """A run of a few steps; ``changes`` are dotted keys with "__" for ".": ``data__batch=8``."""
     config = base()
     config.stage, config.steps = stage, 6
+    if stage == "dmd":
+        del config.losses["flow_matching"]
+        config.losses.dmd = dict(loss="dmd", weight=1.0, options={})
+        config.distill.generator_every = 2
+        config.student_from, config.teacher_from = "a run", "a run"
     config.model.dim, config.model.ffn_dim, config.model.num_layers = 24, 32, 2
     config.model.freq_dim, config.model.text_dim, config.model.text_len = 8, 8, 6
     config.data.batch, config.data.frames = 8, 4
@@ -55,6 +64,20 @@ def train_config(stage: str = "teacher", **changes):
         else:
             config.update_from_flattened_dict({key.replace("__", "."): value})
     return config
+
+
+def stage_of(config, latent_shape: tuple[int, int, int, int], seed: int = 0):
+    """(stage, parameters, critic's parameters or None), as ``train`` builds them, from random networks."""
+    model = build_model(config)
+    wan = getattr(model.cfg, "base", model.cfg)
+    runs = {"teacher": Teacher(wan), "student": model if isinstance(model, Student) else None}
+    given = {name: random_params(net, seed + i, latent_shape) for i, (name, net) in enumerate(runs.items()) if net}
+    sources = Sources(*(SimpleNamespace(params=given.get(name)) for name in Sources._fields))
+    stage = build_stage(config, model, sources, np.zeros((wan.text_len, wan.text_dim), np.float32), latent_shape)
+    if not isinstance(model, Student):
+        given = {}
+    params = given.get("student") or random_params(model, seed, latent_shape)
+    return stage, *initial_params(stage, jax.random.key(seed), latent_shape, {**given, "student": params})
 
 
 def text_rows(batch: int, key, base: WanConfig = BASE):

@@ -1,0 +1,34 @@
+"""Stage 2 at 1.3B: self-rollout with distribution matching (METHOD_SPEC C.3-C.6, E.5). Not yet run at full size.
+
+    python -m greedy_distill_jax.train --config=configs/wan1_3b/dmd.py --workdir=runs/stage2 \
+        --config.teacher_from=runs/wan1_3b --config.student_from=runs/stage1 --config.data.source=clips:DIR
+
+The critic is a bidirectional 1.3B DiT that starts as the teacher; ``dmd.py:greedy_distill_paper`` is the published
+setting, the student itself as the fake score.
+"""
+
+from configs.wan1_3b import teacher_forcing
+from greedy_distill_jax.config import greedy_distill_paper
+
+
+def get_config(arg: str = "critic"):
+    """Self-Forcing's hyper-parameters (METHOD_SPEC C.6). ``arg``: "critic" or "greedy_distill_paper"."""
+    if arg not in ("critic", "greedy_distill_paper"):
+        raise ValueError(f"{arg!r} is not one of critic, greedy_distill_paper")
+    config = teacher_forcing.get_config()
+    config.stage = "dmd"
+    config.steps = 600
+    del config.losses["flow_matching"]
+    config.losses.dmd = dict(loss="dmd", weight=1.0, options=dict(shift=5.0))
+    config.critic.losses.flow_matching.options.update(shift=5.0, low=0.02, high=0.98)
+    config.distill.guidance = 4.0
+    config.distill.generator_every = 5
+    config.text_dropout = 0.0
+    for optimizer, rate in ((config.optimizer, 2e-6), (config.critic.optimizer, 4e-7)):
+        optimizer.name, optimizer.learning_rate, optimizer.betas = "adamw", rate, (0.0, 0.999)
+        optimizer.weight_decay, optimizer.clip, optimizer.warmup, optimizer.final = 0.01, 10.0, 0, 1.0
+    config.optimizer.new_scale = 1.0
+    config.ema.decay, config.ema.start = 0.99, 200
+    config.sample.steps, config.sample.first_steps, config.sample.shift = 4, 4, 5.0
+    config.sample.sampler = "renoise"
+    return greedy_distill_paper(config) if arg == "greedy_distill_paper" else config

@@ -1,0 +1,225 @@
+"""Stage 2: every choice of scores and gradients, alone and through the training command."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from greedy_distill_jax import config as configuration, distillation, stages, steps
+from greedy_distill_jax.checkpoint import load_meta
+from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.logging import read_scalars
+from greedy_distill_jax.losses.dmd import dmd
+from greedy_distill_jax.models.dit import Teacher
+from greedy_distill_jax.run import Run
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.train import train
+from greedy_distill_jax.types import UserError
+
+LATENT = (4, 4, 4, 16)
+OWN = dict(loss="flow_matching", weight=0.3, options={})
+
+
+def config_of(**changes):
+    own = changes.pop("own", False)
+    config = tiny.train_config("dmd", sample__sampler="renoise", **changes)
+    if config.distill.fake != "critic":
+        config.distill.generator_every = 1
+    if own:
+        config.losses.own = OWN
+    configuration.validate(config)
+    return config
+
+
+def batch_of(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "latents": jnp.asarray(rng.standard_normal((2, *LATENT)), jnp.float32),
+        "text": jnp.asarray(rng.standard_normal((2, 6, 8)), jnp.float32),
+    }
+
+
+def changed(before, after):
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return [float(jnp.abs(a - b).max()) > 0 for a, b in pairs]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(distill__real="autoregressive", distill__pg="rollout_full", student__context="last_step_kv"),
+        dict(distill__fake="self_fm", own=True, distill__real="autoregressive", distill__guidance=1.0),
+        dict(distill__fake="self_ema", distill__pg="actor_critic", distill__epochs=2, distill__anchor=1.0),
+        dict(distill__fake="stage1", distill__real="per_frame", student__context="fused"),
+        dict(distill__fake="self_sg", distill__exit="last", distill__context_grad_sdd="params", student__chunk=2),
+    ],
+    ids=str,
+)
+def test_a_step_trains_what_it_should(changes):
+    stage, params, critic = tiny.stage_of(config_of(**changes), LATENT)
+    assert [part.name for part in stage.parts] == (["", "critic"] if critic is not None else [""])
+    start = jax.jit(stage.state)(params, critic)
+    state, metrics = jax.jit(stage.parts[0].call)(start, stage.frozen, batch_of())
+    assert all(np.isfinite(float(x)) for x in metrics.values()) and float(metrics["grad_norm"]) > 0
+    assert {"loss", "dmd", "dmd/gradient", "dmd/distance", "grad_norm", "param_norm"} <= set(metrics)
+    assert np.mean(changed(start.params, state.params)) > 0.9
+    if critic is None:
+        assert int(state.step) == 1
+        return
+    assert int(state.step) == 0 and not any(changed(start.critic, state.critic))
+    after, metrics = jax.jit(stage.parts[1].call)(state, stage.frozen, batch_of())
+    assert int(after.step) == 1 and not any(changed(state.params, after.params))
+    assert np.mean(changed(state.critic, after.critic)) > 0.9
+    assert all(name.startswith("critic/") for name in metrics)
+
+
+def test_one_epoch_of_actor_critic_is_the_truncated_gradient(monkeypatch):
+    monkeypatch.setattr(stages, "make_optimizer", lambda *args, **kwargs: optax.sgd(1.0))
+    after = {}
+    for pg in ("rollout_trunc", "actor_critic"):
+        config = config_of(distill__pg=pg, distill__anchor=3.0, distill__fake="self_fm", own=True)
+        stage, params, critic = tiny.stage_of(config, LATENT)
+        state = jax.jit(stage.parts[0].call)(stage.state(params, critic), stage.frozen, batch_of())[0]
+        after[pg] = jax.tree.map(jnp.subtract, state.params, params)
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, *after.values()))
+    assert float(difference / optax.tree.norm(after["rollout_trunc"])) < 1e-5
+
+
+def gaussian(mean, std):
+    def velocity(x, sigma, batch):
+        s = flow.expand(sigma, x)
+        x0 = mean + (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2) * (x - (1 - s) * mean)
+        return flow.velocity_from_x0(x, x0, sigma)
+
+    return velocity
+
+
+@pytest.mark.parametrize("fake", configuration.FAKE)
+def test_every_fake_is_the_reverse_kl_gradient_at_a_perfect_score(fake, monkeypatch):
+    # The student's distribution is N(.3, .7^2) whatever network is asked for it, the teacher's N(-.5, .7^2): the two
+    # scores differ by a constant, so that one draw is the expectation.
+    m, mean, std, sigma = 0.3, -0.5, 0.7, 0.5
+    asked = []
+
+    def net_of(which):
+        return lambda *args, **options: asked.append(which) or gaussian(m if which != "teacher" else mean, std)
+
+    def teacher_net(teacher, params, key):
+        return net_of("teacher" if params == "teacher" else "fake")()
+
+    monkeypatch.setattr(steps, "teacher_net", teacher_net)
+    monkeypatch.setattr(steps, "student_net", lambda student, params, key, **options: net_of(params)())
+    config = config_of(distill__fake=fake, own=fake == "self_fm")
+    make_scores = stages.score_nets(config, stages.build_model(config), jnp.zeros((6, 8)))
+    state = stages.TrainState(0, "params", "ema", None, "critic", None)
+    scores = make_scores(state, {"teacher": "teacher", "stage1": "stage1"}, jax.random.key(0))
+    expected = {"critic": "fake", "self_ema": "ema", "stage1": "stage1"}.get(fake, "params")
+    assert asked == ["teacher", expected]
+
+    action = m + std * jax.random.normal(jax.random.key(1), (2, *LATENT))
+    options = dict(normalizer="none", weighting="score", low=sigma, high=sigma)
+
+    def loss(action):
+        videos = {"action": action, "text": jnp.zeros((2, 6, 8))}
+        return jnp.sum(dmd(None, videos, jax.random.key(2), **scores, **options)[0])
+
+    g = jax.grad(loss)(action) * action[0].size
+    kl = jax.grad(lambda m: (1 - sigma) ** 2 * (m - mean) ** 2 / (2 * ((1 - sigma) ** 2 * std**2 + sigma**2)))(m)
+    np.testing.assert_allclose(jnp.mean(g), kl, rtol=1e-4)
+
+
+def test_the_per_frame_teacher_sees_clean_frames_before_and_noise_after():
+    teacher = Teacher(tiny.BASE)
+    params = tiny.random_params(teacher)
+    shape = (1, 4, 4, 4, 4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, frames = (jax.random.normal(k, shape) for k in keys[:2])
+    batch = {"latents": frames, "text": tiny.text_rows(1, keys[2])}
+    sigma = jnp.asarray([[0.9, 0.7, 0.5, 0.3]])
+    v = steps.clean_history_net(teacher, 1, params, keys[0])(x, sigma, batch)
+    noise = jax.random.normal(keys[0], shape)
+    for i in range(4):
+        inputs = jnp.concatenate([frames[:, :i], x[:, i : i + 1], noise[:, i + 1 :]], axis=1)
+        levels = jnp.concatenate([jnp.zeros((1, i)), sigma[:, i : i + 1], jnp.ones((1, 3 - i))], axis=1)
+        np.testing.assert_allclose(v[:, i], teacher(params, inputs, levels, batch["text"])[:, i], atol=1e-5)
+    two = steps.clean_history_net(teacher, 2, params, keys[0])(x, sigma, batch)
+    assert two.shape == shape and float(jnp.abs(two - v).max()) > 1e-3
+
+
+# --- through the command ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    config = tiny.train_config(steps=2)
+    train(config, root / "teacher", show_progress=False)
+    config = tiny.train_config("teacher_forcing", steps=2, teacher_from=str(root / "teacher"))
+    train(config, root / "student", show_progress=False)
+    return root
+
+
+def run_config(sources, **changes):
+    names = {"teacher_from": str(sources / "teacher"), "student_from": str(sources / "student")}
+    config = tiny.train_config("dmd", **{**names, "steps": 4, "checkpoint__every": 2, **changes})
+    if config.distill.fake != "critic":
+        config.distill.generator_every = 1
+    return config
+
+
+def test_a_run_resumes_bit_identically_and_samples(sources, tmp_path):
+    whole = train(run_config(sources, distill__critic_warmup=1), tmp_path / "whole", show_progress=False)
+    train(run_config(sources, distill__critic_warmup=1, steps=2), tmp_path / "halves", show_progress=False)
+    config = run_config(sources, distill__critic_warmup=1)
+    halves = train(config, tmp_path / "halves", show_progress=False)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = read_scalars(tmp_path / "whole")
+    # One warm-up step, then the student is updated in every second one.
+    assert ["dmd/loss" in line for line in lines] == [False, True, False, True]
+    assert all("dmd/critic/loss" in line for line in lines)
+    assert load_meta(tmp_path / "whole" / "checkpoints")["stage"] == "dmd"
+    run = Run.load(tmp_path / "whole")
+    assert run.sample_videos(["a red square moving left"], frames=5, steps=2).shape == (1, 5, 16, 16, 3)
+    with pytest.raises(UserError, match=r"was started with config.distill.fake = 'critic', not 'self_sg'"):
+        train(run_config(sources, distill__fake="self_sg", steps=6), tmp_path / "whole", show_progress=False)
+
+
+def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
+    config = tiny.train_config("teacher_forcing", steps=1, student_from=str(sources / "student"), optimizer__warmup=5)
+    state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(Run.load(sources / "student").params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(student_from=""), "config.student_from is empty"),
+        (dict(teacher_from=""), "config.teacher_from is empty, but real 'joint' with fake 'critic' needs"),
+        (dict(student__window=3), "has another architecture: window 2 against 3"),
+        (dict(distill__real="bidirectional"), "config.distill.real is 'bidirectional'; choose from joint"),
+        (dict(distill__pg="ppo"), "config.distill.pg is 'ppo'; choose from rollout_trunc"),
+        (dict(distill__epochs=0), "config.distill.epochs is 0; it must be at least 1"),
+        (dict(distill__segment=3), "config.distill.segment is 3, which does not divide the 4 chunks"),
+        (dict(distill__fake="self_fm"), "nothing keeps the student a score of its own videos"),
+        (dict(distill__fake="stage1", distill__real="autoregressive"), "are the same network"),
+        (dict(distill__fake="self_sg", distill__critic_warmup=3), "there is no critic to update"),
+        (dict(stage="teacher_forcing"), "config.losses.dmd: 'dmd' asks for scores"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(sources, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_config_choice_is_named():
+    assert set(distillation.PG) == {"rollout_trunc", "rollout_full", "actor_critic"}
+    with pytest.raises(UserError, match=r"config\.losses has no loss that asks for scores"):
+        config = tiny.train_config("dmd")
+        config.losses = {"flow_matching": dict(loss="flow_matching", weight=1.0, options={})}
+        configuration.validate(config)
