@@ -53,6 +53,7 @@ def get_config(arg: str = "teacher"):
         config.model.dim, config.model.ffn_dim, config.model.num_layers = 24, 48, 2
         config.sample.steps = 2
         config.log.every = 2
+        config.distill.critic_warmup = min(config.distill.critic_warmup, 1)
     return config
 
 

@@ -185,6 +185,11 @@ def _validate_distillation(config: ConfigDict) -> None:
             f"config.distill.fake is {d.fake!r}: there is no critic to update between generator updates; set "
             f"config.distill.generator_every=1 and config.distill.critic_warmup=0."
         )
+    if d.critic_warmup >= config.steps:
+        raise UserError(
+            f"config.distill.critic_warmup is {d.critic_warmup}, config.steps {config.steps}: the student would never "
+            f"be updated; train longer or warm up less."
+        )
     chunks = config.data.frames // config.student.chunk
     if d.segment and chunks % d.segment:
         raise UserError(f"config.distill.segment is {d.segment}, which does not divide the {chunks} chunks of a video.")

@@ -23,7 +23,8 @@ OWN = dict(loss="flow_matching", weight=0.3, options={})
 
 def config_of(**changes):
     own = changes.pop("own", False)
-    config = tiny.train_config("dmd", sample__sampler="renoise", **changes)
+    still = dict(optimizer__warmup=0, critic__optimizer__warmup=0)
+    config = tiny.train_config("dmd", sample__sampler="renoise", **still, **changes)
     if config.distill.fake != "critic":
         config.distill.generator_every = 1
     if own:
@@ -207,6 +208,7 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(distill__fake="self_fm"), "nothing keeps the student a score of its own videos"),
         (dict(distill__fake="stage1", distill__real="autoregressive"), "are the same network"),
         (dict(distill__fake="self_sg", distill__critic_warmup=3), "there is no critic to update"),
+        (dict(distill__critic_warmup=4), "would never be updated"),
         (dict(stage="teacher_forcing"), "config.losses.dmd: 'dmd' asks for scores"),
     ],
     ids=str,

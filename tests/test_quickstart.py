@@ -16,6 +16,7 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from greedy_distill_jax import quickstart, sample
+from greedy_distill_jax.checkpoint import load_meta
 from greedy_distill_jax.data.video_io import VideoWriter, probe, read_frames
 from greedy_distill_jax.eval.report import ROW_KEYS, TIME_KEYS, validate_metrics
 from greedy_distill_jax.evaluate import evaluate
@@ -63,9 +64,16 @@ def test_it_leaves_a_report_with_every_number(finished):
     assert "<html" in (finished / "report/report.html").read_text(encoding="utf-8")
     metrics = json.loads((finished / "report/metrics.json").read_text(encoding="utf-8"))
     validate_metrics(metrics)
-    assert [row["name"] for row in metrics["rows"]] == ["data", "teacher", "stage1", "stage1_few_steps"]
+    names = ["data", "teacher", "stage1", "stage1_few_steps", "stage2", "stage1_control", "stage2_fake_self"]
+    assert [row["name"] for row in metrics["rows"]] == names
     assert all(set(row) == set(ROW_KEYS) for row in metrics["rows"])
-    data, teacher, many, few = metrics["rows"]
+    data, teacher, many, few, stage2, control, own = metrics["rows"]
+    assert few["steps"] == stage2["steps"] == control["steps"] == own["steps"] == 2
+    assert stage2["train_cpu_s"] > 0 and own["train_cpu_s"] > 0
+    # The control spends what stage 2 spent, to the nearest update.
+    steps = load_meta(finished / "stage1_control" / "checkpoints")["steps"]
+    of_update = many["train_cpu_s"] / load_meta(finished / "student" / "checkpoints")["steps"]
+    assert abs(steps * of_update - stage2["train_cpu_s"]) <= of_update
     assert data["direction"] == data["valid_first"] == 1.0 and data["valid_last"] == pytest.approx(1.0, abs=0.01)
     assert teacher["train_cpu_s"] > 0 and many["train_cpu_s"] > 0 and few["seeds"] == many["seeds"]
     times = {row["frames"]: row for row in metrics["time_per_frame_ms"]}
@@ -74,7 +82,7 @@ def test_it_leaves_a_report_with_every_number(finished):
     streaming, growing = metrics["cache_bytes"].values()
     assert 0 < streaming < growing
     assert metrics["versions"]["jax"] and metrics["device"] and "commit" in metrics
-    assert metrics["training_frames"] == 8 and len(metrics["gates"]) == 4
+    assert metrics["training_frames"] == 8 and len(metrics["gates"]) == 6
     assert metrics["config"]["student"]["teacher_from"] == str(finished / "teacher")
 
 
@@ -124,6 +132,15 @@ def test_the_stream_notebook_runs(finished, kernel_env):
     shown = [kind for output in outputs for kind in output.get("data", {})]
     assert shown.count("image/gif") == 1 and shown.count("image/png") >= 3
     assert not [output for output in outputs if output.get("name") == "stderr"], "it warns"
+
+
+@pytest.mark.subprocesses
+def test_the_loss_notebook_runs(finished, kernel_env):
+    env = kernel_env | {"QUICKSTART": str(finished), "MINUTES": "0.05"}
+    outputs = _execute(ROOT / "notebooks" / "02_swap_a_loss.ipynb", env)
+    shown = [kind for output in outputs for kind in output.get("data", {})]
+    assert shown.count("image/gif") == 1 and shown.count("image/png") == 1
+    assert any("dmd + steady" in output.get("text", "") for output in outputs)
 
 
 @pytest.mark.subprocesses

@@ -46,8 +46,8 @@ def evaluate_videos(
       valid_by_frame: list of T floats, fraction of videos valid in that frame.
       colour_change_by_frame: list of T floats, mean |rgb of the object - its mean over the first window|, in [0, 1]:
         how far colour has drifted.
-      caption: fraction of videos with the captioned direction (meaningless when wandering), and the captioned shape and
-        colour in most frames of the first window.
+      caption: fraction of videos with the captioned direction, and the captioned shape and colour in most frames of the
+        first window. Both are over the videos whose caption names a direction, nan without any.
       fd_first, fd_last: Frechet distance of `random_conv_features` to the reference.
       step_std, step_std_last: standard deviation, in pixels, of the step length along the captioned axis between valid
         frames of the window; U(0.2, 2.4) has 0.64, a model without diversity 0.
@@ -105,11 +105,11 @@ def evaluate_videos(
     colour_change = np.abs(reading.rgb_VT3 - rgb_start).mean((0, 2))
 
     return {
-        "direction": float(headed.mean()),
+        "direction": _or_nan(np.mean, headed[direction_V >= 0]),
         "valid_first": float(valid[:, first].mean()),
         "valid_last": float(valid[:, last].mean()),
         "valid_by_frame": valid.mean(0).tolist(),
-        "caption": float((headed & named).mean()),
+        "caption": _or_nan(np.mean, (headed & named)[direction_V >= 0]),
         "colour_change_by_frame": colour_change.tolist(),
         "fd_first": frechet_distance(
             random_conv_features(video_VTHWC[:, first]), random_conv_features(reference_VTHWC[:, :window])

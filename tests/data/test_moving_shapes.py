@@ -81,3 +81,35 @@ def test_unknown_caption_and_index():
         ms.attributes("a purple square moving left")
     with pytest.raises(IndexError):
         ms.MovingShapes(length=3)[3]
+
+
+def test_wandering_shapes_hide_colour_tint_axis_and_heading():
+    source = ms.MovingShapes(frames=40, motion="wandering", seed=3)
+    states = [source.state(i) for i in range(200)]
+    assert {source[i]["caption"] for i in range(50)} == {f"a {shape} wandering" for shape in ms.SHAPES}
+    assert ms.attributes("a circle wandering") == (1, -1, -1)
+    assert {s.colour for s in states} == {0, 1, 2, 3} and all(s.direction == -1 for s in states)
+    tints = np.stack([s.tint for s in states])
+    assert np.abs(tints).max() <= 24 and np.abs(tints.mean()) < 3 and tints.std() > 10
+    moved = np.stack([np.abs(np.diff(s.position_T2, axis=0)).sum(0) for s in states])
+    assert (np.minimum(*moved.T) == 0).all() and 0.3 < (moved[:, 0] > 0).mean() < 0.7
+    # Any part of a video looks like any other: positions and bounces as late as early.
+    along = np.stack([s.position_T2[:, int(m[1] > 0)] for s, m in zip(states, moved, strict=True)])
+    early, late = along[:, :8], along[:, -8:]
+    assert abs(early.mean() - late.mean()) < 0.4 and abs(early.std() - late.std()) < 0.4
+    steps = np.sign(np.diff(along, axis=1))
+    assert 0.35 < (steps[:, 0] > 0).mean() < 0.65
+    plain = ms.MovingShapes(frames=40, seed=3)
+    assert plain.state(5).tint.tolist() == [0, 0, 0]
+
+
+def test_held_out_wandering_shapes_are_other_videos():
+    train, held_out = (ms.MovingShapes(motion="wandering", split=split) for split in ms.SPLITS)
+    assert not np.array_equal(train[0]["video"], held_out[0]["video"])
+    pairs = [(held_out.state(i).shape, held_out.state(i).colour) for i in range(12)]
+    assert len(set(pairs)) == 12
+
+
+def test_an_unknown_motion_is_refused():
+    with pytest.raises(UserError, match="motion='swimming' is unknown; use one of captioned, wandering"):
+        ms.MovingShapes(motion="swimming")

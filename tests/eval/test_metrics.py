@@ -8,7 +8,8 @@ from greedy_distill_jax.eval import metrics
 from greedy_distill_jax.types import UserError
 
 KEYS = {"direction", "valid_first", "valid_last", "valid_by_frame", "caption", "fd_first", "fd_last"}
-KEYS |= {"step_std", "step_std_last", "flicker", "wobble"}
+KEYS |= {"step_std", "step_std_last", "flicker", "wobble", "colour_change_by_frame"}
+LISTS = ("valid_by_frame", "colour_change_by_frame")
 
 
 def _sample(seed, frames=24, count=192):
@@ -34,8 +35,8 @@ def result(real, reference):
 
 def test_real_videos_pass(result):
     assert set(result) == KEYS
-    assert all(isinstance(value, float) for key, value in result.items() if key != "valid_by_frame")
-    assert len(result["valid_by_frame"]) == 24
+    assert all(isinstance(value, float) for key, value in result.items() if key not in LISTS)
+    assert all(len(result[key]) == 24 for key in LISTS) and max(result["colour_change_by_frame"]) < 0.01
     for key in ("direction", "valid_first", "valid_last", "caption"):
         assert result[key] >= 0.99, key
     assert abs(result["step_std"] - 0.635) < 0.05 and abs(result["step_std_last"] - 0.635) < 0.05
@@ -124,3 +125,20 @@ def test_bad_input(real, reference):
         metrics.evaluate_videos(video[:1], ["a dog"], reference_VTHWC=reference)
     with pytest.raises(UserError, match="1 rows"):
         metrics.frechet_distance(np.zeros((1, 3)), np.zeros((5, 3)))
+
+
+def test_wandering_shapes_keep_their_own_colour():
+    source = MovingShapes(frames=24, split="held_out", motion="wandering", seed=1)
+    video, captions = (list(x) for x in zip(*(source[i].values() for i in range(96)), strict=True))
+    video = np.stack(video)
+    result = metrics.evaluate_videos(video, captions, reference_VTHWC=video)
+    assert np.isnan(result["direction"]) and np.isnan(result["caption"])
+    assert result["valid_first"] > 0.99 and result["valid_last"] > 0.99 and result["wobble"] < 0.05
+    assert 0.55 < result["step_std"] < 0.75 and max(result["colour_change_by_frame"]) < 0.01
+
+    # Half of the videos turn into others half-way: their colour is no longer the one they began with.
+    swapped = video.copy()
+    swapped[:48, 12:] = video[1:49, 12:]
+    result = metrics.evaluate_videos(swapped, captions, reference_VTHWC=video)
+    assert result["valid_first"] > 0.99 and result["valid_last"] < 0.6
+    assert result["colour_change_by_frame"][-1] > 0.05 > 0.01 > result["colour_change_by_frame"][0]
