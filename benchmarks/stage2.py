@@ -1,7 +1,7 @@
 """Does stage 2 help? Every row, three seeds, two tasks: numbers as JSON and Markdown, and a plot.
 
     python benchmarks/stage2.py --workdir runs/stage2-benchmark --output benchmarks/results/stage2
-    python benchmarks/stage2.py ... --rows all    # also every fake score and teacher score, seed 0
+    python benchmarks/stage2.py ... --explore    # also every fake score, teacher score and form of the gradient
 
 Tasks: "plain" is the quickstart's data. "drift" makes long streams hard: wandering shapes, whose heading and tint no
 caption tells, and an SDD that does not see frame 0.
@@ -9,8 +9,8 @@ caption tells, and an SDD that does not see frame 0.
 Every row streams 64 frames (8 times the training length) at two network evaluations per frame, four for the first.
 "stage1_control" is more of stage 1, for the CPU time that stage 2 cost. Each trained row gets the
 same tuning budget: its learning rate times 1/2, 1 and 2, on the plain task, seed 0, other videos than the table's; the
-best rate is taken for both tasks and all seeds. Finished cells are kept in the work directory; the same command goes on
-where it stopped.
+best rate is taken for both tasks and all seeds. "--explore" adds further rows as they are (untuned, one seed, the tuning
+videos). Finished cells are kept in the work directory; the same command goes on where it stopped.
 """
 
 import dataclasses
@@ -160,16 +160,21 @@ class Bench:
         video = sampled(run, captions, frames=FRAMES, seed=test, steps=few.steps, first_steps=few.first_steps)
         return numbers(video, real, reference, captions) | {"train_cpu_s": run.meta["train_cpu_s"]}
 
+    def tried(self, name: str, row: Row, scale: float, stage2_scale: float = 1.0) -> dict:
+        """A row on the tuning videos: plain task, seed 0."""
+
+        def make():
+            directory = self.trained("plain", 0, name, row, scale, stage2_scale)
+            return self.judged(directory, "plain", TUNING, self.videos // 2)
+
+        return self.cell(f"tune/{name}/x{scale}", make)
+
     def scale(self, name: str, row: Row, stage2_scale: float = 1.0) -> tuple[float, dict]:
         """The best learning-rate factor of a row, and what each one gave; stage 2's is known before the control's."""
         if not row.trained:
             return 1.0, {}
 
-        def make(scale):
-            directory = self.trained("plain", 0, name, row, scale, stage2_scale)
-            return self.judged(directory, "plain", TUNING, self.videos // 2)
-
-        tried = {scale: self.cell(f"tune/{name}/x{scale}", lambda s=scale: make(s)) for scale in SCALES}
+        tried = {scale: self.tried(name, row, scale, stage2_scale) for scale in SCALES}
         return min(tried, key=lambda s: tried[s]["fd"]), {str(s): t["fd"] for s, t in tried.items()}
 
 
@@ -254,7 +259,10 @@ def passes(numbers: dict, stage1: dict) -> bool:
 def markdown(result: dict) -> str:
     """The tables, the verdicts and what each row's tuning tried."""
     lines = [f"{result['videos']} held-out videos per cell, seeds {result['seeds']}; mean (standard error)", ""]
-    for task, rows in result["table"].items():
+    tables = dict(result["table"])
+    if result["exploration"]:
+        tables["exploration: plain, seed 0, untuned, tuning videos"] = result["exploration"]
+    for task, rows in tables.items():
         lines += [f"**{task}**", "", "| row | " + " | ".join(title for _, title in SHOWN) + " |"]
         lines += ["|" + "---|" * (len(SHOWN) + 1)]
         for name, row in rows.items():
@@ -296,7 +304,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--videos", type=int, default=512, help="held-out videos per cell")
-    parser.add_argument("--rows", choices=("headline", "all"), default="headline")
+    parser.add_argument("--explore", action="store_true", help="further rows, untuned, one seed")
     parser.add_argument("--speed", choices=("full", "smoke"), default="full", help="smoke: a few updates, for CI")
     args = parser.parse_args()
     bench = Bench(args.workdir, args.videos, args.speed)
@@ -314,14 +322,6 @@ def main() -> None:
                     return bench.judged(directory, task, TEST, args.videos)
 
                 per_seed[task].setdefault(name, []).append(bench.cell(f"{task}/{seed}/{name}", make))
-    if args.rows == "all":
-        for name, row in MORE.items():
-            scales[name], tuning[name] = bench.scale(name, row)
-            for task in args.tasks:
-                def make(task=task, name=name, row=row):
-                    return bench.judged(bench.trained(task, 0, name, row, scales[name]), task, TEST, args.videos)
-
-                per_seed[task][name] = [bench.cell(f"{task}/0/{name}", make)]
     for task in args.tasks:
         for name, cell in bench.cell(f"{task}/controls", lambda t=task: controls(bench, t)).items():
             per_seed[task][name] = [cell]
@@ -337,6 +337,9 @@ def main() -> None:
         },
         "per_seed": {task: {name: [{k: v for k, v in c.items() if not isinstance(v, list)} for c in cells]
                             for name, cells in rows.items()} for task, rows in per_seed.items()},
+        "exploration": {
+            name: summary([bench.tried(name, row, 1.0)]) for name, row in (headline | MORE).items()
+        } if args.explore else {},
         "versions": versions(), "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "commit": _commit(), "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
     }  # fmt: skip

@@ -108,8 +108,10 @@ def replay(
         return streamer.replay(params, state, Exit(*exit), grads, frames)
 
     def section(state, exits):
-        state, x = jax.lax.scan(chunk, jax.lax.stop_gradient(state) if frames else state, exits)
-        return state, x
+        if frames:  # cut the past, not the projected text: it is the same for all sections
+            text = dict(etm_text=state.etm_text, sdd_text=state.sdd_text)
+            state = jax.lax.stop_gradient(state)._replace(**text)
+        return jax.lax.scan(chunk, state, exits)
 
     _, x = jax.lax.scan(section, state, (inputs, levels))
     return rearrange(x, "s n b g h w c -> b (s n g) h w c")
