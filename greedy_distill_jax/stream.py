@@ -1,5 +1,7 @@
 """Streaming inference: ``init`` / ``step`` / ``switch_prompt``, pure functions with every cache in the state.
 
+Sampling and its loop serve every student; the streamer here is that of ETM + SDD, ``stream_causal`` has the other.
+
 One step makes one chunk: ETM reads the last chunk and gives z; SDD denoises the new chunk from frame 0, the last
 frame and z; a clean pass (or one of its alternatives, ``StudentConfig.context``) leaves the keys the next chunk will
 look at. The state has a fixed size, so does the cost: neither depends on how many frames came before.
@@ -68,8 +70,62 @@ def initial_noise(key, shape) -> jax.Array:
     return jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
 
 
+def denoise(sampling: Sampling, velocity, index, shape, own, key, first=None):
+    """Runs the step list of chunk ``index``, the loop of every student.
+
+    Args:
+      sampling: step lists and sampler.
+      velocity: ``velocity(x, sigma) -> (v, Emitted)``.
+      index: int32, which chunk this is.
+      shape: of the chunk, [B, g, H, W, C].
+      own: keys and values of the right shapes, replaced by those that the last call emits; None to drop them.
+      key: of the chunk's noise.
+      first: ``first(x, sigma) -> v`` in place of the first call.
+
+    Returns:
+      (x0, own).
+    """
+    table, lengths = sampling.tables()
+    row = jnp.minimum(index, len(table) - 1)
+    sigmas, steps = jnp.asarray(table)[row], jnp.asarray(lengths)[row]
+    x = initial_noise(key, shape)
+
+    def update(n, x, v):
+        sigma, after = sigmas[n], sigmas[n + 1]
+        if sampling.sampler == "euler":
+            return x + (after - sigma) * v
+        x0 = x - sigma * v
+        noise = jax.random.normal(jax.random.fold_in(key, n + 1), x.shape, jnp.float32)
+        return jnp.where(n + 1 == steps, x0, (1.0 - after) * x0 + after * noise)
+
+    def body(n, carry):
+        x, own = carry
+        v, emitted = velocity(x, sigmas[n])
+        return update(n, x, v), emitted.own if own is not None else None
+
+    start = 0
+    if first is not None:
+        x, start = update(0, x, first(x, sigmas[0])), 1
+    return jax.lax.fori_loop(start, steps, body, (x, own))
+
+
+def ring_slot(index, sink: int, ring: int) -> tuple[jax.Array, jax.Array]:
+    """(slot chunk ``index`` goes to, whether to leave it as it is): the sink's slots first, then the oldest's."""
+    behind_sink = index - sink
+    keep = (behind_sink >= 0) & (ring == 0)  # a full sink without a ring: nothing to write
+    slot = jnp.where(behind_sink < 0, index, sink + behind_sink % max(ring, 1))
+    return jnp.where(keep, 0, slot), keep
+
+
+def write_slot(buffer, new, slot, keep, *, axis: int):
+    """``buffer`` with its ``slot``-th stretch of the size of ``new`` replaced along ``axis``, unless ``keep``."""
+    size = new.shape[axis]
+    old = jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(keep, old, new), slot * size, axis)
+
+
 class Streamer:
-    """``init``, ``step`` and ``switch_prompt`` of one student and one way of sampling."""
+    """``init``, ``step`` and ``switch_prompt`` of ETM + SDD and one way of sampling."""
 
     def __init__(self, student: Student, sampling: Sampling):
         self.student, self.sampling, self.cfg = student, sampling, student.cfg
@@ -146,18 +202,9 @@ class Streamer:
         )  # fmt: skip
         if state.etm_cache is None:
             return z, state
-        ring = cfg.window - 1
-        slot = jnp.where(j < cfg.sink, j, cfg.sink + (j - cfg.sink) % max(ring, 1))
-        keep = (j >= cfg.sink) & (ring == 0)  # a full sink without a ring: nothing to write
-        slot = jnp.where(keep, 0, slot)
-
-        def write(cache, own):
-            old = jax.lax.dynamic_slice_in_dim(cache, slot * tokens, tokens, axis=2)
-            return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(keep, old, own), slot * tokens, axis=2)
-
-        cache = KeyValue(*(write(c, o) for c, o in zip(state.etm_cache, emitted.own, strict=True)))
-        ids = ids.at[slot].set(jnp.where(keep, ids[slot], j))
-        return z, state._replace(etm_cache=cache, etm_slots=ids)
+        slot, keep = ring_slot(j, cfg.sink, cfg.window - 1)
+        cache = jax.tree.map(lambda c, own: write_slot(c, own, slot, keep, axis=2), state.etm_cache, emitted.own)
+        return z, state._replace(etm_cache=cache, etm_slots=write_slot(ids, j[None], slot, keep, axis=0))
 
     def _project_z(self, params, z, rope_z):
         sdd = self.student.sdd(project_only=True)
@@ -186,33 +233,8 @@ class Streamer:
 
         emit = ("own",) if cfg.context == "last_step_kv" else ()
         own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
-        x, own = self._sample(lambda x, s: call(x, s, emit=emit), state, own, key)
+        x, own = denoise(self.sampling, lambda x, s: call(x, s, emit=emit), i, state.last.shape, own, key)
         return x, own, call
-
-    def _sample(self, velocity, state: StreamState, own, key, first=None):
-        """Runs the chunk's step list. ``velocity(x, sigma) -> (v, Emitted)``; ``first`` overrides the first call."""
-        table, lengths = self.sampling.tables()
-        row = jnp.minimum(state.index, len(table) - 1)
-        sigmas, steps = jnp.asarray(table)[row], jnp.asarray(lengths)[row]
-        x = initial_noise(key, state.last.shape)
-
-        def update(n, x, v):
-            sigma, after = sigmas[n], sigmas[n + 1]
-            if self.sampling.sampler == "euler":
-                return x + (after - sigma) * v
-            x0 = x - sigma * v
-            noise = jax.random.normal(jax.random.fold_in(key, n + 1), x.shape, jnp.float32)
-            return jnp.where(n + 1 == steps, x0, (1.0 - after) * x0 + after * noise)
-
-        def body(n, carry):
-            x, own = carry
-            v, emitted = velocity(x, sigmas[n])
-            return update(n, x, v), emitted.own if own is not None else None
-
-        start = 0
-        if first is not None:
-            x, start = update(0, x, first(x, sigmas[0])), 1
-        return jax.lax.fori_loop(start, steps, body, (x, own))
 
     def _remember(self, cache: KeyValue, own: KeyValue, is_first) -> KeyValue:
         """Cache [frame 0 | previous] after the clean pass of a chunk."""
@@ -271,10 +293,10 @@ class Streamer:
                 z_BSD=z, layer=Layer(fresh[0], state.sdd_text, z_kv), **z_ropes,
             )  # fmt: skip
 
-        x, _ = self._sample(velocity, state, None, key, first)
+        x, _ = denoise(self.sampling, velocity, i, state.last.shape, None, key, first)
         return x, state._replace(sdd_cache=fresh[0])
 
 
-def cache_bytes(state: StreamState) -> int:
+def cache_bytes(state) -> int:
     """Bytes a stream holds between chunks."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(key=None)))

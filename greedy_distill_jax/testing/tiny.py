@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.config import base
-from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
+from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, StudentConfig, WanConfig
 
 BASE = WanConfig(
     **{**WAN_SIZES["tiny"], "dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 3, "freq_dim": 8, "channels": 4,
@@ -19,6 +19,11 @@ STUDENT = StudentConfig(base=BASE, etm_layers=(0, 1), sdd_layers=(0, 1, 2), wind
 def student_config(**changes) -> StudentConfig:
     """``STUDENT`` with some fields changed."""
     return dataclasses.replace(STUDENT, **changes)
+
+
+def causal_config(**changes) -> CausalConfig:
+    """Chunks of one frame, window 4 with sink 1, some fields changed."""
+    return CausalConfig(**{"base": BASE, "chunk": 1, "window": 4, "sink": 1, "max_frames": 8, **changes})
 
 
 def random_params(model, seed: int = 0, latent_shape: tuple[int, int, int, int] = (1, 4, 4, 4)):
