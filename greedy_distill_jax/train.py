@@ -33,9 +33,10 @@ from greedy_distill_jax.data.loader import SkipBadRecords, make_loader
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
+from greedy_distill_jax.models.causal import make_student
 from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.models.student import StreamingModel
 from greedy_distill_jax.run import CODEC, NOT_ARCHITECTURE, Run, architecture, data_source
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.state import TrainState, make_optimizer
@@ -49,7 +50,7 @@ def build_network(config: ConfigDict):
     if config.stage == "teacher":
         model = Teacher(configuration.wan_config(config))
         return model, functools.partial(steps.teacher_net, model)
-    student = Student(configuration.student_config(config))
+    student = make_student(configuration.student_config(config))
     lists = configuration.sampling(config).sigmas
     last = (lists[0][-1], lists[-1][-1]) if student.cfg.context == "last_step_kv" else None
     make_net = functools.partial(
@@ -58,7 +59,7 @@ def build_network(config: ConfigDict):
     return student, make_net
 
 
-def check_teacher(config: ConfigDict, model: Student, teacher: Run) -> None:
+def check_teacher(config: ConfigDict, model: StreamingModel, teacher: Run) -> None:
     """Raises UserError unless the student can be cut from that run."""
     if teacher.config.stage != "teacher":
         raise UserError(f"config.teacher_from {config.teacher_from} holds stage {teacher.config.stage}, not a teacher.")
@@ -126,7 +127,7 @@ def make_state(params, optimizer) -> TrainState:
 class Job(NamedTuple):
     """A run that is ready to start."""
 
-    model: Teacher | Student
+    model: Teacher | StreamingModel
     teacher: Run | None
     source: Any
     captions: list[str]
@@ -148,7 +149,7 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     model, make_net = build_network(config)
     resumed = has_checkpoint(workdir / "checkpoints")
     teacher = None
-    if config.teacher_from and isinstance(model, Student) and not resumed:
+    if config.teacher_from and isinstance(model, StreamingModel) and not resumed:
         teacher = Run.load(config.teacher_from)
         check_teacher(config, model, teacher)
         codec = _agreed_codec(codec, teacher.codec, config.teacher_from)

@@ -26,6 +26,7 @@ def _state_shapes(config):
 def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
     trees = [_state_shapes(tiny.train_config(optimizer__name=name)) for name in ("adamw", "muon")]
     trees += [_state_shapes(tiny.train_config("teacher_forcing", student__fusion=f)) for f in FUSIONS]
+    trees.append(_state_shapes(tiny.train_config("teacher_forcing", student__kind="causal")))
     trees.append({"latents": jnp.zeros((1, 1, 1, 1, 1)), "text": jnp.zeros((1, 1, 1))})
     seen = set()
     for tree in trees:
@@ -55,10 +56,17 @@ def test_a_mesh_that_does_not_fit_names_the_devices(shape):
         make_mesh(shape)
 
 
-@pytest.mark.parametrize("stage", ["teacher", "teacher_forcing"])
-@pytest.mark.parametrize("mesh_shape", [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)], ids=str)
-def test_eight_devices_equal_one(stage, mesh_shape):
-    config = tiny.train_config(stage)
+MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
+
+
+@pytest.mark.parametrize(
+    "stage, kind, mesh_shape",
+    [*((s, "etm_sdd", m) for m in MESHES for s in ("teacher", "teacher_forcing")),
+     ("teacher_forcing", "causal", MESHES[-1])],
+    ids=str,
+)  # fmt: skip
+def test_eight_devices_equal_one(stage, kind, mesh_shape):
+    config = tiny.train_config(stage, student__kind=kind)
     model, make_net = build_network(config)
     params = tiny.random_params(model, latent_shape=LATENT)
     rng = np.random.default_rng(0)
