@@ -64,9 +64,10 @@ class CausalStreamer:
         """The same stream under new prompts: cached text is replaced, the visual history stays.
 
         With ``CausalConfig.recache`` the keys of the ring are recomputed from its clean frames under the new text, in
-        one bidirectional pass at sigma 0 that also sees the sink; the sink keeps its keys, as LongLive's global sink
-        does. It costs one forward pass over the ring, and the state holds the ring's latents: at 1.3B, 480p and window
-        12 they are 2.4 MB beside 2.6 GB of keys. (LongLive recomputes one chunk more, which no later chunk sees.)
+        one bidirectional pass that also sees the sink, at sigma 0 in every context mode; the sink keeps its keys, as
+        LongLive's global sink does. It costs one forward pass over the ring, and the state holds the ring's latents:
+        at 1.3B, 480p and window 12 they are 2.4 MB beside 2.6 GB of keys. (LongLive recomputes one chunk more, which
+        no later chunk sees.)
         """
         state = state._replace(text=self._project_text(params, text_BMC))
         return state if state.frames is None else self._recached(params, state)

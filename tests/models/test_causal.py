@@ -109,7 +109,7 @@ def test_longlives_window_past_its_eviction_point(rope_mode):
 
 @pytest.mark.parametrize("rope_mode", ["absolute", "relative"])
 def test_past_frame_1024(rope_mode):
-    _compare(frames=1032, batch=1, rope_mode=rope_mode, window=4, sink=2)
+    _compare(frames=1032, batch=1, rope_mode=rope_mode, chunk=3, window=12, sink=3)
 
 
 @pytest.mark.parametrize("window, sink", [(1, 0), (3, 2)], ids=["own chunk only", "a sink without a ring"])
