@@ -9,8 +9,8 @@ caption tells, and an SDD that does not see frame 0.
 Every row streams 64 frames (8 times the training length) at two network evaluations per frame, four for the first.
 "stage1_control" is more of stage 1, for the CPU time that stage 2 cost. Each trained row gets the
 same tuning budget: its learning rate times 1/2, 1 and 2, on the plain task, seed 0, other videos than the table's; the
-best rate is taken for both tasks and all seeds. "--explore" adds further rows as they are (untuned, one seed, the tuning
-videos). Finished cells are kept in the work directory; the same command goes on where it stopped.
+best rate is taken for both tasks and all seeds. "--explore" adds further rows as they are (untuned, one seed, on the
+tuning videos). Finished cells are kept in the work directory; the same command goes on where it stopped.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 from greedy_distill_jax import distillation, rollout
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.losses import check_options, option_names, resolve
-from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig, split_layers
+from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, StudentConfig, WanConfig, split_layers
 from greedy_distill_jax.steps import Term
 from greedy_distill_jax.stream import Sampling
 from greedy_distill_jax.types import UserError
@@ -23,6 +23,8 @@ STAGES = ("teacher", "teacher_forcing", "dmd")
 REAL = ("joint", "autoregressive", "per_frame")
 FAKE = ("critic", "self_sg", "self_fm", "self_ema", "stage1")
 OPEN_KEYS = ("losses", "critic.losses")  # below these, keys may be added
+KINDS = ("etm_sdd", "causal")
+SHARED_BY_KINDS = ("kind", "chunk", "context", "context_noise")  # the other keys of config.student are of one kind
 
 
 def base() -> ConfigDict:
@@ -48,7 +50,8 @@ def base() -> ConfigDict:
     for field in dataclasses.fields(WanConfig):
         c.model[field.name] = placeholder(field.type if isinstance(field.type, type) else str)
 
-    c.student = ConfigDict()  # ETM + SDD, see models.wan_config.StudentConfig
+    c.student = ConfigDict()  # see models.wan_config.StudentConfig (ETM + SDD) and CausalConfig
+    c.student.kind = "etm_sdd"  # etm_sdd | causal (the baseline); a key that only the other has is an error
     c.student.split = "shallow_etm"  # interleaved | quality | cheap | copies | contiguous | shallow_etm | "0,1/0,1,2,3"
     c.student.fusion = "selfkv"  # selfkv | xattn2 | replace | add | concat | adaln
     c.student.chunk = 1  # latent frames made together
@@ -56,10 +59,16 @@ def base() -> ConfigDict:
     c.student.sink = 0  # first ETM slots that stay visible on top of the window
     c.student.rope_mode = "clamped"  # clamped | absolute | fixed
     c.student.rope_frames = 0  # latent frames the teacher was trained at; 0 = data.frames
-    c.student.context = "clean"  # clean | last_step_kv | fused
+    c.student.context = "clean"  # clean | last_step_kv | fused (etm_sdd only)
     c.student.gate_init = 0.1  # initial gate of fusion xattn2
     c.student.anchor = True  # SDD sees frame 0; without it long streams drift
     c.student.context_noise = 0.0  # history is noised up to this level in training
+    c.student.causal = ConfigDict()  # of kind causal
+    c.student.causal.window = 12  # latent frames seen, sink and own chunk included; 0 = max_frames
+    c.student.causal.sink = 3  # first latent frames that stay visible
+    c.student.causal.max_frames = 0  # window 0 holds the whole history up to this length; 0 = data.frames
+    c.student.causal.rope_mode = "absolute"  # absolute | relative (positions within the window: for endless streams)
+    c.student.causal.recache = False  # a prompt switch recomputes the keys in the window
 
     c.losses = _losses("flow_matching")  # name in the logs -> {loss, weight, options}; more names may be added
     c.text_dropout = 0.1  # examples trained without text
@@ -251,13 +260,36 @@ def wan_config(config: ConfigDict) -> WanConfig:
     return _user_errors(lambda: WanConfig(**{**WAN_SIZES[config.model.size], **changes}))
 
 
-def student_config(config: ConfigDict) -> StudentConfig:
-    """The student cut from that DiT."""
+def _refuse_keys_of_another_kind(config: ConfigDict) -> None:
+    kind = config.student.kind
+    if kind not in KINDS:
+        raise UserError(f"config.student.kind is {kind!r}; choose from {', '.join(KINDS)}.")
+
+    def flat(student):
+        own = {f"causal.{key}": value for key, value in student.causal.items()}
+        return own | {key: value for key, value in student.items() if key not in ("causal", *SHARED_BY_KINDS)}
+
+    values = flat(config.student)
+    for key, default in flat(base().student).items():
+        if key.startswith("causal.") != (kind == "causal") and values[key] != default:
+            raise UserError(
+                f"config.student.{key} is {values[key]!r}, but config.student.kind = {kind!r} does not use it; leave "
+                f"it at {default!r} or choose another kind."
+            )
+
+
+def student_config(config: ConfigDict) -> StudentConfig | CausalConfig:
+    """The student made from that DiT."""
     wan = wan_config(config)
-    fields = {k: v for k, v in config.student.items() if k not in ("split", "context_noise")}
-    fields["rope_frames"] = fields["rope_frames"] or config.data.frames
+    _refuse_keys_of_another_kind(config)
 
     def make():
+        if config.student.kind == "causal":
+            own = config.student.causal.to_dict()
+            own["max_frames"] = own["max_frames"] or config.data.frames
+            return CausalConfig(base=wan, chunk=config.student.chunk, context=config.student.context, **own)
+        fields = {k: v for k, v in config.student.items() if k not in ("kind", "split", "context_noise", "causal")}
+        fields["rope_frames"] = fields["rope_frames"] or config.data.frames
         etm, sdd = split_layers(config.student.split, wan.num_layers)
         return StudentConfig(base=wan, etm_layers=etm, sdd_layers=sdd, **fields)
 

@@ -19,6 +19,7 @@ from greedy_distill_jax.models.student import ContextGrad
 from greedy_distill_jax.state import TrainState
 from greedy_distill_jax.steps import Term, Update, drop_text, norms, total_loss
 from greedy_distill_jax.stream import Streamer
+from greedy_distill_jax.stream_causal import CausalStreamer
 
 STOP_AT_KEYS = ContextGrad("params", "none")  # Self-Forcing's choice
 PG = ("rollout_trunc", "rollout_full", "actor_critic")
@@ -38,7 +39,7 @@ class SelfRollout:
       later ones near the rollout the gradient belongs to.
     """
 
-    streamer: Streamer
+    streamer: Streamer | CausalStreamer
     latent_shape: tuple[int, int, int, int]
     exit: str = "random"
     grads: ContextGrad = STOP_AT_KEYS

@@ -22,7 +22,7 @@ from greedy_distill_jax.eval import gates, oracle
 from greedy_distill_jax.eval.metrics import evaluate_videos
 from greedy_distill_jax.eval.next_frame import next_frame_psnr
 from greedy_distill_jax.eval.report import ROW_KEYS, write_report
-from greedy_distill_jax.eval.timing import time_per_frame
+from greedy_distill_jax.eval.timing import kind_of, time_per_frame
 from greedy_distill_jax.logging import read_scalars
 from greedy_distill_jax.mesh import use_compile_cache
 from greedy_distill_jax.run import Run, data_source
@@ -187,7 +187,7 @@ def evaluate(
         "rows": rows,
         "time_per_frame_ms": times,
         "cache_bytes": {
-            "etm_sdd, any length": cache_bytes(state),
+            f"{kind_of(streamer)}, any length": cache_bytes(state),
             f"full_causal, {max(lengths)} frames": causal * max(lengths),
         },
         "versions": versions(),

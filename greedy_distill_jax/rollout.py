@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from greedy_distill_jax.diffusion import flow
-from greedy_distill_jax.models.student import ContextGrad, History, Student
+from greedy_distill_jax.models.student import ContextGrad, History, StreamingModel
 from greedy_distill_jax.stream import Exit, Streamer
+from greedy_distill_jax.stream_causal import CausalStreamer
 
 EXITS = ("random", "last")
 
@@ -39,7 +40,9 @@ def draw_exits(key, lengths, how: str):
     return jax.random.randint(key, lengths.shape, 0, lengths)
 
 
-def roll_out(streamer: Streamer, params, text_BMC, key, latent_shape: tuple[int, int, int, int], how: str) -> Rollout:
+def roll_out(
+    streamer: Streamer | CausalStreamer, params, text_BMC, key, latent_shape: tuple[int, int, int, int], how: str
+) -> Rollout:
     """Streams ``latent_shape`` = (T, H, W, C) for prompts [B, M, C], without gradient.
 
     Args:
@@ -50,7 +53,7 @@ def roll_out(streamer: Streamer, params, text_BMC, key, latent_shape: tuple[int,
     """
     key_exit, key_stream = jax.random.split(key)
     params = jax.lax.stop_gradient(params)
-    exits = draw_exits(key_exit, streamer.sampling.tables()[1], how)
+    exits = draw_exits(key_exit, streamer.sampling.ends + 1, how)
     state = streamer.init(params, text_BMC, key_stream, latent_shape[1:])
 
     def chunk(state, _):
@@ -65,7 +68,7 @@ def _in_time(x):
     return rearrange(x, "n b g h w c -> b (n g) h w c")
 
 
-def history(student: Student, rollout: Rollout) -> History:
+def history(student: StreamingModel, rollout: Rollout) -> History:
     """What the frames of a rollout look back on, as it was when they were made."""
     clean = jnp.zeros((rollout.x0_BTHWC.shape[0], 1), jnp.float32)
     if student.cfg.context != "last_step_kv":
@@ -74,7 +77,7 @@ def history(student: Student, rollout: Rollout) -> History:
     return History(rollout.x0_BTHWC, clean, rollout.exit_BTHWC, sigma)
 
 
-def recompute(student: Student, params, text_BMC, rollout: Rollout, grads: ContextGrad):
+def recompute(student: StreamingModel, params, text_BMC, rollout: Rollout, grads: ContextGrad):
     """The rollout's frames [B, T, H, W, C] in one parallel pass, differentiable in ``params``."""
     sigma = jnp.broadcast_to(rollout.sigma_T[None], rollout.x0_BTHWC.shape[:2])
     v = student(params, rollout.exit_BTHWC, sigma, text_BMC, history(student, rollout), grads)
@@ -82,8 +85,9 @@ def recompute(student: Student, params, text_BMC, rollout: Rollout, grads: Conte
 
 
 def replay(
-    streamer: Streamer, params, text_BMC, rollout: Rollout, grads: ContextGrad, *, frames=False, segment: int = 0
-):
+    streamer: Streamer | CausalStreamer, params, text_BMC, rollout: Rollout, grads: ContextGrad,
+    *, frames: bool = False, segment: int = 0,
+):  # fmt: skip
     """The rollout's frames chunk by chunk through the caches, differentiable in ``params``; each chunk rematerialised.
 
     Args:
@@ -109,7 +113,7 @@ def replay(
 
     def section(state, exits):
         if frames:  # cut the past, not the projected text: it is the same for all sections
-            text = dict(etm_text=state.etm_text, sdd_text=state.sdd_text)
+            text = {name: getattr(state, name) for name in state._fields if name.endswith("text")}
             state = jax.lax.stop_gradient(state)._replace(**text)
         return jax.lax.scan(chunk, state, exits)
 

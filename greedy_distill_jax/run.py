@@ -17,17 +17,19 @@ from greedy_distill_jax.checkpoint import load_meta, load_params
 from greedy_distill_jax.data.loader import is_shapes, load_source
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.diffusion import guidance, schedules, solvers
+from greedy_distill_jax.models.causal import make_student
 from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.models.student import StreamingModel
 from greedy_distill_jax.stream import Sampling, Streamer
+from greedy_distill_jax.stream_causal import CausalStreamer, make_streamer
 from greedy_distill_jax.types import UserError
 
 CODEC = "codec.npz"
 NOT_ARCHITECTURE = ("dtype", "remat", "gate_init", "text_init", "time_init")
 
 
-def architecture(model: Teacher | Student) -> dict[str, Any]:
+def architecture(model: Teacher | StreamingModel) -> dict[str, Any]:
     """What makes two checkpoints interchangeable, as JSON: sizes and meanings, not precision or initialisation."""
     fields = json.loads(json.dumps(dataclasses.asdict(model.cfg)))
     wan = fields.get("base", fields)
@@ -47,7 +49,7 @@ class Run:
     """Everything needed to sample. ``params`` are the averaged (EMA) weights; ``latent_shape`` is (T, H, W, C)."""
 
     config: ConfigDict
-    model: Teacher | Student
+    model: Teacher | StreamingModel
     params: Any
     codec: PatchCodec
     encoder: HashWordEncoder
@@ -74,7 +76,7 @@ class Run:
             config.losses = ConfigDict()
             config.update(ConfigDict(stored))
         wan = configuration.wan_config(config)
-        model = Teacher(wan) if config.stage == "teacher" else Student(configuration.student_config(config))
+        model = Teacher(wan) if config.stage == "teacher" else make_student(configuration.student_config(config))
         params = load_params(directory / "checkpoints", "ema", step=step)
         encoder = HashWordEncoder(wan.text_len, wan.text_dim)
         codec = PatchCodec.load(directory / CODEC)
@@ -83,13 +85,13 @@ class Run:
     @property
     def is_student(self) -> bool:
         """Streams chunk by chunk; a teacher makes whole videos."""
-        return isinstance(self.model, Student)
+        return isinstance(self.model, StreamingModel)
 
     def text(self, prompts: Sequence[str]) -> jax.Array:
         """Encoder rows [B, M, C]."""
         return jnp.asarray(self.encoder(list(prompts)))
 
-    def streamer(self, steps: int | None = None, first_steps: int | None = None) -> Streamer:
+    def streamer(self, steps: int | None = None, first_steps: int | None = None) -> Streamer | CausalStreamer:
         """The student's streaming functions with this run's sampling."""
         if not self.is_student:
             raise UserError("A teacher makes whole videos and cannot stream; give a student's run directory.")
@@ -100,7 +102,7 @@ class Run:
                 f"This student keeps the keys of its last denoising step and was trained for last noise levels "
                 f"{last[1]}, not {last[0]}; sample it with the steps of its config."
             )
-        return Streamer(self.model, chosen)
+        return make_streamer(self.model, chosen)
 
     @functools.cached_property
     def _teacher_sampler(self):
@@ -143,4 +145,4 @@ class Run:
 
 @functools.lru_cache(maxsize=8)
 def _jitted_step(student_config, sampling: Sampling):
-    return jax.jit(Streamer(Student(student_config), sampling).step, donate_argnums=1)
+    return jax.jit(make_streamer(make_student(student_config), sampling).step, donate_argnums=1)

@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 
 from greedy_distill_jax import config as configuration, distillation, steps
 from greedy_distill_jax.diffusion import guidance
+from greedy_distill_jax.models.causal import make_student
 from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import ContextGrad, Student
+from greedy_distill_jax.models.student import ContextGrad, StreamingModel
 from greedy_distill_jax.run import NOT_ARCHITECTURE, Run
 from greedy_distill_jax.state import TrainState, make_optimizer
-from greedy_distill_jax.stream import Streamer
+from greedy_distill_jax.stream_causal import make_streamer
 from greedy_distill_jax.types import UserError
 
 
@@ -37,9 +38,9 @@ class Part(NamedTuple):
 class Stage(NamedTuple):
     """What ``train.py`` needs to know. ``frozen``: parameters of networks that are not trained, by name."""
 
-    model: Teacher | Student
+    model: Teacher | StreamingModel
     optimizer: optax.GradientTransformation
-    critic: Teacher | Student | None
+    critic: Teacher | StreamingModel | None
     critic_optimizer: optax.GradientTransformation | None
     frozen: Mapping[str, Any]
     parts: tuple[Part, ...]
@@ -59,25 +60,25 @@ class Sources(NamedTuple):
     student: Run | None
 
 
-def build_model(config: ConfigDict) -> Teacher | Student:
+def build_model(config: ConfigDict) -> Teacher | StreamingModel:
     """The network that the config's stage trains."""
     if config.stage == "teacher":
         return Teacher(configuration.wan_config(config))
-    return Student(configuration.student_config(config))
+    return make_student(configuration.student_config(config))
 
 
-def load_sources(config: ConfigDict, model: Teacher | Student, *, resumed: bool) -> Sources:
+def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed: bool) -> Sources:
     """Loads what ``config.teacher_from`` and ``config.student_from`` name, if it is still needed."""
     teacher = student = None
     asked = configuration.frozen_networks(config)
-    if config.teacher_from and isinstance(model, Student) and ("teacher" in asked or not resumed):
+    if config.teacher_from and isinstance(model, StreamingModel) and ("teacher" in asked or not resumed):
         teacher = Run.load(config.teacher_from)
         if teacher.config.stage != "teacher":
             raise UserError(
                 f"config.teacher_from {config.teacher_from} holds stage {teacher.config.stage}, not a teacher."
             )
         _check_same("teacher_from", config.teacher_from, teacher.model.cfg, model.cfg.base)
-    if config.student_from and isinstance(model, Student) and ("stage1" in asked or not resumed):
+    if config.student_from and isinstance(model, StreamingModel) and ("stage1" in asked or not resumed):
         student = Run.load(config.student_from)
         if student.config.stage == "teacher":
             raise UserError(f"config.student_from {config.student_from} holds a teacher, not a student.")
@@ -86,6 +87,8 @@ def load_sources(config: ConfigDict, model: Teacher | Student, *, resumed: bool)
 
 
 def _check_same(key: str, directory: str, stored, wanted) -> None:
+    if type(stored) is not type(wanted):
+        raise UserError(f"config.{key} {directory} holds another kind of student; set the same config.student.kind.")
     names = [f for f in stored.__dataclass_fields__ if f not in NOT_ARCHITECTURE and f != "base"]
     different = [f for f in names if getattr(stored, f) != getattr(wanted, f)]
     if different:
@@ -98,7 +101,7 @@ def _check_same(key: str, directory: str, stored, wanted) -> None:
         _check_same(key, directory, stored.base, wanted.base)
 
 
-def build_stage(config: ConfigDict, model: Teacher | Student, sources: Sources, null_MC, latent_shape) -> Stage:
+def build_stage(config: ConfigDict, model: Teacher | StreamingModel, sources: Sources, null_MC, latent_shape) -> Stage:
     """Step functions and optimisers of the config's stage.
 
     Args:
@@ -124,12 +127,13 @@ def build_stage(config: ConfigDict, model: Teacher | Student, sources: Sources, 
     return Stage(model, optimizer, None, None, {}, (Part("", lambda step: True, on_data),))
 
 
-def _distillation(config: ConfigDict, student: Student, sources: Sources, shared, latent_shape) -> Stage:
+def _distillation(config: ConfigDict, student: StreamingModel, sources: Sources, shared, latent_shape) -> Stage:
     """Stage 2: the generator step and, with a separate fake score, the critic step."""
     d = config.distill
-    rolled = Student(dataclasses.replace(student.cfg, context="clean")) if student.cfg.context == "fused" else student
+    fused = student.cfg.context == "fused"
+    rolled = make_student(dataclasses.replace(student.cfg, context="clean")) if fused else student
     own = distillation.SelfRollout(
-        Streamer(rolled, configuration.sampling(config)), tuple(latent_shape), d.exit,
+        make_streamer(rolled, configuration.sampling(config)), tuple(latent_shape), d.exit,
         ContextGrad(d.context_grad_etm, d.context_grad_sdd), d.pg, d.segment, d.epochs, d.anchor,
     )  # fmt: skip
     asked = configuration.frozen_networks(config)
@@ -168,7 +172,7 @@ def given_params(sources: Sources) -> dict[str, Any]:
     return {name: run.params for name, run in sources._asdict().items() if run is not None}
 
 
-def _critic(config: ConfigDict, student: Student):
+def _critic(config: ConfigDict, student: StreamingModel):
     """(the separate fake score, its ``make_net(params, key)``), or (None, None)."""
     if config.distill.fake != "critic":
         return None, None
@@ -178,7 +182,7 @@ def _critic(config: ConfigDict, student: Student):
     return student, _student_net(config, student)
 
 
-def score_nets(config: ConfigDict, student: Student, null_MC) -> Callable:
+def score_nets(config: ConfigDict, student: StreamingModel, null_MC) -> Callable:
     """``make_scores(state, frozen, key) -> {"real": net, "fake": net}`` of ``config.distill``."""
     d, teacher, student_net = config.distill, Teacher(student.cfg.base), _student_net(config, student)
     _, critic_net = _critic(config, student)
@@ -212,7 +216,7 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
     """
     if "student" in given:
         params = given["student"]
-    elif "teacher" in given and isinstance(stage.model, Student):
+    elif "teacher" in given and isinstance(stage.model, StreamingModel):
         params = stage.model.from_teacher(key, given["teacher"], latent_shape)
     else:
         params = stage.model.init(key, latent_shape)
@@ -221,7 +225,7 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
     return params, given["teacher"] if isinstance(stage.critic, Teacher) else given["student"]
 
 
-def _student_net(config: ConfigDict, student: Student):
+def _student_net(config: ConfigDict, student: StreamingModel):
     lists = configuration.sampling(config).sigmas
     last = (lists[0][-1], lists[-1][-1]) if student.cfg.context == "last_step_kv" else None
     return functools.partial(

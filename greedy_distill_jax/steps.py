@@ -11,7 +11,7 @@ from einops import rearrange
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.losses import option_names
 from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import History, Student
+from greedy_distill_jax.models.student import History, StreamingModel
 from greedy_distill_jax.state import TrainState
 
 
@@ -32,17 +32,22 @@ def teacher_net(teacher: Teacher, params, key):
 
 
 def student_net(
-    student: Student, params, key, *, context_noise: float = 0.0, last_sigmas: tuple[float, float] | None = None
+    student: StreamingModel,
+    params,
+    key,
+    *,
+    context_noise: float = 0.0,
+    last_sigmas: tuple[float, float] | None = None,
 ):
     """Teacher-forced ``net(x, sigma, batch)``: every chunk sees the batch's own frames before it.
 
     Args:
-      student, params: ETM + SDD.
+      student, params: any student.
       key: for the noise on the history.
       context_noise: the history is noised to a level drawn from U(0, context_noise) per video, and the networks
         are told the level (METHOD_SPEC E.4, robustness to their own errors).
-      last_sigmas: with context mode "last_step_kv" SDD's history is at these levels (of the first chunk, of the
-        others), as it will be when streaming.
+      last_sigmas: with context mode "last_step_kv" the history behind the keys (of ETM + SDD: SDD's) is at these
+        levels (of the first chunk, of the others), as it will be when streaming.
     """
     key_level, key_noise, key_last = jax.random.split(key, 3)
 

@@ -1,11 +1,14 @@
 """Streaming inference: ``init`` / ``step`` / ``switch_prompt``, pure functions with every cache in the state.
 
+Sampling and its loop serve every student; the streamer here is that of ETM + SDD, ``stream_causal`` has the other.
+
 One step makes one chunk: ETM reads the last chunk and gives z; SDD denoises the new chunk from frame 0, the last
 frame and z; a clean pass (or one of its alternatives, ``StudentConfig.context``) leaves the keys the next chunk will
 look at. The state has a fixed size, so does the cost: neither depends on how many frames came before.
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -49,6 +52,11 @@ class Sampling:
             table[i, : len(row)] = row
         return table, np.asarray([len(row) for row in self.sigmas], np.int32)
 
+    @property
+    def ends(self) -> np.ndarray:
+        """Number of the last step of every list."""
+        return self.tables()[1] - 1
+
 
 class StreamState(NamedTuple):
     """Everything a stream carries from chunk to chunk; batch-first where it depends on the video."""
@@ -81,8 +89,66 @@ def initial_noise(key, shape) -> jax.Array:
     return jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
 
 
+def denoise(sampling: Sampling, velocity, index, shape, own, key, exits, first=None):
+    """Runs the step list of chunk ``index`` up to its exit, the loop of every student.
+
+    Args:
+      sampling: step lists and sampler.
+      velocity: ``velocity(x, sigma) -> (v, Emitted)``.
+      index: int32, which chunk this is.
+      shape: of the chunk, [B, g, H, W, C].
+      own: keys and values of the right shapes, replaced by those that the last call emits; None to drop them.
+      key: of the chunk's noise.
+      exits: number of the last step, per list; ``Sampling.ends`` runs them whole.
+      first: ``first(x, sigma) -> v`` in place of the first call.
+
+    Returns:
+      (x0, own, the last call).
+    """
+    table, _ = sampling.tables()
+    row = jnp.minimum(index, len(table) - 1)
+    sigmas, last = jnp.asarray(table)[row], jnp.asarray(exits, jnp.int32)[row]
+    x = initial_noise(key, shape)
+
+    def update(n, x, v):
+        sigma, after = sigmas[n], sigmas[n + 1]
+        x0 = x - sigma * v
+        if sampling.sampler == "euler":
+            between = x + (after - sigma) * v
+        else:
+            noise = jax.random.normal(jax.random.fold_in(key, n + 1), x.shape, jnp.float32)
+            between = (1.0 - after) * x0 + after * noise
+        return jnp.where(n == last, x0, between)
+
+    def body(n, carry):
+        x, own, _ = carry
+        v, emitted = velocity(x, sigmas[n])
+        return update(n, x, v), emitted.own if own is not None else None, x
+
+    start, entered = 0, x
+    if first is not None:
+        x, start = update(0, x, first(x, sigmas[0])), 1
+    x, own, entered = jax.lax.fori_loop(start, last + 1, body, (x, own, entered))
+    return x, own, Exit(entered, sigmas[last])
+
+
+def ring_slot(index, sink: int, ring: int) -> tuple[jax.Array, jax.Array]:
+    """(slot chunk ``index`` goes to, whether to leave it as it is): the sink's slots first, then the oldest's."""
+    behind_sink = index - sink
+    keep = (behind_sink >= 0) & (ring == 0)  # a full sink without a ring: nothing to write
+    slot = jnp.where(behind_sink < 0, index, sink + behind_sink % max(ring, 1))
+    return jnp.where(keep, 0, slot), keep
+
+
+def write_slot(buffer, new, slot, keep, *, axis: int):
+    """``buffer`` with its ``slot``-th stretch of the size of ``new`` replaced along ``axis``, unless ``keep``."""
+    size = new.shape[axis]
+    old = jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(keep, old, new), slot * size, axis)
+
+
 class Streamer:
-    """``init``, ``step`` and ``switch_prompt`` of one student and one way of sampling."""
+    """``init``, ``step`` and ``switch_prompt`` of ETM + SDD and one way of sampling."""
 
     def __init__(self, student: Student, sampling: Sampling):
         self.student, self.sampling, self.cfg = student, sampling, student.cfg
@@ -127,7 +193,7 @@ class Streamer:
     def step(self, params, state: StreamState) -> tuple[StreamState, jax.Array]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
         if self.cfg.context != "fused":
-            state, x, _ = self.step_to(params, state, self.sampling.tables()[1] - 1)
+            state, x, _ = self.step_to(params, state, self.sampling.ends)
             return state, x
         key, key_sample = jax.random.split(state.key)
         z, state = self._etm(params, state._replace(key=key))
@@ -146,7 +212,8 @@ class Streamer:
         emit = ("own",) if self.cfg.context == "last_step_kv" else ()
         tokens = self.student.chunk_tokens(state.last)
         own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
-        x, own, exit = self._sample(lambda x, s: call(x, s, emit=emit), state, own, key_sample, exits)
+        velocity = functools.partial(call, emit=emit)
+        x, own, exit = denoise(self.sampling, velocity, state.index, state.last.shape, own, key_sample, exits)
         return self._conclude(call, state, x, own), x, exit
 
     def replay(self, params, state: StreamState, exit: Exit, grads: ContextGrad, frames: bool):
@@ -199,18 +266,9 @@ class Streamer:
         )  # fmt: skip
         if state.etm_cache is None:
             return z, state
-        ring = cfg.window - 1
-        slot = jnp.where(j < cfg.sink, j, cfg.sink + (j - cfg.sink) % max(ring, 1))
-        keep = (j >= cfg.sink) & (ring == 0)  # a full sink without a ring: nothing to write
-        slot = jnp.where(keep, 0, slot)
-
-        def write(cache, own):
-            old = jax.lax.dynamic_slice_in_dim(cache, slot * tokens, tokens, axis=2)
-            return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(keep, old, own), slot * tokens, axis=2)
-
-        cache = KeyValue(*(write(c, o) for c, o in zip(state.etm_cache, emitted.own, strict=True)))
-        ids = ids.at[slot].set(jnp.where(keep, ids[slot], j))
-        return z, state._replace(etm_cache=cache, etm_slots=ids)
+        slot, keep = ring_slot(j, cfg.sink, cfg.window - 1)
+        cache = jax.tree.map(lambda c, own: write_slot(c, own, slot, keep, axis=2), state.etm_cache, emitted.own)
+        return z, state._replace(etm_cache=cache, etm_slots=write_slot(ids, j[None], slot, keep, axis=0))
 
     def _project_z(self, params, z, rope_z):
         sdd = self.student.sdd(project_only=True)
@@ -238,38 +296,6 @@ class Streamer:
             return student.sdd(layout, **module).apply({"params": params["sdd"]}, x, sigma, **call_args)
 
         return call
-
-    def _sample(self, velocity, state: StreamState, own, key, exits, first=None):
-        """Runs the chunk's step list up to its exit: (x0, keys and values of the last call, that call's input).
-
-        ``velocity(x, sigma) -> (v, Emitted)``; ``exits``: number of the last step, per list; ``first`` overrides the
-        first call.
-        """
-        table, _ = self.sampling.tables()
-        row = jnp.minimum(state.index, len(table) - 1)
-        sigmas, last = jnp.asarray(table)[row], jnp.asarray(exits, jnp.int32)[row]
-        x = initial_noise(key, state.last.shape)
-
-        def update(n, x, v):
-            sigma, after = sigmas[n], sigmas[n + 1]
-            x0 = x - sigma * v
-            if self.sampling.sampler == "euler":
-                between = x + (after - sigma) * v
-            else:
-                noise = jax.random.normal(jax.random.fold_in(key, n + 1), x.shape, jnp.float32)
-                between = (1.0 - after) * x0 + after * noise
-            return jnp.where(n == last, x0, between)
-
-        def body(n, carry):
-            x, own, _ = carry
-            v, emitted = velocity(x, sigmas[n])
-            return update(n, x, v), emitted.own if own is not None else None, x
-
-        start, entered = 0, x
-        if first is not None:
-            x, start = update(0, x, first(x, sigmas[0])), 1
-        x, own, entered = jax.lax.fori_loop(start, last + 1, body, (x, own, entered))
-        return x, own, Exit(entered, sigmas[last])
 
     def _remember(self, cache: KeyValue, own: KeyValue, is_first) -> KeyValue:
         """Cache [frame 0 | previous] after the clean pass of a chunk."""
@@ -328,10 +354,10 @@ class Streamer:
                 z_BSD=z, layer=Layer(fresh[0], state.sdd_text, z_kv), **z_ropes,
             )  # fmt: skip
 
-        x, _, _ = self._sample(velocity, state, None, key, self.sampling.tables()[1] - 1, first)
+        x, _, _ = denoise(self.sampling, velocity, i, state.last.shape, None, key, self.sampling.ends, first)
         return x, state._replace(sdd_cache=fresh[0])
 
 
-def cache_bytes(state: StreamState) -> int:
+def cache_bytes(state) -> int:
     """Bytes a stream holds between chunks."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(key=None)))

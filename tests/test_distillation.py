@@ -55,6 +55,7 @@ def changed(before, after):
         dict(distill__fake="self_ema", distill__pg="actor_critic", distill__epochs=2, distill__anchor=1.0),
         dict(distill__fake="stage1", distill__real="per_frame", student__context="fused"),
         dict(distill__fake="self_sg", distill__exit="last", distill__context_grad_sdd="params", student__chunk=2),
+        dict(student__kind="causal", distill__real="autoregressive"),
     ],
     ids=str,
 )
@@ -201,6 +202,7 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(student_from=""), "config.student_from is empty"),
         (dict(teacher_from=""), "config.teacher_from is empty, but real 'joint' with fake 'critic' needs"),
         (dict(student__window=3), "has another architecture: window 2 against 3"),
+        (dict(student__kind="causal", student__window=4), "holds another kind of student"),
         (dict(distill__real="bidirectional"), "config.distill.real is 'bidirectional'; choose from joint"),
         (dict(distill__pg="ppo"), "config.distill.pg is 'ppo'; choose from rollout_trunc"),
         (dict(distill__epochs=0), "config.distill.epochs is 0; it must be at least 1"),

@@ -77,8 +77,8 @@ def test_it_leaves_a_report_with_every_number(finished):
     assert data["direction"] == data["valid_first"] == 1.0 and data["valid_last"] == pytest.approx(1.0, abs=0.01)
     assert teacher["train_cpu_s"] > 0 and many["train_cpu_s"] > 0 and few["seeds"] == many["seeds"]
     times = {row["frames"]: row for row in metrics["time_per_frame_ms"]}
-    assert {32, 256} <= set(times) and all(set(row) == set(TIME_KEYS) for row in times.values())
-    assert all(row[name] > 0 for row in times.values() for name in TIME_KEYS)
+    assert {32, 256} <= set(times) and all(set(row) == {*TIME_KEYS, "etm_sdd"} for row in times.values())
+    assert all(row[name] > 0 for row in times.values() for name in row)
     streaming, growing = metrics["cache_bytes"].values()
     assert 0 < streaming < growing
     assert metrics["versions"]["jax"] and metrics["device"] and "commit" in metrics

@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from greedy_distill_jax import rollout as rollouts
+from greedy_distill_jax.models.causal import CausalStudent
 from greedy_distill_jax.models.student import ContextGrad, Student
-from greedy_distill_jax.stream import Sampling, Streamer
+from greedy_distill_jax.stream import Sampling
+from greedy_distill_jax.stream_causal import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
 
@@ -20,12 +22,19 @@ CASES = pairwise({
     "fusion": ("selfkv", "xattn2", "add"), "rope_mode": ("clamped", "absolute"), "context": ("clean", "last_step_kv"),
     "anchor": (True, False), "chunk": (1, 2), "sink": (0, 1),
 })  # fmt: skip
+CASES += [
+    dict(causal=True, chunk=1, window=3, sink=1, rope_mode="absolute", context="clean"),
+    dict(causal=True, chunk=2, window=4, sink=0, rope_mode="relative", context="last_step_kv"),
+]
 
 
 @functools.cache
 def _setup(how="random", seed=1, **changes):
-    student = Student(tiny.student_config(rope_frames=4, **changes))
-    streamer = Streamer(student, Sampling(SIGMAS, "renoise"))
+    if changes.pop("causal", False):
+        student = CausalStudent(tiny.causal_config(**changes))
+    else:
+        student = Student(tiny.student_config(rope_frames=4, **changes))
+    streamer = make_streamer(student, Sampling(SIGMAS, "renoise"))
     params, text = tiny.random_params(student), tiny.text_rows(2, jax.random.key(3))
     drawn = jax.jit(
         lambda p: rollouts.roll_out(streamer, p, text, jax.random.key(seed), (FRAMES, *LATENT), how)

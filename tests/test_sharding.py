@@ -26,6 +26,7 @@ def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
     trees = [_state_shapes(tiny.train_config(optimizer__name=name)) for name in ("adamw", "muon")]
     trees += [_state_shapes(tiny.train_config("teacher_forcing", student__fusion=f)) for f in FUSIONS]
     trees += [_state_shapes(tiny.train_config("dmd", distill__real=real)) for real in ("joint", "autoregressive")]
+    trees.append(_state_shapes(tiny.train_config("teacher_forcing", student__kind="causal")))
     trees.append({"latents": jnp.zeros((1, 1, 1, 1, 1)), "text": jnp.zeros((1, 1, 1))})
     seen = set()
     for tree in trees:
@@ -55,12 +56,19 @@ def test_a_mesh_that_does_not_fit_names_the_devices(shape):
         make_mesh(shape)
 
 
-@pytest.mark.parametrize("stage", ["teacher", "teacher_forcing", "dmd"])
-@pytest.mark.parametrize("mesh_shape", [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)], ids=str)
-def test_eight_devices_equal_one(stage, mesh_shape, monkeypatch):
+MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
+
+
+@pytest.mark.parametrize(
+    "stage, kind, mesh_shape",
+    [*((s, "etm_sdd", m) for m in MESHES for s in ("teacher", "teacher_forcing", "dmd")),
+     ("dmd", "causal", MESHES[-1])],
+    ids=str,
+)  # fmt: skip
+def test_eight_devices_equal_one(stage, kind, mesh_shape, monkeypatch):
     # Plain gradient descent: the update is the gradient.
     monkeypatch.setattr(stages, "make_optimizer", lambda *args, **kwargs: optax.sgd(1.0))
-    config = tiny.train_config(stage)
+    config = tiny.train_config(stage, student__kind=kind)
     built, params, critic = tiny.stage_of(config, LATENT)
     rng = np.random.default_rng(0)
     batch = {

@@ -25,7 +25,6 @@ def get_config():
     config.sample.steps = 50
     config.sample.shift = 5.0
     config.sample.guidance = 5.0
-    config.student.window = 7
     options = config.losses.flow_matching.options
     options.shift, options.weighting = 5.0, "bell"
     return config

@@ -13,6 +13,7 @@ def get_config():
     config.stage = "teacher_forcing"
     config.steps = 10_000
     config.student.split = "interleaved"
+    config.student.window = 7
     config.optimizer.learning_rate = 5e-6
     config.optimizer.new_scale = 10.0
     config.optimizer.betas = (0.9, 0.95)

@@ -6,6 +6,7 @@ from typing import Any
 DIRECTION = 0.95  # videos in which the teacher moves the captioned object the captioned way
 BEHIND_TEACHER = 0.05  # valid frames the student may lose to its teacher
 LAST_OVER_FIRST = 0.9  # valid frames in the last window over the first, at 8x the training length
+STUDENTS = {"etm_sdd": "ETM + SDD", "causal": "causal student"}  # columns of the timing
 GROWTH = 1.1  # time of a frame far into the stream over an early one
 STAGE2_FD = 0.75  # Frechet distance of stage 2 over stage 1's, real videos' own distance subtracted from both
 MOTION = (0.75, 1.25)  # spread of step lengths over that of real videos
@@ -59,9 +60,10 @@ def motion_spread(row: Mapping[str, Any], real: Mapping[str, Any]) -> float:
 
 def cost_gate(rows: Sequence[Mapping[str, float | int]], early: int, late: int) -> dict[str, Any]:
     """Gate on ``time_per_frame`` rows: the student's frame ``late`` over frame ``early``."""
-    by_length = {row["frames"]: row["etm_sdd"] for row in rows}
+    column = next(name for name in STUDENTS if name in rows[0])
+    by_length = {row["frames"]: row[column] for row in rows}
     growth = by_length[late] / by_length[early]
-    name = f"time of frame {late} over frame {early}, ETM + SDD"
+    name = f"time of frame {late} over frame {early}, {STUDENTS[column]}"
     return {"name": name, "value": round(growth, 4), "threshold": f"<= {GROWTH}", "passed": growth <= GROWTH}
 
 

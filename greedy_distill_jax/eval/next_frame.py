@@ -10,7 +10,7 @@ import numpy as np
 
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.models.codec import PatchCodec
-from greedy_distill_jax.models.student import History, Student
+from greedy_distill_jax.models.student import History, StreamingModel
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -20,7 +20,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def next_frame_psnr(
-    student: Student, params, codec: PatchCodec, videos_VTHWC: np.ndarray, text_BMC, *, batch: int = 8, seed: int = 0
+    student: StreamingModel,
+    params,
+    codec: PatchCodec,
+    videos_VTHWC: np.ndarray,
+    text_BMC,
+    *,
+    batch: int = 8,
+    seed: int = 0,
 ) -> dict[str, float]:
     """PSNR in dB over chunks 2.. of real videos.
 

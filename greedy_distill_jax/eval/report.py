@@ -61,11 +61,13 @@ ROW_COLUMNS = (
 )
 TIME_COLUMNS = (
     ("etm_sdd", "ETM + SDD (ours)"),
+    ("causal", "Causal student"),
     ("full_causal", "Full-causal cache"),
     ("teacher", "Bidirectional teacher"),
 )
 ROW_KEYS = tuple(column[0] for column in ROW_COLUMNS)
-TIME_KEYS = ("frames", *(key for key, _ in TIME_COLUMNS))
+TIME_KEYS = ("frames", "full_causal", "teacher")
+STUDENT_TIME_KEYS = ("etm_sdd", "causal")
 BY_FRAME_TEXT = {
     "validity": (
         "Validity over the frame index",
@@ -104,20 +106,21 @@ def _check_keys(where: str, mapping: Any, required: Sequence[str], optional: Seq
 def validate_metrics(metrics: dict) -> None:
     """Checks that `metrics` has exactly the keys of `metrics.json`; values that were not measured are None.
 
-    Keys: `rows` (list, see `ROW_KEYS`), `time_per_frame_ms` (list, see `TIME_KEYS`), `cache_bytes` (name to bytes),
-    `versions`, `device`, `commit`, `gates` (list, see `GATE_KEYS`; `passed` is True, False or None), `config`,
-    `training_frames`, and optionally `extra` (anything; `extra["commands"]`, a list of strings, is shown with the
-    environment).
+    Keys: `rows` (list, see `ROW_KEYS`), `time_per_frame_ms` (list, see `TIME_KEYS`, and `STUDENT_TIME_KEYS` of which
+    a row has those that were timed), `cache_bytes` (name to bytes), `versions`, `device`, `commit`, `gates` (list, see
+    `GATE_KEYS`; `passed` is True, False or None), `config`, `training_frames`, and optionally `extra` (anything;
+    `extra["commands"]`, a list of strings, is shown with the environment).
 
     Raises:
       UserError: naming the key that is missing, unknown or of the wrong type.
     """
     _check_keys("metrics", metrics, TOP_KEYS, ("extra",))
-    for key, keys in (("rows", ROW_KEYS), ("time_per_frame_ms", TIME_KEYS), ("gates", GATE_KEYS)):
+    lists = {"rows": (ROW_KEYS,), "time_per_frame_ms": (TIME_KEYS, STUDENT_TIME_KEYS), "gates": (GATE_KEYS,)}
+    for key, keys in lists.items():
         if not isinstance(metrics[key], list | tuple):
             raise UserError(f"metrics[{key!r}] must be a list, not {type(metrics[key]).__name__}")
         for index, row in enumerate(metrics[key]):
-            _check_keys(f"metrics[{key!r}][{index}]", row, keys)
+            _check_keys(f"metrics[{key!r}][{index}]", row, *keys)
     for key in ("cache_bytes", "versions", "config", "extra"):
         if key in metrics and not isinstance(metrics[key], dict):
             raise UserError(f"metrics[{key!r}] must be a mapping, not {type(metrics[key]).__name__}")
@@ -182,6 +185,11 @@ def _verdict(gates: Sequence[dict]) -> tuple[str, str]:
     return "pass", f"All {len(gates)} gates passed" if len(gates) > 1 else "The gate passed"
 
 
+def time_columns(times: Sequence[dict]) -> list[tuple[str, str]]:
+    """The columns of `TIME_COLUMNS` that every row has."""
+    return [(key, label) for key, label in TIME_COLUMNS if all(key in row for row in times)]
+
+
 def _growth(times: Sequence[dict]) -> dict | None:
     """Time per frame at the longest video over that at the shortest; 32 and 256 frames where both were measured."""
     by_length = {row["frames"]: row for row in times if row["frames"] is not None}
@@ -189,7 +197,7 @@ def _growth(times: Sequence[dict]) -> dict | None:
         return None
     short, long = (32, 256) if {32, 256} <= set(by_length) else (min(by_length), max(by_length))
     ratio = {}
-    for key, _ in TIME_COLUMNS:
+    for key, _ in time_columns(times):
         a, b = by_length[short][key], by_length[long][key]
         ratio[key] = b / a if a and b is not None else None
     return {"short": short, "long": long, "ratio": ratio}
@@ -370,7 +378,8 @@ def _by_frame_figure(
 def _time_figure(times: Sequence[dict]) -> dict:
     rows = sorted((row for row in times if row["frames"]), key=lambda row: row["frames"])
     lengths = [row["frames"] for row in rows]
-    values = {key: _floats([row[key] for row in rows]) for key, _ in TIME_COLUMNS}
+    columns = time_columns(times)
+    values = {key: _floats([row[key] for row in rows]) for key, _ in columns}
     figure = None
     if any(np.isfinite(line).any() for line in values.values()):
         figure, axes = _new_axes("Length of the video (frames)", "Time per frame (ms)")
@@ -384,7 +393,7 @@ def _time_figure(times: Sequence[dict]) -> dict:
         "Milliseconds of computing per frame against the length of the video; both axes are logarithmic. A flat line "
         "means that the cost of a frame does not depend on how long the video already is; lower is better."
     )
-    return _figure("time", "Time per frame against video length", text, figure, [label for _, label in TIME_COLUMNS])
+    return _figure("time", "Time per frame against video length", text, figure, [label for _, label in columns])
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -465,7 +474,7 @@ def write_report(
         time=_time_figure(metrics["time_per_frame_ms"]),
         growth=_growth(metrics["time_per_frame_ms"]),
         row_columns=ROW_COLUMNS,
-        time_columns=TIME_COLUMNS,
+        time_columns=time_columns(metrics["time_per_frame_ms"]),
         commands=commands,
         config_json=json.dumps(metrics["config"], indent=2, ensure_ascii=False) if metrics["config"] else None,
         extra_json=json.dumps(extra, indent=2, ensure_ascii=False) if extra else None,

@@ -1,7 +1,7 @@
 """Time per frame against the length of the video, all models in one run and in turns.
 
 What is compared, one video at a time, model only (no decoder):
-- ETM + SDD: the step that makes frame n of a stream;
+- the student, ETM + SDD or causal: the step that makes frame n of a stream;
 - full-causal cache: the teacher's own network made causal, ``steps`` evaluations and a clean pass for frame n against
   the cached keys of all n frames before it;
 - bidirectional teacher: all n frames denoised together, divided by n.
@@ -20,7 +20,8 @@ from greedy_distill_jax.diffusion import solvers
 from greedy_distill_jax.models.dit import Dit, Teacher, grid_of
 from greedy_distill_jax.models.layers import KeyValue, Layer, Layout
 from greedy_distill_jax.models.rope import rope_table
-from greedy_distill_jax.stream import Streamer, StreamState
+from greedy_distill_jax.stream import Streamer
+from greedy_distill_jax.stream_causal import CausalStreamer
 
 SPAN = 8  # stream steps timed around each length
 
@@ -52,15 +53,20 @@ def causal_frame(teacher: Teacher, params, frames: int, sigmas: Sequence[float],
     return lambda noise: run(params, noise, cache, text)
 
 
+def kind_of(streamer: Streamer | CausalStreamer) -> str:
+    """Column of a student in the rows of ``time_per_frame``."""
+    return "etm_sdd" if isinstance(streamer, Streamer) else "causal"
+
+
 def time_per_frame(
-    teacher: Teacher, teacher_params, teacher_sigmas, streamer: Streamer, params, text_BMC, latent_shape,
-    *, frames: Sequence[int] = (8, 32, 128, 256), repeats: int = 3,
+    teacher: Teacher, teacher_params, teacher_sigmas, streamer: Streamer | CausalStreamer, params, text_BMC,
+    latent_shape, *, frames: Sequence[int] = (8, 32, 128, 256), repeats: int = 3,
 ) -> list[dict[str, float | int]]:  # fmt: skip
-    """Rows {frames, etm_sdd, full_causal, teacher}: milliseconds per latent frame, medians over ``repeats`` turns.
+    """Rows {frames, etm_sdd or causal, full_causal, teacher}: milliseconds per latent frame, medians over turns.
 
     Args:
       teacher, teacher_params, teacher_sigmas: the bidirectional teacher, its step list, no guidance.
-      streamer, params: the student; the causal model takes its step list.
+      streamer, params: the student; the full-causal model takes its step list.
       text_BMC: rows of one prompt.
       latent_shape: (H, W, C).
       frames: video lengths.
@@ -69,7 +75,7 @@ def time_per_frame(
     key = jax.random.key(0)
     init = jax.jit(streamer.init, static_argnums=3)
     step = jax.jit(streamer.step, donate_argnums=1)
-    sigmas = streamer.sampling.sigmas[-1]
+    sigmas, name = streamer.sampling.sigmas[-1], kind_of(streamer)
     noise = jax.random.normal(key, (1, 1, *latent_shape), jnp.float32)
     causal = {n: causal_frame(teacher, teacher_params, n, sigmas, latent_shape, text_BMC) for n in frames}
     whole = jax.jit(
@@ -88,9 +94,9 @@ def time_per_frame(
 
     chunk = streamer.cfg.chunk
     near = {n: range(max(1, n // chunk), max(1, n // chunk) + SPAN) for n in frames}  # stream steps timed for length n
-    times: dict[int, dict[str, list[float]]] = {n: {"etm_sdd": [], "full_causal": [], "teacher": []} for n in frames}
+    times: dict[int, dict[str, list[float]]] = {n: {name: [], "full_causal": [], "teacher": []} for n in frames}
     for turn in range(repeats + 1):  # turn 0 compiles
-        state: StreamState = init(params, text_BMC, key, tuple(latent_shape))
+        state = init(params, text_BMC, key, tuple(latent_shape))
         for number in range(1, max(map(max, near.values())) + 1):
             jax.block_until_ready(state.index)
             begin = now()
@@ -100,11 +106,11 @@ def time_per_frame(
                 spent = (now() - begin) * 1e3 / chunk
                 for n, steps in near.items():
                     if turn and number in steps:
-                        times[n]["etm_sdd"].append(spent)
+                        times[n][name].append(spent)
         for n in frames:
             one = clock(lambda n=n: causal[n](noise), 3)
             all_ = clock(lambda n=n: whole(teacher_params, videos[n], text_BMC), 1) / n
             if turn:
                 times[n]["full_causal"].append(one)
                 times[n]["teacher"].append(all_)
-    return [{"frames": n, **{name: float(np.median(x)) for name, x in times[n].items()}} for n in frames]
+    return [{"frames": n, **{model: float(np.median(x)) for model, x in times[n].items()}} for n in frames]

@@ -1,16 +1,18 @@
-"""Who sees whom, and at which time position: ETM's and SDD's patterns as static tables.
+"""Who sees whom, and at which time position: every student's patterns as static tables.
 
 A picked key is (candidate chunk, chunk position). Where one chunk is seen at two positions (clamped RoPE past the
-training length, a sink at a bounded distance) it is picked twice; with absolute positions never.
+training length, a sink at a bounded distance, positions within a window) it is picked twice; with absolute positions
+never.
 """
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.models.layers import Layout
-from greedy_distill_jax.models.wan_config import StudentConfig
+from greedy_distill_jax.models.wan_config import CausalConfig, StudentConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,3 +116,43 @@ def etm_step(cfg: StudentConfig, tokens: int) -> Layout:
     """One slot against [sink | ring | itself]."""
     keys = tuple(range(cfg.sink + cfg.window))
     return Layout(tokens, keys, (keys,), rotate_at_use=cfg.rope_mode != "absolute")
+
+
+def causal_positions(cfg: CausalConfig, chunk_S, index):
+    """Positions at which chunk ``index`` sees the chunks ``chunk_S`` (itself among them); numpy or traced."""
+    if cfg.rope_mode == "absolute":
+        return chunk_S
+    xp = jnp if isinstance(index, jax.Array) else np
+    # The sink keeps its positions, the rest moves up behind it once the window is full.
+    moved = chunk_S - xp.maximum(index - cfg.sink_chunks - cfg.ring_chunks, 0)
+    return xp.where(chunk_S < cfg.sink_chunks, chunk_S, moved)
+
+
+def causal_parallel(cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Pattern:
+    """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw] (METHOD_SPEC B.1).
+
+    Chunk i, clean or noisy, sees the clean sink, the clean chunks of its window and itself. ``frozen`` as in
+    ``sdd_parallel``.
+    """
+    clean = chunks - 1
+    own = [*range(clean)] + [i for _ in range(draws) for i in range(chunks)]
+    rows, own_position = [], []
+    for c, i in enumerate(own):
+        seen = [j for j in range(i) if j < cfg.sink_chunks or j >= i - cfg.ring_chunks]
+        positions = [int(p) for p in causal_positions(cfg, np.asarray([*seen, i]), i)]
+        rows.append(list(zip([*seen, c], positions, strict=True)))
+        own_position.append(positions[-1])
+    absolute, stopped = cfg.rope_mode == "absolute", clean if frozen else 0
+    return _build(rows, own_position, tokens, absolute=absolute, frozen=stopped)
+
+
+def causal_step(cfg: CausalConfig, tokens: int) -> Layout:
+    """One chunk against [sink | ring | itself]."""
+    keys = tuple(range(cfg.sink_chunks + cfg.ring_chunks + 1))
+    return Layout(tokens, keys, (keys,), rotate_at_use=cfg.rope_mode != "absolute")
+
+
+def causal_recache(cfg: CausalConfig, tokens: int) -> Layout:
+    """The ring's chunks at once, each against [sink | ring]: bidirectional, as LongLive's recache (METHOD_SPEC B.4)."""
+    keys = tuple(range(cfg.sink_chunks + cfg.ring_chunks))
+    return Layout(tokens, keys, (keys,) * cfg.ring_chunks, rotate_at_use=cfg.rope_mode != "absolute")

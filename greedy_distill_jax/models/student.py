@@ -14,7 +14,7 @@ from greedy_distill_jax.models.dit import Dit, grid_of
 from greedy_distill_jax.models.etm import ETM
 from greedy_distill_jax.models.layers import Layout
 from greedy_distill_jax.models.rope import Rope, rope_table
-from greedy_distill_jax.models.wan_config import StudentConfig
+from greedy_distill_jax.models.wan_config import CausalConfig, StudentConfig
 
 
 class History(NamedTuple):
@@ -41,23 +41,15 @@ class ContextGrad(NamedTuple):
     sdd: str = "params"
 
 
-class Student:
-    """Pure functions over the parameters of one ``StudentConfig``."""
+class StreamingModel:
+    """What makes a video chunk by chunk: pure functions over the parameters of one frozen config.
 
-    def __init__(self, cfg: StudentConfig):
+    Subclasses add ``init``, ``from_teacher`` and the teacher-forced ``__call__`` with the signatures of ``Student``;
+    ``cfg`` has at least ``base``, ``chunk`` and ``context``.
+    """
+
+    def __init__(self, cfg: StudentConfig | CausalConfig):
         self.cfg = cfg
-
-    # The modules of one call; parameters do not depend on the layout.
-    def etm(self, layout: Layout | None = None, **kwargs) -> ETM:
-        """The ETM module with this call's layout."""
-        return ETM(self.cfg, layout, **kwargs)
-
-    def sdd(self, layout: Layout | None = None, **kwargs) -> Dit:
-        """The SDD module with this call's layout."""
-        cfg = self.cfg
-        return Dit(
-            cfg.base, len(cfg.sdd_layers), layout, fusion=cfg.fusion, z_gate_init=cfg.gate_init, **kwargs
-        )  # fmt: skip
 
     def chunk_tokens(self, x_BTHWC) -> int:
         """Tokens of one chunk of the given latents."""
@@ -76,6 +68,34 @@ class Student:
     def rope(self, position_Q, grid: tuple[int, int]) -> Rope:
         """Rotation of the tokens of chunks at the given chunk positions."""
         return rope_table(layouts.frames_at(position_Q, self.cfg.chunk), grid, self.cfg.base.head_dim)
+
+    def clean_and_noisy(self, x_BTHWC, sigma_BT, history: History) -> tuple[jax.Array, jax.Array]:
+        """The own chunks of a teacher-forced call and their noise levels, [history without its last chunk | x]."""
+        frames = history.frames_BTHWC.shape[1]
+        if x_BTHWC.shape[1] % frames:
+            raise ValueError(f"{x_BTHWC.shape[1]} noisy frames are not a multiple of the {frames} history frames.")
+        seen = frames - self.cfg.chunk
+        clean = history.frames_BTHWC if history.sdd_frames_BTHWC is None else history.sdd_frames_BTHWC
+        clean_sigma = history.sigma_BT if history.sdd_sigma_BT is None else history.sdd_sigma_BT
+        clean_sigma = jnp.broadcast_to(clean_sigma, clean.shape[:2])[:, :seen]
+        own = jnp.concatenate([clean[:, :seen].astype(jnp.float32), x_BTHWC.astype(jnp.float32)], axis=1)
+        return own, jnp.concatenate([clean_sigma, jnp.broadcast_to(sigma_BT, x_BTHWC.shape[:2])], axis=1)
+
+
+class Student(StreamingModel):
+    """ETM + SDD of one ``StudentConfig``."""
+
+    # The modules of one call; parameters do not depend on the layout.
+    def etm(self, layout: Layout | None = None, **kwargs) -> ETM:
+        """The ETM module with this call's layout."""
+        return ETM(self.cfg, layout, **kwargs)
+
+    def sdd(self, layout: Layout | None = None, **kwargs) -> Dit:
+        """The SDD module with this call's layout."""
+        cfg = self.cfg
+        return Dit(
+            cfg.base, len(cfg.sdd_layers), layout, fusion=cfg.fusion, z_gate_init=cfg.gate_init, **kwargs
+        )  # fmt: skip
 
     def spatial_rope(self, chunks: int, grid: tuple[int, int]) -> Rope:
         """Positions inside the chunk only: aligns z with the own tokens (fusion "xattn2")."""
@@ -166,22 +186,15 @@ class Student:
         """
         cfg, frames = self.cfg, history.frames_BTHWC.shape[1]
         grid, tokens, chunks = grid_of(x_BTHWC, cfg.base), self.chunk_tokens(x_BTHWC), self.chunks_of(frames)
-        if x_BTHWC.shape[1] % frames:
-            raise ValueError(f"{x_BTHWC.shape[1]} noisy frames are not a multiple of the {frames} history frames.")
-        draws, seen = x_BTHWC.shape[1] // frames, frames - cfg.chunk
+        own, sigma = self.clean_and_noisy(x_BTHWC, sigma_BT, history)
         z = self.conditions(params, history, text_BMC)
         z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
+        draws = x_BTHWC.shape[1] // frames
         pattern = layouts.sdd_parallel(cfg, chunks, tokens, draws, frozen=grads.sdd == "none")
-
-        clean = history.frames_BTHWC if history.sdd_frames_BTHWC is None else history.sdd_frames_BTHWC
-        clean_sigma = history.sigma_BT if history.sdd_sigma_BT is None else history.sdd_sigma_BT
-        clean_sigma = jnp.broadcast_to(clean_sigma, clean.shape[:2])[:, :seen]
-        own = jnp.concatenate([clean[:, :seen].astype(jnp.float32), x_BTHWC.astype(jnp.float32)], axis=1)
-        sigma = jnp.concatenate([clean_sigma, jnp.broadcast_to(sigma_BT, x_BTHWC.shape[:2])], axis=1)
         z_position = np.asarray([layouts.sdd_positions(cfg, i)[1] for i in range(chunks)])
         velocity, _ = self.sdd(pattern.layout).apply(
             {"params": params["sdd"]}, own, sigma, text_BMC, z_BSD=z,
             rope_q=self.rope(pattern.own_position, grid), rope_k=self.rope(pattern.key_position, grid),
             **self.z_ropes(len(pattern.own_position), chunks, z_position, grid),
         )  # fmt: skip
-        return velocity[:, seen:]
+        return velocity[:, frames - cfg.chunk :]

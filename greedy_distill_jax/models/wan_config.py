@@ -1,4 +1,4 @@
-"""Sizes of the Wan2.1 DiT and of the streaming student cut from it."""
+"""Sizes of the Wan2.1 DiT and of the streaming students made from it."""
 
 import dataclasses
 
@@ -110,6 +110,59 @@ class StudentConfig:
         if self.rope_mode == "absolute":
             return 2**62
         return max(0, self.rope_frames // self.chunk - 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalConfig:
+    """The Wan DiT with block-causal sliding-window attention: Self-Forcing, LongLive (METHOD_SPEC B).
+
+    chunk: latent frames made together. window, sink: in latent frames, multiples of ``chunk``; a chunk sees the first
+    ``sink`` frames and the last ``window - sink`` ones, its own included (LongLive: 12 = 3 sink + 6 history + 3
+    own). window 0 stands for ``max_frames``: the whole history of a video of that length (Self-Forcing: 21); of a
+    longer one the oldest frames behind the sink fall out. rope_mode: "absolute" frame positions (keys cached rotated)
+    or "relative": positions 0, 1, ... within the window (keys cached un-rotated, rotated at use), which keeps an
+    endless stream among the positions of training. context: a chunk's keys come from an extra "clean" pass or are
+    the "last_step_kv" of its own denoising. recache: a prompt switch recomputes the keys of the frames in the window
+    under the new prompt (LongLive), the sink's excepted.
+    """
+
+    base: WanConfig = WanConfig()
+    chunk: int = 3
+    window: int = 12
+    sink: int = 3
+    max_frames: int = 21
+    rope_mode: str = "absolute"
+    context: str = "clean"
+    recache: bool = False
+
+    def __post_init__(self):
+        _check(self, "rope_mode", ("absolute", "relative"))
+        _check(self, "context", ("clean", "last_step_kv"))
+        if self.chunk < 1 or self.sink < 0:
+            raise ValueError(f"CausalConfig needs chunk >= 1 and sink >= 0; got {self.chunk} and {self.sink}.")
+        name = "window" if self.window else "max_frames"
+        frames = getattr(self, name)
+        for field, value in ((name, frames), ("sink", self.sink)):
+            if value % self.chunk:
+                raise ValueError(
+                    f"CausalConfig.{field} is {value} latent frames, which do not divide into chunks of {self.chunk}; "
+                    f"use a multiple of {self.chunk}."
+                )
+        if frames < self.sink + self.chunk:
+            raise ValueError(
+                f"CausalConfig.{name} is {frames}; it holds the sink of {self.sink} frames and the own chunk of "
+                f"{self.chunk}, so it needs at least {self.sink + self.chunk}."
+            )
+
+    @property
+    def sink_chunks(self) -> int:
+        """First chunks that stay visible."""
+        return self.sink // self.chunk
+
+    @property
+    def ring_chunks(self) -> int:
+        """Chunks of sliding history, neither sink nor own."""
+        return ((self.window or self.max_frames) - self.sink) // self.chunk - 1
 
 
 WAN_SIZES: dict[str, dict] = {

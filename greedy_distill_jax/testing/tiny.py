@@ -9,8 +9,8 @@ import numpy as np
 
 from greedy_distill_jax.config import base
 from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
+from greedy_distill_jax.models.student import StreamingModel
+from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, StudentConfig, WanConfig
 from greedy_distill_jax.stages import Sources, build_model, build_stage, initial_params
 
 BASE = WanConfig(
@@ -23,6 +23,11 @@ STUDENT = StudentConfig(base=BASE, etm_layers=(0, 1), sdd_layers=(0, 1, 2), wind
 def student_config(**changes) -> StudentConfig:
     """``STUDENT`` with some fields changed."""
     return dataclasses.replace(STUDENT, **changes)
+
+
+def causal_config(**changes) -> CausalConfig:
+    """Chunks of one frame, window 4 with sink 1, some fields changed."""
+    return CausalConfig(**{"base": BASE, "chunk": 1, "window": 4, "sink": 1, "max_frames": 8, **changes})
 
 
 def random_params(model, seed: int = 0, latent_shape: tuple[int, int, int, int] = (1, 4, 4, 4)):
@@ -54,7 +59,8 @@ def train_config(stage: str = "teacher", **changes):
     config.model.dim, config.model.ffn_dim, config.model.num_layers = 24, 32, 2
     config.model.freq_dim, config.model.text_dim, config.model.text_len = 8, 8, 6
     config.data.batch, config.data.frames = 8, 4
-    config.student.window = 2
+    if changes.get("student__kind") != "causal":
+        config.student.window = 2
     config.checkpoint.every, config.log.every, config.log.samples_every = 3, 1, 0
     config.optimizer.warmup, config.ema.start, config.compile_cache = 1, 2, ""
     config.sample.steps = 2
@@ -70,11 +76,11 @@ def stage_of(config, latent_shape: tuple[int, int, int, int], seed: int = 0):
     """(stage, parameters, critic's parameters or None), as ``train`` builds them, from random networks."""
     model = build_model(config)
     wan = getattr(model.cfg, "base", model.cfg)
-    runs = {"teacher": Teacher(wan), "student": model if isinstance(model, Student) else None}
+    runs = {"teacher": Teacher(wan), "student": model if isinstance(model, StreamingModel) else None}
     given = {name: random_params(net, seed + i, latent_shape) for i, (name, net) in enumerate(runs.items()) if net}
     sources = Sources(*(SimpleNamespace(params=given.get(name)) for name in Sources._fields))
     stage = build_stage(config, model, sources, np.zeros((wan.text_len, wan.text_dim), np.float32), latent_shape)
-    if not isinstance(model, Student):
+    if not isinstance(model, StreamingModel):
         given = {}
     params = given.get("student") or random_params(model, seed, latent_shape)
     return stage, *initial_params(stage, jax.random.key(seed), latent_shape, {**given, "student": params})
