@@ -50,15 +50,13 @@ def changed(before, after):
     "changes",
     [
         dict(),
-        dict(distill__real="autoregressive", distill__pg="rollout_full", student__context="last_step_kv"),
-        dict(distill__fake="self_fm", own=True, distill__real="autoregressive", distill__guidance=1.0),
-        dict(distill__fake="self_ema", distill__pg="actor_critic", distill__epochs=2, distill__anchor=1.0),
-        dict(distill__fake="stage1", distill__real="per_frame", student__context="fused"),
-        dict(distill__fake="self_sg", distill__exit="last", distill__context_grad_sdd="params", student__chunk=2),
-        dict(student__kind="causal", distill__real="autoregressive"),
+        dict(distill__real="autoregressive", distill__fake="self_fm", own=True, distill__pg="actor_critic",
+             distill__epochs=2, distill__anchor=1.0, student__context="last_step_kv"),
+        dict(distill__real="per_frame", distill__fake="stage1", distill__pg="rollout_full", distill__exit="last",
+             student__context="fused", student__chunk=2),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_step_trains_what_it_should(changes):
     stage, params, critic = tiny.stage_of(config_of(**changes), LATENT)
     assert [part.name for part in stage.parts] == (["", "critic"] if critic is not None else [""])

@@ -18,13 +18,13 @@ from greedy_distill_jax.testing.pairwise import pairwise
 
 FRAMES, LATENT = 6, (4, 4, 4)
 SIGMAS = ((1.0, 0.8, 0.5), (1.0, 0.6))
-CASES = pairwise({
+OPTIONS = {
     "fusion": ("selfkv", "xattn2", "add"), "rope_mode": ("clamped", "absolute"), "context": ("clean", "last_step_kv"),
-    "anchor": (True, False), "chunk": (1, 2), "sink": (0, 1),
-})  # fmt: skip
-CASES += [
-    dict(causal=True, chunk=1, window=3, sink=1, rope_mode="absolute", context="clean"),
-    dict(causal=True, chunk=2, window=4, sink=0, rope_mode="relative", context="last_step_kv"),
+    "anchor": (True, False), "chunk": (1, 2), "sink": (0, 1), "etm": ("params", "none"), "sdd": ("none", "params"),
+}  # fmt: skip
+CAUSAL = [
+    dict(causal=True, window=3, sink=1, rope_mode="absolute", context="clean", sdd="none"),
+    dict(causal=True, chunk=2, window=4, sink=0, rope_mode="relative", context="last_step_kv", sdd="params"),
 ]
 
 
@@ -61,36 +61,27 @@ def _distance(a, b):
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(b))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
-@pytest.mark.parametrize("sdd", ["none", "params"])
-def test_parallel_and_sequential_forms_agree(case, sdd):
+@pytest.mark.parametrize("case", [*pairwise(OPTIONS), *CAUSAL], ids=lambda c: "-".join(map(str, c.values())))
+def test_parallel_and_sequential_forms_agree(case):
+    case = dict(case)
+    grads = ContextGrad(case.pop("etm", "params"), case.pop("sdd"))
     student, streamer, params, text, drawn = _setup(**case)
-    grads = ContextGrad("params", sdd)
     x, parallel = _gradient(lambda p: rollouts.recompute(student, p, text, drawn, grads), params)
     np.testing.assert_allclose(x, drawn.x0_BTHWC, atol=1e-5 * float(jnp.abs(x).max()))
     x, sequential = _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, grads), params)
     np.testing.assert_allclose(x, drawn.x0_BTHWC, atol=1e-5 * float(jnp.abs(x).max()))
     assert _distance(parallel, sequential) < 1e-5
-
-
-@pytest.mark.parametrize("sdd", ["none", "params"])
-def test_stopping_at_z(sdd):
-    student, streamer, params, text, drawn = _setup()
-    grads = ContextGrad("none", sdd)
-    _, parallel = _gradient(lambda p: rollouts.recompute(student, p, text, drawn, grads), params)
-    _, sequential = _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, grads), params)
-    assert _distance(parallel, sequential) < 1e-5
-    assert float(optax.tree.norm(parallel["etm"])) == 0 < float(optax.tree.norm(parallel["sdd"]))
+    if "etm" in parallel:
+        assert (float(optax.tree.norm(parallel["etm"])) == 0) == (grads.etm == "none")
 
 
 def test_every_stop_changes_the_gradient():
     student, _, params, text, drawn = _setup()
     found = [
-        _gradient(lambda p, g=g: rollouts.recompute(student, p, text, drawn, g), params)[1]
-        for g in (ContextGrad(), ContextGrad("none", "params"), ContextGrad("params", "none"))
+        _gradient(lambda p, g=g: rollouts.recompute(student, p, text, drawn, g), params)[1]["sdd"]
+        for g in (ContextGrad(), ContextGrad("params", "none"))
     ]
-    for i in range(3):
-        assert _distance(found[i], found[i - 1]) > 1e-2
+    assert _distance(*found) > 1e-2
 
 
 def test_gradient_through_frames_is_the_whole_derivative():
@@ -119,9 +110,8 @@ def test_segments_cut_the_flow_between_them():
         n: _gradient(
             lambda p, n=n: rollouts.replay(streamer, p, text, drawn, ContextGrad(), frames=True, segment=n), params
         )[1]
-        for n in (0, 2, FRAMES)
+        for n in (0, 2)
     }
-    assert _distance(flow[FRAMES], flow[0]) < 1e-6
     assert _distance(flow[2], flow[0]) > 1e-3
     with pytest.raises(ValueError, match="segment is 4 chunks, which does not divide the 6"):
         rollouts.replay(streamer, params, text, drawn, ContextGrad(), segment=4)

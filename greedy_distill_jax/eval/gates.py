@@ -12,15 +12,22 @@ STAGE2_FD = 0.75  # Frechet distance of stage 2 over stage 1's, real videos' own
 MOTION = (0.75, 1.25)  # spread of step lengths over that of real videos
 
 
-def quality_gates(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Gates on two rows of metrics (keys direction, valid_first, valid_last)."""
+def quality_gates(
+    teacher: Mapping[str, Any], student: Mapping[str, Any], *, direction: bool = True
+) -> list[dict[str, Any]]:
+    """Gates on two rows of metrics (keys direction, valid_first, valid_last).
+
+    ``direction``: whether the captions tell one.
+    """
     floor = teacher["valid_first"] - BEHIND_TEACHER
     ratio = student["valid_last"] / student["valid_first"] if student["valid_first"] else 0.0
-    return [
-        _gate("teacher moves the object as captioned", teacher["direction"], DIRECTION),
+    out = [
         _gate("student valid in as many frames as its teacher, less 5 points", student["valid_first"], floor),
         _gate("student's last window over its first, valid frames, 8x the training length", ratio, LAST_OVER_FIRST),
     ]
+    if direction:
+        out.insert(0, _gate("teacher moves the object as captioned", teacher["direction"], DIRECTION))
+    return out
 
 
 def stage2_gates(

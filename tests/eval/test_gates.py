@@ -129,3 +129,47 @@ def test_the_cost_gate_compares_two_lengths(late, passed):
     times.append({"frames": 256, "etm_sdd": late, "full_causal": 1.0, "teacher": 1.0})
     gate = gates.cost_gate(times, 32, 256)
     assert gate["passed"] is passed and gate["value"] == late and "256" in gate["name"]
+
+
+# --- stage 2 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blurred(student, reference):
+    """A stage 1 whose few steps cost sharpness."""
+    video = student[0].astype(np.float32)
+    soft = (video + np.roll(video, 1, 2) + np.roll(video, 1, 3) + np.roll(video, 1, 1)) / 4
+    return _row(soft.astype(np.uint8), student[1], reference)
+
+
+@pytest.fixture(scope="module")
+def data(reference):
+    return _row(*_drawn(LONG, 5), reference)
+
+
+def _stage2(row, blurred, data):
+    return [gate["passed"] for gate in gates.stage2_gates(row, blurred, data)]
+
+
+def test_real_streams_pass_the_gates_of_stage_2(rows, blurred, data):
+    assert _stage2(rows[1], blurred, data) == [True, True]
+    assert _stage2(blurred, blurred, data)[0] is False
+
+
+def test_a_repeated_frame_and_noise_fail_the_gates_of_stage_2(student, reference, blurred, data):
+    video, captions = student
+    frozen = np.repeat(video[:, :1], LONG, axis=1)
+    assert _stage2(_row(frozen, captions, reference), blurred, data) == [False, False]
+    noise = np.random.default_rng(0).integers(0, 256, video.shape).astype(np.uint8)
+    assert False in _stage2(_row(noise, captions, reference), blurred, data)
+
+
+def test_half_the_spread_of_motion_fails_the_second_gate_alone(data):
+    stage1 = {"fd_first": 0.1, "fd_last": 0.2, "step_std": 0.5, "step_std_last": 0.5}
+    real = {"fd_first": 0.01, "fd_last": 0.01, "step_std": 0.6, "step_std_last": 0.6}
+    close = {"fd_first": 0.02, "fd_last": 0.03, "step_std": 0.3, "step_std_last": 0.3}
+    assert _stage2(close, stage1, real) == [True, False]
+    assert _stage2(close | {"step_std": 0.8, "step_std_last": 0.6}, stage1, real) == [True, True]
+    assert _stage2(close | {"fd_last": 0.2}, stage1, real) == [True, False]
+    assert _stage2(close | {"fd_last": 0.3}, stage1, real) == [False, False]
+    assert _stage2(close | {"step_std": float("nan")}, stage1, real)[1] is False
