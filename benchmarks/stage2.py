@@ -1,7 +1,7 @@
 """Does stage 2 help? Every row, three seeds, two tasks: numbers as JSON and Markdown, and a plot.
 
     python benchmarks/stage2.py --workdir runs/stage2-benchmark --output benchmarks/results/stage2
-    python benchmarks/stage2.py ... --explore    # also every fake score, teacher score and form of the gradient
+    python benchmarks/stage2.py ... --explore    # also every fake score, another teacher score and settings
 
 Tasks: "plain" is the quickstart's data. "drift" makes long streams hard: wandering shapes, whose heading and tint no
 caption tells, and an SDD that does not see frame 0.
@@ -71,7 +71,6 @@ MORE = {
     "self, averaged": Row("greedy_distill_paper", (("distill.fake", "self_ema"),)),
     "stage 1 as fake": Row("greedy_distill_paper", (("distill.fake", "stage1"),)),
     "autoregressive teacher, critic": Row("stage2", (("distill.real", "autoregressive"),)),
-    "autoregressive teacher, self": Row("greedy_distill_paper", (("distill.real", "autoregressive"),)),
     "autoregressive teacher, self + own": Row(
         "greedy_distill_paper",
         (("distill.real", "autoregressive"), ("distill.fake", "self_fm"), ("losses.own", OWN)),
@@ -79,8 +78,6 @@ MORE = {
     "guidance 2": Row("stage2", (("distill.guidance", 2.0),)),
     "context noise .1": Row("stage2", (("student.context_noise", 0.1),)),
     "critic every 5": Row("stage2", (("distill.generator_every", 5),)),
-    "gradient through frames": Row("stage2", (("distill.pg", "rollout_full"),)),
-    "actor-critic, 2 epochs": Row("stage2", (("distill.pg", "actor_critic"), ("distill.epochs", 2))),
 }
 
 
