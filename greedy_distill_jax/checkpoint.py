@@ -165,6 +165,12 @@ class Checkpointer:
         read = self._read(step, shapes)
         return _nest({path[len(prefix) :]: leaf for path, leaf in read.items()})
 
+    def shapes(self, step: int | None, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path below ``subtree`` ("a/b/c") -> shape and dtype of every leaf stored there; {} if there is none."""
+        prefix = tuple(part for part in subtree.split("/") if part)
+        stored = self._stored(self._existing(step))
+        return {"/".join(p[len(prefix) :]): shape for p, shape in stored.items() if p[: len(prefix)] == prefix}
+
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
         step = self._existing(step)
