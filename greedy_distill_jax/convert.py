@@ -189,7 +189,9 @@ def _parser() -> cli.Parser:
     importing.add_argument("--mesh", default="", help="where the weights lie meanwhile, such as fsdp=8")
     exporting = add("export", _export, "write another format", source, ("dst", "folder (causal-pt: file) to write"))
     exporting.add_argument("--format", required=True, choices=WRITABLE)
-    exporting.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file (default: %(default)g)")
+    exporting.add_argument(
+        "--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file (default: %(default)g)"
+    )
     for command in (importing, exporting):
         command.add_argument("--dtype", default="keep", choices=DTYPES, help="default: as stored")
         command.add_argument("--overwrite", action="store_true", help="replace what is there")

@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,7 @@ class Entry:
     file: Path
 
 
+@runtime_checkable
 class TensorFiles(Protocol):
     """What both readers offer.
 
@@ -81,12 +82,12 @@ class SafetensorsFiles:
                 raise UserError(f"{file} is truncated or no safetensors file ({error}); {AGAIN}.") from error
             self._open[file] = handle
             self.metadata.update(handle.metadata() or {})
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 (the handle itself is not iterable)
                 view = handle.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise UserError(
-                        f"{file}: tensor {name} has dtype {view.get_dtype()}; use weights in one of {', '.join(DTYPES)} "
-                        "(not quantised)."
+                        f"{file}: tensor {name} has dtype {view.get_dtype()}; use weights in one of "
+                        f"{', '.join(DTYPES)} (not quantised)."
                     )
                 _add(self.entries, Entry(name, tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]), file))
 
@@ -104,7 +105,7 @@ def safetensors_in(folder: Path) -> list[Path]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     if len(indices) > 1:
-        raise UserError(f"{folder} holds several models ({', '.join(i.name for i in indices)}); name one of these files.")
+        raise _several(folder, indices)
     if indices:
         return files_of_index(indices[0])
     parts = [re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", file.name) for file in files]
@@ -113,8 +114,12 @@ def safetensors_in(folder: Path) -> list[Path]:
             raise UserError(f"{folder} holds {len(files)} of {int(parts[0][3])} shards; {AGAIN}.")
         return files
     if len(files) > 1:
-        raise UserError(f"{folder} holds several models ({', '.join(f.name for f in files)}); name one of these files.")
+        raise _several(folder, files)
     return files
+
+
+def _several(folder: Path, files: list[Path]) -> UserError:
+    return UserError(f"{folder} holds several models ({', '.join(f.name for f in files)}); name one of these files.")
 
 
 def files_of_index(index: Path) -> list[Path]:
@@ -193,8 +198,8 @@ class TorchFile:
             if not found:
                 raise UserError(f"{self.file} is damaged or no PyTorch file ({_first(error)}); {AGAIN}.") from error
             raise UserError(
-                f"{self.file} holds a {found[1]} object besides tensors; loading it could run code and is refused. Where "
-                "you trust the file, save its tensors alone, such as torch.save({'generator': state_dict}, 'clean.pt')."
+                f"{self.file} holds a {found[1]} object besides tensors; loading it could run code and is refused. "
+                "Where you trust the file, save its tensors alone: torch.save({'generator': state_dict}, 'clean.pt')."
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.file} is truncated or no PyTorch file ({_first(error)}); {AGAIN}.") from error

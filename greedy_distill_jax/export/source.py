@@ -177,6 +177,29 @@ class ForeignSource(Source):
         return names.from_foreign(path, value, index)
 
 
+class TreeSource(Source):
+    """Parameters in memory, such as those of a notebook or of a step that is being trained.
+
+    Args:
+      cfg: architecture.
+      params: our tree, as the model's ``init`` makes it.
+      meta: "sampling" and "latent_shape" for an exported student, "part" for a `.pt`.
+    """
+
+    path, format = Path("parameters"), "ours"
+
+    def __init__(self, cfg: Config, params: Any, meta: Mapping[str, Any] = MappingProxyType({})):
+        self.cfg, self.meta, self._leaves = cfg, dict(meta), dict(leaf_paths(params))
+        if {leaf: tuple(x.shape) for leaf, x in self._leaves.items()} != self.shapes:
+            raise UserError(f"these parameters are not those of {describe(cfg)}; give the config they were made with.")
+        self.dtypes = {leaf: np.dtype(x.dtype) for leaf, x in self._leaves.items()}
+
+    def read_layer(self, path: str, layer: int, index: Index) -> np.ndarray:
+        """See `Source`."""
+        value = np.asarray(self._leaves[path])
+        return (value[layer] if names.split_path(path)[1].stacked else value)[index]
+
+
 class OurSource(Source):
     """A converted folder or a training run: its averaged weights, unless the step keeps others only.
 
@@ -307,7 +330,7 @@ def _wan_config(path: Path, files: TensorFiles, naming: str, config: Mapping, he
         try:
             return as_config(json.loads(files.metadata[METADATA]))
         except (TypeError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: the metadata {METADATA!r} describes no model ({error}); export it again.") from error
+            raise UserError(f"{path}: metadata {METADATA!r} describes no model ({error}); export it again.") from error
 
     def shape(leaf: str) -> tuple[int, ...]:
         name = names.foreign_names(leaf, (1,), naming)[0]

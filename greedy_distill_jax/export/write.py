@@ -47,7 +47,7 @@ def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator
         try:
             yield partial
         except OSError as error:
-            raise UserError(f"{target} cannot be written ({error.strerror or error}); free or choose a place.") from error
+            raise UserError(f"{target} cannot be written ({error.strerror or error}).") from error
         if target.exists():
             os.replace(target, temporary / "replaced")
         os.replace(partial, target)
@@ -100,8 +100,8 @@ def write(
         raise UserError(f"--format {form!r} is unknown; choose from {', '.join(WRITABLE)}.")
     if is_student != (form == "torch-student"):
         fits = "torch-student" if is_student else "original, diffusers or causal-pt"
-        raise UserError(f"{source.path} holds {'ETM + SDD' if is_student else 'a Wan DiT'}; --format {form} cannot hold "
-                        f"it, use {fits}.")  # fmt: skip
+        holds = "ETM + SDD" if is_student else "a Wan DiT"
+        raise UserError(f"{source.path} holds {holds}, which --format {form} cannot; use {fits}.")
     stored_dtype(source, next(iter(source.shapes)), dtype)
     if form == "causal-pt" and Path(target).suffix not in (".pt", ".pth"):
         raise UserError(f"{target} is no .pt file; name the output such as {target}.pt")
