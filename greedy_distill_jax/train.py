@@ -149,9 +149,10 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     resumed = has_checkpoint(workdir / "checkpoints")
     teacher = None
     if config.teacher_from and isinstance(model, Student) and not resumed:
-        teacher = Run.load(config.teacher_from)
+        teacher = Run.load(config.teacher_from, needs_codec=False)
         check_teacher(config, model, teacher)
-        codec = _agreed_codec(codec, teacher.codec, config.teacher_from)
+        if teacher.codec is not None:
+            codec = _agreed_codec(codec, teacher.codec, config.teacher_from)
     elif resumed:
         codec = _agreed_codec(codec, PatchCodec.load(workdir / CODEC), str(workdir))
     wan = configuration.wan_config(config)

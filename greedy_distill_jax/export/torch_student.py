@@ -20,10 +20,8 @@ same numbers. Blocks, embeddings and head are Wan2.1's, and so are the parameter
 
 Conventions. Latents are [B, T, C, H, W]. Noise level sigma in [0, 1]: x = (1 - sigma) clean + sigma noise, and the
 network's velocity is noise - clean. Matmuls run in `dtype`; norms, modulation, the residual stream, rotary positions
-and the sampler in float32. The numbers agree with the JAX original to about 1e-5 in float32.
-
-Deploying: `torch.compile(student.sdd)` and CUDA graphs see fixed shapes; keys are cached before rotation and rotated
-where they are used. Noise comes from `generator` or is passed in: same noise in, same frames out.
+and the sampler in float32. Noise comes from `generator` or is passed in: same noise in, same frames out as in JAX (to
+about 1e-5 in float32).
 """
 
 import dataclasses
@@ -70,11 +68,6 @@ class Config:
         flat.update({name: len(architecture[name]) for name in ("etm_layers", "sdd_layers")})
         return cls(**{field.name: flat[field.name] for field in dataclasses.fields(cls)})
 
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return self.dim // self.num_heads
-
     def sdd_positions(self, i: int) -> tuple[int, int]:
         """Time positions (in chunks) of the previous and of the current chunk i."""
         furthest = {"fixed": 1, "absolute": i, "clamped": max(0, self.rope_frames // self.chunk - 2)}[self.rope_mode]
@@ -100,10 +93,10 @@ class Ropes:
     def __call__(self, position: int) -> tuple[Tensor, Tensor]:
         """Time gets the channel pairs that height and width (a third each) leave."""
         if position not in self._known:
-            frames, third, angles = self.cfg.chunk, self.cfg.head_dim // 2 // 3, []
+            frames, pairs, angles = self.cfg.chunk, self.cfg.dim // self.cfg.num_heads // 2, []
             axes = ((position * frames, frames), (0, self.grid[0]), (0, self.grid[1]))
             for axis, (start, size) in enumerate(axes):
-                count = third if axis else self.cfg.head_dim // 2 - 2 * third
+                count = pairs // 3 if axis else pairs - 2 * (pairs // 3)
                 frequency = THETA ** (-torch.arange(count, dtype=torch.float64, device=self.device) / count)
                 shape = [size if n == axis else 1 for n in range(3)]
                 steps = torch.arange(start, start + size, dtype=torch.float64, device=self.device).reshape(*shape, 1)
@@ -208,10 +201,7 @@ class Block(nn.Module):
             return rotate(k, ropes(0)), v
         return self.cross_attn.key_value(z) if self.fusion == "replace" else None
 
-    def forward(
-        self, x: Tensor, e0: Tensor, chunks: list[Chunk], ropes: Ropes, text: KeyValue | None, cache: dict,
-        z: list[KeyValue | None],
-    ) -> tuple[Tensor, list[KeyValue]]:  # fmt: skip
+    def forward(self, x, e0, chunks: list[Chunk], ropes: Ropes, text: KeyValue | None, cache: dict, z: list):
         """One layer over the chunks of a call: (x, the chunks' own keys and values).
 
         x [B, chunks, tokens, D] float32; e0 [B, chunks, tokens or 1, 6, D] float32 modulation; `text` None with fusion
@@ -220,7 +210,7 @@ class Block(nn.Module):
         dtype, count = self.self_attn.q.weight.dtype, len(chunks)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None, None] + e0).unbind(-2)
 
-        split = lambda y: y.unflatten(1, (count, -1)).unbind(1)  # noqa: E731
+        split = lambda y: y.unflatten(1, (count, -1)).unbind(1)  # noqa: E731 (one line, used four times)
         h = (self.norm1(x) * (1 + scale1) + shift1).to(dtype).flatten(1, 2)
         queries = split(self.self_attn.query(h))
         own = list(zip(*(split(y) for y in self.self_attn.key_value(h)), strict=True))
@@ -292,11 +282,9 @@ class Backbone(nn.Module):
             e = e + extra.to(e.dtype).repeat_interleave(g, dim=1)
         e0 = self.time_projection(e).float().unflatten(-1, (6, -1))
 
-        def per_token(y):  # [B, chunks * g, ...] -> [B, chunks, tokens, ...]; one frame broadcasts over its tokens
-            y = y.unflatten(1, (-1, g))
-            return y if g == 1 else y.repeat_interleave(tokens // g, dim=2)
-
-        return per_token(e.float()), per_token(e0)
+        # Per chunk and token; a chunk of one frame broadcasts over its tokens.
+        e, e0 = (y.unflatten(1, (-1, g)) for y in (e.float(), e0))
+        return (e, e0) if g == 1 else tuple(y.repeat_interleave(tokens // g, dim=2) for y in (e, e0))
 
     def project_text(self, text: Tensor) -> list[KeyValue | None]:
         """Keys and values of the text rows per layer, once per prompt. Padded rows are attended, as in Wan."""
@@ -307,11 +295,11 @@ class Backbone(nn.Module):
 
     def run(self, x, e0, chunks, ropes, text, caches, z) -> tuple[Tensor, list[list[KeyValue]]]:
         """All blocks, with `text`, `caches` and `z` per layer: (x, own keys and values per layer and chunk)."""
-        owns = []
-        for block, rows, cache, zs in zip(self.blocks, text, caches, z, strict=True):
-            x, own = block(x, e0, chunks, ropes, rows, cache, zs)
-            owns.append(own)
-        return x, owns
+        own = []
+        for block, *layer in zip(self.blocks, text, caches, z, strict=True):
+            x, keys_and_values = block(x, e0, chunks, ropes, *layer)
+            own.append(keys_and_values)
+        return x, own
 
 
 class ETM(Backbone):
@@ -326,9 +314,8 @@ class ETM(Backbone):
         x = self.tokens(previous)
         if chunks[0].position == 0:
             x = torch.cat([self.bos.float().expand_as(x[:, :1]), x[:, 1:]], dim=1)
-        e0 = self.time(sigma, x.shape[2])[1]
-        none = [[None] * len(chunks)] * len(self.blocks)
-        x, own = self.run(x, e0, chunks, ropes, text, caches, none)
+        no_z = [[None] * len(chunks)] * len(self.blocks)
+        x, own = self.run(x, self.time(sigma, x.shape[2])[1], chunks, ropes, text, caches, no_z)
         return self.norm(x), own
 
 
@@ -404,10 +391,7 @@ class Student(nn.Module):
         before, current = self.cfg.sdd_positions(i)
         return Chunk(current, [(first, 0)] * (i >= 1) + [(previous, before)] * (i >= 2))
 
-    def forward(
-        self, noisy: Tensor, sigma: Tensor, text: Tensor, history: Tensor, history_sigma: Tensor | None = None,
-        sdd_history: Tensor | None = None, sdd_history_sigma: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, noisy, sigma, text, history, history_sigma=None, sdd_history=None, sdd_history_sigma=None):
         """Velocity [B, T, C, H, W] float32 of all chunks at once, each given the history before it.
 
         noisy [B, T, C, H, W] (T a multiple of the chunk) at levels sigma [B, T]; text [B, M, text_dim]; history like
@@ -501,10 +485,8 @@ class Stream:
         """ETM's z [B, 1, tokens, D] for the next chunk; keeps the keys later slots will look at."""
         cfg, j = self.student.cfg, self.index
         chunk = Chunk(j, [(str(slot), position) for slot, position in cfg.etm_keys(j)[:-1]])
-        z, own = self.student.etm(
-            self._last, torch.zeros(self._last.shape[:2], device=self._last.device), [chunk], self._ropes,
-            self._text[0], self._etm,
-        )  # fmt: skip
+        sigma = torch.zeros(self._last.shape[:2], device=self._last.device)
+        z, own = self.student.etm(self._last, sigma, [chunk], self._ropes, self._text[0], self._etm)
         kept = {str(slot) for slot, _ in cfg.etm_keys(j + 1)}
         for layer, (key_value,) in enumerate(own):
             cache = {**self._etm[layer], str(j): key_value}
