@@ -1,6 +1,5 @@
 """The teacher against diffusers' `WanTransformer3DModel`: outputs and gradients, float32, weights through the table."""
 
-import functools
 import warnings
 
 import jax
@@ -16,9 +15,8 @@ from greedy_distill_jax.models.wan_config import WanConfig
 from greedy_distill_jax.sharding import leaf_paths
 from greedy_distill_jax.testing import tiny
 
-pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")
-import torch
 
 TOLERANCE = 2e-5
 FIELDS = dict(channels=4, freq_dim=16, dtype="float32", remat="none")
