@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from greedy_distill_jax import cli, config as configuration
 from greedy_distill_jax.checkpoint import Checkpointer
 from greedy_distill_jax.export.files import PARTS
@@ -55,7 +57,9 @@ def import_weights(
         raise UserError(f"{source.path} is in our format already; use it as it is.")
     with replacing(target, overwrite=overwrite) as partial:
         params = load(source, sharding=sharding, dtype=dtype)
-        with Checkpointer(partial / "checkpoints", async_save=False) as checkpointer:
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+        limit = largest + 2**20  # writing one leaf at a time keeps the promise of streaming
+        with Checkpointer(partial / "checkpoints", async_save=False, write_bytes=limit) as checkpointer:
             checkpointer.save(0, {"ema": params}, _meta(source))
         codec = source.path / CODEC
         if source.path.is_dir() and codec.is_file():
