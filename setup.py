@@ -4,7 +4,8 @@ Every version below is a lower bound that the suite has run with; there are no u
 
 Extras:
   cuda, tpu   accelerator builds of jax
-  torch       the text encoder and conversion from and to PyTorch (nothing of torch is in the base install)
+  torch       the text encoder and `.pt` files (nothing of torch is in the base install; safetensors is)
+  parity      torch, diffusers, transformers, accelerate: the tests against independent code
   eval        image metrics (SSIM)
   notebook    execute the notebooks
   dev         everything the suite needs (`test` is the same set)
@@ -45,11 +46,14 @@ BASE = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow>=13.0.0",
+    "safetensors>=0.8.0",
     "tensorboard>=2.21.0",
     "tqdm>=4.70.1",
 ]
 EVAL = ["scikit-image>=0.26.0"]
 NOTEBOOK = ["ipykernel>=7.4.0", "jupytext>=1.19.6", "nbclient>=0.11.0", "nbformat>=5.11.1"]
+TORCH = ["torch>=2.13.0", "transformers>=5.23.0", "sentencepiece>=0.2.1"]
+PARITY = ["accelerate>=1.15.0", "diffusers>=0.42.1", "torch>=2.13.0", "transformers>=5.23.0"]
 DEV = [
     "beartype>=0.23.1",
     "hypothesis>=6.170.15",
@@ -80,7 +84,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "torch": ["torch>=2.13", "transformers>=5.0", "sentencepiece>=0.2.1"],
+        "torch": TORCH,
+        "parity": PARITY,
         "eval": EVAL,
         "notebook": NOTEBOOK,
         "dev": DEV,

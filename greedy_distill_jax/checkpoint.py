@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from greedy_distill_jax.types import UserError
 
 Path = tuple[str, ...]
+_READ_BYTES = 2**29
 
 
 class Checkpointer:
@@ -38,6 +39,8 @@ class Checkpointer:
       max_to_keep: newest steps that stay; None keeps all.
       async_save: `save` returns after the copy to host memory, the writing goes on in the background.
       read_only: never creates or cleans up anything; for readers of a run that may still be training.
+      write_bytes: most bytes on their way to disk at once (more than the largest leaf), uncompressed, to save memory;
+        None for no limit.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Checkpointer:
         max_to_keep: int | None = 3,
         async_save: bool = True,
         read_only: bool = False,
+        write_bytes: int | None = None,
     ):
         self.directory, self._read_only = _absolute(directory), read_only
         if not read_only:
@@ -61,10 +65,12 @@ class Checkpointer:
                 create=not read_only,
                 read_only=read_only,
             )
+            limited = {} if write_bytes is None else dict(save_concurrent_gb=write_bytes / 1e9, use_compression=False)
+            state_handler = ocp.PyTreeCheckpointHandler(**limited)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,
-                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+                item_handlers={"state": state_handler, "meta": ocp.JsonCheckpointHandler()},
             )
 
     def __enter__(self) -> "Checkpointer":
@@ -162,8 +168,29 @@ class Checkpointer:
             (*prefix, *path): jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed[path])
             for path, shape in chosen.items()
         }
-        read = self._read(step, shapes)
-        return _nest({path[len(prefix) :]: leaf for path, leaf in read.items()})
+        read: dict[Path, jax.Array] = {}
+        for group in _groups(shapes):
+            read |= self._read(step, group)
+        return _nest({path[len(prefix) :]: read[path] for path in shapes})
+
+    def shapes(self, step: int | None, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path below ``subtree`` ("a/b/c") -> shape and dtype of every leaf stored there; {} if there is none."""
+        prefix = tuple(part for part in subtree.split("/") if part)
+        stored = self._stored(self._existing(step))
+        return {"/".join(p[len(prefix) :]): shape for p, shape in stored.items() if p[: len(prefix)] == prefix}
+
+    def read_groups(
+        self, step: int | None, subtree: str, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Leaves below ``subtree``, in the order of ``wanted`` (from ``shapes``), a part of them at a time."""
+        step, prefix, here = self._existing(step), tuple(subtree.split("/")), _default_sharding()
+        shapes = {
+            (*prefix, *path.split("/")): jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=here)
+            for path, shape in wanted.items()
+        }
+        for group in _groups(shapes):
+            read = self._read(step, group)
+            yield {"/".join(path[len(prefix) :]): np.asarray(read.pop(path)) for path in group}
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
@@ -279,6 +306,18 @@ def _nest(flat: Mapping[Path, Any]) -> Any:
             node = node.setdefault(name, {})
         node[path[-1]] = leaf
     return root
+
+
+def _groups(shapes: dict[Path, jax.ShapeDtypeStruct]) -> list[dict[Path, jax.ShapeDtypeStruct]]:
+    """Leaves to read together: up to ``_READ_BYTES``, because Orbax holds them on the host next to the result."""
+    groups, size = [{}], 0
+    for path, shape in shapes.items():
+        size += shape.size * shape.dtype.itemsize
+        if groups[-1] and size > _READ_BYTES:
+            groups.append({})
+            size = shape.size * shape.dtype.itemsize
+        groups[-1][path] = shape
+    return groups
 
 
 def _is_key(leaf: Any) -> bool:

@@ -46,19 +46,27 @@ def data_source(config: ConfigDict, split: str, *, frames: int, seed: int):
 
 @dataclasses.dataclass
 class Run:
-    """Everything needed to sample. ``params`` are the averaged (EMA) weights; ``latent_shape`` is (T, H, W, C)."""
+    """Everything needed to sample. ``params`` are the averaged (EMA) weights; ``latent_shape`` is (T, H, W, C).
+
+    ``codec`` is None for converted weights, which come without one.
+    """
 
     config: ConfigDict
     model: Teacher | StreamingModel
     params: Any
-    codec: PatchCodec
+    codec: PatchCodec | None
     encoder: HashWordEncoder
     latent_shape: tuple[int, ...]
     meta: dict[str, Any]
 
     @classmethod
-    def load(cls, directory: str | Path, step: int | None = None) -> "Run":
-        """The latest (or the given) checkpoint of a run directory.
+    def load(cls, directory: str | Path, step: int | None = None, *, needs_codec: bool = True) -> "Run":
+        """The latest (or the given) checkpoint of a run directory or of converted weights.
+
+        Args:
+          directory: the --workdir of a training command, or what `convert import` wrote.
+          step: None for the newest.
+          needs_codec: False accepts converted weights without a codec (nothing can be decoded then).
 
         Raises:
           UserError: no run, no finished checkpoint, or a codec that is missing.
@@ -79,7 +87,14 @@ class Run:
         model = Teacher(wan) if config.stage == "teacher" else make_student(configuration.student_config(config))
         params = load_params(directory / "checkpoints", "ema", step=step)
         encoder = HashWordEncoder(wan.text_len, wan.text_dim)
-        codec = PatchCodec.load(directory / CODEC)
+        codec = None
+        if (directory / CODEC).exists() or "source" not in meta:
+            codec = PatchCodec.load(directory / CODEC)
+        elif needs_codec:
+            raise UserError(
+                f"{directory} holds converted weights without a codec, so nothing can be decoded; train a student from "
+                f"them (config.teacher_from), or give the --workdir of a training command."
+            )
         return cls(config, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
 
     @property

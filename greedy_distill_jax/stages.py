@@ -72,14 +72,14 @@ def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed
     teacher = student = None
     asked = configuration.frozen_networks(config)
     if config.teacher_from and isinstance(model, StreamingModel) and ("teacher" in asked or not resumed):
-        teacher = Run.load(config.teacher_from)
+        teacher = Run.load(config.teacher_from, needs_codec=False)
         if teacher.config.stage != "teacher":
             raise UserError(
                 f"config.teacher_from {config.teacher_from} holds stage {teacher.config.stage}, not a teacher."
             )
         _check_same("teacher_from", config.teacher_from, teacher.model.cfg, model.cfg.base)
     if config.student_from and isinstance(model, StreamingModel) and ("stage1" in asked or not resumed):
-        student = Run.load(config.student_from)
+        student = Run.load(config.student_from, needs_codec=False)
         if student.config.stage == "teacher":
             raise UserError(f"config.student_from {config.student_from} holds a teacher, not a student.")
         _check_same("student_from", config.student_from, student.model.cfg, model.cfg)
@@ -214,6 +214,7 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
       given: parameters of the sources' runs, "teacher" and "student", as far as there are any.
       key: of a random start, and of what the sources do not have.
     """
+    given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)  # converted weights may be stored in bfloat16
     if "student" in given:
         params = given["student"]
     elif "teacher" in given and isinstance(stage.model, StreamingModel):

@@ -76,7 +76,7 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     resumed = has_checkpoint(workdir / "checkpoints")
     sources = load_sources(config, model, resumed=resumed)
     for key, run in (("teacher_from", sources.teacher), ("student_from", sources.student)):
-        if run is not None:
+        if run is not None and run.codec is not None:
             codec = _agreed_codec(codec, run.codec, config[key])
     if resumed:
         codec = _agreed_codec(codec, PatchCodec.load(workdir / CODEC), str(workdir))

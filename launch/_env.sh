@@ -41,7 +41,8 @@ print(hashlib.sha256(text).hexdigest())
 PY
 }
 
-# ensure_env EXTRAS [PACKAGE...]: packages are installed after the checkout, without their own requirements.
+# ensure_env EXTRAS [PACKAGE...]: packages are installed after the checkout, without their own requirements;
+# those named in ENV_FIRST are installed before it.
 ensure_env() {
   local extras="$1" stamp wanted python target
   shift
@@ -52,7 +53,7 @@ ensure_env() {
     "$python" -m venv "$VENV" || die "$python cannot create $VENV; install its venv module or set PYTHON to another one."
   fi
   stamp="$VENV/installed-${extras:-base}"
-  wanted="$(_stamp_of "$extras $*")"
+  wanted="$(_stamp_of "${ENV_FIRST:-} $extras $*")"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     return
   fi
@@ -60,6 +61,10 @@ ensure_env() {
   say "installing greedy_distill_jax${extras:+[$extras]} into $VENV (a few minutes the first time)"
   rm -f "$stamp"
   local start=$SECONDS
+  if [ -n "${ENV_FIRST:-}" ]; then
+    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check $ENV_FIRST ||
+      die "pip could not install $ENV_FIRST (its messages are above); run the same command again to go on."
+  fi
   "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$target" ||
     die "pip could not install $target (its messages are above); run the same command again to go on."
   if [ $# -gt 0 ]; then

@@ -4,7 +4,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
-ensure_env dev scikit-video
+# Pinned and first: where the index has a CPU build it has this one, while an open "torch" brings gigabytes of CUDA.
+ENV_FIRST="torch==2.13.0"
+ensure_env dev,parity scikit-video
 cd "$ROOT"
 export JAX_PLATFORMS=cpu
 start=$SECONDS

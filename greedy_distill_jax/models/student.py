@@ -139,7 +139,8 @@ class Student(StreamingModel):
             out = dict(target)
             for name, value in source.items():
                 if name in out:
-                    out[name] = fill(out[name], value) if isinstance(value, dict) else jnp.asarray(value)
+                    is_tree = isinstance(value, dict)  # converted teachers may be stored in bfloat16
+                    out[name] = fill(out[name], value) if is_tree else jnp.asarray(value, out[name].dtype)
             return out
 
         def cut(target, layers):

@@ -1,0 +1,219 @@
+"""Weights in and out. The format of a source is recognised, not asked for.
+
+    python -m greedy_distill_jax.convert import SRC DST
+    python -m greedy_distill_jax.convert export SRC DST --format original|diffusers|causal-pt|torch-student
+    python -m greedy_distill_jax.convert inspect SRC
+    python -m greedy_distill_jax.convert verify A B
+
+`import` makes a folder that `train --config.teacher_from=DST` starts a student from and `export` reads; `export` reads
+such a folder, a training run (its averaged weights) or any other format.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from greedy_distill_jax import cli, config as configuration
+from greedy_distill_jax.checkpoint import Checkpointer
+from greedy_distill_jax.export.files import PARTS
+from greedy_distill_jax.export.load import DTYPES, compare, load
+from greedy_distill_jax.export.names import foreign_names
+from greedy_distill_jax.export.source import Source, open_source, summary, wan_of
+from greedy_distill_jax.export.write import SHARD_BYTES, WRITABLE, architecture_json, replacing, write
+from greedy_distill_jax.mesh import make_mesh
+from greedy_distill_jax.models.dit import Teacher
+from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
+from greedy_distill_jax.run import CODEC, architecture
+from greedy_distill_jax.sharding import shardings
+from greedy_distill_jax.types import UserError
+
+WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832 pixels
+
+
+def import_weights(
+    source: Source, target: str | Path, *, dtype: str = "keep", sharding: Any = None, overwrite: bool = False
+) -> None:
+    """Writes a source as a folder of ours: `checkpoints/0` with the item "ema", and the JSON a run would have.
+
+    Args:
+      source: from `export.source.open_source`.
+      target: the folder.
+      dtype: "keep" or a name of `export.load.DTYPES`.
+      sharding: as for `export.load.load`; decides where the weights lie while they are written.
+      overwrite: replace the target.
+
+    Raises:
+      UserError: a source that is ours already, a tensor that cannot be read, a place that cannot be written.
+    """
+    if source.format == "ours":
+        raise UserError(f"{source.path} is in our format already; use it as it is.")
+    with replacing(target, overwrite=overwrite) as partial:
+        params = load(source, sharding=sharding, dtype=dtype)
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+        limit = largest + 2**20  # writing one leaf at a time keeps the promise of streaming
+        with Checkpointer(partial / "checkpoints", async_save=False, write_bytes=limit) as checkpointer:
+            checkpointer.save(0, {"ema": params}, _meta(source))
+        codec = source.path / CODEC
+        if source.path.is_dir() and codec.is_file():
+            shutil.copyfile(codec, partial / CODEC)
+
+
+def _meta(source: Source) -> dict[str, Any]:
+    """What a run writes beside its weights, for weights that no run of ours made."""
+    cfg, wan, config = source.cfg, wan_of(source.cfg), configuration.base()
+    sizes = {k: v for k, v in dataclasses.asdict(wan).items() if k in ("dim", "ffn_dim", "num_heads", "num_layers")}
+    config.model.size = next((n for n, size in WAN_SIZES.items() if size.items() >= sizes.items()), "wan1_3b")
+    for field in dataclasses.fields(WanConfig):
+        config.model[field.name] = getattr(wan, field.name)
+    latent_shape = source.meta.get("latent_shape") or (*WAN_LATENT, wan.channels)
+    config.data.frames = latent_shape[0]
+    if isinstance(cfg, StudentConfig):
+        config.stage = "teacher_forcing"
+        config.student.split = "/".join(",".join(map(str, layers)) for layers in (cfg.etm_layers, cfg.sdd_layers))
+        for name in config.student:
+            if hasattr(cfg, name):
+                config.student[name] = getattr(cfg, name)
+        for name, value in source.meta.get("sampling", {}).get("made_from", {}).items():
+            config.sample[name] = value
+    model = Student(cfg) if isinstance(cfg, StudentConfig) else Teacher(cfg)
+    return dict(
+        stage=config.stage, data_position=0, config=config.to_json_best_effort(), architecture=architecture(model),
+        latent_shape=list(latent_shape), steps=0,
+        source=dict(format=source.format, name=source.path.name, part=source.meta.get("part", "")),
+    )  # fmt: skip
+
+
+def export_weights(source: Source, target: str | Path, form: str, **options: Any) -> None:
+    """`export.write.write`, with the sampling and the codec of the run a student comes from.
+
+    Raises:
+      UserError: as there.
+    """
+    extra = {}
+    if form == "torch-student" and source.format == "ours":
+        extra = dict(student=_sampling(source), codec=source.path / CODEC)
+    write(source, target, form, **extra, **options)
+
+
+def _sampling(source: Source) -> dict[str, Any]:
+    stored = json.loads(source.meta["config"])
+    config = configuration.base()
+    made_from = {k: stored["sample"][k] for k in ("steps", "first_steps", "shift", "sampler")}
+    config.sample.update(made_from)
+    chosen = configuration.sampling(config)
+    sampling = {"sampler": chosen.sampler, "sigmas": [list(row) for row in chosen.sigmas], "made_from": made_from}
+    return {"sampling": sampling, "latent_shape": list(source.meta["latent_shape"])}
+
+
+def _parse_mesh(value: str) -> dict[str, int]:
+    try:
+        return {axis: int(size) for axis, size in (part.split("=") for part in value.split(","))}
+    except ValueError as error:
+        raise UserError(f"--mesh {value!r} is not of the form AXIS=SIZE,..., such as fsdp=8.") from error
+
+
+def _import(args: argparse.Namespace) -> None:
+    source = open_source(args.src, part=args.part, heads=args.heads, text_len=args.text_len)
+    sharding = functools.partial(shardings, mesh=make_mesh(_parse_mesh(args.mesh))) if args.mesh else None
+    import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, overwrite=args.overwrite)
+    print(f"{args.dst}: {summary(source)['architecture']} from {source.format}{_of_part(source)}")
+
+
+def _of_part(source: Source) -> str:
+    return f", part {source.meta['part']}" if source.meta.get("part") else ""
+
+
+def _export(args: argparse.Namespace) -> None:
+    source = open_source(args.src, part=args.part, step=args.step, heads=args.heads, text_len=args.text_len)
+    options = dict(dtype=args.dtype, shard_bytes=int(args.shard_gb * 10**9), overwrite=args.overwrite)
+    if args.shard_gb <= 0:
+        raise UserError(f"--shard-gb is {args.shard_gb}; it must be positive.")
+    export_weights(source, args.dst, args.format, **options)
+    if args.format != "torch-student" and wan_of(source.cfg).prediction != "velocity":
+        print(
+            f"note: {args.src} predicts x0; programs that expect Wan's velocity need (x - output) / sigma.",
+            file=sys.stderr,
+        )
+    print(f"{args.dst}: {summary(source)['architecture']} as {args.format}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    source = open_source(args.src, part=args.part, step=args.step, heads=args.heads, text_len=args.text_len)
+    found = summary(source)
+    print(f"format        {found['format']}{_of_part(source)}")
+    print(f"architecture  {found['architecture']}")
+    for name, value in architecture_json(source).items():
+        print(f"  {name} = {value}")
+    print(f"parameters    {found['parameters']:,} in {found['tensors']:,} tensors ({found['leaves']} stacked)")
+    print(f"dtypes        {', '.join(f'{name} ({count} stacked)' for name, count in found['dtypes'].items())}")
+    if args.tensors:
+        for path, shape in source.shapes.items():
+            first = foreign_names(path, shape, "original")[0]
+            print(f"  {path} {list(shape)} {source.dtypes[path]}  <- {first}")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    a, b = (open_source(s, part=args.part, heads=args.heads, text_len=args.text_len) for s in (args.a, args.b))
+    different = compare(a, b)
+    beyond = [d for d in different if args.atol is None or not d.largest <= args.atol]
+    for d in sorted(beyond, key=lambda d: -d.largest)[:10]:
+        print(f"{d.name}: max |a - b| = {d.largest:.3g} ({' against '.join(d.dtypes)})")
+    count = summary(a)["tensors"]
+    if beyond:
+        print(f"{len(beyond)} of {count} tensors differ")
+        return 1
+    same = f"agree within {args.atol:g}" if different else "are identical bit by bit"
+    print(f"{count} tensors {same}")
+    return 0
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m greedy_distill_jax.convert", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+
+    def add(name, run, help_, *positional):
+        command = commands.add_parser(name, help=help_)
+        for argument, text in positional:
+            command.add_argument(argument, help=text)
+        command.add_argument("--part", default="", help=f"of a .pt: {', '.join(PARTS)}; of a run: ema, params")
+        command.add_argument("--heads", type=int, help="attention heads, where no config.json says it")
+        command.add_argument("--text-len", type=int, help="text rows, where no config.json says it (default: 512)")
+        command.set_defaults(run=run)
+        return command
+
+    source = ("src", "file or folder: safetensors, .pt, diffusers, an exported student, a run")
+    importing = add("import", _import, "make a folder of ours", source, ("dst", "folder to write"))
+    importing.add_argument("--mesh", default="", help="where the weights lie meanwhile, such as fsdp=8")
+    exporting = add("export", _export, "write another format", source, ("dst", "folder (causal-pt: file) to write"))
+    exporting.add_argument("--format", required=True, choices=WRITABLE)
+    exporting.add_argument(
+        "--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file (default: %(default)g)"
+    )
+    for command in (importing, exporting):
+        command.add_argument("--dtype", default="keep", choices=DTYPES, help="default: as stored")
+        command.add_argument("--overwrite", action="store_true", help="replace what is there")
+    inspecting = add("inspect", _inspect, "say what it is", source)
+    inspecting.add_argument("--tensors", action="store_true", help="list every leaf")
+    for command in (exporting, inspecting):
+        command.add_argument("--step", type=int, help="of a training run (default: the newest)")
+    verifying = add("verify", _verify, "compare tensor by tensor", ("a", "any source"), ("b", "any source"))
+    verifying.add_argument("--atol", type=float, help="allow this difference (default: identical bits and dtypes)")
+    return parser
+
+
+def main(argv: list[str]) -> int | None:
+    """Command line."""
+    args = _parser().parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

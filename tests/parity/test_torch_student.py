@@ -1,0 +1,103 @@
+"""The exported PyTorch student against the JAX one: same noise in, same frames out, in both forms."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from greedy_distill_jax.export.source import TreeSource
+from greedy_distill_jax.export.write import write
+from greedy_distill_jax.models.student import History, Student
+from greedy_distill_jax.stream import Sampling, Streamer, initial_noise
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.pairwise import pairwise
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
+
+LATENT, FRAMES, TOLERANCE = (4, 6, 4), 24, 2e-5
+OPTIONS = {
+    "fusion": ["selfkv", "xattn2", "replace", "add", "concat", "adaln"],
+    "split": [((0, 1), (0, 1, 2)), ((0,), (1, 2)), ((0, 2, 1), (1,))],
+    "window": [3, 1],
+    "rope_mode": ["clamped", "absolute", "fixed"],
+    "context": ["clean", "fused", "last_step_kv"],
+    "chunk": [1, 2],
+    "sink": [0, 2],
+    "anchor": [True, False],
+    "sampler": ["euler", "renoise"],
+    "prediction": ["velocity", "x0"],
+}
+SIGMAS = ((1.0, 0.8, 0.4), (1.0, 0.6))
+
+
+def exported(folder, cfg, params, **meta):
+    """The PyTorch student of a freshly exported folder, loaded from the file in that folder."""
+    write(TreeSource(cfg, params, meta), folder, "torch-student")
+    spec = importlib.util.spec_from_file_location("torch_student", folder / "torch_student.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Student.from_pretrained(folder).eval()
+
+
+def to_torch(x):
+    """[B, T, H, W, C] -> [B, T, C, H, W]."""
+    return torch.from_numpy(np.array(x)).permute(0, 1, 4, 2, 3)
+
+
+def from_torch(x):
+    """[B, T, C, H, W] -> [B, T, H, W, C]."""
+    return x.detach().float().permute(0, 1, 3, 4, 2).numpy()
+
+
+def jax_stream(student, params, text, sampling):
+    """(frames, all noise a step may use [chunks, 1 + steps, B, g, H, W, C])."""
+    streamer, steps = Streamer(student, sampling), max(map(len, sampling.sigmas))
+
+    def body(state, _):
+        _, key = jax.random.split(state.key)
+        more = [jax.random.normal(jax.random.fold_in(key, n + 1), state.last.shape, jnp.float32) for n in range(steps)]
+        noise = jnp.stack([initial_noise(key, state.last.shape), *more])
+        state, x = streamer.step(params, state)
+        return state, (x, noise)
+
+    def run(params, text):
+        state = streamer.init(params, text, jax.random.key(7), LATENT)
+        return jax.lax.scan(body, state, length=FRAMES // student.cfg.chunk)[1]
+
+    frames, noise = jax.jit(run)(params, text)
+    return jnp.concatenate(list(frames), axis=1), noise
+
+
+@pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda case: "-".join(map(str, case.values())))
+def test_parallel_and_streamed(case, tmp_path):
+    case = dict(case)
+    case["etm_layers"], case["sdd_layers"] = case.pop("split")
+    sampling = Sampling(SIGMAS, case.pop("sampler"))
+    base = dict(prediction=case.pop("prediction"), dtype="float32", remat="none")
+    cfg = tiny.student_config(base=tiny.dataclasses.replace(tiny.BASE, **base), **case)
+    student = Student(cfg)
+    params = tiny.random_params(student, latent_shape=(1, *LATENT))
+    text = tiny.text_rows(2, jax.random.key(1))
+    other = exported(
+        tmp_path / "out", cfg, params, sampling={"sigmas": [list(s) for s in SIGMAS], "sampler": sampling.sampler}
+    )
+    text_t = torch.from_numpy(np.array(text))
+
+    frames, noise = jax_stream(student, params, text, sampling)
+    stream = other.stream(text_t, LATENT[:2])
+    made = [from_torch(stream.step([to_torch(n) for n in row])) for row in np.asarray(noise)]
+    scale = max(1.0, float(np.abs(frames).std()))
+    np.testing.assert_allclose(np.concatenate(made, axis=1) / scale, np.asarray(frames) / scale, atol=TOLERANCE, rtol=0)
+
+    keys = jax.random.split(jax.random.key(3), 4)
+    noisy, clean, last = (jax.random.normal(k, (2, FRAMES, *LATENT), jnp.float32) for k in keys[:3])
+    sigma = jax.random.uniform(keys[3], (2, FRAMES), jnp.float32)
+    history = History(clean, 0.1 * sigma, last, 0.5 * sigma)
+    ours = jax.jit(student.__call__)(params, noisy, sigma, text, history)
+    levels = [torch.from_numpy(np.array(x)) for x in (sigma, 0.1 * sigma, 0.5 * sigma)]
+    with torch.no_grad():
+        theirs = other(to_torch(noisy), levels[0], text_t, to_torch(clean), levels[1], to_torch(last), levels[2])
+    scale = max(1.0, float(np.abs(ours).std()))
+    np.testing.assert_allclose(from_torch(theirs) / scale, np.asarray(ours) / scale, atol=TOLERANCE, rtol=0)
