@@ -4,7 +4,8 @@
     python benchmarks/stage2.py ... --explore    # also every fake score, another teacher score and settings
 
 Tasks: "plain" is the quickstart's data. "drift" makes long streams hard: wandering shapes, whose heading and tint no
-caption tells, and an SDD that does not see frame 0.
+caption tells, and an SDD that does not see frame 0; there stage 2 rolls out 32 frames and scores random windows of 8
+(captions of the plain task tell how a video begins, so only its first window can be scored).
 
 Every row streams 64 frames (8 times the training length) at two network evaluations per frame, four for the first.
 "stage1_control" is more of stage 1, for the CPU time that stage 2 cost. Each trained row gets the
@@ -38,6 +39,7 @@ from greedy_distill_jax.run import Run
 from greedy_distill_jax.train import train
 
 WINDOW, FRAMES = 8, 64
+ROLLOUT = {"plain": 0, "drift": 32}
 TEST, TUNING = 1000, 3000  # seeds of the videos a row is judged, and tuned, on
 SCALES = (0.5, 1.0, 2.0)
 TEACHER_STEPS = 2000  # shorter than the quickstart's: six teachers are the largest part of the benchmark's time
@@ -139,6 +141,8 @@ class Bench:
         if not row.trained:
             return stage1
         config = self.config(row.preset, task, seed, row.changes)
+        if name == "stage2":
+            config.distill.frames = ROLLOUT[task]
         config.teacher_from, config.student_from = str(teacher), str(stage1)
         if name == "stage1_control":
             config = control_config(config, stage1, self.stage2(task, seed, stage2_scale))

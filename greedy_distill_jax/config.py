@@ -83,6 +83,7 @@ def base() -> ConfigDict:
     c.distill.segment = 0  # rollout_full: chunks through which later frames give credit to earlier ones, 0 = all
     c.distill.epochs = 1  # actor_critic: updates per rollout
     c.distill.anchor = 0.0  # actor_critic: weight of (action - action of the rollout)^2
+    c.distill.frames = 0  # length of a rollout; beyond data.frames the scores see random windows; 0 = data.frames
     c.distill.exit = "random"  # denoising step that makes the frames of a rollout: random | last
     c.distill.context_grad_etm = "params"  # ETM learns through z: params | none
     c.distill.context_grad_sdd = "none"  # SDD learns through its keys of earlier frames: params | none
@@ -199,7 +200,18 @@ def _validate_distillation(config: ConfigDict) -> None:
             f"config.distill.critic_warmup is {d.critic_warmup}, config.steps {config.steps}: the student would never "
             f"be updated; train longer or warm up less."
         )
-    chunks = config.data.frames // config.student.chunk
+    frames = d.frames or config.data.frames
+    if frames < config.data.frames or frames % config.student.chunk:
+        raise UserError(
+            f"config.distill.frames is {frames}; it must be 0 or a multiple of config.student.chunk = "
+            f"{config.student.chunk} from config.data.frames = {config.data.frames} on."
+        )
+    if frames > config.data.frames and (d.real, d.fake) != ("joint", "critic"):
+        raise UserError(
+            f"config.distill.frames is {frames}, beyond config.data.frames = {config.data.frames}: only real 'joint' and "
+            f"fake 'critic' can judge a window without what came before it."
+        )
+    chunks = frames // config.student.chunk
     if d.segment and chunks % d.segment:
         raise UserError(f"config.distill.segment is {d.segment}, which does not divide the {chunks} chunks of a video.")
     on_scores = ["real" in option_names(term.loss) for term in terms(config)]

@@ -10,6 +10,7 @@ generator's gradient comes in three ways ("pg"), which share the rollout and the
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ class SelfRollout:
     """How the student makes its own videos and how gradients pass through them.
 
     streamer: the student with the few-step sampling it is trained for.
-    latent_shape: (T, H, W, C) of a rollout.
+    latent_shape: (T, H, W, C) of what the losses see.
+    frames: length of a rollout; beyond T the losses see a window of it that starts at a random chunk.
     exit: see ``rollout.draw_exits``.
     grads: see ``models.student.ContextGrad``.
     pg: one of ``PG``.
@@ -41,6 +43,7 @@ class SelfRollout:
 
     streamer: Streamer | CausalStreamer
     latent_shape: tuple[int, int, int, int]
+    frames: int
     exit: str = "random"
     grads: ContextGrad = STOP_AT_KEYS
     pg: str = "rollout_trunc"
@@ -48,17 +51,35 @@ class SelfRollout:
     epochs: int = 1
     anchor: float = 0.0
 
-    def draw(self, params, text_BMC, key) -> rollouts.Rollout:
-        """A rollout without gradient."""
-        return rollouts.roll_out(self.streamer, params, text_BMC, key, self.latent_shape, self.exit)
+    def draw(self, params, text_BMC, key) -> "Drawn":
+        """A rollout without gradient, and the window of it that the losses see."""
+        key_roll, key_start = jax.random.split(key)
+        shape, chunk = (self.frames, *self.latent_shape[1:]), self.streamer.cfg.chunk
+        drawn = rollouts.roll_out(self.streamer, params, text_BMC, key_roll, shape, self.exit)
+        starts = (self.frames - self.latent_shape[0]) // chunk + 1
+        start = chunk * jax.random.randint(key_start, (), 0, starts)
+        return Drawn(drawn, start, self._window(drawn.x0_BTHWC, start))
 
-    def act(self, params, text_BMC, drawn: rollouts.Rollout):
-        """The rollout's frames again, differentiable in ``params``."""
+    def _window(self, x_BTHWC, start):
+        return jax.lax.dynamic_slice_in_dim(x_BTHWC, start, self.latent_shape[0], axis=1)
+
+    def act(self, params, text_BMC, drawn: "Drawn"):
+        """The window's frames again, differentiable in ``params``."""
         if self.pg == "rollout_full":
-            return rollouts.replay(
-                self.streamer, params, text_BMC, drawn, self.grads, frames=True, segment=self.segment
+            frames = rollouts.replay(
+                self.streamer, params, text_BMC, drawn.rollout, self.grads, frames=True, segment=self.segment
             )  # fmt: skip
-        return rollouts.recompute(self.streamer.student, params, text_BMC, drawn, self.grads)
+        else:
+            frames = rollouts.recompute(self.streamer.student, params, text_BMC, drawn.rollout, self.grads)
+        return self._window(frames, drawn.start)
+
+
+class Drawn(NamedTuple):
+    """A rollout and the part of it that the losses see."""
+
+    rollout: rollouts.Rollout
+    start: jax.Array  # int32, first frame of the window
+    video_BTHWC: jax.Array
 
 
 def _keys(seed: int, step, stream: int, count: int):
@@ -102,16 +123,16 @@ def generator_step(
     scores = make_scores(jax.lax.stop_gradient(state), frozen, key_score)
 
     def objective(action, params):
-        videos = {"text": text, "latents": drawn.x0_BTHWC, "action": action}
+        videos = {"text": text, "latents": drawn.video_BTHWC, "action": action}
         return total_loss(terms, make_net(params, key_net), videos, key_loss, scores)
 
     if own.pg == "actor_critic":
-        (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.x0_BTHWC, state.params)
+        (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.video_BTHWC, state.params)
 
         def actor(params):
             action = own.act(params, text, drawn)
-            near = own.anchor * jnp.mean(jnp.square(action - drawn.x0_BTHWC))
-            return jnp.sum(towards * action) + near + objective(drawn.x0_BTHWC, params)[0]
+            near = own.anchor * jnp.mean(jnp.square(action - drawn.video_BTHWC))
+            return jnp.sum(towards * action) + near + objective(drawn.video_BTHWC, params)[0]
 
         def epoch(_, carry):
             params, opt_state, _ = carry
@@ -153,7 +174,7 @@ def critic_step(
     del frozen
     key_text, key_roll, key_net, key_loss = _keys(seed, state.step, 1, 4)
     text = drop_text(batch["text"], null_MC, key_text, text_dropout)
-    videos = {"text": text, "latents": own.draw(state.params, text, key_roll).x0_BTHWC}
+    videos = {"text": text, "latents": own.draw(state.params, text, key_roll).video_BTHWC}
 
     def objective(params):
         return total_loss(terms, make_net(params, key_net), videos, key_loss)

@@ -133,7 +133,7 @@ def _distillation(config: ConfigDict, student: StreamingModel, sources: Sources,
     fused = student.cfg.context == "fused"
     rolled = make_student(dataclasses.replace(student.cfg, context="clean")) if fused else student
     own = distillation.SelfRollout(
-        make_streamer(rolled, configuration.sampling(config)), tuple(latent_shape), d.exit,
+        make_streamer(rolled, configuration.sampling(config)), tuple(latent_shape), d.frames or latent_shape[0], d.exit,
         ContextGrad(d.context_grad_etm, d.context_grad_sdd), d.pg, d.segment, d.epochs, d.anchor,
     )  # fmt: skip
     asked = configuration.frozen_networks(config)
