@@ -208,8 +208,8 @@ def _validate_distillation(config: ConfigDict) -> None:
         )
     if frames > config.data.frames and (d.real, d.fake) != ("joint", "critic"):
         raise UserError(
-            f"config.distill.frames is {frames}, beyond config.data.frames = {config.data.frames}: only real 'joint' and "
-            f"fake 'critic' can judge a window without what came before it."
+            f"config.distill.frames is {frames}, beyond config.data.frames = {config.data.frames}: only real 'joint' "
+            f"and fake 'critic' can judge a window without what came before it."
         )
     chunks = frames // config.student.chunk
     if d.segment and chunks % d.segment:

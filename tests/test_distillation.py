@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from greedy_distill_jax import config as configuration, distillation, stages, steps
+from greedy_distill_jax import config as configuration, distillation, losses, stages, steps
 from greedy_distill_jax.checkpoint import load_meta
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.logging import read_scalars
@@ -204,6 +204,8 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(distill__real="bidirectional"), "config.distill.real is 'bidirectional'; choose from joint"),
         (dict(distill__pg="ppo"), "config.distill.pg is 'ppo'; choose from rollout_trunc"),
         (dict(distill__epochs=0), "config.distill.epochs is 0; it must be at least 1"),
+        (dict(distill__frames=3), "config.distill.frames is 3; it must be 0 or a multiple"),
+        (dict(distill__frames=8, distill__fake="self_sg"), "only real 'joint' and fake 'critic' can judge a window"),
         (dict(distill__segment=3), "config.distill.segment is 3, which does not divide the 4 chunks"),
         (dict(distill__fake="self_fm"), "nothing keeps the student a score of its own videos"),
         (dict(distill__fake="stage1", distill__real="autoregressive"), "are the same network"),
@@ -225,3 +227,31 @@ def test_every_config_choice_is_named():
         config = tiny.train_config("dmd")
         config.losses = {"flow_matching": dict(loss="flow_matching", weight=1.0, options={})}
         configuration.validate(config)
+
+
+def test_long_rollouts_are_scored_in_random_windows():
+    seen = []
+
+    def loss(net, batch, key, *, real, fake):
+        seen.append({name: x.shape for name, x in batch.items()})
+        return jnp.mean(batch["action"], axis=(1, 2, 3, 4)), {}
+
+    losses.register("sees", loss)
+    config = config_of(distill__frames=12, student__chunk=2)
+    config.losses.dmd.loss = "sees"
+    stage, params, critic = tiny.stage_of(config, LATENT)
+    own = stage.parts[0].call.keywords["own"]
+    text = jnp.zeros((2, 6, 8))
+    draw = jax.jit(lambda key: own.draw(params, text, key))
+    starts = set()
+    for i in range(12):
+        drawn = draw(jax.random.key(i))
+        starts.add(int(drawn.start))
+        assert drawn.rollout.x0_BTHWC.shape[1] == 12
+        window = drawn.rollout.x0_BTHWC[:, int(drawn.start) : int(drawn.start) + 4]
+        np.testing.assert_array_equal(drawn.video_BTHWC, window)
+    assert starts <= {0, 2, 4, 6, 8} and len(starts) >= 3
+    action = jax.jit(lambda p: own.act(p, text, drawn))(params)
+    np.testing.assert_allclose(action, drawn.video_BTHWC, atol=1e-5 * float(jnp.abs(action).max()))
+    state, metrics = jax.jit(stage.parts[0].call)(stage.state(params, critic), stage.frozen, batch_of())
+    assert seen[0]["action"] == seen[0]["latents"] == (2, *LATENT) and float(metrics["grad_norm"]) > 0
