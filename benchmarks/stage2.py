@@ -8,10 +8,10 @@ caption tells, and an SDD that does not see frame 0; there stage 2 rolls out 32 
 (captions of the plain task tell how a video begins, so only its first window can be scored).
 
 Every row streams 64 frames (8 times the training length) at two network evaluations per frame, four for the first.
-"stage1_control" is more of stage 1, for the CPU time that stage 2 cost. Each trained row gets the
-same tuning budget: its learning rate times 1/2, 1 and 2, on the plain task, seed 0, other videos than the table's; the
-best rate is taken for both tasks and all seeds. "--explore" adds further rows as they are (untuned, one seed, on the
-tuning videos). Finished cells are kept in the work directory; the same command goes on where it stopped.
+"stage1_control" is more of stage 1, for the CPU time that stage 2 cost. Each trained row gets the same tuning budget:
+its learning rate times 1/2, 1 and 2, on each task's seed 0 and other videos than the table's; the best rate (by Frechet
+distance) is taken for all seeds. "--explore" adds further rows as they are (untuned, one seed, on the tuning videos of
+the plain task). Finished cells are kept in the work directory; the same command goes on where it stopped.
 """
 
 import dataclasses
@@ -161,21 +161,21 @@ class Bench:
         video = sampled(run, captions, frames=FRAMES, seed=test, steps=few.steps, first_steps=few.first_steps)
         return numbers(video, real, reference, captions) | {"train_cpu_s": run.meta["train_cpu_s"]}
 
-    def tried(self, name: str, row: Row, scale: float, stage2_scale: float = 1.0) -> dict:
-        """A row on the tuning videos: plain task, seed 0."""
+    def tried(self, task: str, name: str, row: Row, scale: float, stage2_scale: float = 1.0) -> dict:
+        """A row on the tuning videos, seed 0."""
 
         def make():
-            directory = self.trained("plain", 0, name, row, scale, stage2_scale)
-            return self.judged(directory, "plain", TUNING, self.videos // 2)
+            directory = self.trained(task, 0, name, row, scale, stage2_scale)
+            return self.judged(directory, task, TUNING, self.videos // 2)
 
-        return self.cell(f"tune/{name}/x{scale}", make)
+        return self.cell(f"tune/{task}/{name}/x{scale}", make)
 
-    def scale(self, name: str, row: Row, stage2_scale: float = 1.0) -> tuple[float, dict]:
+    def scale(self, task: str, name: str, row: Row, stage2_scale: float = 1.0) -> tuple[float, dict]:
         """The best learning-rate factor of a row, and what each one gave; stage 2's is known before the control's."""
         if not row.trained:
             return 1.0, {}
 
-        tried = {scale: self.tried(name, row, scale, stage2_scale) for scale in SCALES}
+        tried = {scale: self.tried(task, name, row, scale, stage2_scale) for scale in SCALES}
         return min(tried, key=lambda s: tried[s]["fd"]), {str(s): t["fd"] for s, t in tried.items()}
 
 
@@ -272,9 +272,9 @@ def markdown(result: dict) -> str:
         lines.append("")
     for v in result["verdicts"]:
         lines.append(f"- {'pass' if v['passed'] else 'FAIL'}: {v['name']} {v['value']:.2f} ({v['limit']})")
-    lines += ["", "Tuning, FD at each factor of the learning rate (plain, seed 0, other videos):", ""]
-    lines += [f"- {name}: " + ", ".join(f"x{s} {fd:.4f}" for s, fd in tried.items())
-              for name, tried in result["tuning"].items() if tried]  # fmt: skip
+    lines += ["", "Tuning, FD at each factor of the learning rate (seed 0, other videos):", ""]
+    lines += [f"- {task}, {name}: " + ", ".join(f"x{s} {fd:.4f}" for s, fd in tried.items())
+              for task, rows in result["tuning"].items() for name, tried in rows.items() if tried]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -310,16 +310,18 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args.workdir, args.videos, args.speed)
     headline = dict(ROWS)
-    scales, tuning = {}, {}
-    for name in ("stage1", "stage2", "stage1_control", "stage2_fake_self"):
-        scales[name], tuning[name] = bench.scale(name, headline[name], scales.get("stage2", 1.0))
+    scales, tuning = ({task: {} for task in args.tasks} for _ in range(2))
+    for task in args.tasks:
+        for name in ("stage1", "stage2", "stage1_control", "stage2_fake_self"):  # the control needs stage 2's cost
+            best = scales[task].get("stage2", 1.0)
+            scales[task][name], tuning[task][name] = bench.scale(task, name, headline[name], best)
     per_seed: dict[str, dict[str, list[dict]]] = {}
     for task in args.tasks:
         per_seed[task] = {}
         for seed in args.seeds:
             for name, row in headline.items():
                 def make(task=task, seed=seed, name=name, row=row):
-                    directory = bench.trained(task, seed, name, row, scales[name], scales["stage2"])
+                    directory = bench.trained(task, seed, name, row, scales[task][name], scales[task]["stage2"])
                     return bench.judged(directory, task, TEST, args.videos)
 
                 per_seed[task].setdefault(name, []).append(bench.cell(f"{task}/{seed}/{name}", make))
@@ -339,7 +341,7 @@ def main() -> None:
         "per_seed": {task: {name: [{k: v for k, v in c.items() if not isinstance(v, list)} for c in cells]
                             for name, cells in rows.items()} for task, rows in per_seed.items()},
         "exploration": {
-            name: summary([bench.tried(name, row, 1.0)]) for name, row in (headline | MORE).items()
+            name: summary([bench.tried("plain", name, row, 1.0)]) for name, row in (headline | MORE).items()
         } if args.explore else {},
         "versions": versions(), "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "commit": _commit(), "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
