@@ -6,7 +6,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from greedy_distill_jax import cli
+from greedy_distill_jax import cli, config as configuration
 from greedy_distill_jax.config_cli import key_paths, load_config, read_config
 from greedy_distill_jax.types import UserError
 
@@ -208,3 +208,12 @@ def test_a_process_ends_with_one_line(subprocess_env):
     )
     done = subprocess.run([sys.executable, "-c", code], env=subprocess_env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: too few frames\n")
+
+
+@pytest.mark.parametrize("file", ["wan1_3b/dmd.py", "quickstart.py"])
+def test_the_published_stage_2_has_no_critic(file):
+    config = read_config(f"configs/{file}:greedy_distill_paper").lock()
+    config.student_from = config.teacher_from = "a run"
+    configuration.validate(config)
+    d = config.distill
+    assert (d.real, d.fake, d.pg, d.generator_every) == ("joint", "self_sg", "rollout_trunc", 1)
