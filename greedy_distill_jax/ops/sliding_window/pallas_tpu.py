@@ -1,12 +1,12 @@
 """Chunk attention for TPU: forward, dq, and dk with dv, as Pallas kernels over the block pairs of the schedule.
 
-The grid is (batch, head, visit). The visit lists (``Schedule.block_lists``) are prefetched scalars that choose the blocks
-to load, so a block pair outside the table costs nothing, not even a grid step. Logits are kept transposed, [keys,
-queries]: softmax statistics are then rows that broadcast along sublanes, and log-sum-exp is stored without padding.
+The grid is (batch, head, visit). The visit lists (``Schedule.block_lists``) are prefetched scalars that choose the
+blocks to load, so a block pair outside the table costs nothing, not even a grid step. Logits are kept transposed,
+[keys, queries]: softmax statistics are then rows that broadcast along sublanes, and log-sum-exp needs no padding.
 
-Blocks are parts of chunks. Where they divide a chunk, as 520 and 1560 divide a frame of 1560 tokens, nothing is padded or
-masked; elsewhere the last block of a chunk hangs over its end and only there tokens are masked. A head dim of 128 is
-read in place from [B, L, N K]; one of 64 is transposed to [B N, L, K] first, because a block has at least 128 lanes.
+Blocks are parts of chunks. Where they divide a chunk, as 520 and 1560 divide a frame of 1560 tokens, nothing is padded
+or masked; elsewhere the last block of a chunk hangs over its end and only there tokens are masked. A head dim of 128
+is read in place from [B, L, N K]; one of 64 is transposed to [B N, L, K] first: a block has at least 128 lanes.
 """
 
 import functools

@@ -7,7 +7,7 @@ chunk, head dim, dtype), the blocks of each kernel.
 import dataclasses
 import functools
 import json
-from importlib import resources
+from pathlib import Path
 
 from greedy_distill_jax.ops.sliding_window.schedule import largest_divisor
 
@@ -46,16 +46,20 @@ def key(q_chunk: int, k_chunk: int, dim: int, dtype: str) -> str:
     return f"{q_chunk}x{k_chunk} dim {dim} {dtype}"
 
 
+def path(target: str) -> Path:
+    """Where the table of a target such as "v5p" is."""
+    return Path(__file__).parent / "tuned" / f"{target}.json"
+
+
 @functools.lru_cache
-def table(device: str) -> dict:
-    """The tuned entries of a device kind such as "v5p"; {} if there are none."""
-    path = resources.files(__package__) / "tuned" / f"{device}.json"
-    return json.loads(path.read_text())["blocks"] if path.is_file() else {}
+def record(target: str) -> dict:
+    """The tuned table of a target; {} if there is none."""
+    return json.loads(path(target).read_text()) if path(target).is_file() else {}
 
 
 def choose(device_kind: str, q_chunk: int, k_chunk: int, dim: int, dtype: str) -> Blocks:
     """Blocks for one workload on one device kind (as jax names it, or a target's name)."""
-    found = table(TARGETS.get(device_kind, device_kind)).get(key(q_chunk, k_chunk, dim, dtype))
+    found = record(TARGETS.get(device_kind, device_kind)).get("blocks", {}).get(key(q_chunk, k_chunk, dim, dtype))
     if found:
         return Blocks(**{name: tuple(pair) for name, pair in found.items()})
     pair = default_blocks(q_chunk, k_chunk)

@@ -105,12 +105,14 @@ def _visits(pairs: BlockList, visible_QS, per_q: int, per_k: int):
     return jnp.asarray(pairs.outer), jnp.asarray(inner), jnp.asarray(pairs.edges[0]), live
 
 
-def _part(x, index, size: int):
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=2)
+def _part(x_BSNK, index, size: int):
+    """Block ``index`` of ``size`` tokens, [B, N, size, K]. Only blocks are transposed, whole arrays never copied."""
+    return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(x_BSNK, index * size, size, axis=1), 1, 2)
 
 
-def _replace(x, part, index, size: int):
-    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), index * size, axis=2)
+def _replace(x_BSNK, part_BNLK, index, size: int):
+    part = jnp.swapaxes(part_BNLK, 1, 2).astype(x_BSNK.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x_BSNK, part, index * size, axis=1)
 
 
 def zeros(shape, *like):
@@ -124,8 +126,8 @@ def _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: floa
     schedule, block_q, block_k = _blocks(visible_QS, schedule)
     pairs, _ = schedule.block_lists(block_q, block_k)
     visits = _visits(pairs, visible_QS, schedule.q_chunk // block_q, schedule.k_chunk // block_k)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
-    batch, heads, length, dim = q.shape
+    q, k, v = q_BLNK, k_BSNK, v_BSNK
+    batch, length, heads, dim = q.shape
 
     def visit(carry, xs):
         peak, total, acc, out, lse = carry
@@ -147,14 +149,14 @@ def _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: floa
         safe = jnp.where(total > 0, total, 1.0)
         # The last visit of a query block leaves the final values.
         out = _replace(out, acc / safe[..., None], i, block_q)
-        lse = _replace(lse, new + jnp.log(safe), i, block_q)
+        lse = jax.lax.dynamic_update_slice_in_dim(lse, new + jnp.log(safe), i * block_q, axis=2)
         return (new, total, acc, out, lse), None
 
     row, acc = zeros((batch, heads, block_q), q, k, v), zeros((batch, heads, block_q, dim), q, k, v)
     out, lse = zeros(q.shape, q, k, v).astype(v.dtype), zeros((batch, heads, length), q, k, v)
     start = (row, row, acc, out, lse)
     (*_, out, lse), _ = jax.lax.scan(visit, start, visits)
-    return jnp.swapaxes(out, 1, 2), lse
+    return out, lse
 
 
 def _scanned_backward(q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNL, g_BLNK, schedule: Schedule, scale: float):
@@ -162,28 +164,34 @@ def _scanned_backward(q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNL, g_B
     pairs, _ = schedule.block_lists(block_q, block_k)
     visits = _visits(pairs, visible_QS, schedule.q_chunk // block_q, schedule.k_chunk // block_k)
     delta = jnp.einsum("blnk,blnk->bnl", out_BLNK, g_BLNK, preferred_element_type=jnp.float32)
-    q, k, v, g = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK, g_BLNK))
+    q, k, v, g = q_BLNK, k_BSNK, v_BSNK, g_BLNK
 
     def dot(spec, a, b):
         return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
-    def add(x, part, index, size):
-        return _replace(x, _part(x, index, size) + part, index, size)
+    def row(x_BNL, i):
+        return jax.lax.dynamic_slice_in_dim(x_BNL, i * block_q, block_q, axis=2)[..., None]
+
+    def add(x_BNLK, part, index, size):
+        # The gradients are summed in the layout of the blocks; the pass that scales them transposes them as well.
+        old = jax.lax.dynamic_slice_in_dim(x_BNLK, index * size, size, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(x_BNLK, old + part, index * size, axis=2)
 
     def visit(carry, xs):
         dq, dk, dv = carry
         i, j, _, live = xs
         q_, g_, k_, v_ = _part(q, i, block_q), _part(g, i, block_q), _part(k, j, block_k), _part(v, j, block_k)
-        p = jnp.exp(dot("bnlk,bnsk->bnls", q_, k_) * scale - _part(lse_BNL, i, block_q)[..., None])
+        p = jnp.exp(dot("bnlk,bnsk->bnls", q_, k_) * scale - row(lse_BNL, i))
         if live is not None:
             p = jnp.where(live, p, 0.0)
-        ds = p * (dot("bnlk,bnsk->bnls", g_, v_) - _part(delta, i, block_q)[..., None])
+        ds = p * (dot("bnlk,bnsk->bnls", g_, v_) - row(delta, i))
         p, ds = p.astype(g.dtype), ds.astype(q.dtype)
         dq = add(dq, dot("bnls,bnsk->bnlk", ds, k_), i, block_q)
         dk = add(dk, dot("bnls,bnlk->bnsk", ds, q_), j, block_k)
         dv = add(dv, dot("bnls,bnlk->bnsk", p, g_), j, block_k)
         return (dq, dk, dv), None
 
-    start = tuple(zeros(x.shape, q, k, v, g) for x in (q, k, v))
+    start = tuple(zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), q, k, v, g) for x in (q, k, v))
     (dq, dk, dv), _ = jax.lax.scan(visit, start, visits)
-    return tuple(jnp.swapaxes(d, 1, 2).astype(v.dtype) for d in (dq * scale, dk * scale, dv))
+    grads = (dq * scale, q), (dk * scale, k), (dv, v)
+    return tuple(jnp.swapaxes(d, 1, 2).astype(x.dtype) for d, x in grads)
