@@ -186,3 +186,12 @@ def test_the_best_implementation_depends_on_the_platform(monkeypatch):
         assert select.choose(None, q.astype(dtype), visible_QS=visible, function="f") == expected
     monkeypatch.setattr(select, "device", lambda: ("tpu", "some device"))
     assert select.choose(None, q[..., :96], function="f") == "xla"
+
+
+def test_kernels_have_no_races(capfd):
+    from jax.experimental.pallas import tpu as pltpu
+
+    schedule = Schedule.from_table([(0,), (0, 1)], q_chunk=8, num_k_chunks=2)
+    options = dict(blocks=Blocks(*[(8, 8)] * 3), interpret=pltpu.InterpretParams(detect_races=True))
+    _check(schedule, "pallas_tpu", heads=1, batch=1, dim=64, **options)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())

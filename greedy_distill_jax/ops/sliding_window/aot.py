@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from greedy_distill_jax.ops.sliding_window import tuning
 from greedy_distill_jax.ops.sliding_window.api import chunk_attention, decode_attention
 from greedy_distill_jax.ops.sliding_window.arg_specs import Spec
 from greedy_distill_jax.ops.sliding_window.tuning import Blocks
@@ -52,10 +53,10 @@ def target_mesh(target: str) -> Mesh:
         raise UserError(f"unknown target {target!r}; choose from {', '.join(TOPOLOGIES)}.")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs its compiler, which is not installed; pip install libtpu.")
-    # Without these libtpu asks the cloud's metadata server who it is and complains.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+    # Without these libtpu asks the cloud's metadata server who it is, and locks out other processes as from a device.
+    described = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+    for name, value in (described | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     described = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
     return Mesh(np.array(described.devices[:1]), ("device",))
 
@@ -121,8 +122,6 @@ def _bundles(files: set[Path]) -> dict[str, int]:
 
 def _useful_kflop(spec: Spec, kernel: str, blocks: Blocks | None, mesh: Mesh) -> float:
     """kFLOP of one average grid step, counted on unmasked pairs."""
-    from greedy_distill_jax.ops.sliding_window import tuning
-
     table = spec.schedule
     kind = mesh.devices.flat[0].device_kind
     if spec.decode:

@@ -17,7 +17,7 @@ from greedy_distill_jax.ops.sliding_window.tuning import Blocks, Pair
 TOLERANCE = 0.05
 # Divisors of a 1560-token frame, and the usual square for comparison.
 CANDIDATES: Mapping[int, tuple[Pair, ...]] = {
-    1560: ((312, 520), (312, 1560), (520, 520), (520, 1560), (1560, 520), (512, 512)),
+    1560: ((520, 1560), (520, 520), (312, 1560), (512, 512)),
 }
 
 

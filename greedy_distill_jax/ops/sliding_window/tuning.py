@@ -14,8 +14,8 @@ from greedy_distill_jax.ops.sliding_window.schedule import largest_divisor
 Pair = tuple[int, int]
 # What jax calls the devices with a table.
 TARGETS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
-# The rule: the longest block that divides a chunk, stays within these limits and fills whole tiles of bfloat16
-# (16 rows; 8 if there is none). A chunk without such a divisor is cut into blocks of 512 with a masked end.
+# The rule: the longest block that divides a chunk, stays within these limits and fills whole tiles of 8 rows. A chunk
+# with no such divisor, or only short ones, is cut into blocks of 512 with a masked end.
 LIMIT_Q, LIMIT_K, RAGGED = 640, 1600, 512
 
 
@@ -32,7 +32,7 @@ def default_block(tokens: int, limit: int) -> int:
     """Block for a chunk of ``tokens`` by the rule above."""
     if tokens <= RAGGED:
         return tokens  # the whole chunk, whatever its length
-    divisor = largest_divisor(tokens, limit, 16) or largest_divisor(tokens, limit, 8)
+    divisor = largest_divisor(tokens, limit, 8)
     return divisor if divisor and divisor >= LIMIT_Q // 5 else RAGGED
 
 
