@@ -58,6 +58,8 @@ DEV = [
     "beartype>=0.23.1",
     "hypothesis>=6.170.15",
     "import-linter>=2.16",
+    # Compiles the TPU kernels without a TPU; other machines skip those tests.
+    "libtpu>=0.0.51; platform_system == 'Linux' and platform_machine == 'x86_64'",
     "pytest>=9.2.0",
     "pytest-timeout>=2.4.0",
     "pytest-xdist>=3.8.0",

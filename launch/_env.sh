@@ -1,8 +1,8 @@
 # Sourced by the scripts beside it: `ensure_env EXTRAS` makes .venv at the top of the checkout ready and sets VENV_PYTHON.
-# PYTHON=... chooses the interpreter that creates .venv.
+# PYTHON=... chooses the interpreter that creates .venv, VENV=... another folder.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="$ROOT/.venv"
+VENV="${VENV:-$ROOT/.venv}"
 VENV_PYTHON="$VENV/bin/python"
 
 say() { printf '%s\n' "$*" >&2; }

@@ -21,3 +21,10 @@ def test_swapping_a_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train", short)
     exec(compile(block, "README.md", "exec"), {})
     assert read_scalars(tmp_path / "runs" / "mine")[0]["teacher/smooth"] > 0
+
+
+def test_attention():
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "decode_attention" in b)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["out"].shape == (1, 64, 4, 64)

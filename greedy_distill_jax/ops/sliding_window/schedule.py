@@ -1,11 +1,47 @@
-"""Which key chunks each query chunk sees: the static table behind every attention pattern of the project."""
+"""Which key chunks each query chunk sees: the static table behind every attention pattern of the project.
+
+A chunk is one or a few latent frames. Kernels work on blocks, parts of chunks: ``Schedule.block_lists`` turns the table
+into the list of block pairs that are computed, once sorted by query (forward, dq) and once by key (dk and dv).
+Pure numpy; nothing here is traced.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 Table = tuple[tuple[int, ...], ...]
+VOID = -1
+
+
+class BlockList(NamedTuple):
+    """Block pairs in the order in which a kernel visits them.
+
+    Attributes:
+      outer: int32 [visits], block whose result the visit adds to, ascending.
+      inner: int32 [visits], block it is paired with, ascending within one outer block; ``VOID`` marks the only visit
+        of an outer block that has no pair, whose result is zero and still has to be written.
+      bounds: int32 [outer blocks + 1]; the visits of outer block i are ``bounds[i] : bounds[i + 1]``.
+    """
+
+    outer: np.ndarray
+    inner: np.ndarray
+    bounds: np.ndarray
+
+    @property
+    def pairs(self) -> int:
+        """Block pairs that are computed."""
+        return int((self.inner != VOID).sum())
+
+    @property
+    def edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """(first, last), bool [visits]: whether a visit is the first, the last one of its outer block."""
+        first, last = np.zeros((2, len(self.outer)), bool)
+        first[self.bounds[:-1]] = True
+        last[self.bounds[1:] - 1] = True
+        return first, last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +74,7 @@ class Schedule:
 
     @classmethod
     def from_table(
-        cls, table: Sequence[Sequence[int]], *, q_chunk: int, num_k_chunks: int, k_chunk: int | None = None
+        cls, table: Iterable[Iterable[int]], *, q_chunk: int, num_k_chunks: int, k_chunk: int | None = None
     ) -> "Schedule":
         """Any pattern: one list of visible key chunks per query chunk."""
         rows = tuple(tuple(int(j) for j in row) for row in table)
@@ -55,10 +91,28 @@ class Schedule:
 
         ``window`` counts the chunk itself; the sink comes on top of it.
         """
-        if window < 1 or sink < 0:
-            raise ValueError(f"window must be at least 1 and sink at least 0, got window={window}, sink={sink}.")
-        rows = [sorted({*range(min(sink, i + 1)), *range(max(0, i - window + 1), i + 1)}) for i in range(chunks)]
-        return cls.from_table(rows, q_chunk=tokens, num_k_chunks=chunks)
+        return cls.from_table(_window_rows(chunks, window, sink), q_chunk=tokens, num_k_chunks=chunks)
+
+    @classmethod
+    def sink(cls, chunks: int, tokens: int, sink: int = 1) -> "Schedule":
+        """Chunk i sees the first ``sink`` chunks and itself."""
+        return cls.sliding_window(chunks, tokens, window=1, sink=sink)
+
+    @classmethod
+    def sdd(cls, chunks: int, tokens: int) -> "Schedule":
+        """Chunk i sees chunk 0, chunk i - 1 and itself (DESIGN.md, "What clean frames see")."""
+        return cls.sliding_window(chunks, tokens, window=2, sink=1)
+
+    @classmethod
+    def teacher_forcing(cls, chunks: int, tokens: int, window: int, sink: int = 0) -> "Schedule":
+        """[clean 0 .. n-1 | noisy 0 .. n-1] against the same: all chunks of a video trained in one pass.
+
+        Clean chunk i sees clean [i - window + 1, i] and the sink; noisy chunk i sees the clean chunks before i of that
+        list, and itself (DESIGN.md, "Rollout without a sequential graph").
+        """
+        clean = _window_rows(chunks, window, sink)
+        noisy = [[j for j in row if j != i] + [chunks + i] for i, row in enumerate(clean)]
+        return cls.from_table(clean + noisy, q_chunk=tokens, num_k_chunks=2 * chunks)
 
     @property
     def num_q_chunks(self) -> int:
@@ -70,6 +124,17 @@ class Schedule:
         """Query-key token pairs that are computed: the honest basis for FLOPs."""
         return self.q_chunk * self.k_chunk * sum(map(len, self.table))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every query sees every key."""
+        return all(len(row) == self.num_k_chunks for row in self.table)
+
+    def merged(self) -> "Schedule":
+        """The same attention with one chunk of queries and one of keys where everybody sees everything, else self."""
+        if not self.is_full or not self.table:
+            return self
+        return Schedule(self.q_chunk * self.num_q_chunks, self.k_chunk * self.num_k_chunks, 1, ((0,),))
+
     def padded(self) -> tuple[np.ndarray, np.ndarray]:
         """(index, visible), both [query chunks, longest list]; index is 0 where not visible."""
         width = max(1, max(map(len, self.table)))
@@ -80,9 +145,64 @@ class Schedule:
             visible[i, : len(row)] = True
         return index, visible
 
-    def dense_mask(self) -> np.ndarray:
-        """bool [query tokens, key tokens], for the reference and for pictures."""
+    def chunk_mask(self) -> np.ndarray:
+        """bool [query chunks, key chunks]."""
         mask = np.zeros((self.num_q_chunks, self.num_k_chunks), bool)
         for i, row in enumerate(self.table):
             mask[i, list(row)] = True
-        return mask.repeat(self.q_chunk, 0).repeat(self.k_chunk, 1)
+        return mask
+
+    def dense_mask(self) -> np.ndarray:
+        """bool [query tokens, key tokens], for the reference and for pictures."""
+        return self.chunk_mask().repeat(self.q_chunk, 0).repeat(self.k_chunk, 1)
+
+    def block_lists(self, block_q: int, block_k: int) -> tuple[BlockList, BlockList]:
+        """The block pairs with something to compute: (sorted by query, sorted by key).
+
+        Args:
+          block_q: query tokens of a block; every chunk is cut on its own, so its last block may be shorter.
+          block_k: the same for keys.
+
+        Returns:
+          Lists over blocks numbered chunk after chunk: query blocks are outer in the first list, inner in the second.
+        """
+        return _block_lists(self, block_q, block_k)
+
+    def block_pairs(self, block_q: int, block_k: int) -> int:
+        """Token pairs a kernel with these blocks computes; more than ``pairs`` where blocks do not divide chunks."""
+        by_query, _ = self.block_lists(block_q, block_k)
+        return by_query.pairs * block_q * block_k
+
+
+def _window_rows(chunks: int, window: int, sink: int) -> list[list[int]]:
+    if window < 1 or sink < 0:
+        raise ValueError(f"window must be at least 1 and sink at least 0, got window={window}, sink={sink}.")
+    return [sorted({*range(min(sink, i + 1)), *range(max(0, i - window + 1), i + 1)}) for i in range(chunks)]
+
+
+@functools.lru_cache(maxsize=256)
+def _block_lists(schedule: Schedule, block_q: int, block_k: int) -> tuple[BlockList, BlockList]:
+    columns: list[list[int]] = [[] for _ in range(schedule.num_k_chunks)]
+    for i, row in enumerate(schedule.table):
+        for j in row:
+            columns[j].append(i)
+    per_q, per_k = -(-schedule.q_chunk // block_q), -(-schedule.k_chunk // block_k)
+    return _expand(schedule.table, per_q, per_k), _expand(columns, per_k, per_q)
+
+
+def _expand(rows: Sequence[Sequence[int]], per_outer: int, per_inner: int) -> BlockList:
+    """Chunk lists -> block list, with the given numbers of blocks per chunk."""
+    lists = []
+    for row in rows:
+        chunks = np.sort(np.asarray(row, np.int32))
+        blocks = (chunks[:, None] * per_inner + np.arange(per_inner, dtype=np.int32)).reshape(-1)
+        lists += [blocks if len(blocks) else np.array([VOID], np.int32)] * per_outer
+    lengths = [len(blocks) for blocks in lists]
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    outer = np.repeat(np.arange(len(lists), dtype=np.int32), lengths)
+    return BlockList(outer, np.concatenate(lists) if lists else np.zeros(0, np.int32), bounds)
+
+
+def largest_divisor(tokens: int, limit: int, multiple: int = 1) -> int | None:
+    """The largest divisor of ``tokens`` that is at most ``limit`` and a multiple of ``multiple``; None if none is."""
+    return max((d for d in range(1, min(limit, tokens) + 1) if tokens % d == 0 and d % multiple == 0), default=None)
