@@ -54,7 +54,8 @@ def make_inputs(captions=("a red square moving left", "a blue circle moving up")
     def row(name, steps, valid):
         return {
             "name": name, "steps": steps, "direction": 0.97, "valid_first": valid, "valid_last": valid - 0.01,
-            "caption": 0.76, "fd_first": 0.0161, "fd_last": 0.0172, "step_std": 0.61, "flicker": 0.0312,
+            "caption": 0.76, "fd_first": 0.0161, "fd_last": 0.0172, "step_std": 0.61, "step_std_last": 0.61,
+            "flicker": 0.0312, "wobble": 0.1,
             "train_cpu_s": 68.4, "seeds": [0, 1],
         }  # fmt: skip
 
