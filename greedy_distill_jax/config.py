@@ -195,6 +195,11 @@ def _validate_distillation(config: ConfigDict) -> None:
             f"config.distill.fake is {d.fake!r}: there is no critic to update between generator updates; set "
             f"config.distill.generator_every=1 and config.distill.critic_warmup=0."
         )
+    if d.pg == "rollout_full" and "none" in (d.context_grad_etm, d.context_grad_sdd):
+        raise UserError(
+            "config.distill.pg is 'rollout_full', which differentiates through the contexts; set "
+            "config.distill.context_grad_etm=params and config.distill.context_grad_sdd=params."
+        )
     if d.critic_warmup >= config.steps:
         raise UserError(
             f"config.distill.critic_warmup is {d.critic_warmup}, config.steps {config.steps}: the student would never "

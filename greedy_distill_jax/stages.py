@@ -223,7 +223,7 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
         params = stage.model.init(key, latent_shape)
     if stage.critic is None:
         return params, None
-    return params, given["teacher"] if isinstance(stage.critic, Teacher) else given["student"]
+    return params, given["teacher"] if isinstance(stage.critic, Teacher) else jax.tree.map(jnp.copy, params)
 
 
 def _student_net(config: ConfigDict, student: StreamingModel):

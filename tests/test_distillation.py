@@ -53,7 +53,7 @@ def changed(before, after):
         dict(distill__real="autoregressive", distill__fake="self_fm", own=True, distill__pg="actor_critic",
              distill__epochs=2, distill__anchor=1.0, student__context="last_step_kv"),
         dict(distill__real="per_frame", distill__fake="stage1", distill__pg="rollout_full", distill__exit="last",
-             student__context="fused", student__chunk=2),
+             distill__context_grad_sdd="params", student__context="fused", student__chunk=2),
     ],
     ids=str,
 )  # fmt: skip
@@ -203,6 +203,7 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(student__kind="causal", student__window=4), "holds another kind of student"),
         (dict(distill__real="bidirectional"), "config.distill.real is 'bidirectional'; choose from joint"),
         (dict(distill__pg="ppo"), "config.distill.pg is 'ppo'; choose from rollout_trunc"),
+        (dict(distill__pg="rollout_full"), "differentiates through the contexts"),
         (dict(distill__epochs=0), "config.distill.epochs is 0; it must be at least 1"),
         (dict(distill__frames=3), "config.distill.frames is 3; it must be 0 or a multiple"),
         (dict(distill__frames=8, distill__fake="self_sg"), "only real 'joint' and fake 'critic' can judge a window"),

@@ -1,5 +1,6 @@
 """Classifier-free guidance (METHOD_SPEC A.9)."""
 
+import jax
 import jax.numpy as jnp
 
 
@@ -21,15 +22,17 @@ def guided(net, text, null_text, scale: float):
 
 
 def guided_score(score, null_MC, scale: float):
-    """The same for ``score(x, sigma, batch)``, whose batch carries "text" and other arrays with a leading B."""
+    """The same for ``score(x, sigma, batch)`` with batch["text"] [B, M, C].
+
+    The two branches are two calls of one function, not one on a doubled batch: a score that draws noise of its own (on
+    its history) draws the same for both, so that their difference is the text's alone.
+    """
+    if scale == 1.0:
+        return score
 
     def velocity(x, sigma, batch):
-        def conditioned(x, sigma, text):
-            repeats = text.shape[0] // batch["text"].shape[0]
-            rows = {name: jnp.concatenate([value] * repeats) for name, value in batch.items()}
-            return score(x, sigma, {**rows, "text": text})
-
-        null = jnp.broadcast_to(null_MC[None], batch["text"].shape)
-        return guided(conditioned, batch["text"], null, scale)(x, sigma)
+        texts = jnp.stack([batch["text"], jnp.broadcast_to(null_MC[None], batch["text"].shape)])
+        conditional, unconditional = jax.lax.map(lambda text: score(x, sigma, {**batch, "text": text}), texts)
+        return unconditional + scale * (conditional - unconditional)
 
     return velocity

@@ -177,3 +177,20 @@ def test_euler_passes_levels_and_ends_in_float32():
     assert x.dtype == jnp.float32 and all(s.shape == (2, 1) for s in seen)
     np.testing.assert_allclose(sorted(s[0, 0] for s in seen), [0.2, 0.7, 1.0], rtol=1e-6)
     np.testing.assert_allclose(x, -np.ones((2, 3)), rtol=1e-6)  # the levels sum up to the way from 1 to 0
+
+
+def test_guided_scores_differ_by_the_text_alone():
+    noise_of = []
+
+    def score(x, sigma, batch):
+        noise = jax.random.normal(jax.random.key(5), x.shape)  # as a score that noises its history does
+        noise_of.append(noise.shape)
+        return x + noise + jnp.mean(batch["text"], axis=(1, 2)).reshape(-1, 1)
+
+    x, text = jnp.ones((3, 4)), jnp.arange(3.0).reshape(3, 1, 1)
+    null = jnp.full((1, 1), 7.0)
+    sigma = jnp.ones((3, 1))
+    plain = score(x, sigma, {"text": text})
+    guided = guidance.guided_score(score, null, 3.0)(x, sigma, {"text": text})
+    np.testing.assert_allclose(guided - plain, 2.0 * (text[:, 0] - 7.0) + jnp.zeros((3, 4)), atol=1e-5)
+    assert guidance.guided_score(score, null, 1.0) is score
