@@ -49,7 +49,7 @@ SHOWN = (
     ("wobble", "Wobble, px"), ("drift", "FD growth, 1e-3 / window"), ("colour", "Colour change, 1e-3 / window"),
     ("decay", "Validity lost, % / window"), ("train_cpu_s", "CPU s"),
 )  # fmt: skip
-CURVES = {"valid_by_frame": "valid, by frame", "fd_by_window": "Frechet distance less real, by window of 8 frames"}
+CURVES = {"valid_by_frame": "valid, by frame", "fd_by_window": "FD less real, by window of 8 frames"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,6 @@ MORE = {
         (("distill.real", "autoregressive"), ("distill.fake", "self_fm"), ("losses.own", OWN)),
     ),
     "guidance 2": Row("stage2", (("distill.guidance", 2.0),)),
-    "context noise .1": Row("stage2", (("student.context_noise", 0.1),)),
     "critic every 5": Row("stage2", (("distill.generator_every", 5),)),
 }
 

@@ -12,7 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from greedy_distill_jax import distillation, rollout
 from greedy_distill_jax.diffusion import schedules
-from greedy_distill_jax.losses import check_options, option_names, resolve
+from greedy_distill_jax.losses import asks_scores, check_options, option_names, resolve
 from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, StudentConfig, WanConfig, split_layers
 from greedy_distill_jax.steps import Term
 from greedy_distill_jax.stream import Sampling
@@ -219,7 +219,7 @@ def _validate_distillation(config: ConfigDict) -> None:
     chunks = frames // config.student.chunk
     if d.segment and chunks % d.segment:
         raise UserError(f"config.distill.segment is {d.segment}, which does not divide the {chunks} chunks of a video.")
-    on_scores = ["real" in option_names(term.loss) for term in terms(config)]
+    on_scores = [asks_scores(term.loss) for term in terms(config)]
     if not any(on_scores):
         raise UserError("config.losses has no loss that asks for scores; stage dmd needs one, such as 'dmd'.")
     if d.fake == "self_fm" and all(on_scores):
@@ -339,7 +339,7 @@ def critic_terms(config: ConfigDict) -> list[Term]:
     """The same of the critic: bidirectional beside a bidirectional teacher score, teacher-forced beside the others."""
     found = _terms(config, config.critic.losses, "config.critic.losses", teacher_forced=config.distill.real != "joint")
     for term in found:
-        if "real" in option_names(term.loss):
+        if asks_scores(term.loss):
             raise UserError(f"config.critic.losses.{term.name}: the critic's losses get no scores; use flow_matching.")
     return found
 
@@ -350,7 +350,7 @@ def _terms(config: ConfigDict, losses: ConfigDict, path: str, *, teacher_forced:
         loss, options = resolve(term.loss), dict(term.get("options", {}))
         check_options(term.loss, loss, options)
         takes = option_names(loss)
-        asks = [key for key in ("real", "fake") if key in takes]
+        asks = asks_scores(loss)
         if asks and config.stage != "dmd":
             raise UserError(f"{path}.{name}: {term.loss!r} asks for scores ({', '.join(asks)}); use it in stage dmd.")
         per_frame = teacher_forced and not (asks and config.distill.real == "joint")

@@ -137,9 +137,10 @@ def generator_step(
         def epoch(_, carry):
             params, opt_state, _ = carry
             grads = jax.grad(actor)(params)
-            return *update.params(params, opt_state, grads), norms(grads, params)
+            params, opt_state = update.params(params, opt_state, grads)
+            return params, opt_state, norms(grads, params)
 
-        start = (state.params, state.opt_state, norms(state.params, state.params))
+        start = (state.params, state.opt_state, norms(state.params, state.params))  # replaced in the first epoch
         params, opt_state, last = jax.lax.fori_loop(0, own.epochs, epoch, start)
         metrics = {"loss": loss, **metrics, **last}
     else:

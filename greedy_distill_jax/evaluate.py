@@ -94,7 +94,7 @@ def evaluate(
       teacher_dir, student_dir: run directories.
       output: folder of the report.
       more: further students by the name of their row, such as {"stage2": ...}, each streamed with the step lists of the
-        first one, as is the student itself in its few-step row.
+        one with the fewest steps, as is the student itself in its few-step row.
       videos: held-out videos per row.
       seed: of held-out data and noise.
       lengths: video lengths of the timing; None for 32, 256, and 1024 where the teacher still has few tokens.
@@ -106,7 +106,10 @@ def evaluate(
         raise UserError("evaluate needs the run directory of a teacher (--teacher) and that of a student (--student).")
     others = {name: Run.load(directory) for name, directory in (more or {}).items()}
     for name, run in others.items():
-        if not run.is_student or run.latent_shape != student.latent_shape:
+        if name in ("data", "teacher", "stage1", "stage1_few_steps"):
+            raise UserError(f"evaluate: {name} is the name of a row of its own; call the further student otherwise.")
+        same_data = run.config.data.source == student.config.data.source and run.latent_shape == student.latent_shape
+        if not run.is_student or not same_data:
             raise UserError(f"evaluate: {name} in {(more or {})[name]} is no student on the data of {student_dir}.")
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,7 @@ def evaluate(
     few, many = few_steps(student), student.config.sample.steps
     first = few
     if others:
-        sample = next(iter(others.values())).config.sample
+        sample = min((run.config.sample for run in others.values()), key=lambda sample: sample.steps)
         few, first = sample.steps, sample.first_steps or sample.steps
 
     announce(f"evaluate: {len(captions)} held-out videos per model, students to {long} frames")
@@ -256,6 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     if wrong:
         raise UserError(f"--more {wrong[0]}: give NAME=DIR, such as --more stage2=runs/stage2.")
     more = dict(pair.split("=", 1) for pair in args.more)
+    if len(more) < len(args.more):
+        raise UserError(f"--more names a row twice: {', '.join(args.more)}.")
     metrics = evaluate(args.teacher, args.student, args.output, more=more, videos=args.videos, seed=args.seed,
                        commands=["python -m greedy_distill_jax.evaluate " + " ".join(sys.argv[1:])])  # fmt: skip
     print_table(metrics)

@@ -81,7 +81,7 @@ class Run:
         config = configuration.base()
         with config.unlocked():
             stored = json.loads(meta["config"])
-            config.losses = ConfigDict()
+            config.losses, config.critic.losses = ConfigDict(), ConfigDict()  # the run's, not beside the defaults
             config.update(ConfigDict(stored))
         wan = configuration.wan_config(config)
         model = Teacher(wan) if config.stage == "teacher" else make_student(configuration.student_config(config))

@@ -148,7 +148,8 @@ def _distillation(config: ConfigDict, student: StreamingModel, sources: Sources,
     def due(step):
         return step > d.critic_warmup and (step - d.critic_warmup - 1) % d.generator_every == 0
 
-    updates = -(-max(config.steps - d.critic_warmup, 1) // d.generator_every)
+    updates = -(-(config.steps - d.critic_warmup) // d.generator_every)
+    updates *= d.epochs if d.pg == "actor_critic" else 1
     optimizer = _optimizer(config.optimizer, updates)
     generator = functools.partial(
         distillation.generator_step, own=own, make_net=_student_net(config, student),

@@ -308,7 +308,7 @@ class Streamer:
         return KeyValue(*(write(c, o) for c, o in zip(cache, own, strict=True)))
 
     def _denoise_fused(self, params, state: StreamState, z, key):
-        """As ``_denoise``, the pending clean pass of the last chunk riding along in the first call."""
+        """As ``denoise``, the pending clean pass of the last chunk riding along in the first call."""
         cfg, student, i = self.cfg, self.student, state.index
         grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
         layout = layouts.sdd_fused(cfg, tokens)

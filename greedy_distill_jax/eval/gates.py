@@ -37,14 +37,14 @@ def stage2_gates(
 
     All three with the same reference; keys fd_first, fd_last, step_std, step_std_last.
     """
-    ratio = corrected_fd(stage2, real) / corrected_fd(stage1, real)
+    before, after = corrected_fd(stage1, real), corrected_fd(stage2, real)
     motion = motion_spread(stage2, real)
     return [
         {
             "name": "stage 2's Frechet distance over stage 1's, same evaluations, less that of real videos",
-            "value": round(ratio, 4),
+            "value": round(after / before, 4) if before > 0 else None,
             "threshold": f"<= {STAGE2_FD}",
-            "passed": bool(ratio <= STAGE2_FD),
+            "passed": bool(after <= STAGE2_FD * max(before, 0.0)),
         },
         {
             "name": "spread of stage 2's step lengths over that of real videos",

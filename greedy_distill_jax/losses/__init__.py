@@ -62,6 +62,11 @@ def option_names(loss: Callable) -> list[str]:
     return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
+def asks_scores(loss: Callable) -> list[str]:
+    """The score networks that a loss asks for."""
+    return [name for name in option_names(loss) if name in SCORES]
+
+
 def check_options(name: str, loss: Callable, options: dict) -> None:
     """Raises UserError for an option the loss does not take, naming those it does."""
     parameters = inspect.signature(loss).parameters.values()
