@@ -212,7 +212,6 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(distill__fake="stage1", distill__real="autoregressive"), "are the same network"),
         (dict(distill__fake="self_sg", distill__critic_warmup=3), "there is no critic to update"),
         (dict(distill__critic_warmup=4), "would never be updated"),
-        (dict(stage="teacher_forcing"), "config.losses.dmd: 'dmd' asks for scores"),
     ],
     ids=str,
 )
@@ -220,6 +219,13 @@ def test_what_is_refused(sources, tmp_path, changes, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_scores_are_for_stage_dmd_alone(sources):
+    config = run_config(sources)
+    config.stage = "teacher_forcing"
+    with pytest.raises(UserError, match=r"config\.losses\.dmd: 'dmd' asks for scores"):
+        configuration.validate(config)
 
 
 def test_every_config_choice_is_named():

@@ -25,7 +25,6 @@ OPTIONS = {
     "context": ["clean", "fused", "last_step_kv"],
     "chunk": [1, 2],
     "sink": [0, 2],
-    "anchor": [True, False],
     "sampler": ["euler", "renoise"],
     "prediction": ["velocity", "x0"],
 }
@@ -70,7 +69,11 @@ def jax_stream(student, params, text, sampling):
     return jnp.concatenate(list(frames), axis=1), noise
 
 
-@pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda case: "-".join(map(str, case.values())))
+CASES = pairwise(OPTIONS)
+CASES += [{**case, "anchor": False} for case in CASES[:2]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_parallel_and_streamed(case, tmp_path):
     case = dict(case)
     case["etm_layers"], case["sdd_layers"] = case.pop("split")

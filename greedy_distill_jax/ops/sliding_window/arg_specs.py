@@ -66,7 +66,7 @@ def _specs():
     tokens, heads = FRAME["480p"], HEADS["1.3b"]
     forcing = Schedule.teacher_forcing(FRAMES, tokens, WINDOW, SINK)
     yield Spec("1.3b 480p teacher forcing", forcing, heads)
-    yield Spec("1.3b 480p etm 1024 frames", Schedule.sliding_window(1024, tokens, WINDOW, SINK), heads)
+    yield Spec("1.3b 480p etm 128 frames", Schedule.sliding_window(128, tokens, WINDOW, SINK), heads)
 
 
 SPECS = {spec.name: spec for spec in _specs()}
