@@ -76,21 +76,18 @@ def _print(spec, row) -> None:
         print(f"{spec.name:28s} {peer:20s} {'  '.join(cells)}", flush=True)
 
 
-def _cpu(bench, specs) -> dict:
-    growth = list(specs.values())
+def _cpu(bench, base, growth) -> dict:
     peers = {"ours": bench.ours, "torch SDPA on slices": torch_slices, "masked dense": bench.masked_dense}
-    rows = {growth[0].name: bench.measure(growth[0], peers)}
-    _print(growth[0], rows[growth[0].name])
-    for spec in growth[1:]:
+    rows = {base.name: bench.measure(base, peers)}
+    _print(base, rows[base.name])
+    for spec in growth:
         rows[spec.name] = bench.measure(spec, {"ours": bench.ours})
         _print(spec, rows[spec.name])
-    per_chunk = {
-        spec.name: rows[spec.name]["ours"]["forward_backward"] / spec.schedule.num_q_chunks for spec in growth[1:]
-    }
-    base, ratios = rows[growth[0].name], {}
-    for peer in [name for name in peers if name != "ours" and "error" not in base[name]]:
-        ratios |= {f"{peer} / ours, {label}": ms / base["ours"][label] for label, ms in base[peer].items()}
-    ratios["time per chunk, longest / shortest"] = per_chunk[growth[-1].name] / per_chunk[growth[1].name]
+    per_chunk = {s.name: rows[s.name]["ours"]["forward_backward"] / s.schedule.num_q_chunks for s in growth}
+    times, ratios = rows[base.name], {}
+    for peer in [name for name in peers if name != "ours" and "error" not in times[name]]:
+        ratios |= {f"{peer} / ours, {label}": ms / times["ours"][label] for label, ms in times[peer].items()}
+    ratios["time per chunk, longest / shortest"] = per_chunk[growth[-1].name] / per_chunk[growth[0].name]
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
     return {"milliseconds": rows, "milliseconds_per_chunk_forward_backward": per_chunk, "ratios": ratios}
@@ -111,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     if jax.default_backend() == "cpu":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        result = _cpu(bench, arg_specs.CPU_SPECS)
+        result = _cpu(bench, arg_specs.CPU_PEERS, arg_specs.CPU_GROWTH)
     else:
         result = {"milliseconds": {}}
         for spec in arg_specs.SPECS.values():

@@ -1,7 +1,7 @@
 """Times ``chunk_attention`` against its peers; the command is ``python benchmarks/attention.py``.
 
 On CPU a time is the process's CPU time in one pinned thread, on an accelerator the time until the result is ready. All
-peers of a spec are timed in turns within one process, ``REPEATS`` turns, and the median counts.
+peers are timed in one process; the median of ``REPEATS`` runs after a first one counts.
 """
 
 import statistics
@@ -111,7 +111,7 @@ def measure(spec: Spec, peers: Mapping[str, Callable[[], Peer]], *, repeats: int
     Args:
       spec: the workload.
       peers: name -> factory of a peer.
-      repeats: turns.
+      repeats: timed runs.
 
     Returns:
       {peer: {"forward": ms, "forward_backward": ms}} with medians, no backward for a decode; {"error": reason} for a
@@ -119,23 +119,21 @@ def measure(spec: Spec, peers: Mapping[str, Callable[[], Peer]], *, repeats: int
     """
     inputs, clock = arrays(spec), _timer()
     passes = {"forward": False} if spec.decode else {"forward": False, "forward_backward": True}
-    runs, result = {}, {}
+    result = {}
     for name, factory in peers.items():
         try:
             made = factory()(spec, *inputs)
-            runs[name] = {label: made(backward) for label, backward in passes.items()}
-            for run in runs[name].values():
-                run()  # compiles
+            result[name] = {label: _median(made(backward), clock, repeats) for label, backward in passes.items()}
         except Exception as error:  # any way in which someone else's library can fail is a result here
-            runs.pop(name, None)
             result[name] = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"}
-    times = {name: {label: [] for label in passes} for name in runs}
+    return result
+
+
+def _median(run: Callable[[], Any], clock: Callable[[], float], repeats: int) -> float:
+    run()  # compiles, and meets what the peer before left behind (caches, memory to give back)
+    times = []
     for _ in range(repeats):
-        for name, labelled in runs.items():
-            for label, run in labelled.items():
-                run()  # what the peer before left behind (caches, memory to give back) is not this one's cost
-                start = clock()
-                run()
-                times[name][label].append(1e3 * (clock() - start))
-    medians = {name: {label: statistics.median(t) for label, t in rows.items()} for name, rows in times.items()}
-    return {name: medians.get(name) or result[name] for name in peers}
+        start = clock()
+        run()
+        times.append(1e3 * (clock() - start))
+    return statistics.median(times)
