@@ -70,12 +70,12 @@ def _specs():
 
 
 SPECS = {spec.name: spec for spec in _specs()}
-def _laptop(chunks: int, tokens: int) -> Spec:
-    table = Schedule.sliding_window(chunks, tokens, WINDOW)
-    return Spec(f"cpu {chunks} x {tokens}", table, heads=4, dim=64, dtype="float32")
+def _laptop(chunks: int, heads: int) -> Spec:
+    table = Schedule.sliding_window(chunks, 128, WINDOW)
+    return Spec(f"cpu {chunks} x 128, {heads} heads", table, heads, dim=64, dtype="float32")
 
 
 # What a laptop can time: one workload for the comparison with peers, and three for the growth of the time per chunk.
-CPU_PEERS = _laptop(32, 128)
+CPU_PEERS = _laptop(32, heads=4)
 # Arrays stay below 32 MB, from where on malloc maps fresh pages at every call and clearing them is counted as well.
-CPU_GROWTH = tuple(_laptop(chunks, 64) for chunks in (64, 128, 256))
+CPU_GROWTH = tuple(_laptop(chunks, heads=2) for chunks in (64, 128, 256))
