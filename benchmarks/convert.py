@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.checkpoint import Checkpointer, versions
+from greedy_distill_jax.checkpoint import Checkpointer, source_commit, versions
 from greedy_distill_jax.convert import export_weights, import_weights
 from greedy_distill_jax.export.load import compare, load
 from greedy_distill_jax.export.source import Source, open_source, parameter_shapes
@@ -136,7 +136,7 @@ def main() -> None:
         return
     result = dict(
         size=args.size, dtype=args.dtype, device=f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        commit=source_commit(),
         versions=versions(),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

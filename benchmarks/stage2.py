@@ -10,15 +10,15 @@ caption tells, and an SDD that does not see frame 0; there stage 2 rolls out 32 
 Every row streams 64 frames (8 times the training length) at two network evaluations per frame, four for the first.
 "stage1_control" is more of stage 1, for the CPU time that stage 2 cost. Each trained row gets the same tuning budget:
 its learning rate times 1/2, 1 and 2, on each task's seed 0 and other videos than the table's; the best rate (by Frechet
-distance) is taken for all seeds. "--explore" adds further rows as they are (untuned, one seed, on the tuning videos of
-the plain task). Finished cells are kept in the work directory; the same command goes on where it stopped.
+distance) is taken for all seeds. "--explore" adds further rows as they are (untuned, one seed, the tuning videos):
+every fake score, every teacher score, context noise and the ratio of the learning rates. Finished cells are kept in the
+work directory; the same command goes on where it stopped.
 """
 
 import dataclasses
 import functools
 import json
-import shutil
-import subprocess
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.checkpoint import has_checkpoint, load_meta, versions
+from greedy_distill_jax.checkpoint import has_checkpoint, load_meta, source_commit, versions
 from greedy_distill_jax.config_cli import read_config
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos, frechet_distance, random_conv_features
@@ -54,31 +54,45 @@ CURVES = {"valid_by_frame": "valid, by frame", "fd_by_window": "FD less real, by
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a config of ``configs/quickstart.py`` and changes to it; ``trained``: it gets tuned."""
+    """One line of the table.
+
+    preset: a config of ``configs/quickstart.py``, and changes to it.
+    trained: it is trained beyond stage 1, so it gets tuned.
+    teacher, stage1: changes to the teacher that scores it and to the stage-1 student that it starts from.
+    """
 
     preset: str
     changes: tuple[tuple[str, object], ...] = ()
     trained: bool = True
+    teacher: tuple[tuple[str, object], ...] = ()
+    stage1: tuple[tuple[str, object], ...] = ()
 
 
+PAPER = "greedy_distill_paper"
 OWN = {"loss": "flow_matching", "weight": 0.3, "options": {"shift": 8.0, "weighting": "x0"}}
+OWN_TERM = (("distill.fake", "self_fm"), ("losses.own", OWN))
+NOISE = (("student.context_noise", 0.3),)
 ROWS = {
     "stage1": Row("student", trained=False),
     "stage1_control": Row("student"),
     "stage2": Row("stage2"),
-    "stage2_fake_self": Row("greedy_distill_paper"),
+    "stage2_fake_self": Row(PAPER),
 }
 MORE = {
-    "self + own flow matching": Row("greedy_distill_paper", (("distill.fake", "self_fm"), ("losses.own", OWN))),
-    "self, averaged": Row("greedy_distill_paper", (("distill.fake", "self_ema"),)),
-    "stage 1 as fake": Row("greedy_distill_paper", (("distill.fake", "stage1"),)),
+    "self + own flow matching": Row(PAPER, OWN_TERM),
+    "self, averaged": Row(PAPER, (("distill.fake", "self_ema"),)),
+    "stage 1 as fake": Row(PAPER, (("distill.fake", "stage1"),)),
     "autoregressive teacher, critic": Row("stage2", (("distill.real", "autoregressive"),)),
-    "autoregressive teacher, self + own": Row(
-        "greedy_distill_paper",
-        (("distill.real", "autoregressive"), ("distill.fake", "self_fm"), ("losses.own", OWN)),
+    "autoregressive teacher, self + own": Row(PAPER, (("distill.real", "autoregressive"), *OWN_TERM)),
+    "per-frame teacher, critic": Row(
+        "stage2", (("distill.real", "per_frame"),), teacher=(("losses.flow_matching.options.per_frame", True),)
     ),
     "guidance 2": Row("stage2", (("distill.guidance", 2.0),)),
     "critic every 5": Row("stage2", (("distill.generator_every", 5),)),
+    "critic's rate x0.5": Row("stage2", (("critic.optimizer.learning_rate", 5e-4),)),
+    "critic's rate x2": Row("stage2", (("critic.optimizer.learning_rate", 2e-3),)),
+    "stage 1 with context noise": Row("student", NOISE, trained=False, stage1=NOISE),
+    "stage 2 after context noise": Row("stage2", stage1=NOISE),
 }
 
 
@@ -92,7 +106,7 @@ class Bench:
 
     def cell(self, name: str, make) -> dict:
         """The stored result of a cell, or that of ``make()``."""
-        path = self.cells / f"{name.replace('/', '-').replace(' ', '_')}.json"
+        path = self.cells / f"{_label(name.replace('/', '-'))}.json"
         if not path.exists():
             begin, cpu = time.time(), time.process_time()
             result = make()
@@ -109,7 +123,9 @@ class Bench:
         config.seed, config.data.source, config.student.anchor = seed, TASKS[task], task == "plain"
         for path, value in changes:
             *parents, last = path.split(".")
-            functools.reduce(lambda node, key: node[key], parents, config)[last] = value
+            node = functools.reduce(lambda node, key: node[key], parents, config)
+            with node.unlocked():  # "losses.own" is a term of its own
+                node[last] = value
         config.log.samples_every = 0
         return config
 
@@ -120,15 +136,18 @@ class Bench:
             train(config, directory, show_progress=sys.stderr.isatty())
         return directory
 
-    def sources(self, task: str, seed: int) -> tuple[Path, Path]:
-        """The teacher and the stage-1 student of a task and seed."""
+    def sources(self, task: str, seed: int, row: Row = ROWS["stage1"]) -> tuple[Path, Path]:
+        """The teacher that scores a row and the stage-1 student that it starts from (always the plain teacher's)."""
         folder = self.workdir / f"{task}-{seed}"
-        config = self.config("teacher", task, seed)
-        config.steps = min(config.steps, TEACHER_STEPS)
-        teacher = self.train(folder / "teacher", config)
-        config = self.config("student", task, seed)
-        config.teacher_from = str(teacher)
-        return teacher, self.train(folder / "stage1", config)
+
+        def teacher(changes) -> Path:
+            config = self.config("teacher", task, seed, changes)
+            config.steps = min(config.steps, TEACHER_STEPS)
+            return self.train(folder / _label("teacher", changes), config)
+
+        config = self.config("student", task, seed, row.stage1)
+        config.teacher_from = str(teacher(()))
+        return teacher(row.teacher), self.train(folder / _label("stage1", row.stage1), config)
 
     def stage2(self, task: str, seed: int, scale: float) -> Path:
         """The run whose CPU time the control may spend."""
@@ -136,19 +155,18 @@ class Bench:
 
     def trained(self, task: str, seed: int, name: str, row: Row, scale: float, stage2_scale: float = 1.0) -> Path:
         """A row's run at ``scale`` times its learning rate."""
-        teacher, stage1 = self.sources(task, seed)
+        teacher, stage1 = self.sources(task, seed, row)
         if not row.trained:
             return stage1
         config = self.config(row.preset, task, seed, row.changes)
-        if name == "stage2":
+        if (config.stage, config.distill.real, config.distill.fake) == ("dmd", "joint", "critic"):
             config.distill.frames = ROLLOUT[task]
         config.teacher_from, config.student_from = str(teacher), str(stage1)
         if name == "stage1_control":
             config = control_config(config, stage1, self.stage2(task, seed, stage2_scale))
         for rate in ("learning_rate", "muon_rate"):
             config.optimizer[rate] *= scale
-        folder = f"{name.replace(' ', '_').replace(',', '')}-x{scale}"
-        return self.train(self.workdir / f"{task}-{seed}" / folder, config)
+        return self.train(self.workdir / f"{task}-{seed}" / f"{_label(name)}-x{scale}", config)
 
     def judged(self, directory: Path, task: str, test: int, videos: int) -> dict:
         """Every number of one run's streams."""
@@ -176,6 +194,11 @@ class Bench:
 
         tried = {scale: self.tried(task, name, row, scale, stage2_scale) for scale in SCALES}
         return min(tried, key=lambda s: tried[s]["fd"]), {str(s): t["fd"] for s, t in tried.items()}
+
+
+def _label(name: str, changes=()) -> str:
+    """A folder's or file's name."""
+    return re.sub(r"[^\w.-]+", "_", "-".join([name, *(f"{path}={value}" for path, value in changes)]))
 
 
 def slope(curve) -> float:
@@ -243,7 +266,9 @@ def verdicts(table: dict[str, dict[str, dict]]) -> list[dict]:
         limit = gates.STAGE2_FD
         out.append(("FD of stage 2 over stage 1, less real", ratio, f"<= {limit}", ratio <= limit))
         out.append(("motion spread of stage 2 over real", motion, f"{low} to {high}", low <= motion <= high))
-    for other in ("stage1", "stage1_control") if "drift" in table else ():
+    # The error of a single seed is not known.
+    known = "drift" in table and not np.isnan(table["drift"]["stage2"]["drift"][1])
+    for other in ("stage1", "stage1_control") if known else ():
         (a, ea), (b, eb) = (table["drift"][name]["drift"] for name in ("stage2", other))
         errors = (b - a) / (ea**2 + eb**2) ** 0.5
         out.append((f"FD growth of {other} less that of stage 2, in standard errors", errors, "> 2", errors > 2))
@@ -260,8 +285,8 @@ def markdown(result: dict) -> str:
     """The tables, the verdicts and what each row's tuning tried."""
     lines = [f"{result['videos']} held-out videos per cell, seeds {result['seeds']}; mean (standard error)", ""]
     tables = dict(result["table"])
-    if result["exploration"]:
-        tables["exploration: plain, seed 0, untuned, tuning videos"] = result["exploration"]
+    tables |= {f"exploration: {task}, seed 0, untuned, tuning videos": rows
+               for task, rows in result["exploration"].items()}  # fmt: skip
     for task, rows in tables.items():
         lines += [f"**{task}**", "", "| row | " + " | ".join(title for _, title in SHOWN) + " |"]
         lines += ["|" + "---|" * (len(SHOWN) + 1)]
@@ -319,6 +344,7 @@ def main() -> None:
         per_seed[task] = {}
         for seed in args.seeds:
             for name, row in headline.items():
+
                 def make(task=task, seed=seed, name=name, row=row):
                     directory = bench.trained(task, seed, name, row, scales[task][name], scales[task]["stage2"])
                     return bench.judged(directory, task, TEST, args.videos)
@@ -340,10 +366,11 @@ def main() -> None:
         "per_seed": {task: {name: [{k: v for k, v in c.items() if not isinstance(v, list)} for c in cells]
                             for name, cells in rows.items()} for task, rows in per_seed.items()},
         "exploration": {
-            name: summary([bench.tried("plain", name, row, 1.0)]) for name, row in (headline | MORE).items()
+            task: {name: summary([bench.tried(task, name, row, 1.0)]) for name, row in (headline | MORE).items()}
+            for task in args.tasks
         } if args.explore else {},
         "versions": versions(), "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "commit": _commit(), "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
+        "commit": source_commit(), "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
     }  # fmt: skip
     if "plain" in table:
         result["controls_fail"] = {
@@ -355,14 +382,6 @@ def main() -> None:
     args.output.with_suffix(".md").write_text(markdown(result))
     plot(result, args.output.with_suffix(".png"))
     print(markdown(result))
-
-
-def _commit() -> str | None:
-    git = shutil.which("git")
-    if not git:
-        return None
-    done = subprocess.run([git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -285,6 +286,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue  # the package itself, run from a checkout that is not installed
     return found
+
+
+def source_commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed package or without git."""
+    try:
+        command, here = ["git", "rev-parse", "HEAD"], os.path.dirname(os.path.abspath(__file__))
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 # --- trees and leaves ---------------------------------------------------------------------------------------------

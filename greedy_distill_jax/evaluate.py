@@ -3,7 +3,6 @@
 python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/student --output runs/report
 """
 
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.checkpoint import versions
+from greedy_distill_jax.checkpoint import source_commit, versions
 from greedy_distill_jax.data.loader import is_shapes
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.eval import gates, oracle
@@ -196,7 +195,7 @@ def evaluate(
         },
         "versions": versions(),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "commit": _commit(),
+        "commit": source_commit(),
         "gates": gate_list,
         "config": {"teacher": teacher.config.to_dict(), "student": student.config.to_dict()},
         "training_frames": frames,
@@ -216,15 +215,6 @@ def evaluate(
     )  # fmt: skip
     announce(f"evaluate: {path}")
     return metrics
-
-
-def _commit() -> str | None:
-    try:
-        here = Path(__file__).resolve().parent
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def print_table(metrics: dict[str, Any]) -> None:
