@@ -14,6 +14,6 @@ status=0
 
 workers="${TEST_WORKERS:-2}"
 say "pytest in $workers processes"
-"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadgroup "$@" || status=$?
+"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile "$@" || status=$?
 say "launch/test.sh: $([ "$status" = 0 ] && echo passed || echo "FAILED with exit code $status") in $((SECONDS - start)) s"
 exit "$status"

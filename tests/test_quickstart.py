@@ -29,7 +29,6 @@ from greedy_distill_jax.types import UserError
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a red square moving left", "a blue circle moving up")
 
-pytestmark = pytest.mark.xdist_group("quickstart")
 
 
 @pytest.fixture(scope="module")

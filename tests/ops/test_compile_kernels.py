@@ -24,7 +24,6 @@ def _compile(*arguments, env):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.subprocesses
-@pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
 def test_every_workload_compiles_and_none_got_worse(target, subprocess_env):
     done = _compile("kernels", "--target", target, env={**subprocess_env, "JAX_PLATFORMS": "cpu"})
