@@ -8,7 +8,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-
 ATTEMPTS = 3  # what else runs on the machine can only spoil a ratio: a promise is broken if no attempt keeps it
 
 
