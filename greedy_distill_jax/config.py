@@ -200,6 +200,17 @@ def _validate_distillation(config: ConfigDict) -> None:
             "config.distill.pg is 'rollout_full', which differentiates through the contexts; set "
             "config.distill.context_grad_etm=params and config.distill.context_grad_sdd=params."
         )
+    for key, pg in (("segment", "rollout_full"), ("epochs", "actor_critic"), ("anchor", "actor_critic")):
+        default = base().distill[key]
+        if d.pg != pg and d[key] != default:
+            raise UserError(
+                f"config.distill.{key} is {d[key]}, but only config.distill.pg = {pg!r} uses it, not {d.pg!r}; leave "
+                f"it at {default}."
+            )
+    if config.student.kind == "causal" and d.context_grad_etm != "params":
+        raise UserError(
+            "config.distill.context_grad_etm is 'none', but a causal student has no ETM; leave it at 'params'."
+        )
     if d.critic_warmup >= config.steps:
         raise UserError(
             f"config.distill.critic_warmup is {d.critic_warmup}, config.steps {config.steps}: the student would never "
@@ -222,6 +233,11 @@ def _validate_distillation(config: ConfigDict) -> None:
     on_scores = [asks_scores(term.loss) for term in terms(config)]
     if not any(on_scores):
         raise UserError("config.losses has no loss that asks for scores; stage dmd needs one, such as 'dmd'.")
+    if config.student.context_noise and all(on_scores) and (d.real, d.fake) == ("joint", "critic"):
+        raise UserError(
+            f"config.student.context_noise is {config.student.context_noise}, but bidirectional scores see no history "
+            f"and no other loss asks the student for a velocity; leave it at 0."
+        )
     if d.fake == "self_fm" and all(on_scores):
         raise UserError(
             "config.distill.fake is 'self_fm', but nothing keeps the student a score of its own videos; add a term "

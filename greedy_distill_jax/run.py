@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,11 @@ class Run:
                 f"them (config.teacher_from), or give the --workdir of a training command."
             )
         return cls(config, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this checkpoint from any other run's or step's (16 hexadecimal digits of what it was saved with)."""
+        return hashlib.sha256(json.dumps(self.meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def is_student(self) -> bool:

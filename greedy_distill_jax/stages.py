@@ -78,19 +78,43 @@ def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed
                 f"config.teacher_from {config.teacher_from} holds stage {teacher.config.stage}, not a teacher."
             )
         _check_same("teacher_from", config.teacher_from, teacher.model.cfg, model.cfg.base)
+        if "teacher" in asked and config.distill.real == "per_frame":
+            _check_per_frame(config.teacher_from, teacher)
     if config.student_from and isinstance(model, StreamingModel) and ("stage1" in asked or not resumed):
         student = Run.load(config.student_from, needs_codec=False)
         if student.config.stage == "teacher":
             raise UserError(f"config.student_from {config.student_from} holds a teacher, not a student.")
+        if "stage1" in asked and student.config.stage != "teacher_forcing":
+            raise UserError(
+                f"config.student_from {config.student_from} holds stage {student.config.stage}, but real "
+                f"{config.distill.real!r} with fake {config.distill.fake!r} takes its score for stage 1's; name a run "
+                f"of stage teacher_forcing."
+            )
         _check_same("student_from", config.student_from, student.model.cfg, model.cfg)
     return Sources(teacher, student)
+
+
+def source_fingerprints(config: ConfigDict, sources: Sources) -> dict[str, str]:
+    """What a resumed run must find again: the runs behind the frozen networks, by config key."""
+    asked = configuration.frozen_networks(config)
+    runs = {"teacher": ("teacher_from", sources.teacher), "stage1": ("student_from", sources.student)}
+    return {runs[name][0]: runs[name][1].fingerprint for name in sorted(asked)}
+
+
+def _check_per_frame(directory: str, teacher: Run) -> None:
+    losses = configuration.terms(teacher.config)
+    if "source" not in teacher.meta and not any(term.options.get("per_frame") for term in losses):
+        raise UserError(
+            f"config.distill.real is 'per_frame', but the teacher {directory} was trained with one noise level per "
+            f"video; train one with config.losses.flow_matching.options.per_frame=True or choose another real."
+        )
 
 
 def _check_same(key: str, directory: str, stored, wanted) -> None:
     if type(stored) is not type(wanted):
         raise UserError(f"config.{key} {directory} holds another kind of student; set the same config.student.kind.")
     names = [f for f in stored.__dataclass_fields__ if f not in NOT_ARCHITECTURE and f != "base"]
-    different = [f for f in names if getattr(stored, f) != getattr(wanted, f)]
+    different = [f for f in names if _meaning(f, getattr(stored, f)) != _meaning(f, getattr(wanted, f))]
     if different:
         listed = ", ".join(f"{f} {getattr(stored, f)} against {getattr(wanted, f)}" for f in different)
         raise UserError(
@@ -99,6 +123,11 @@ def _check_same(key: str, directory: str, stored, wanted) -> None:
         )
     if hasattr(stored, "base"):
         _check_same(key, directory, stored.base, wanted.base)
+
+
+def _meaning(field: str, value):
+    """A field's value, equal where the same parameters give the same numbers."""
+    return {("context", "fused"): "clean", ("recache", True): False}.get((field, value), value)
 
 
 def build_stage(config: ConfigDict, model: Teacher | StreamingModel, sources: Sources, null_MC, latent_shape) -> Stage:

@@ -43,6 +43,7 @@ from greedy_distill_jax.stages import (
     given_params,
     initial_params,
     load_sources,
+    source_fingerprints,
 )  # fmt: skip
 from greedy_distill_jax.state import TrainState
 from greedy_distill_jax.types import Diverged, Stopped, UserError
@@ -115,6 +116,8 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
             )
             metrics |= call.eval_shape(state_shape, stage.frozen, batch_shape)[1]
             jitted.append(part._replace(call=call))
+    except KeyError as error:
+        raise UserError(f"config.losses: a loss asks for batch[{error}], not there in stage {config.stage}.") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"config: {error}") from error
     for name, metric in metrics.items():
@@ -138,8 +141,13 @@ def _agreed_codec(codec: PatchCodec, stored: PatchCodec, run: str) -> PatchCodec
     return stored
 
 
-def check_resume(config: ConfigDict, workdir: Path, step: int, meta: dict[str, Any]) -> None:
-    """Raises UserError when a checkpoint belongs to another stage, seed or data. Rates, losses and steps may change."""
+def check_resume(
+    config: ConfigDict, workdir: Path, step: int, meta: dict[str, Any], fingerprints: dict[str, str]
+) -> None:
+    """Raises UserError when a checkpoint belongs to another stage, seed, data or frozen network.
+
+    Rates, losses and steps may change. ``fingerprints``: see ``stages.source_fingerprints``.
+    """
     stored = json.loads(meta["config"])
     for key in (
         "stage", "seed", "data.source", "data.size", "data.frames", "data.batch", "data.augment", "distill.real",
@@ -153,6 +161,12 @@ def check_resume(config: ConfigDict, workdir: Path, step: int, meta: dict[str, A
             raise UserError(
                 f"{workdir} was started with config.{key} = {old!r}, not {new!r}; resume with the same value or choose "
                 f"another workdir."
+            )
+    for key, old in meta.get("sources", {}).items():
+        if fingerprints.get(key) != old:
+            raise UserError(
+                f"{workdir} was started with another network than the one now in config.{key} = {config[key]!r} "
+                f"(fingerprint {old}, not {fingerprints.get(key)}); name that run or choose another workdir."
             )
     if meta["data_position"] != step * config.data.batch:
         raise UserError(f"{workdir} step {step} stands at example {meta['data_position']}; the checkpoint is damaged.")
@@ -227,13 +241,14 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     mesh = make_mesh(config.mesh.to_dict())
     main, alone = jax.process_index() == 0, jax.process_count() == 1
     job = prepare_job(config, workdir, mesh)
+    fingerprints = source_fingerprints(config, job.sources)
 
     with _Stop() as stop, contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", max_to_keep=config.checkpoint.keep))
         first, cpu_before = checkpointer.latest_step() or 0, 0.0
         if first:
             meta = checkpointer.meta(first)
-            check_resume(config, workdir, first, meta)
+            check_resume(config, workdir, first, meta, fingerprints)
             target = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), job.state_shape, job.state_sharding
             )
@@ -253,7 +268,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
             return dict(
                 stage=config.stage, data_position=step * config.data.batch, config=config.to_json_best_effort(),
                 architecture=architecture(job.stage.model), train_cpu_s=cpu_before + time.process_time() - cpu_start,
-                latent_shape=list(job.latent_shape), steps=config.steps,
+                latent_shape=list(job.latent_shape), steps=config.steps, sources=fingerprints,
             )  # fmt: skip
 
         writer = stack.enter_context(
