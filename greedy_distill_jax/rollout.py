@@ -5,6 +5,7 @@ gradient of the same video: ``recompute`` in ONE parallel teacher-forced pass (n
 frames), ``replay`` chunk by chunk with caches, where it may.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -107,7 +108,7 @@ def replay(
     inputs = rearrange(rollout.exit_BTHWC, "b (s n g) h w c -> s n b g h w c", g=g, n=segment)
     levels = rearrange(rollout.sigma_T[::g], "(s n) -> s n", n=segment)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
     def chunk(state, exit):
         return streamer.replay(params, state, Exit(*exit), grads, frames)
 
