@@ -79,7 +79,8 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in vars(args).items() if key != "output"}
-        args.output.write_text(json.dumps({"settings": settings, "rows": rows, "versions": versions(), "commit": source_commit()}, indent=1))
+        result = {"settings": settings, "rows": rows, "versions": versions(), "commit": source_commit()}
+        args.output.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

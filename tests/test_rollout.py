@@ -99,7 +99,7 @@ def test_gradient_through_frames_is_the_whole_derivative():
     assert _distance(stopped, grads) > 1e-2
     step = 1e-2
     for direction in (grads, stopped):  # the second has parts across the gradient
-        unit = jax.tree.map(lambda d, size=optax.tree.norm(direction): d / size, direction)
+        unit = optax.tree.scale(1 / optax.tree.norm(direction), direction)
         ahead, behind = (value(jax.tree.map(lambda p, d, s=s: p + s * d, params, unit)) for s in (step, -step))
         np.testing.assert_allclose((ahead - behind) / (2 * step), optax.tree.vdot(grads, unit), rtol=2e-2)
 
