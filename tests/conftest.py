@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import signal
 
 # Before jax is imported: distributed tests need 8 devices, everything else uses the first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +26,8 @@ import hypothesis
 import jax
 import pytest
 
+from greedy_distill_jax import cli
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -34,6 +37,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("default")
+
+
+def exit_code(main, *argv):
+    """What a command's process would end with; its signal handlers do not outlive the call."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(main, [str(a) for a in argv])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return exit_.value.code
 
 
 @pytest.fixture

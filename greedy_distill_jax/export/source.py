@@ -4,6 +4,7 @@ Formats: "original" (Wan's names in safetensors), "diffusers", "causal-pt" (`.pt
 "torch-student" (a folder we exported) and "ours" (a converted folder or a training run).
 """
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -84,7 +85,7 @@ def _precision(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in {**WAN_SIZES.get(chosen.get("size"), {}), **chosen}.items() if k in known}
 
 
-class Source:
+class Source(abc.ABC):
     """A model in any format.
 
     Attributes:
@@ -106,9 +107,9 @@ class Source:
         """Path -> shape of every leaf of our tree."""
         return parameter_shapes(self.cfg)
 
+    @abc.abstractmethod
     def read_layer(self, path: str, layer: int, index: Index) -> np.ndarray:
         """A slice of one layer of a leaf (layer 0 is the leaf itself where it is not stacked)."""
-        raise NotImplementedError
 
     def read(self, path: str, index: Index, dtype: Any) -> np.ndarray:
         """A slice of a leaf of ours in the given dtype, assembled layer by layer."""
