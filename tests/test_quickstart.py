@@ -119,7 +119,6 @@ def _execute(path, env):
 @pytest.fixture
 def kernel_env(subprocess_env, tmp_path):
     env = {**subprocess_env, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     env.pop("MPLBACKEND", None)  # the kernel's own draws into the notebook
     return env
 
