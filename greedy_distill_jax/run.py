@@ -16,7 +16,7 @@ from greedy_distill_jax import config as configuration
 from greedy_distill_jax.checkpoint import load_meta, load_params
 from greedy_distill_jax.data.loader import is_shapes, load_source
 from greedy_distill_jax.data.text import HashWordEncoder
-from greedy_distill_jax.diffusion import guidance, schedules, solvers
+from greedy_distill_jax.diffusion import guidance, solvers
 from greedy_distill_jax.models.causal import make_student
 from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.models.dit import Teacher
@@ -121,12 +121,23 @@ class Run:
 
     @functools.cached_property
     def _teacher_sampler(self):
-        @functools.partial(jax.jit, static_argnames=("sigmas", "scale"))
-        def sample(params, noise, text, null, sigmas, scale):
+        @functools.partial(jax.jit, static_argnames=("solver", "steps", "shift", "scale"))
+        def sample(params, noise, text, null, *, solver, steps, shift, scale):
             net = guidance.guided(functools.partial(self.model, params), text, null, scale)
-            return solvers.euler(net, noise, sigmas)
+            return solvers.solve(solver, net, noise, steps=steps, shift=shift)
 
         return sample
+
+    def denoise(self, noise, text, steps: int | None = None) -> jax.Array:
+        """The teacher's latents [B, T, H, W, C] from noise of that shape and text rows [B, M, D].
+
+        Solver, shift and guidance are those of ``config.sample``; ``steps`` overrides its number of steps.
+        """
+        s = self.config.sample
+        null = jnp.broadcast_to(self.text([""]), text.shape)
+        return self._teacher_sampler(
+            self.params, noise, text, null, solver=s.sampler, steps=steps or s.steps, shift=s.shift, scale=s.guidance
+        )
 
     def sample_latents(self, prompts: Sequence[str], *, frames: int | None = None, steps: int | None = None,
                        first_steps: int | None = None, seed: int = 0) -> np.ndarray:  # fmt: skip
@@ -135,11 +146,8 @@ class Run:
         key = jax.random.key(seed)
         text = self.text(prompts)
         if not self.is_student:
-            s = self.config.sample
             noise = jax.random.normal(key, (len(prompts), frames, *self.latent_shape[1:]), jnp.float32)
-            sigmas = schedules.uniform_steps(steps or s.steps, s.shift)
-            null = jnp.broadcast_to(self.text([""]), text.shape)
-            return np.asarray(self._teacher_sampler(self.params, noise, text, null, sigmas, s.guidance))
+            return np.asarray(self.denoise(noise, text, steps))
         self.model.chunks_of(frames)
         out, (state, step) = [], self.open_stream(text, key, steps, first_steps)
         for _ in range(frames // self.model.cfg.chunk):
