@@ -42,6 +42,8 @@ def base() -> ConfigDict:
     c.data.frames = 8  # latent frames of one example
     c.data.batch = 32  # examples of one update, over all devices
     c.data.augment = "none"  # none | labelled (mirrored, recoloured, reversed; the caption says so): for few clips
+    c.data.text = ""  # embedded words, or a folder by `prepare text`, or a model folder with text_encoder/
+    c.data.negative_prompt = ""  # stands where there is no text: dropped in training, unconditional in guidance
     c.data.threads = 2  # reader threads of this process
     c.data.max_bad_records = 10  # unreadable records skipped before the run stops
 
