@@ -2,7 +2,11 @@
 
 import json
 import pickle
+import subprocess
+import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -115,6 +119,42 @@ def test_a_killed_job_goes_on_without_gap_or_repeat(prepared, folder, tmp_path, 
     with pytest.raises(UserError, match="not finished"):
         LatentWindows(tmp_path / "out")
     assert run(folder, tmp_path / "out") == 0
+    assert_same(everything(tmp_path / "out"), everything(prepared))
+
+
+@pytest.mark.subprocesses
+def test_kill_9_leaves_no_gap_and_no_repeat(prepared, folder, tmp_path, subprocess_env):
+    output = tmp_path / "out"
+    options = ["--clips", folder / "in", "--captions", folder / "captions.csv", "--output", output, *OPTIONS]
+    options += ["--codec", folder / "codec.npz", "--group", "1"]
+    slow = (
+        "import sys, time\nfrom greedy_distill_jax import cli, prepare\nfrom greedy_distill_jax.data import latents\n"
+        "real = latents.encode_record\n"
+        "latents.encode_record = lambda *a, **k: (time.sleep(0.2), real(*a, **k))[1]\n"
+        "cli.run(prepare.main, sys.argv[1:])"
+    )
+    job = subprocess.Popen([sys.executable, "-c", slow, "latents", *map(str, options)], env=subprocess_env)
+    try:
+        while not (output / "parts" / "00000.json").exists() or not list(output.glob(".*.partial")):
+            assert job.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+    finally:
+        job.kill()
+        job.wait()
+    assert list(output.glob(".*.partial")), "nothing was half-written; the test killed at the wrong moment"
+    assert run(folder, output, "--group", "1") == 0
+    assert not list(output.glob(".*.partial"))
+    assert_same(everything(output), everything(prepared))
+
+
+def test_a_multi_process_job_takes_its_share_from_jax(prepared, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "join_hosts", lambda: None)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        assert run(folder, tmp_path / "out") == 0
+        assert len(list((tmp_path / "out" / "parts").iterdir())) == 3 - index
     assert_same(everything(tmp_path / "out"), everything(prepared))
 
 
