@@ -6,9 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from greedy_distill_jax.export.load import load
 from greedy_distill_jax.export.source import open_source
 from greedy_distill_jax.models.codec import PatchCodec, VideoCodec
@@ -39,16 +36,6 @@ def load_codec(path: str | os.PathLike) -> VideoCodec:
     raise UserError(f"{path / 'vae'}: this version cannot run a VAE; put a {CODEC} beside it")
 
 
-def compute_precision(params: Any, dtype: str) -> Any:
-    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
-
-    def cast(path, leaf):
-        kernel = getattr(path[-1], "key", None) == "kernel"
-        return jnp.asarray(leaf, jnp.dtype(dtype)) if kernel else jnp.asarray(leaf)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
 def transformer_config(folder: str | os.PathLike, *, dtype: str = "bfloat16") -> WanConfig:
     """Sizes of a model folder's `transformer/`, to compute in ``dtype`` without rematerialisation; reads no weights.
 
@@ -65,7 +52,7 @@ def load_transformer(folder: str | os.PathLike, *, dtype: str = "bfloat16") -> t
       UserError: as for `transformer_config`, or a tensor that is missing or cannot be read.
     """
     cfg, source = _open(folder, dtype)
-    return cfg, compute_precision(load(source), dtype)
+    return cfg, load(source, dtype=lambda path: dtype if path.endswith("/kernel") else "keep")
 
 
 def _open(folder: str | os.PathLike, dtype: str):

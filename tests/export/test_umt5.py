@@ -243,11 +243,11 @@ def test_a_run_trained_from_a_store_samples_its_prompts(folder, tmp_path):
     train(tiny.train_config(**sizes, **texts), tmp_path / "run", show_progress=False)
     trained = Run.load(tmp_path / "run")
     assert isinstance(trained.encoder, TextStore)
-    first = trained.sample_latents(captions[:1], steps=1, seed=1)
+    assert np.isfinite(trained.sample_latents(captions[:1], steps=1)).all()
     with pytest.raises(UserError, match="no prompt 'a horse'"):
         trained.sample_latents(["a horse"], steps=1)
     live = Run.load(tmp_path / "run", text=str(folder))  # the encoder itself knows every prompt
-    np.testing.assert_allclose(live.sample_latents(captions[:1], steps=1, seed=1), first, atol=1e-4)
-    assert live.sample_latents(["a horse"], steps=1).shape == first.shape
+    np.testing.assert_allclose(live.text(captions[:2]), trained.text(captions[:2]), atol=1e-5)
+    assert np.any(live.text(["a horse"]))
     weights = Run.load(tmp_path / "run", needs_codec=False)
     assert weights.encoder is None
