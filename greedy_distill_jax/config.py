@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from greedy_distill_jax import distillation, rollout
-from greedy_distill_jax.diffusion import schedules
+from greedy_distill_jax.diffusion import schedules, solvers
 from greedy_distill_jax.losses import asks_scores, check_options, option_names, resolve
 from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, StudentConfig, WanConfig, split_layers
 from greedy_distill_jax.steps import Term
@@ -42,6 +42,8 @@ def base() -> ConfigDict:
     c.data.frames = 8  # latent frames of one example
     c.data.batch = 32  # examples of one update, over all devices
     c.data.augment = "none"  # none | labelled (mirrored, recoloured, reversed; the caption says so): for few clips
+    c.data.text = ""  # embedded words, or a folder by `prepare text`, or a model folder with text_encoder/
+    c.data.negative_prompt = ""  # stands where there is no text: dropped in training, unconditional in guidance
     c.data.threads = 2  # reader threads of this process
     c.data.max_bad_records = 10  # unreadable records skipped before the run stops
 
@@ -100,7 +102,7 @@ def base() -> ConfigDict:
     c.sample.steps = 16  # network evaluations per video (teacher) or per chunk (student)
     c.sample.first_steps = 0  # evaluations of the student's first chunk; 0 = as the others
     c.sample.shift = 8.0
-    c.sample.sampler = "euler"  # euler | renoise (students)
+    c.sample.sampler = "euler"  # euler | unipc (teachers; Wan's default) | renoise (students)
     c.sample.guidance = 2.0  # CFG scale of the teacher; 1 = off
 
     c.mesh = ConfigDict()  # devices along each axis, -1 takes the rest
@@ -163,7 +165,12 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {value}; it must lie between 0 and 1.")
     wan_config(config)
     terms(config)
-    if config.stage != "teacher":
+    if config.stage == "teacher":
+        if config.sample.sampler not in solvers.SOLVERS:
+            raise UserError(
+                f"config.sample.sampler is {config.sample.sampler!r}; a teacher's are {', '.join(solvers.SOLVERS)}."
+            )
+    else:
         student = student_config(config)
         if config.data.frames % student.chunk:
             raise UserError(

@@ -27,8 +27,8 @@ from greedy_distill_jax import cli, config as configuration
 from greedy_distill_jax.checkpoint import Checkpointer, has_checkpoint
 from greedy_distill_jax.config_cli import load_config
 from greedy_distill_jax.data.augment import augmented
-from greedy_distill_jax.data.loader import SkipBadRecords, make_loader
-from greedy_distill_jax.data.text import HashWordEncoder
+from greedy_distill_jax.data.loader import SkipBadRecords, captions_of, latents_of, make_loader
+from greedy_distill_jax.data.text import TextEncoder, check_captions, load_text_encoder
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
 from greedy_distill_jax.models.codec import PatchCodec
@@ -59,7 +59,7 @@ class Job(NamedTuple):
     source: Any
     captions: list[str]
     codec: PatchCodec
-    encoder: HashWordEncoder
+    encoder: TextEncoder
     latent_shape: tuple[int, int, int, int]
     state_shape: TrainState
     state_sharding: TrainState
@@ -71,8 +71,14 @@ class Job(NamedTuple):
 def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     """Builds network, data and the jitted step, and traces the step once: every mistake in the config shows here."""
     source, codec = data_source(config, "train", frames=config.data.frames, seed=config.seed)
+    known = captions_of(source)
     source = SkipBadRecords(source, config.data.max_bad_records)
     examples = [source[i] for i in range(min(4, len(source)))]
+    if "latents" in examples[0] and config.data.augment != "none":
+        raise UserError(
+            f"config.data.augment {config.data.augment!r} changes pixels, but {config.data.source} holds latents; set "
+            f"config.data.augment=none."
+        )
     model = build_model(config)
     resumed = has_checkpoint(workdir / "checkpoints")
     sources = load_sources(config, model, resumed=resumed)
@@ -82,8 +88,9 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     if resumed:
         codec = _agreed_codec(codec, PatchCodec.load(workdir / CODEC), str(workdir))
     wan = configuration.wan_config(config)
-    encoder = HashWordEncoder(wan.text_len, wan.text_dim)
-    latent_shape = (config.data.frames, *codec.latent_shape(*examples[0]["video"].shape[1:3]))
+    encoder = load_text_encoder(config.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
+    check_captions(encoder, [config.data.negative_prompt, *known], augment=config.data.augment)
+    latent_shape = latents_of(examples[:1], codec).shape[1:]
     if latent_shape[-1] != wan.channels:
         raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
     parts, processes = batch_parts(mesh), jax.process_count()
@@ -98,7 +105,7 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
         "text": jax.ShapeDtypeStruct((config.data.batch, wan.text_len, wan.text_dim), jnp.float32),
     }
     try:
-        stage = build_stage(config, model, sources, encoder([""])[0], latent_shape)
+        stage = build_stage(config, model, sources, encoder([config.data.negative_prompt])[0], latent_shape)
         given = given_params(sources)
         state_shape = jax.eval_shape(
             lambda key, given: stage.state(*initial_params(stage, key, latent_shape, given)), jax.random.key(0), given
@@ -150,8 +157,8 @@ def check_resume(
     """
     stored = json.loads(meta["config"])
     for key in (
-        "stage", "seed", "data.source", "data.size", "data.frames", "data.batch", "data.augment", "distill.real",
-        "distill.fake",
+        "stage", "seed", "data.source", "data.size", "data.frames", "data.batch", "data.augment", "data.text",
+        "data.negative_prompt", "distill.real", "distill.fake",
     ):  # fmt: skip
         old, new, default = stored, config, configuration.base()
         for part in key.split("."):

@@ -216,8 +216,13 @@ def test_a_switch_changes_what_follows_and_nothing_before(finished, student, tmp
 
 
 def test_a_teacher_makes_whole_videos(finished, tmp_path):
-    _sample(finished / "teacher", "--frames", 8, "--output", tmp_path / "out.mp4", prompts=PROMPTS)
-    assert [len(list(read_frames(tmp_path / f"out-{i}.mp4"))) for i in (0, 1)] == [8, 8]
+    plain = ["--frames", 8, "--steps", 4, "--output"]
+    _sample(finished / "teacher", *plain, tmp_path / "out.mp4", prompts=PROMPTS)
+    made = [list(read_frames(tmp_path / f"out-{i}.mp4")) for i in (0, 1)]
+    assert [len(frames) for frames in made] == [8, 8]
+    options = ["--solver", "unipc", "--shift", 3, "--guidance", 4, "--negative-prompt", PROMPTS[1]]
+    _sample(finished / "teacher", *plain, tmp_path / "other.mp4", *options)
+    assert np.abs(np.subtract(list(read_frames(tmp_path / "other.mp4")), made[0], dtype=float)).mean() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -237,6 +242,10 @@ def test_a_teacher_makes_whole_videos(finished, tmp_path):
         ("student", ["--upscale", "-2"], "upscale=-2"),
         ("teacher", ["--switch", "3:a red square moving up"], "needs a streaming student"),
         ("teacher", ["--first-steps", "4"], "needs a streaming student"),
+        ("teacher", ["--height", "16"], "--height belongs to --model"),
+        ("student", ["--solver", "unipc"], "--solver needs a teacher"),
+        ("student", ["--negative-prompt", ""], "--negative-prompt needs a teacher"),
+        ("student", ["--text", "/nowhere"], "text /nowhere is neither"),
         ("pupil", [], "pupil holds no run"),
         (".", [], "holds no run"),
     ],

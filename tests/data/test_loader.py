@@ -194,5 +194,5 @@ def test_load_source_of_clips(tmp_path):
 
 @pytest.mark.parametrize("spec", ["shapes", "clips:", "clips", "moving_shapes:1"])
 def test_unknown_source(spec):
-    with pytest.raises(UserError, match="use moving_shapes, moving_shapes:wandering or clips:DIR|use one of captioned"):
+    with pytest.raises(UserError, match="wandering, clips:DIR or latents:DIR|use one of captioned"):
         load_source(spec)
