@@ -10,11 +10,12 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float32, UInt8
+from jaxtyping import Array, Float32, UInt8
 
 from greedy_distill_jax.types import UserError
 
@@ -23,13 +24,21 @@ _FORMAT = 1
 
 @runtime_checkable
 class VideoCodec(Protocol):
-    """What stands between pixels and latents: `PatchCodec` here, a causal VAE at full size.
+    """What stands between pixels and latents: `PatchCodec` here, `vae_codec.VAECodec` at full size.
+
+    The first latent frame is one frame of video, every other one is `temporal_stride` frames. A stream is decoded by
+
+        decode_next = jax.jit(codec.decode_next, donate_argnums=1)
+        state = codec.open_decoder()
+        state, frames = decode_next(codec.params, state, latent)  # again and again
 
     Attributes:
       temporal_stride: pixel frames per latent frame.
+      params: arrays that `decode_next` takes.
     """
 
     temporal_stride: int
+    params: Any
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, C) of the latent of a frame of `height` x `width` pixels."""
@@ -41,6 +50,16 @@ class VideoCodec(Protocol):
 
     def decode(self, latents: Float32[np.ndarray, "*m h w C"]) -> UInt8[np.ndarray, "*n H W 3"]:
         """uint8 frames of latents."""
+        ...
+
+    def open_decoder(self) -> Any:
+        """What a stream remembers before its first latent frame: a pytree, whose structure may change with it."""
+        ...
+
+    def decode_next(
+        self, params: Any, state: Any, latent_BhwC: Float32[Array, "B h w C"]
+    ) -> tuple[Any, UInt8[Array, "B t H W 3"]]:
+        """A pure function: the frames that the next latent frame of a stream adds, and what to remember."""
         ...
 
 
@@ -115,6 +134,23 @@ class PatchCodec:
         patches = latents @ (self.components.T * np.float32(self.scale)) + self.mean
         pixels = np.clip(np.rint((patches + 1) * 127.5), 0, 255).astype(np.uint8)
         return rearrange(pixels, "... h w (p q c) -> ... (h p) (w q) c", p=self.patch, q=self.patch)
+
+    @property
+    def params(self) -> dict[str, Float32[np.ndarray, "..."]]:
+        """What `decode_next` takes."""
+        return {"components": self.components.T * np.float32(self.scale), "mean": self.mean}
+
+    def open_decoder(self) -> tuple[()]:
+        """Nothing: frames do not depend on one another."""
+        return ()
+
+    def decode_next(
+        self, params: Any, state: tuple[()], latent_BhwC: Float32[Array, "B h w C"]
+    ) -> tuple[tuple[()], UInt8[Array, "B 1 H W 3"]]:
+        """`decode` of one frame, on the device."""
+        patches = latent_BhwC @ params["components"] + params["mean"][None, None, None]
+        pixels = jnp.clip(jnp.rint((patches + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+        return state, rearrange(pixels, "b h w (p q c) -> b 1 (h p) (w q) c", p=self.patch, q=self.patch)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the codec as .npz (no pickle) under a temporary name and renames it."""
