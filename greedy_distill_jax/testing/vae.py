@@ -8,7 +8,8 @@ from greedy_distill_jax.models.vae import VAEConfig, WanVAE
 from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
 
 STATISTICS = dict(channels=4, mean=(0.1, 0.2, -0.3, 0.4), std=(1.0, 2.0, 0.5, 1.5))
-WAN = WanVAE(VAEConfig(dim=8, **STATISTICS))
+WAN = WanVAE(VAEConfig(dim=8))  # Wan2.1's but for the width
+SMALL = WanVAE(VAEConfig(dim=6, multipliers=(1, 2, 3), temporal=(True, False), res_blocks=1, **STATISTICS))
 TINY = TinyVAE(TinyVAEConfig(encoder_width=8, decoder_widths=(16, 12, 8, 8), blocks=2, channels=4))
 
 

@@ -11,17 +11,16 @@ from greedy_distill_jax.export import vae as weights
 from greedy_distill_jax.models.vae import VAEConfig, WanVAE
 from greedy_distill_jax.models.vae_codec import whole
 from greedy_distill_jax.sharding import leaf_paths
-from greedy_distill_jax.testing.vae import STATISTICS, WAN, random_params
+from greedy_distill_jax.testing.vae import SMALL, STATISTICS, WAN, random_params
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")
 
 TOLERANCE = 5e-5
 SIZES = {
-    "narrow": WAN,
-    "two_stages": WanVAE(VAEConfig(dim=6, multipliers=(1, 2), temporal=(True,), res_blocks=1, **STATISTICS)),
-    "three_stages": WanVAE(VAEConfig(dim=4, multipliers=(1, 3, 2), temporal=(True, False), **STATISTICS)),
-    "wan_channels": WanVAE(VAEConfig(dim=16, multipliers=(1, 2, 4, 4), res_blocks=2)),
+    "wan": WAN,
+    "small": SMALL,
+    "two_stages": WanVAE(VAEConfig(dim=4, multipliers=(1, 2), temporal=(False,), **STATISTICS)),
 }
 
 
@@ -87,7 +86,7 @@ def test_original_names_are_those_that_diffusers_converts():
     """diffusers' own converter (for checkpoints of Wan 2.1's sizes) takes our original names to our diffusers names."""
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    vae = SIZES["wan_channels"]
+    vae = WAN
     params = random_params(vae)
     original = {n: torch.from_numpy(np.array(x)) for n, x in weights.foreign_tensors(vae, params, "original").items()}
     converted = convert_wan_vae_to_diffusers(original)
