@@ -19,6 +19,7 @@ from greedy_distill_jax.export.load import DTYPES
 from greedy_distill_jax.export.source import nest, read_config, tensor_files
 from greedy_distill_jax.export.write import replacing
 from greedy_distill_jax.models.vae import VAEConfig, WanVAE
+from greedy_distill_jax.models.vae_codec import Tiles, VAECodec
 from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
 from greedy_distill_jax.sharding import leaf_paths
 from greedy_distill_jax.types import UserError
@@ -213,6 +214,12 @@ def load_vae(path: str | Path, vae: VAE | None = None, *, dtype: str = "keep") -
     return vae, nest(flat)
 
 
+def load_vae_codec(path: str | Path, *, dtype: str = "bfloat16", tiles: Tiles | None = None) -> VAECodec:
+    """A codec of the weights at ``path``, which computes in ``dtype``; see `load_vae` and `VAECodec`."""
+    vae, params = load_vae(path, dtype=dtype)
+    return VAECodec(type(vae)(dataclasses.replace(vae.cfg, dtype=dtype)), params, tiles)
+
+
 def _naming(path: Path, files: TensorFiles) -> str:
     names = files.entries
     for naming, key in (("diffusers", "decoder.conv_in.weight"), ("original", "decoder.middle.0.residual.0.gamma"),
@@ -291,7 +298,7 @@ def write_vae(
     with replacing(target, overwrite=overwrite) as partial:
         if form == "diffusers":
             partial.mkdir()
-            (partial / "config.json").write_text(json.dumps(_diffusers_config(vae.cfg), indent=2) + "\n")
+            (partial / "config.json").write_text(json.dumps(diffusers_config(vae.cfg), indent=2) + "\n")
             _save(tensors, partial / "diffusion_pytorch_model.safetensors")
         elif torch is None:
             _save(tensors, partial)
@@ -306,6 +313,7 @@ def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
     file.chmod(0o666 & file.parent.stat().st_mode)  # the library makes it readable for the owner alone
 
 
-def _diffusers_config(cfg: VAEConfig) -> dict[str, Any]:
+def diffusers_config(cfg: VAEConfig) -> dict[str, Any]:
+    """config.json of `AutoencoderKLWan`."""
     fields = {key: getattr(cfg, ours) for key, ours in _DIFFUSERS_KEYS.items()}
     return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0, **fields}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -26,11 +28,8 @@ _FORMAT = 1
 class VideoCodec(Protocol):
     """What stands between pixels and latents: `PatchCodec` here, `vae_codec.VAECodec` at full size.
 
-    The first latent frame is one frame of video, every other one is `temporal_stride` frames. A stream is decoded by
-
-        decode_next = jax.jit(codec.decode_next, donate_argnums=1)
-        state = codec.open_decoder()
-        state, frames = decode_next(codec.params, state, latent)  # again and again
+    The first latent frame is one frame of video, every other one is `temporal_stride` frames. `encode` and `decode`
+    take whole videos; a stream is decoded by `stream_decoder`, or by `decode_next` where it is part of another program.
 
     Attributes:
       temporal_stride: pixel frames per latent frame.
@@ -61,6 +60,24 @@ class VideoCodec(Protocol):
     ) -> tuple[Any, UInt8[Array, "B t H W 3"]]:
         """A pure function: the frames that the next latent frame of a stream adds, and what to remember."""
         ...
+
+
+def stream_decoder(codec: VideoCodec) -> Callable[..., UInt8[np.ndarray, "B T H W 3"]]:
+    """A function from the next latent frames [B, F, h, w, C] of one stream to the frames of video that they add.
+
+    It remembers what the stream needs, on the device; a new stream needs a new one.
+    """
+    decode_next, state = jax.jit(codec.decode_next, donate_argnums=1), codec.open_decoder()
+
+    def decode(latents_BFhwC) -> np.ndarray:
+        nonlocal state
+        frames = []
+        for i in range(latents_BFhwC.shape[1]):
+            state, more = decode_next(codec.params, state, latents_BFhwC[:, i])
+            frames.append(more)  # the device goes on while the host copies
+        return np.concatenate([np.asarray(more) for more in frames], axis=1)
+
+    return decode
 
 
 @dataclass(frozen=True, eq=False)

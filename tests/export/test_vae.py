@@ -1,5 +1,6 @@
 """Weights of the video autoencoders: names, round trips bit by bit, and what is said of files that do not fit."""
 
+import dataclasses
 import json
 
 import jax
@@ -60,6 +61,9 @@ def test_a_diffusers_pipeline_tells_the_sizes(tmp_path):
     weights.write_vae(SMALL, params, tmp_path / "pipeline" / "vae", "diffusers")
     found, back = weights.load_vae(tmp_path / "pipeline")
     assert found == SMALL and bits(back) == bits(params)
+    codec = weights.load_vae_codec(tmp_path / "pipeline")
+    assert codec.vae.cfg == dataclasses.replace(SMALL.cfg, dtype="bfloat16") and codec.latent_shape(8, 12) == (2, 3, 4)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(codec.params))
 
 
 def test_names_of_wan():
