@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
-from greedy_distill_jax.models.vae import Cache, Conv
+from greedy_distill_jax.models.vae import Cache
+from greedy_distill_jax.models.vae_layers import Conv, chain, pointwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +79,6 @@ class MemoryBlock(nn.Module):
         return nn.relu(h + x_BTHWC), x_BTHWC[:, -1:]
 
 
-def _pointwise(features: int, dtype) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, param_dtype=jnp.float32)
-
-
-def _through(blocks, x, past):
-    kept = []
-    for block, before in zip(blocks, past or (None,) * len(blocks), strict=True):
-        x, after = block(x, before)
-        kept.append(after)
-    return x, tuple(kept)
-
-
 class EncoderStage(nn.Module):
     """Halves H and W, and T where ``pool``, then memory blocks."""
 
@@ -98,7 +87,7 @@ class EncoderStage(nn.Module):
 
     def setup(self):
         width, dtype = self.cfg.encoder_width, jnp.dtype(self.cfg.dtype)
-        self.time = _pointwise(width, dtype)
+        self.time = pointwise(width, dtype, use_bias=False)
         self.space = Conv((3, 3, width, width), dtype, with_bias=False)
         self.memory = [MemoryBlock(width, dtype) for _ in range(self.cfg.blocks)]
 
@@ -106,7 +95,7 @@ class EncoderStage(nn.Module):
         if self.pool:
             x = rearrange(x, "b (t n) h w c -> b t h w (n c)", n=2)
         x = self.space(self.time(x), stride=2, padding=((1, 1), (1, 1)))
-        return _through(self.memory, x, past)
+        return chain(self.memory, x, past)
 
 
 class DecoderStage(nn.Module):
@@ -119,12 +108,12 @@ class DecoderStage(nn.Module):
         inputs, features = self.cfg.decoder_widths[self.index : self.index + 2]
         dtype = jnp.dtype(self.cfg.dtype)
         self.memory = [MemoryBlock(inputs, dtype) for _ in range(self.cfg.blocks)]
-        self.time = _pointwise(inputs * (2 if self.cfg.grow[self.index] else 1), dtype)
+        self.time = pointwise(inputs * (2 if self.cfg.grow[self.index] else 1), dtype, use_bias=False)
         self.space = Conv((3, 3, inputs, features), dtype, with_bias=False)
 
     def __call__(self, x, past, drop: int):
         """``drop``: frames to leave out after the change of T; what follows works frame by frame."""
-        x, kept = _through(self.memory, x, past)
+        x, kept = chain(self.memory, x, past)
         x = self.time(x)  # pointwise, so it may come before the doubling of H and W
         if self.cfg.grow[self.index]:
             x = rearrange(x, "b t h w (n c) -> b (t n) h w c", n=2)
@@ -144,7 +133,7 @@ class TinyEncoder(nn.Module):
 
     def __call__(self, video_BTHW3, cache: Cache = None):
         x = (video_BTHW3 * 0.5 + 0.5).astype(jnp.dtype(self.cfg.dtype))
-        x, kept = _through(self.stages, nn.relu(self.conv_in(x)), cache)
+        x, kept = chain(self.stages, nn.relu(self.conv_in(x)), cache)
         return self.conv_out(x).astype(jnp.float32), kept
 
 

@@ -151,6 +151,10 @@ def test_bad_inputs_are_one_line(given):
         with pytest.raises(UserError, match=part) as caught:
             call()
         assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="takes one"):
+        SMALL.decode_step(random_params(SMALL), None, jnp.zeros((1, 2, 1, 1, 4)))
+    with pytest.raises(ValueError, match="takes one"):
+        SMALL.encode_step(random_params(SMALL), None, jnp.zeros((1, 2, 4, 4, 3)))
     with pytest.raises(ValueError, match="one entry less"):
         VAEConfig(temporal=(True,))
     with pytest.raises(ValueError, match="need 8 entries"):
