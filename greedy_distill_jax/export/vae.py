@@ -316,4 +316,5 @@ def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
 def diffusers_config(cfg: VAEConfig) -> dict[str, Any]:
     """config.json of `AutoencoderKLWan`."""
     fields = {key: getattr(cfg, ours) for key, ours in _DIFFUSERS_KEYS.items()}
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
     return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0, **fields}

@@ -137,10 +137,10 @@ class Attention(nn.Module):
         self.qkv, self.proj = pointwise(3 * self.features, self.dtype), pointwise(self.features, self.dtype)
 
     def __call__(self, x_BTHWC):
-        b, t, h, w, _ = x_BTHWC.shape
-        qkv = rearrange(self.qkv(self.norm(x_BTHWC)), "b t h w (n c) -> n (b t) (h w) 1 c", n=3)
-        out = jax.nn.dot_product_attention(*qkv, implementation="xla")
-        return x_BTHWC + self.proj(rearrange(out, "(b t) (h w) 1 c -> b t h w c", b=b, t=t, h=h, w=w))
+        q, k, v = rearrange(self.qkv(self.norm(x_BTHWC)), "b t h w (n c) -> n b t (h w) c", n=3)
+        logits = jnp.einsum("btqc,btkc->btqk", q, k, preferred_element_type=jnp.float32) * self.features**-0.5
+        out = jnp.einsum("btqk,btkc->btqc", jax.nn.softmax(logits).astype(v.dtype), v)
+        return x_BTHWC + self.proj(rearrange(out, "b t (h w) c -> b t h w c", h=x_BTHWC.shape[2]))
 
 
 class Middle(nn.Module):

@@ -66,15 +66,16 @@ def test_encoding_as_a_stream_equals_encoding_the_whole(given):
 
 
 def test_the_tiny_one_in_parallel_equals_in_sequence():
+    """Other shapes of convolutions, other orders of sums: pixels reach from -1 to 1, latents further."""
     params, rng = random_params(TINY), np.random.default_rng(0)
     latents = jnp.asarray(rng.standard_normal((2, 4, 3, 2, 4)), jnp.float32)
     decode, encode = (jax.jit(functools.partial(f, params)) for f in (TINY.decode_step, TINY.encode_step))
     parallel = np.asarray(decode(None, latents)[1])
     assert parallel.shape == (2, 13, 24, 16, 3)
-    np.testing.assert_allclose(streamed(decode, latents, (1, 1, 1, 1)), parallel, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(streamed(decode, latents, (1, 1, 1, 1)), parallel, atol=5e-6, rtol=0)
     video = jnp.asarray(rng.uniform(-1, 1, (2, 12, 24, 16, 3)), jnp.float32)
     parallel = np.asarray(encode(None, video)[1])
-    np.testing.assert_allclose(streamed(encode, video, (4, 4, 4)), parallel, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(streamed(encode, video, (4, 4, 4)), parallel, atol=5e-6, rtol=0)
 
 
 def test_a_frame_depends_on_no_later_one(given):

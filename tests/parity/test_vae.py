@@ -20,7 +20,7 @@ TOLERANCE = 5e-5
 SIZES = {
     "wan": WAN,
     "small": SMALL,
-    "two_stages": WanVAE(VAEConfig(dim=4, multipliers=(1, 2), temporal=(False,), **STATISTICS)),
+    "two_stages": WanVAE(VAEConfig(dim=4, multipliers=(1, 2), temporal=(True,), **STATISTICS)),
 }
 
 
