@@ -140,7 +140,7 @@ def _latents(args: argparse.Namespace) -> None:
     _at_least(args, "group", 1)
     cutting = Cutting(width, height, args.frames, args.fps, args.stride, args.held_out, args.crops)
     codec, share, output = load_codec(args.codec), _share(args), Path(args.output).expanduser()
-    plan, path = _codec_plan(codec, args.codec)
+    plan, path = _codec_plan(codec)
     texts = encoder_plan(args.text_model, args.text_len, "stored") if args.text_model else None
     info = prepare_latents(
         args.clips, args.captions, output, cutting, codec, codec_path=path, plan=plan, dtype=args.dtype,
@@ -163,14 +163,14 @@ def _latents(args: argparse.Namespace) -> None:
         )
 
 
-def _codec_plan(codec: VideoCodec, path: str) -> tuple[dict[str, str], str]:
+def _codec_plan(codec: VideoCodec) -> tuple[dict[str, str], str]:
     """(what latents depend on of a codec, where the prepared folder finds it: a copy, or the model folder)."""
     if isinstance(codec, PatchCodec):
         arrays = (codec.mean, codec.components, np.float32(codec.scale))
         return {"codec": fingerprint(array.tobytes().hex() for array in arrays)}, CODEC
-    folder = Path(path).expanduser().resolve()
-    files = sorted((folder / "vae").iterdir())
-    return {"codec": fingerprint(f"{file.name} {file.stat().st_size}" for file in files)}, str(folder)
+    vae = Path(codec.source) / "vae" if (Path(codec.source) / "vae").is_dir() else Path(codec.source)
+    files = sorted(vae.iterdir()) if vae.is_dir() else [vae]
+    return {"codec": fingerprint(f"{file.name} {file.stat().st_size}" for file in files)}, codec.source
 
 
 def _add_ode(commands: argparse._SubParsersAction) -> None:

@@ -20,14 +20,13 @@ from greedy_distill_jax.data.text import WAN_NEGATIVE_PROMPT, TextEncoder, TextS
 from greedy_distill_jax.diffusion import guidance, schedules, solvers
 from greedy_distill_jax.export import pipeline
 from greedy_distill_jax.models.causal import make_student
-from greedy_distill_jax.models.codec import PatchCodec, VideoCodec
+from greedy_distill_jax.models.codec import VideoCodec
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import StreamingModel
 from greedy_distill_jax.stream import Sampling, Streamer
 from greedy_distill_jax.stream_causal import CausalStreamer, make_streamer
 from greedy_distill_jax.types import UserError
 
-CODEC = pipeline.CODEC
 NOT_ARCHITECTURE = ("dtype", "remat", "gate_init", "text_init", "time_init")
 
 
@@ -97,8 +96,8 @@ class Run:
         if needs_codec or not spec:
             encoder = load_text_encoder(spec, text_len=wan.text_len, text_dim=wan.text_dim)
         codec = None
-        if (directory / CODEC).exists() or "source" not in meta:
-            codec = PatchCodec.load(directory / CODEC)
+        if pipeline.saved_codec(directory) or "source" not in meta:
+            codec = pipeline.load_codec(directory)
         elif needs_codec:
             raise UserError(
                 f"{directory} holds converted weights without a codec, so nothing can be decoded; train a student from "
@@ -241,12 +240,12 @@ class Run:
         return self.codec.decode(self.sample_latents(prompts, **options))
 
 
-def latent_frames(codec: VideoCodec, frames: int) -> int:
+def latent_frames(codec: VideoCodec, frames: int, option: str = "--frames") -> int:
     """T of a video of so many frames, of which the first latent frame is one; UserError if they do not divide."""
     stride = codec.temporal_stride
     if frames < 1 or (frames - 1) % stride:
         near = 1 + max(frames - 1, 0) // stride * stride
-        raise UserError(f"--frames {frames}: the codec makes 1 + {stride} k frames, such as {near} or {near + stride}")
+        raise UserError(f"{option} {frames}: the codec makes 1 + {stride} k frames, such as {near} or {near + stride}")
     return 1 + (frames - 1) // stride
 
 

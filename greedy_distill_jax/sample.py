@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from greedy_distill_jax import cli
@@ -21,6 +20,7 @@ from greedy_distill_jax.data.video_io import VideoWriter
 from greedy_distill_jax.diffusion import solvers
 from greedy_distill_jax.export.pipeline import load_codec
 from greedy_distill_jax.mesh import use_compile_cache
+from greedy_distill_jax.models.codec import stream_decoder
 from greedy_distill_jax.run import Run, latent_frames
 from greedy_distill_jax.types import UserError
 
@@ -41,14 +41,14 @@ def output_paths(output: str, prompts: int) -> list[Path]:
 
 def stream_videos(run: Run, prompts: list[str], frames: int, *, seed: int = 0, switches: dict[int, str] | None = None,
                   steps: int | None = None, first_steps: int | None = None):  # fmt: skip
-    """Yields uint8 [B, g, H, W, 3], chunk by chunk, for any number of frames at constant memory.
+    """Yields uint8 [B, frames, H, W, 3], chunk by chunk, for any number of frames at constant memory.
 
     Args:
       run: a loaded student.
       prompts: one video each.
-      frames: frames to make, a multiple of the student's chunk.
+      frames: latent frames to make, a multiple of the student's chunk.
       seed: noise.
-      switches: frame -> prompt that all videos follow from that frame on; a multiple of the chunk.
+      switches: latent frame -> prompt that all videos follow from there on; a multiple of the chunk.
       steps, first_steps: network evaluations per chunk and of the first chunk; None for the run's own.
     """
     chunk, switches = run.model.cfg.chunk, dict(switches or {})
@@ -59,12 +59,12 @@ def stream_videos(run: Run, prompts: list[str], frames: int, *, seed: int = 0, s
     if late:
         raise UserError(f"--switch at frame {late[0]} lies outside the video; choose 1 to {frames - 1}.")
     state, step = run.open_stream(run.text(prompts), jax.random.key(seed), steps, first_steps)
-    switch = jax.jit(run.streamer(steps, first_steps).switch_prompt)
+    switch, decode = jax.jit(run.streamer(steps, first_steps).switch_prompt), stream_decoder(run.codec)
     for frame in range(0, frames, chunk):
         if frame in switches:
             state = switch(run.params, state, run.text([switches[frame]] * len(prompts)))
         state, latents = step(run.params, state)
-        yield run.codec.decode(np.asarray(latents))
+        yield decode(latents)
 
 
 def _parser() -> cli.Parser:
@@ -119,7 +119,7 @@ def _load(args: argparse.Namespace) -> Run:
     if args.checkpoint:
         run = Run.load(args.checkpoint, text=args.text)
     else:
-        codec = load_codec(args.model)
+        codec = load_codec(args.model, dtype=args.dtype or "bfloat16")
         run = Run.from_model_folder(
             args.model, codec, args.prompt, height=args.height or 480, width=args.width or 832, frames=args.frames,
             negative=WAN_NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt,
@@ -152,8 +152,9 @@ def main(argv: list[str] | None = None) -> None:
         use_compile_cache(run.config.compile_cache)
         if run.is_student:
             switches = dict(parse_switch(value) for value in args.switch)
-            chunks = stream_videos(run, args.prompt, args.frames, seed=args.seed, switches=switches, steps=args.steps,
-                                   first_steps=args.first_steps)  # fmt: skip
+            switches = {latent_frames(run.codec, frame, "--switch"): prompt for frame, prompt in switches.items()}
+            chunks = stream_videos(run, args.prompt, latent_frames(run.codec, args.frames), seed=args.seed,
+                                   switches=switches, steps=args.steps, first_steps=args.first_steps)  # fmt: skip
         else:
             length = latent_frames(run.codec, args.frames)
             video = run.sample_videos(args.prompt, frames=length, steps=args.steps, seed=args.seed)

@@ -29,10 +29,11 @@ from greedy_distill_jax.config_cli import load_config
 from greedy_distill_jax.data.augment import augmented
 from greedy_distill_jax.data.loader import SkipBadRecords, captions_of, latents_of, make_loader
 from greedy_distill_jax.data.text import TextEncoder, check_captions, load_text_encoder
+from greedy_distill_jax.export.pipeline import load_codec, save_codec
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
-from greedy_distill_jax.models.codec import PatchCodec
-from greedy_distill_jax.run import CODEC, Run, architecture, data_source
+from greedy_distill_jax.models.codec import VideoCodec
+from greedy_distill_jax.run import Run, architecture, data_source
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.stages import (
     Part,
@@ -58,7 +59,7 @@ class Job(NamedTuple):
     sources: Sources
     source: Any
     captions: list[str]
-    codec: PatchCodec
+    codec: VideoCodec
     encoder: TextEncoder
     latent_shape: tuple[int, int, int, int]
     state_shape: TrainState
@@ -86,7 +87,7 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
         if run is not None and run.codec is not None:
             codec = _agreed_codec(codec, run.codec, config[key])
     if resumed:
-        codec = _agreed_codec(codec, PatchCodec.load(workdir / CODEC), str(workdir))
+        codec = _agreed_codec(codec, load_codec(workdir), str(workdir))
     wan = configuration.wan_config(config)
     encoder = load_text_encoder(config.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
     check_captions(encoder, [config.data.negative_prompt, *known], augment=config.data.augment)
@@ -135,10 +136,11 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
                latent_shape, state_shape, state_sharding, batch_sharding, frozen_sharding, tuple(jitted))  # fmt: skip
 
 
-def _agreed_codec(codec: PatchCodec, stored: PatchCodec, run: str) -> PatchCodec:
+def _agreed_codec(codec: VideoCodec, stored: VideoCodec, run: str) -> VideoCodec:
     """``stored``, the codec that ``run`` was trained with; UserError when the data comes with another one."""
-    same = stored.components.shape == codec.components.shape and all(
-        np.allclose(getattr(stored, name), getattr(codec, name), atol=1e-3) for name in ("components", "mean", "scale")
+    arrays = [[np.asarray(x, np.float32) for x in jax.tree.leaves(c.params)] for c in (codec, stored)]
+    same = [x.shape for x in arrays[0]] == [x.shape for x in arrays[1]] and all(
+        np.allclose(a, b, atol=1e-3) for a, b in zip(*arrays, strict=True)
     )
     if not same:
         raise UserError(
@@ -268,7 +270,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         frozen = jax.device_put(job.stage.frozen, job.frozen_sharding)
         job = job._replace(sources=None, stage=job.stage._replace(frozen=None))  # their memory is needed now
         if main:
-            job.codec.save(workdir / CODEC)
+            save_codec(job.codec, workdir)
         cpu_start = time.process_time()
 
         def meta_of(step):

@@ -8,32 +8,55 @@ from typing import Any
 
 from greedy_distill_jax.export.load import load
 from greedy_distill_jax.export.source import open_source
+from greedy_distill_jax.export.vae import load_vae_codec
 from greedy_distill_jax.models.codec import PatchCodec, VideoCodec
 from greedy_distill_jax.models.wan_config import WanConfig
 from greedy_distill_jax.types import UserError
 
-CODEC = "codec.npz"
+CODEC, REFERENCE = "codec.npz", "codec.json"
 WAN_SHIFT = 5.0  # of the noise levels, where the folder says nothing
 
 
-def load_codec(path: str | os.PathLike) -> VideoCodec:
+def load_codec(path: str | os.PathLike, *, dtype: str = "bfloat16") -> VideoCodec:
     """What turns the latents of a model into pixels.
 
     Args:
-      path: a `codec.npz`, a run directory or prepared folder that holds one, or a model folder with `vae/`.
+      path: a `codec.npz`, a folder where `save_codec` left one, a model folder with `vae/`, or the weights of a VAE
+        (see `export.vae.load_vae`).
+      dtype: that a VAE computes in; what `save_codec` wrote knows its own.
 
     Raises:
-      UserError: none of these, or a decoder that this version cannot run.
+      UserError: none of these, or weights that do not fit.
     """
     path = Path(path).expanduser()
     if path.suffix == ".npz" or (path / CODEC).is_file():
         return PatchCodec.load(path if path.suffix == ".npz" else path / CODEC)
-    if not (path / "vae").is_dir():
+    if (path / REFERENCE).is_file():
+        try:
+            stored = json.loads((path / REFERENCE).read_text(encoding="utf-8"))
+            path, dtype = Path(stored["vae"]), stored["dtype"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path / REFERENCE} is damaged ({error}); name the VAE's weights instead") from error
+    elif path.is_dir() and not (path / "vae").is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"{path} has no vae/ and no {CODEC}, so nothing turns its latents into pixels; give a complete model "
             "folder, or a run directory"
         )
-    raise UserError(f"{path / 'vae'}: this version cannot run a VAE; put a {CODEC} beside it")
+    return load_vae_codec(path, dtype=dtype)
+
+
+def save_codec(codec: VideoCodec, folder: str | os.PathLike) -> None:
+    """Leaves in a folder what `load_codec` needs: a patch codec itself, of a VAE the path of its weights."""
+    if isinstance(codec, PatchCodec):
+        codec.save(Path(folder) / CODEC)
+    else:
+        text = json.dumps({"vae": codec.source, "dtype": codec.vae.cfg.dtype})
+        (Path(folder) / REFERENCE).write_text(text + "\n", encoding="utf-8")
+
+
+def saved_codec(folder: str | os.PathLike) -> Path | None:
+    """The file that `save_codec` left in a folder, or None."""
+    return next((path for name in (CODEC, REFERENCE) if (path := Path(folder) / name).is_file()), None)
 
 
 def transformer_config(folder: str | os.PathLike, *, dtype: str = "bfloat16") -> WanConfig:

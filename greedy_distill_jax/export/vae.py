@@ -217,7 +217,8 @@ def load_vae(path: str | Path, vae: VAE | None = None, *, dtype: str = "keep") -
 def load_vae_codec(path: str | Path, *, dtype: str = "bfloat16", tiles: Tiles | None = None) -> VAECodec:
     """A codec of the weights at ``path``, which computes in ``dtype``; see `load_vae` and `VAECodec`."""
     vae, params = load_vae(path, dtype=dtype)
-    return VAECodec(type(vae)(dataclasses.replace(vae.cfg, dtype=dtype)), params, tiles)
+    source = str(Path(path).expanduser().resolve())
+    return VAECodec(type(vae)(dataclasses.replace(vae.cfg, dtype=dtype)), params, tiles, source)
 
 
 def _naming(path: Path, files: TensorFiles) -> str:

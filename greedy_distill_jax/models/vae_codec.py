@@ -153,11 +153,13 @@ class VAECodec:
       vae: sizes and functions.
       params: their parameters, on the device; a stream needs those of the decoder alone.
       tiles: None for whole frames.
+      source: path that the parameters were read from, if any.
     """
 
     vae: WanVAE | TinyVAE
     params: Any
     tiles: Tiles | None = None
+    source: str = ""
 
     @property
     def temporal_stride(self) -> int:

@@ -1,5 +1,6 @@
 """Teacher sampling from a folder that diffusers wrote: its `WanPipeline`'s latents; the command and its bad input."""
 
+import functools
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from greedy_distill_jax import cli, sample
 from greedy_distill_jax.data.loader import load_source
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.export.pipeline import load_codec, load_transformer, read_shift
+from greedy_distill_jax.models import vae_codec
 from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.run import Run
 from greedy_distill_jax.testing import wan_folder
@@ -22,20 +24,6 @@ pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_di
 
 PROMPTS = ["a red square moving left", "a  blue &amp; red circle"]
 NEGATIVE = "worst quality"
-
-
-class WanSizes:
-    """The shapes of Wan's VAE."""
-
-    temporal_stride = 4
-
-    def latent_shape(self, height, width):
-        return height // 8, width // 8, 16
-
-    def encode(self, video):
-        raise NotImplementedError
-
-    decode = encode
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +48,36 @@ def with_codec(folder, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("guidance, shift", [(5.0, 3.0), (1.0, 8.0)])
-def test_latents_are_those_of_the_pipeline(pipe, folder, guidance, shift):
+def run_of(folder, **changes):
+    codec = load_codec(folder, dtype="float32")
+    run = Run.from_model_folder(
+        folder, codec, PROMPTS, height=32, width=48, frames=9, negative=NEGATIVE, dtype="float32"
+    )
+    run.config.sample.update(changes)
+    return run
+
+
+@pytest.mark.parametrize("guidance, shift, output", [(5.0, 3.0, "np"), (1.0, 8.0, "latent")])
+def test_videos_are_those_of_the_pipeline(pipe, folder, guidance, shift, output):
     noise = np.random.default_rng(0).standard_normal((2, 16, 3, 4, 6)).astype(np.float32)
     pipe.scheduler.register_to_config(flow_shift=shift)
     want = pipe(
         prompt=PROMPTS, negative_prompt=NEGATIVE, height=32, width=48, num_frames=9, num_inference_steps=4,
-        guidance_scale=guidance, latents=torch.from_numpy(noise), output_type="latent",
-    ).frames.permute(0, 2, 3, 4, 1).numpy()  # fmt: skip
-    run = Run.from_model_folder(
-        folder, WanSizes(), PROMPTS, height=32, width=48, frames=9, negative=NEGATIVE, dtype="float32"
-    )
-    assert run.latent_shape == (3, 4, 6, 16) and run.config.sample.shift == 3.0
-    run.config.sample.guidance, run.config.sample.shift = guidance, shift
-    got = run.denoise(jnp.asarray(noise.transpose(0, 2, 3, 4, 1)), run.text(PROMPTS), steps=4)
-    assert 0.3 < want.std() < 3 and np.abs(want - noise.transpose(0, 2, 3, 4, 1)).std() > 0.3
-    np.testing.assert_allclose(np.asarray(got), want, atol=1e-3, rtol=0)
+        guidance_scale=guidance, latents=torch.from_numpy(noise), output_type=output,
+    ).frames  # fmt: skip
+    run = run_of(folder, guidance=guidance, shift=shift)
+    assert run.latent_shape == (3, 4, 6, 16)
+    got = np.asarray(run.denoise(jnp.asarray(noise.transpose(0, 2, 3, 4, 1)), run.text(PROMPTS), steps=4))
+    if output == "latent":
+        want = want.permute(0, 2, 3, 4, 1).numpy()
+        assert 0.3 < want.std() < 3 and np.abs(want - noise.transpose(0, 2, 3, 4, 1)).std() > 0.3
+    else:  # pixels in [0, 1]; ours before they are rounded to uint8
+        decode = functools.partial(run.codec.vae.decode_step, run.codec.params)
+        video = jax.jit(lambda x: vae_codec.whole(decode, x, 1, 1))(got)
+        np.testing.assert_allclose(run.codec.decode(got), np.clip(np.rint(want * 255), 0, 255), atol=1)
+        got = np.clip(np.asarray(video) / 2 + 0.5, 0, 1)
+        assert want.shape == (2, 9, 32, 48, 3) and want.std() > 0.02
+    np.testing.assert_allclose(got, want, atol=1e-3, rtol=0)
 
 
 def test_bfloat16_keeps_kernels_alone_in_half_precision(folder):
@@ -158,14 +160,14 @@ def test_codecs_are_found(folder, with_codec):
     assert isinstance(load_codec(with_codec), PatchCodec) and isinstance(
         load_codec(with_codec / "codec.npz"), PatchCodec
     )
-    with pytest.raises(UserError, match="cannot run a VAE"):
-        load_codec(folder)
+    codec = load_codec(folder)
+    assert isinstance(codec, vae_codec.VAECodec) and codec.vae.cfg.dtype == "bfloat16" and codec.temporal_stride == 4
 
 
 def test_the_shift_of_a_folder(folder, tmp_path):
-    assert read_shift(folder) == 3.0 and read_shift(tmp_path) == 5.0
+    assert read_shift(folder) == 3.0 == run_of(folder).config.sample.shift and read_shift(tmp_path) == 5.0
 
 
 def test_frames_have_to_fit_the_codec(folder):
     with pytest.raises(UserError, match=r"--frames 8: the codec makes 1 \+ 4 k frames, such as 5 or 9"):
-        Run.from_model_folder(folder, WanSizes(), ["a"], height=16, width=16, frames=8)
+        Run.from_model_folder(folder, load_codec(folder), ["a"], height=16, width=16, frames=8)
