@@ -96,7 +96,7 @@ class Norm(nn.Module):
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True))
-        scale = self.scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = self.scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         return (x32 * (self.features**0.5 / jnp.maximum(length, 1e-12)) * scale).astype(x.dtype)
 
 
