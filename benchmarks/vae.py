@@ -5,7 +5,7 @@
 On CPU: process CPU time in one pinned thread, float32, Wan's decoder at half its width with the same random
 weights on both sides. Both go through the video one latent frame at a time; ours as a stream, of which the caller gets
 every frame at once. Results are compared before anything is timed. Prints medians and their ratio, writes them with
-device, versions and commit. Much smaller sizes say little: torch's convolutions in one thread are slow for small inputs.
+device, versions and commit. Much smaller sizes say little: torch's convolutions of small inputs are slow in one thread.
 """
 
 import functools
