@@ -1,5 +1,6 @@
 """Every test runs on 8 virtual CPU devices, with strict dtypes and ranks and with shapes checked at run time."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -43,6 +44,12 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 
+def _resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
 def exit_code(main, *argv):
     """What a command's process would end with; its signal handlers do not outlive the call."""
     before = signal.getsignal(signal.SIGTERM)
@@ -52,6 +59,15 @@ def exit_code(main, *argv):
     finally:
         signal.signal(signal.SIGTERM, before)
     return exit_.value.code
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A process keeps every program it compiled; a worker that ran half of the suite held 9 GB of them."""
+    yield
+    if _resident() > 3 * 2**30:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
