@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         use_compile_cache(run.config.compile_cache)
         if run.is_student:
             switches = dict(parse_switch(value) for value in args.switch)
-            switches = {latent_frames(run.codec, frame, "--switch"): prompt for frame, prompt in switches.items()}
+            switches = {frame and latent_frames(run.codec, frame, "--switch"): p for frame, p in switches.items()}
             chunks = stream_videos(run, args.prompt, latent_frames(run.codec, args.frames), seed=args.seed,
                                    switches=switches, steps=args.steps, first_steps=args.first_steps)  # fmt: skip
         else:

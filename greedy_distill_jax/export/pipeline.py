@@ -37,7 +37,9 @@ def load_codec(path: str | os.PathLike, *, dtype: str = "bfloat16") -> VideoCode
             path, dtype = Path(stored["vae"]), stored["dtype"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / REFERENCE} is damaged ({error}); name the VAE's weights instead") from error
-    elif path.is_dir() and not (path / "vae").is_dir() and not (path / "config.json").is_file():
+    elif path.suffix not in (".safetensors", ".pth", ".pt") and not any(
+        (path / part).exists() for part in ("vae", "config.json")
+    ):
         raise UserError(
             f"{path} has no vae/ and no {CODEC}, so nothing turns its latents into pixels; give a complete model "
             "folder, or a run directory"
