@@ -77,7 +77,8 @@ class Size:
 SIZES = {
     # Of the tests.
     "tiny": Size(
-        32, 32, 6, dict(dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=6, dtype="float32"),
+        32, 32, 6,
+        dict(dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=6, dtype="float32"),
         VAEConfig(dim=2, res_blocks=1), TinyVAEConfig(decoder_widths=(8, 4, 4, 4), blocks=1),
     ),
     # Of a CPU: minutes in one thread.
@@ -89,7 +90,8 @@ SIZES = {
     # A few frames of it on a CPU: large enough that the overhead of single operations does not count.
     "medium": Size(
         240, 416, 21,
-        dict(dim=512, ffn_dim=3072, num_heads=4, num_layers=8, freq_dim=128, text_dim=256, text_len=128, dtype="float32"),
+        dict(dim=512, ffn_dim=3072, num_heads=4, num_layers=8, freq_dim=128, text_dim=256, text_len=128,
+             dtype="float32"),
         VAEConfig(dim=32), TinyVAEConfig(decoder_widths=(128, 64, 32, 32)),
     ),
     "wan1_3b": Size(480, 832, 21, {}, VAEConfig(dtype="bfloat16"), TinyVAEConfig(dtype="bfloat16")),
