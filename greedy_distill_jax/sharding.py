@@ -40,7 +40,7 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"count|step", ()),
     (r"ns_coeffs", (None,)),
     # Batches and video-shaped arrays.
-    (r"latents", ("batch", "frames", None, None, None)),
+    (r"latents", ("batch", None, None, None, None)),
     (r"text", ("batch", None, None)),
 )
 
@@ -50,7 +50,7 @@ class Rules:
     """Logical axis -> mesh axes."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    frames: tuple[str, ...] = ("context",)
+    columns: tuple[str, ...] = ("context",)  # of every frame, inside the networks: see parallel.py
     embed: tuple[str, ...] = ("fsdp",)
     heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)

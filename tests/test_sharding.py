@@ -10,6 +10,7 @@ from greedy_distill_jax import stages
 from greedy_distill_jax.mesh import make_mesh
 from greedy_distill_jax.models.student import Student
 from greedy_distill_jax.models.wan_config import FUSIONS
+from greedy_distill_jax.parallel import on_mesh
 from greedy_distill_jax.sharding import RULES, TABLE, leaf_paths, rows_of, shardings
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.types import UserError
@@ -82,7 +83,7 @@ def test_eight_devices_equal_one(stage, kind, mesh_shape, monkeypatch):
         one, one_metrics = jax.jit(part.call)(state, built.frozen, batch)
         spread = [jax.device_put(tree, shardings(tree, mesh)) for tree in (state, built.frozen, batch)]
         assert len(jax.tree.leaves(spread[0])[3].sharding.device_set) == 8
-        many, many_metrics = jax.jit(part.call)(*spread)
+        many, many_metrics = jax.jit(on_mesh(part.call, mesh))(*spread)
         for name, value in one_metrics.items():
             np.testing.assert_allclose(many_metrics[name], value, rtol=2e-5, err_msg=name)
 
