@@ -36,11 +36,14 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/modulation", (None, "embed")),
     (r"bos", (None,)),
     (r"etm/norm/(scale|bias)", (None,)),
-    # Not parameters: step counters, and Muon's polynomial.
-    (r"count|step", ()),
+    # Not parameters: counters and keys of updates and of streams, and Muon's polynomial.
+    (r"count|step|index|key", ()),
     (r"ns_coeffs", (None,)),
-    # Batches and video-shaped arrays.
-    (r"latents", ("batch", None, None, None, None)),
+    # Batches, and what a stream carries from chunk to chunk.
+    (r"latents|last|frames", ("batch", None, None, None, None)),
+    (r"(etm_|sdd_)?(cache|text)/(k|v)", ("layers", "batch", None, "heads", None)),
+    (r"(etm_)?slots", (None,)),
+    (r"z", ("batch", None, None)),
     (r"text", ("batch", None, None)),
 )
 
