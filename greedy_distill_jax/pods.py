@@ -30,6 +30,7 @@ from greedy_distill_jax.sharding import RULES, shardings
 from greedy_distill_jax.stages import Sources, Stage, build_model, build_stage
 from greedy_distill_jax.stream_causal import make_streamer
 from greedy_distill_jax.train import batch_shapes, check_mesh, jit_parts, state_shapes
+from greedy_distill_jax.types import UserError
 
 GRID = {"480p": (60, 104), "720p": (90, 160)}  # rows and columns of Wan's latents
 STREAM = "stream"
@@ -38,7 +39,8 @@ STREAM = "stream"
 class Step(NamedTuple):
     """One program of a job: its name, the jitted function, the shapes of its arguments, its FLOPs on all devices.
 
-    ``executed`` counts recomputation (rematerialised blocks, flash attention's backward pass) as well.
+    ``holds`` names the trees of the job that are its arguments. ``executed_flops`` counts recomputation (rematerialised
+    blocks, flash attention's backward pass) as well.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Step(NamedTuple):
     arguments: tuple
     model_flops: Flops
     executed_flops: Flops
+    holds: tuple[str, ...] = ("state", "frozen", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,7 @@ def build_job(config, devices, size: str = "480p", only: str = "") -> Job:
     ]
     if isinstance(model, StreamingModel):
         step, shapes, of_stream = _stream(config, model, mesh, latent_shape, state.params, of_state.params)
-        trees[STREAM] = (shapes, of_stream)
+        trees[STREAM], trees["params"] = (shapes, of_stream), (state.params, of_state.params)
         steps.append(step)
     return Job(config, mesh, stage, latent_shape, trees, tuple(s for s in steps if only in s.name))
 
@@ -169,7 +172,7 @@ def _stream(config, model: StreamingModel, mesh: Mesh, latent_shape, params, of_
         donate_argnums=1,
     )  # fmt: skip
     cost = flops.stream_step(model.cfg, tokens_per_frame(latent_shape, wan), len(sampling.sigmas[-1])) * count
-    return Step(STREAM, call, (params, state), cost, cost), state, of_state
+    return Step(STREAM, call, (params, state), cost, cost, (STREAM, "params")), state, of_state
 
 
 def part_flops(config, stage: Stage, latent_shape) -> dict[str, tuple[Flops, Flops]]:
@@ -230,6 +233,12 @@ def compile_step(job: Job, step: Step, hbm: float) -> Compiled:
         name=step.name, model_flops=step.model_flops, executed_flops=step.executed_flops,
         attention=_attention(job),
     )  # fmt: skip
+    held = sum(device_bytes(*job.trees[name]) for name in step.holds)
+    if held > hbm:  # no compiler is needed to see that
+        return Compiled(
+            fits=False, seconds=0.0, memory={"arguments": held, "peak": held}, hbm=int(hbm), collectives={},
+            message="the arguments alone do not fit", **common,
+        )  # fmt: skip
     lowered = step.call.lower(*step.arguments)
     try:
         compiled = lowered.compile()
@@ -332,7 +341,8 @@ def report(config, name: str, size: str, only: str, say: Callable[[str], None]) 
         steps.append(_record(job, done, chip))
         for line in _lines(job, done, chip):
             say(line)
-    assert job is not None, "no step has a name that contains this"
+    if job is None:
+        raise UserError(f"--only is {only!r}, and no step of this job has that in its name.")
     fits = all(step["fits"] for step in steps)
     say(f"  host memory {host_memory() / 2**30:.1f} GiB; {'fits' if fits else 'DOES NOT FIT'}")
     return {
@@ -377,7 +387,8 @@ def _lines(job: Job, done: Compiled, chip: topology.Chip) -> Iterator[str]:
             )
     if sent:
         intensity = done.model_flops.total / job.mesh.size / sent
-        yield f"    {intensity:,.0f} FLOPs per byte sent; the chip's published ratio is {chip.flops / chip.link_rate:,.0f}"
+        published = chip.flops / chip.link_rate
+        yield f"    {intensity:,.0f} FLOPs per byte sent; the chip's published ratio is {published:,.0f}"
     if not done.fits:
         yield f"    DOES NOT FIT: {done.shortfall / 2**30:.2f} GiB too much per device. Change one of:"
         yield from (f"      {option}" for option in remedies(job, done.shortfall))

@@ -54,7 +54,7 @@ class Rules:
 
     batch: tuple[str, ...] = ("data", "fsdp")
     columns: tuple[str, ...] = ("context",)  # of every frame, inside the networks: see parallel.py
-    embed: tuple[str, ...] = ("fsdp",)
+    embed: tuple[str, ...] = ("fsdp", "context")  # of parameters and moments, not of activations
     heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
