@@ -105,7 +105,8 @@ def counts(text: str, unknown: float = 1.0) -> dict[str, Count]:
                 out["kernels"].runs += times
             trips = _TRIPS.search(line)
             inside = times * (float(trips[1]) if trips else unknown) if op == "while" else times
-            called = _CALLED.findall(line) if kind not in KINDS else []
+            ends = kind in KINDS or op in ("async-update", "async-done")  # what these call was counted at its start
+            called = [] if ends else _CALLED.findall(line)
             called += [b.strip().lstrip("%") for group in _BRANCHES.findall(line) for b in group.split(",")]
             for other in called:
                 visit(other, inside)

@@ -280,17 +280,10 @@ def host_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def compile_job(config, name: str, size: str = "480p", only: str = "") -> Iterator[tuple[Job, Compiled]]:
-    """The job and each of its steps compiled for the slice ``name``, such as "v5p:4x4x4"."""
-    generation, _ = topology.check(name)
-    job = build_job(config, topology.devices(name), size, only)
-    for step in job.steps:
-        yield job, compile_step(job, step, topology.CHIPS[generation].hbm)
-
-
 def remedies(job: Job, missing: int) -> list[str]:
     """What to change when a step does not fit, the cheapest first."""
     c, mesh, wan = job.config, job.mesh.shape, configuration.wan_config(job.config)
+    copies, stripes, split = RULES.batch[0], RULES.columns[0], RULES.embed[0]
     share = c.data.batch // c.data.accumulate // batch_parts(job.mesh)
     columns = job.latent_shape[2] // wan.patch
     options = []
@@ -298,11 +291,11 @@ def remedies(job: Job, missing: int) -> list[str]:
         options.append("config.model.remat=full")
     if share > 1:
         options.append(f"config.data.accumulate={c.data.accumulate * share} (microbatch of 1 instead of {share})")
-    if mesh["data"] > 1:
-        options.append("config.mesh.data=1 with config.mesh.fsdp=-1 (parameters and moments over all devices)")
-    larger = next((n for n in range(mesh["context"] + 1, columns + 1) if columns % n == 0), None)
+    if mesh[copies] > 1:
+        options.append(f"config.mesh.{copies}=1 with config.mesh.{split}=-1 (parameters and moments over all devices)")
+    larger = next((n for n in range(mesh[stripes] + 1, columns + 1) if columns % n == job.mesh.size % n == 0), None)
     if larger:
-        options.append(f"config.mesh.context={larger} (activations of a video over more devices)")
+        options.append(f"config.mesh.{stripes}={larger} (activations of a video over more devices)")
     options.append(f"a larger slice (missing per device: {missing / 2**30:.2f} GiB)")
     return options
 
@@ -318,31 +311,22 @@ def report(config, name: str, size: str, only: str, say: Callable[[str], None]) 
     """Compiles a job for a slice, line by line; returns the same as a record for a file.
 
     Args:
-      config, name, size, only: as for ``compile_job``.
+      config, size, only: as for ``build_job``.
+      name: of the slice, such as "v5p:4x4x4".
       say: takes one line.
     """
     generation, _ = topology.check(name)
-    chip, steps, job = topology.CHIPS[generation], [], None
-    for job, done in compile_job(config, name, size, only):
-        if not steps:
-            facts = job.facts()
-            say(f"{name}: {facts['devices']} chips, mesh {facts['mesh']}, compiled, not run")
-            say(
-                f"  {facts['frames']} latent frames of {facts['latents']}, {facts['tokens']:,} tokens, batch "
-                f"{facts['batch']} = {facts['accumulate']} x {facts['microbatch_per_group']} x "
-                f"{batch_parts(job.mesh)} groups, CFG branches {facts['cfg_branches']}"
-            )
-            say(
-                f"  parameters: {facts['parameters']:,} trained (with EMA), teacher {facts['teacher_parameters']:,}, "
-                f"critic {facts['critic_parameters']:,}"
-            )
-            for tree, (shapes, layout) in job.trees.items():
-                say(f"  {tree}: {device_bytes(shapes, layout) / 2**30:.2f} GiB per device")
+    chip, steps = topology.CHIPS[generation], []
+    job = build_job(config, topology.devices(name), size, only)
+    if not job.steps:
+        raise UserError(f"--only is {only!r}, and no step of this job has that in its name.")
+    for line in _header(job, name):
+        say(line)
+    for step in job.steps:
+        done = compile_step(job, step, chip.hbm)
         steps.append(_record(job, done, chip))
         for line in _lines(job, done, chip):
             say(line)
-    if job is None:
-        raise UserError(f"--only is {only!r}, and no step of this job has that in its name.")
     fits = all(step["fits"] for step in steps)
     say(f"  host memory {host_memory() / 2**30:.1f} GiB; {'fits' if fits else 'DOES NOT FIT'}")
     return {
@@ -350,6 +334,22 @@ def report(config, name: str, size: str, only: str, say: Callable[[str], None]) 
         "host_bytes": host_memory(),
         "device_bytes": {tree: device_bytes(*pair) for tree, pair in job.trees.items()},
     }  # fmt: skip
+
+
+def _header(job: Job, name: str) -> Iterator[str]:
+    facts = job.facts()
+    yield f"{name}: {facts['devices']} chips, mesh {facts['mesh']}, compiled, not run"
+    yield (
+        f"  {facts['frames']} latent frames of {facts['latents']}, {facts['tokens']:,} tokens, batch {facts['batch']} = "
+        f"{facts['accumulate']} x {facts['microbatch_per_group']} x {batch_parts(job.mesh)} groups, CFG branches "
+        f"{facts['cfg_branches']}"
+    )
+    yield (
+        f"  parameters: {facts['parameters']:,} trained (with EMA), teacher {facts['teacher_parameters']:,}, critic "
+        f"{facts['critic_parameters']:,}"
+    )
+    for tree, pair in job.trees.items():
+        yield f"  {tree}: {device_bytes(*pair) / 2**30:.2f} GiB per device"
 
 
 def _record(job: Job, done: Compiled, chip: topology.Chip) -> dict[str, Any]:
