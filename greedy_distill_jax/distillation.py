@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from greedy_distill_jax import rollout as rollouts
 from greedy_distill_jax.models.student import ContextGrad
 from greedy_distill_jax.state import TrainState
-from greedy_distill_jax.steps import Term, Update, accumulate, drop_text, norms, total_loss
+from greedy_distill_jax.steps import Term, Update, accumulate, drop_text, norms, total_loss, value_and_gradients
 from greedy_distill_jax.stream import Streamer
 from greedy_distill_jax.stream_causal import CausalStreamer
 
@@ -160,7 +160,7 @@ def generator_step(
             def of_actions(params):
                 return objective(own.act(params, batch["text"], drawn), params)
 
-            return jax.value_and_grad(of_actions, has_aux=True)(state.params)
+            return value_and_gradients(of_actions, state.params)
 
         (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:], microbatches)
         params, opt_state = update.params(state.params, state.opt_state, grads)
@@ -200,7 +200,7 @@ def critic_step(
         def objective(params):
             return total_loss(terms, make_net(params, key_net), videos, key_loss)
 
-        return jax.value_and_grad(objective, has_aux=True)(state.critic)
+        return value_and_gradients(objective, state.critic)
 
     (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:], microbatches)
     critic, critic_opt = update.params(state.critic, state.critic_opt, grads)

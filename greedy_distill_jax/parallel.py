@@ -22,7 +22,7 @@ from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
 from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention
-from greedy_distill_jax.sharding import RULES
+from greedy_distill_jax.sharding import RULES, specs
 from greedy_distill_jax.types import UserError
 
 WIDTH = 3  # axis of the columns in [B, T, H, W, C]
@@ -130,6 +130,12 @@ def constrain(x, *logical: str | None):
         return x
     spec = [axes if axes and n % _parts(mesh, axes) == 0 else None for n, axes in zip(x.shape, RULES.spec(logical))]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def at_rest(tree):
+    """Gradients laid out as the parameters they belong to: sums over devices leave every device its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
 
 def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, text: bool = False):

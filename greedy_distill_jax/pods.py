@@ -340,8 +340,8 @@ def _header(job: Job, name: str) -> Iterator[str]:
     facts = job.facts()
     yield f"{name}: {facts['devices']} chips, mesh {facts['mesh']}, compiled, not run"
     yield (
-        f"  {facts['frames']} latent frames of {facts['latents']}, {facts['tokens']:,} tokens, batch {facts['batch']} = "
-        f"{facts['accumulate']} x {facts['microbatch_per_group']} x {batch_parts(job.mesh)} groups, CFG branches "
+        f"  {facts['frames']} latent frames of {facts['latents']}, {facts['tokens']:,} tokens; batch {facts['batch']} "
+        f"= {facts['accumulate']} x {facts['microbatch_per_group']} x {batch_parts(job.mesh)} groups; CFG branches: "
         f"{facts['cfg_branches']}"
     )
     yield (

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/(self|cross)_attn/(q|k|v|z_k|z_v)/kernel", ("layers", "embed", "heads")),
@@ -90,7 +90,12 @@ def _key_name(key) -> str:
 
 
 def shardings(tree, mesh: Mesh, rules: Rules = RULES):
-    """NamedSharding for every leaf of a tree of arrays or shapes.
+    """NamedSharding for every leaf of a tree of arrays or shapes; raises as ``specs``."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, rules))
+
+
+def specs(tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES):
+    """PartitionSpec for every leaf of a tree of arrays or shapes.
 
     Raises:
       ValueError: a leaf that matches no row or several, whose rank differs from its row's, or whose size does not
@@ -113,5 +118,5 @@ def shardings(tree, mesh: Mesh, rules: Rules = RULES):
                     f"sharding: {path} {leaf.shape}: {size} does not divide into {parts} parts ({axes}); "
                     f"choose a smaller mesh axis or another width."
                 )
-        out.append(NamedSharding(mesh, spec))
+        out.append(spec)
     return jax.tree.unflatten(jax.tree.structure(tree), out)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.losses import option_names
 from greedy_distill_jax.models.dit import Teacher
@@ -152,6 +153,12 @@ class Update:
         )  # fmt: skip
 
 
+def value_and_gradients(objective: Callable, params):
+    """((value, auxiliary values), gradients) of ``objective(params)``."""
+    value, grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return value, parallel.at_rest(grads)
+
+
 def accumulate(gradients: Callable, batch: Mapping[str, jax.Array], keys, count: int):
     """Mean of ``gradients(part of the batch, keys)`` over ``count`` microbatches, one after the other.
 
@@ -211,7 +218,7 @@ def train_step(
         def objective(params):
             return total_loss(terms, make_net(params, keys[0]), batch, keys[1])
 
-        return jax.value_and_grad(objective, has_aux=True)(state.params)
+        return value_and_gradients(objective, state.params)
 
     (loss, metrics), grads = accumulate(gradients, batch, keys[1:], microbatches)
     params, opt_state = update.params(state.params, state.opt_state, grads)
