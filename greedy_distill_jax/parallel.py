@@ -21,7 +21,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
-from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention
+from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention, select
 from greedy_distill_jax.sharding import RULES, specs
 from greedy_distill_jax.types import UserError
 
@@ -115,6 +115,15 @@ def varying(tree):
     if parts == 1:
         return tree
     return jax.tree.map(lambda x: x if axis in jax.typeof(x).vma else jax.lax.pcast(x, axis, to="varying"), tree)
+
+
+def settled(x):
+    """``x``, on TPU computed before what follows.
+
+    libtpu 0.0.51 aborts ("Scaled window bound is not full coverage") when it fuses the modulation of every frame by
+    vectors of its own into the head's narrow projection.
+    """
+    return jax.lax.optimization_barrier(x) if select.device()[0] == "tpu" else x
 
 
 def mean_of_stripes(x):

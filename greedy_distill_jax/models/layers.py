@@ -19,7 +19,7 @@ from greedy_distill_jax.models.rope import Rope, apply_rope
 from greedy_distill_jax.models.wan_config import WanConfig
 from greedy_distill_jax.ops.sliding_window import Schedule
 from greedy_distill_jax.ops.sliding_window.schedule import Table
-from greedy_distill_jax.parallel import attention, constrain
+from greedy_distill_jax.parallel import attention, constrain, settled
 
 TIMESTEPS = 1000.0  # t = 1000 sigma
 
@@ -360,7 +360,7 @@ class Head(nn.Module):
         init = nn.initializers.normal(cfg.dim**-0.5)
         table = self.param("modulation", init, (2, cfg.dim), jnp.float32)
         m = table[None, None] + e_BTD[:, :, None]
-        h = modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]).astype(jnp.dtype(cfg.dtype))
+        h = settled(modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]).astype(jnp.dtype(cfg.dtype)))
         out = dense(cfg.patch**2 * cfg.channels, cfg, nn.initializers.zeros, name="projection")(h)
         return rearrange(
             out.astype(jnp.float32), "b (t h w) (p q c) -> b t (h p) (w q) c",
