@@ -31,7 +31,7 @@ class Flops(NamedTuple):
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.linear + other.linear, self.attention + other.attention)
 
-    def __mul__(self, times: float) -> "Flops":
+    def __mul__(self, times: float | int) -> "Flops":
         return Flops(self.linear * times, self.attention * times)
 
     __rmul__ = __mul__
@@ -125,7 +125,7 @@ def student(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, draws: 
     return etm + text_projection(base, depth) + sdd
 
 
-def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float) -> Flops:
+def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float | int) -> Flops:
     """One chunk from the caches: ``calls`` denoising calls and what makes its keys; the text is projected already."""
     length, base = tokens * cfg.chunk, cfg.base
     clean = cfg.context == "clean"

@@ -114,7 +114,7 @@ def varying(tree):
     parts, axis = _stripes()
     if parts == 1:
         return tree
-    return jax.tree.map(lambda x: x if axis in jax.typeof(x).vma else jax.lax.pcast(x, axis, to="varying"), tree)
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
 
 
 def settled(x):
@@ -178,13 +178,44 @@ def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, te
     batch = None if q_BLNK.shape[0] % _parts(mesh, RULES.batch) else RULES.batch
     spec = PartitionSpec(batch, None, RULES.heads, None)
 
-    def local(q, k, v, *visible):
-        return chunk_attention(q, k, v, schedule, visible_QS=visible[0] if visible else None)
-
+    call = functools.partial(_local, schedule)
     visible = () if visible_QS is None else (visible_QS,)
-    specs = (spec, spec, spec) + (PartitionSpec(),) * len(visible)
-    call = jax.shard_map(local, in_specs=specs, out_specs=spec, axis_names=free)
-    return call(q_BLNK, k_BSNK, v_BSNK, *visible)
+    specs_in = (spec, spec, spec) + (PartitionSpec(),) * len(visible)
+    forward = jax.shard_map(call, in_specs=specs_in, out_specs=spec, axis_names=free)
+    if parts == 1:
+        return forward(q_BLNK, k_BSNK, v_BSNK, *visible)
+    backward = functools.partial(_local_gradient, schedule)
+    backward = jax.shard_map(backward, in_specs=(spec, *specs_in), out_specs=(spec,) * 3, axis_names=free)
+    return _nested(forward, backward, q_BLNK, k_BSNK, v_BSNK, *visible)
+
+
+def _local(schedule: Schedule, q, k, v, *visible):
+    return chunk_attention(q, k, v, schedule, visible_QS=visible[0] if visible else None)
+
+
+def _local_gradient(schedule: Schedule, g, q, k, v, *visible):
+    return jax.vjp(lambda *qkv: _local(schedule, *qkv, *visible), q, k, v)[1](g)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nested(forward, backward, *inputs):
+    """``forward(*inputs)`` with ``backward(cotangent, *inputs)`` as its gradient, which repeats the forward pass.
+
+    jax 0.10.2 splits a nested ``shard_map`` into forward and backward pass with residuals laid out over all mesh axes,
+    those of the outer one included, and cannot lower that; so nothing but the inputs goes from one to the other.
+    """
+    return forward(*inputs)
+
+
+def _nested_forward(forward, backward, *inputs):
+    return forward(*inputs), inputs
+
+
+def _nested_backward(forward, backward, inputs, g):
+    return *backward(g, *inputs), *(None for _ in inputs[3:])
+
+
+_nested.defvjp(_nested_forward, _nested_backward)
 
 
 def _gather(x_BSNK, chunk: int, axis: str):

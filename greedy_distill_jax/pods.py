@@ -261,7 +261,7 @@ def compile_step(job: Job, step: Step, hbm: float) -> Compiled:
     }
     memory["peak"] = sum(memory.values()) - 2 * memory["aliased"]
     sampling = job.config.sample
-    unknown = (sampling.steps + 1) / 2 if job.config.distill.exit == "random" else sampling.steps
+    unknown = (sampling.steps + 1) / 2 if job.config.distill.exit == "random" else float(sampling.steps)
     return Compiled(
         fits=memory["peak"] <= hbm, seconds=time.perf_counter() - start, memory=memory, hbm=int(hbm),
         collectives=hlo.counts(compiled.as_text(), unknown), **common,
