@@ -52,7 +52,7 @@ BASE = [
 ]
 EVAL = ["scikit-image>=0.26.0"]
 NOTEBOOK = ["ipykernel>=7.4.0", "jupytext>=1.19.6", "nbclient>=0.11.0", "nbformat>=5.11.1"]
-TORCH = ["torch>=2.13.0", "transformers>=5.23.0", "sentencepiece>=0.2.1"]
+TORCH = ["ftfy>=6.3.1", "torch>=2.13.0", "transformers>=5.23.0", "sentencepiece>=0.2.1"]
 PARITY = ["accelerate>=1.15.0", "diffusers>=0.42.1", "torch>=2.13.0", "transformers>=5.23.0"]
 DEV = [
     "beartype>=0.23.1",

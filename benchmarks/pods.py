@@ -56,7 +56,7 @@ def compiled(config: str, topology: str, overrides: list[str], expected: int) ->
             said = done.stderr[-2000:]
             raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}, not {expected}\n{said}")
         record = json.loads(Path(file.name).read_text())[-1]
-    shown = ["python", *command[1:-1 - len(overrides)], *overrides]
+    shown = ["python", *command[1 : -1 - len(overrides)], *overrides]
     return {"command": " ".join(shown), "exit_code": done.returncode, **record}
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from greedy_distill_jax import cli, rollout as rollouts
-from greedy_distill_jax.checkpoint import versions
+from greedy_distill_jax.checkpoint import source_commit, versions
 from greedy_distill_jax.models.student import ContextGrad, Student
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
 from greedy_distill_jax.stream import Sampling, Streamer
@@ -79,7 +79,8 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in vars(args).items() if key != "output"}
-        args.output.write_text(json.dumps({"settings": settings, "rows": rows, "versions": versions()}, indent=1))
+        result = {"settings": settings, "rows": rows, "versions": versions(), "commit": source_commit()}
+        args.output.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

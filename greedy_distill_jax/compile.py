@@ -5,11 +5,13 @@
     python -m greedy_distill_jax.compile sharding --config=configs/wan1_3b/dmd.py --topology=v5e:4x4
     python -m greedy_distill_jax.compile kernels --target v5p
     python -m greedy_distill_jax.compile sweep --target v5p
+    python -m greedy_distill_jax.compile vae --target v6e --height 480 --width 832
 
 ``train`` compiles every step of a job, and streaming with its student, and says whether they fit; it exits with 3 when
 one does not. ``sharding`` prints every leaf with its layout. ``kernels`` compiles every named workload of the attention
 op and prints its memory and the useful work per bundle; it exits with 1 when one does not compile or got worse.
-``sweep`` chooses the tuned block sizes.
+``sweep`` chooses the tuned block sizes. ``vae`` compiles the streaming decoders, Wan's and the tiny one, in bfloat16
+and prints the bytes that one device needs.
 """
 
 import contextlib
@@ -121,6 +123,50 @@ def sharding(argv: Sequence[str]) -> int:
     return 0
 
 
+def vae(targets: Sequence[str], decoders: Sequence[str], height: int, width: int) -> int:
+    """Compiles both steps of the streaming decoders at one size of video; returns the exit code."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from greedy_distill_jax.models.vae import VAEConfig, WanVAE
+    from greedy_distill_jax.models.vae_codec import VAECodec
+    from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
+    from greedy_distill_jax.ops.sliding_window import aot
+
+    kinds = {"wan": WanVAE(VAEConfig(dtype="bfloat16")), "tiny": TinyVAE(TinyVAEConfig(dtype="bfloat16"))}
+    failed = 0
+    for target in targets:
+        place = NamedSharding(aot.target_mesh(target), PartitionSpec())
+        print(f"{target}, libtpu {aot.libtpu_version()}, {width}x{height}, one device")
+
+        def placed(tree, dtype=None, place=place):
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place), tree)
+
+        for name in decoders:
+            codec = VAECodec(kinds[name], None)
+            params = placed({"decoder": jax.eval_shape(codec.vae.init, jax.random.key(0))["decoder"]}, jnp.bfloat16)
+            latent = placed(jax.ShapeDtypeStruct((1, *codec.latent_shape(height, width)), jnp.float32))
+            state, step = codec.open_decoder(), jax.jit(codec.decode_next, donate_argnums=1)
+            for which in ("first frame", "next frames"):
+                try:
+                    memory = step.lower(params, state, latent).compile().memory_analysis()
+                except Exception as error:  # whatever the compiler says is the answer; the rest is still compiled
+                    print(f"  {name:5s} {which:12s} FAILED: {str(error).splitlines()[0][:160]}", flush=True)
+                    failed = 1
+                    break
+                parts = {
+                    "arguments": memory.argument_size_in_bytes,
+                    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # the cache stays in place
+                    "temporaries": memory.temp_size_in_bytes,
+                    "code": memory.generated_code_size_in_bytes,
+                }
+                listed = "  ".join(f"{part} {size / 2**20:.0f} MiB" for part, size in parts.items())
+                print(f"  {name:5s} {which:12s} {sum(parts.values())} bytes: {listed}", flush=True)
+                state = placed(jax.eval_shape(codec.decode_next, params, state, latent)[0])
+    return failed
+
+
 def main(argv: Sequence[str]) -> int:
     """Command line."""
     from greedy_distill_jax.ops.sliding_window import aot, sweep
@@ -132,16 +178,23 @@ def main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("train", "compile the steps of a job"), ("sharding", "print the layout of a job")):
         commands.add_parser(name, help=text, description=text)
-    for name, text in (("kernels", "compile every workload"), ("sweep", "choose the tuned block sizes")):
+    for name, text in (("kernels", "compile every workload"), ("sweep", "choose the tuned block sizes"),
+                       ("vae", "compile the streaming decoders")):  # fmt: skip
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--target", action="append", choices=list(aot.TOPOLOGIES), help="default: all; may repeat")
         if name == "kernels":
             command.add_argument("--only", default="", help="only workloads whose name contains this")
             command.add_argument("--no-bundles", action="store_true", help="do not count bundles (faster)")
+        if name == "vae":
+            command.add_argument("--decoder", action="append", choices=("wan", "tiny"), help="default: both")
+            command.add_argument("--height", type=int, default=480, help="of the video, in pixels")
+            command.add_argument("--width", type=int, default=832, help="of the video, in pixels")
     args = parser.parse_args(argv)
     targets = args.target or list(aot.TOPOLOGIES)
     if args.command == "kernels":
         return kernels(targets, args.only, not args.no_bundles)
+    if args.command == "vae":
+        return vae(targets, args.decoder or ("wan", "tiny"), args.height, args.width)
     with aot.bundle_dump() as dump:
         for target in targets:
             for tokens in sweep.CANDIDATES:

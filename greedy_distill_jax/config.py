@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from greedy_distill_jax import distillation, rollout
-from greedy_distill_jax.diffusion import schedules
+from greedy_distill_jax.diffusion import schedules, solvers
 from greedy_distill_jax.losses import asks_scores, check_options, option_names, resolve
 from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, StudentConfig, WanConfig, split_layers
 from greedy_distill_jax.steps import Term
@@ -44,6 +44,8 @@ def base() -> ConfigDict:
     c.data.batch = 32  # examples of one update, over all devices
     c.data.accumulate = 1  # microbatches of one update: batch = accumulate x microbatch, and a microbatch is spread out
     c.data.augment = "none"  # none | labelled (mirrored, recoloured, reversed; the caption says so): for few clips
+    c.data.text = ""  # embedded words, or a folder by `prepare text`, or a model folder with text_encoder/
+    c.data.negative_prompt = ""  # stands where there is no text: dropped in training, unconditional in guidance
     c.data.threads = 2  # reader threads of this process
     c.data.max_bad_records = 10  # unreadable records skipped before the run stops
 
@@ -103,7 +105,7 @@ def base() -> ConfigDict:
     c.sample.steps = 16  # network evaluations per video (teacher) or per chunk (student)
     c.sample.first_steps = 0  # evaluations of the student's first chunk; 0 = as the others
     c.sample.shift = 8.0
-    c.sample.sampler = "euler"  # euler | renoise (students)
+    c.sample.sampler = "euler"  # euler | unipc (teachers; Wan's default) | renoise (students)
     c.sample.guidance = 2.0  # CFG scale of the teacher; 1 = off
 
     c.mesh = ConfigDict()  # devices along each axis, -1 takes the rest
@@ -166,7 +168,12 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {value}; it must lie between 0 and 1.")
     wan_config(config)
     terms(config)
-    if config.stage != "teacher":
+    if config.stage == "teacher":
+        if config.sample.sampler not in solvers.SOLVERS:
+            raise UserError(
+                f"config.sample.sampler is {config.sample.sampler!r}; a teacher's are {', '.join(solvers.SOLVERS)}."
+            )
+    else:
         student = student_config(config)
         if config.data.frames % student.chunk:
             raise UserError(
@@ -223,6 +230,17 @@ def _validate_distillation(config: ConfigDict) -> None:
             "config.distill.pg is 'rollout_full', which differentiates through the contexts; set "
             "config.distill.context_grad_etm=params and config.distill.context_grad_sdd=params."
         )
+    for key, pg in (("segment", "rollout_full"), ("epochs", "actor_critic"), ("anchor", "actor_critic")):
+        default = base().distill[key]
+        if d.pg != pg and d[key] != default:
+            raise UserError(
+                f"config.distill.{key} is {d[key]}, but only config.distill.pg = {pg!r} uses it, not {d.pg!r}; leave "
+                f"it at {default}."
+            )
+    if config.student.kind == "causal" and d.context_grad_etm != "params":
+        raise UserError(
+            "config.distill.context_grad_etm is 'none', but a causal student has no ETM; leave it at 'params'."
+        )
     if d.critic_warmup >= config.steps:
         raise UserError(
             f"config.distill.critic_warmup is {d.critic_warmup}, config.steps {config.steps}: the student would never "
@@ -245,6 +263,11 @@ def _validate_distillation(config: ConfigDict) -> None:
     on_scores = [asks_scores(term.loss) for term in terms(config)]
     if not any(on_scores):
         raise UserError("config.losses has no loss that asks for scores; stage dmd needs one, such as 'dmd'.")
+    if config.student.context_noise and all(on_scores) and (d.real, d.fake) == ("joint", "critic"):
+        raise UserError(
+            f"config.student.context_noise is {config.student.context_noise}, but bidirectional scores see no history "
+            f"and no other loss asks the student for a velocity; leave it at 0."
+        )
     if d.fake == "self_fm" and all(on_scores):
         raise UserError(
             "config.distill.fake is 'self_fm', but nothing keeps the student a score of its own videos; add a term "

@@ -25,13 +25,14 @@ from greedy_distill_jax.checkpoint import Checkpointer
 from greedy_distill_jax.export.files import PARTS
 from greedy_distill_jax.export.load import DTYPES, compare, load
 from greedy_distill_jax.export.names import foreign_names
+from greedy_distill_jax.export.pipeline import saved_codec
 from greedy_distill_jax.export.source import Source, open_source, summary, wan_of
 from greedy_distill_jax.export.write import SHARD_BYTES, WRITABLE, architecture_json, replacing, write
 from greedy_distill_jax.mesh import make_mesh
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import Student
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
-from greedy_distill_jax.run import CODEC, architecture
+from greedy_distill_jax.run import architecture
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.types import UserError
 
@@ -61,9 +62,8 @@ def import_weights(
         limit = largest + 2**20  # writing one leaf at a time keeps the promise of streaming
         with Checkpointer(partial / "checkpoints", async_save=False, write_bytes=limit) as checkpointer:
             checkpointer.save(0, {"ema": params}, _meta(source))
-        codec = source.path / CODEC
-        if source.path.is_dir() and codec.is_file():
-            shutil.copyfile(codec, partial / CODEC)
+        if codec := saved_codec(source.path):
+            shutil.copyfile(codec, partial / codec.name)
 
 
 def _meta(source: Source) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def export_weights(source: Source, target: str | Path, form: str, **options: Any
     """
     extra = {}
     if form == "torch-student" and source.format == "ours":
-        extra = dict(student=_sampling(source), codec=source.path / CODEC)
+        extra = dict(student=_sampling(source), codec=saved_codec(source.path))
     write(source, target, form, **extra, **options)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.checkpoint import source_commit, versions
-from greedy_distill_jax.data.loader import is_shapes
+from greedy_distill_jax.data.loader import is_shapes, videos_of
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.eval import gates, oracle
 from greedy_distill_jax.eval.metrics import evaluate_videos
@@ -34,11 +34,11 @@ SHOWN = 6  # captions in the report's grid
 
 def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     """Real videos [V, T, H, W, 3] of captions the run was not trained on, and the captions."""
-    source, _ = data_source(run.config, "held_out", frames=frames, seed=seed)
+    source, codec = data_source(run.config, "held_out", frames=frames, seed=seed)
     if not len(source):
         raise UserError(f"{run.config.data.source} has no held-out windows; prepare it again with --held-out above 0.")
     examples = [source[i] for i in range(min(count, len(source)))]
-    return np.stack([e["video"] for e in examples]), [e["caption"] for e in examples]
+    return videos_of(examples, codec), [e["caption"] for e in examples]
 
 
 def few_steps(run: Run) -> int:

@@ -118,7 +118,7 @@ def _replay(streamer, params, text_BMC, rollout: Rollout, *, grads: ContextGrad,
     inputs = rearrange(rollout.exit_BTHWC, "b (s n g) h w c -> s n b g h w c", g=g, n=segment)
     levels = rearrange(rollout.sigma_T[::g], "(s n) -> s n", n=segment)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
     def chunk(state, exit):
         return streamer.replay(params, state, Exit(*exit), grads, frames)
 

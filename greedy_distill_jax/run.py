@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +16,17 @@ from ml_collections import ConfigDict
 from greedy_distill_jax import config as configuration
 from greedy_distill_jax.checkpoint import load_meta, load_params
 from greedy_distill_jax.data.loader import is_shapes, load_source
-from greedy_distill_jax.data.text import HashWordEncoder
+from greedy_distill_jax.data.text import WAN_NEGATIVE_PROMPT, TextEncoder, TextStore, TextTable, load_text_encoder
 from greedy_distill_jax.diffusion import guidance, schedules, solvers
+from greedy_distill_jax.export import pipeline
 from greedy_distill_jax.models.causal import make_student
-from greedy_distill_jax.models.codec import PatchCodec
+from greedy_distill_jax.models.codec import VideoCodec
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import StreamingModel
 from greedy_distill_jax.stream import Sampling, Streamer
 from greedy_distill_jax.stream_causal import CausalStreamer, make_streamer
 from greedy_distill_jax.types import UserError
 
-CODEC = "codec.npz"
 NOT_ARCHITECTURE = ("dtype", "remat", "gate_init", "text_init", "time_init")
 
 
@@ -48,25 +49,30 @@ def data_source(config: ConfigDict, split: str, *, frames: int, seed: int):
 class Run:
     """Everything needed to sample. ``params`` are the averaged (EMA) weights; ``latent_shape`` is (T, H, W, C).
 
-    ``codec`` is None for converted weights, which come without one.
+    ``codec`` is None for converted weights, which come without one. ``encoder`` is None where only weights were asked
+    for (``needs_codec=False``) and the text is not embedded here.
     """
 
     config: ConfigDict
     model: Teacher | StreamingModel
     params: Any
-    codec: PatchCodec | None
-    encoder: HashWordEncoder
+    codec: VideoCodec | None
+    encoder: TextEncoder | None
     latent_shape: tuple[int, ...]
     meta: dict[str, Any]
 
     @classmethod
-    def load(cls, directory: str | Path, step: int | None = None, *, needs_codec: bool = True) -> "Run":
+    def load(
+        cls, directory: str | Path, step: int | None = None, *, needs_codec: bool = True, text: str | None = None
+    ) -> "Run":
         """The latest (or the given) checkpoint of a run directory or of converted weights.
 
         Args:
           directory: the --workdir of a training command, or what `convert import` wrote.
           step: None for the newest.
-          needs_codec: False accepts converted weights without a codec (nothing can be decoded then).
+          needs_codec: False accepts converted weights without a codec (nothing can be decoded then) and opens no text
+            store.
+          text: what encodes prompts, see ``data.text.load_text_encoder``; None for what the run was trained with.
 
         Raises:
           UserError: no run, no finished checkpoint, or a codec that is missing.
@@ -86,16 +92,64 @@ class Run:
         wan = configuration.wan_config(config)
         model = Teacher(wan) if config.stage == "teacher" else make_student(configuration.student_config(config))
         params = load_params(directory / "checkpoints", "ema", step=step)
-        encoder = HashWordEncoder(wan.text_len, wan.text_dim)
+        spec, encoder = config.data.text if text is None else text, None
+        if needs_codec or not spec:
+            encoder = load_text_encoder(spec, text_len=wan.text_len, text_dim=wan.text_dim)
         codec = None
-        if (directory / CODEC).exists() or "source" not in meta:
-            codec = PatchCodec.load(directory / CODEC)
+        if pipeline.saved_codec(directory) or "source" not in meta:
+            codec = pipeline.load_codec(directory)
         elif needs_codec:
             raise UserError(
                 f"{directory} holds converted weights without a codec, so nothing can be decoded; train a student from "
                 f"them (config.teacher_from), or give the --workdir of a training command."
             )
         return cls(config, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
+
+    @classmethod
+    def from_model_folder(
+        cls, folder: str | Path, codec: VideoCodec, prompts: Sequence[str], *, height: int, width: int, frames: int,
+        negative: str = WAN_NEGATIVE_PROMPT, dtype: str = "bfloat16", text: str | None = None,
+    ) -> "Run":  # fmt: skip
+        """The teacher of a model folder in the layout of diffusers, for given prompts and sizes.
+
+        The text encoder, which may be larger than the transformer, is gone when the transformer is loaded.
+
+        Args:
+          folder: with `transformer/`, and `text_encoder/` and `tokenizer/` unless ``text`` is given.
+          codec: turns its latents into pixels (``export.pipeline.load_codec``).
+          prompts: all that will be asked for.
+          height, width, frames: of the videos, in pixels and frames of video.
+          negative: prompt of the unconditional branch.
+          dtype: to compute in, "bfloat16" or "float32".
+          text: a text store or another model folder; None for the folder's own encoder.
+
+        Raises:
+          UserError: an incomplete folder, or parts and sizes that do not fit each other.
+        """
+        cfg = pipeline.transformer_config(folder, dtype=dtype)
+        latent_shape = (latent_frames(codec, frames), *codec.latent_shape(height, width))
+        if latent_shape[-1] != cfg.channels:
+            raise UserError(
+                f"model folder {folder}: the latents of its codec have {latent_shape[-1]} channels, the transformer "
+                f"takes {cfg.channels}; give a folder whose parts belong together"
+            )
+        if latent_shape[1] % cfg.patch or latent_shape[2] % cfg.patch:
+            side = height // latent_shape[1] * cfg.patch
+            raise UserError(f"--height {height} --width {width}: both must be multiples of {side} pixels")
+        encoder = load_text_encoder(text or folder, text_len=cfg.text_len, text_dim=cfg.text_dim)
+        if not isinstance(encoder, TextStore):
+            encoder = TextTable(encoder, [*prompts, negative])
+        cfg, params = pipeline.load_transformer(folder, dtype=dtype)
+        config = configuration.base()
+        config.model.update(dataclasses.asdict(cfg))
+        config.data.frames, config.data.negative_prompt, config.log.fps = latent_shape[0], negative, 16
+        config.sample.update(sampler="unipc", steps=50, shift=pipeline.read_shift(folder), guidance=5.0)
+        return cls(config, Teacher(cfg), params, codec, encoder, latent_shape, {})
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this checkpoint from any other run's or step's (16 hexadecimal digits of what it was saved with)."""
+        return hashlib.sha256(json.dumps(self.meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def is_student(self) -> bool:
@@ -121,12 +175,43 @@ class Run:
 
     @functools.cached_property
     def _teacher_sampler(self):
-        @functools.partial(jax.jit, static_argnames=("sigmas", "scale"))
-        def sample(params, noise, text, null, sigmas, scale):
+        @functools.partial(jax.jit, static_argnames=("solver", "steps", "shift", "scale"))
+        def sample(params, noise, text, null, *, solver, steps, shift, scale):
             net = guidance.guided(functools.partial(self.model, params), text, null, scale)
-            return solvers.euler(net, noise, sigmas)
+            return solvers.solve(solver, net, noise, steps=steps, shift=shift)
 
         return sample
+
+    def denoise(self, noise, text, steps: int | None = None) -> jax.Array:
+        """The teacher's latents [B, T, H, W, C] from noise of that shape and text rows [B, M, D].
+
+        Solver, shift and guidance are those of ``config.sample``, the unconditional prompt is
+        ``config.data.negative_prompt``; ``steps`` overrides the number of steps.
+        """
+        s = self.config.sample
+        null = jnp.broadcast_to(self.text([self.config.data.negative_prompt]), text.shape)
+        return self._teacher_sampler(
+            self.params, noise, text, null, solver=s.sampler, steps=steps or s.steps, shift=s.shift, scale=s.guidance
+        )
+
+    def trajectories(self, noise, text, kept: tuple[float, ...], steps: int, shift: float):
+        """The teacher's ODE by Euler's method: (latents, states [K, B, T, H, W, C] at the levels ``kept``).
+
+        Noise, text and guidance are as for ``denoise``. The levels are those of ``steps`` uniform steps under
+        ``shift``, with ``kept`` in between.
+        """
+        levels = tuple(sorted({*schedules.uniform_steps(steps, shift), *kept}, reverse=True))
+        null = jnp.broadcast_to(self.text([self.config.data.negative_prompt]), text.shape)
+        return self._ode(self.params, noise, text, null, levels=levels, kept=kept, scale=self.config.sample.guidance)
+
+    @functools.cached_property
+    def _ode(self):
+        @functools.partial(jax.jit, static_argnames=("levels", "kept", "scale"))
+        def follow(params, noise, text, null, *, levels, kept, scale):
+            net = guidance.guided(functools.partial(self.model, params), text, null, scale)
+            return solvers.euler_states(net, noise, levels, kept)
+
+        return follow
 
     def sample_latents(self, prompts: Sequence[str], *, frames: int | None = None, steps: int | None = None,
                        first_steps: int | None = None, seed: int = 0) -> np.ndarray:  # fmt: skip
@@ -135,11 +220,8 @@ class Run:
         key = jax.random.key(seed)
         text = self.text(prompts)
         if not self.is_student:
-            s = self.config.sample
             noise = jax.random.normal(key, (len(prompts), frames, *self.latent_shape[1:]), jnp.float32)
-            sigmas = schedules.uniform_steps(steps or s.steps, s.shift)
-            null = jnp.broadcast_to(self.text([""]), text.shape)
-            return np.asarray(self._teacher_sampler(self.params, noise, text, null, sigmas, s.guidance))
+            return np.asarray(self.denoise(noise, text, steps))
         self.model.chunks_of(frames)
         out, (state, step) = [], self.open_stream(text, key, steps, first_steps)
         for _ in range(frames // self.model.cfg.chunk):
@@ -156,6 +238,15 @@ class Run:
     def sample_videos(self, prompts: Sequence[str], **options) -> np.ndarray:
         """uint8 videos [B, T, H, W, 3]; options as for ``sample_latents``."""
         return self.codec.decode(self.sample_latents(prompts, **options))
+
+
+def latent_frames(codec: VideoCodec, frames: int, option: str = "--frames") -> int:
+    """T of a video of so many frames, of which the first latent frame is one; UserError if they do not divide."""
+    stride = codec.temporal_stride
+    if frames < 1 or (frames - 1) % stride:
+        near = 1 + max(frames - 1, 0) // stride * stride
+        raise UserError(f"{option} {frames}: the codec makes 1 + {stride} k frames, such as {near} or {near + stride}")
+    return 1 + (frames - 1) // stride
 
 
 @functools.lru_cache(maxsize=8)

@@ -78,12 +78,20 @@ def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed
     if config.teacher_from and isinstance(model, StreamingModel) and ("teacher" in asked or not resumed):
         wanted = configuration.teacher_config(config) if config.stage == "dmd" else model.cfg.base
         teacher = _load_teacher("teacher_from", config.teacher_from, wanted)
+        if "teacher" in asked and config.distill.real == "per_frame":
+            _check_per_frame(config.teacher_from, teacher)
     if config.critic_from and config.stage == "dmd" and starts:
         critic = _load_teacher("critic_from", config.critic_from, model.cfg.base)
     if config.student_from and isinstance(model, StreamingModel) and ("stage1" in asked or starts):
         student = Run.load(config.student_from, needs_codec=False)
         if student.config.stage == "teacher":
             raise UserError(f"config.student_from {config.student_from} holds a teacher, not a student.")
+        if "stage1" in asked and student.config.stage != "teacher_forcing":
+            raise UserError(
+                f"config.student_from {config.student_from} holds stage {student.config.stage}, but real "
+                f"{config.distill.real!r} with fake {config.distill.fake!r} takes its score for stage 1's; name a run "
+                f"of stage teacher_forcing."
+            )
         _check_same("student_from", config.student_from, student.model.cfg, model.cfg)
     return Sources(teacher, student, critic)
 
@@ -96,11 +104,27 @@ def _load_teacher(key: str, directory: str, wanted) -> Run:
     return run
 
 
+def source_fingerprints(config: ConfigDict, sources: Sources) -> dict[str, str]:
+    """What a resumed run must find again: the runs behind the frozen networks, by config key."""
+    asked = configuration.frozen_networks(config)
+    runs = {"teacher": ("teacher_from", sources.teacher), "stage1": ("student_from", sources.student)}
+    return {runs[name][0]: runs[name][1].fingerprint for name in sorted(asked)}
+
+
+def _check_per_frame(directory: str, teacher: Run) -> None:
+    losses = configuration.terms(teacher.config)
+    if "source" not in teacher.meta and not any(term.options.get("per_frame") for term in losses):
+        raise UserError(
+            f"config.distill.real is 'per_frame', but the teacher {directory} was trained with one noise level per "
+            f"video; train one with config.losses.flow_matching.options.per_frame=True or choose another real."
+        )
+
+
 def _check_same(key: str, directory: str, stored, wanted) -> None:
     if type(stored) is not type(wanted):
         raise UserError(f"config.{key} {directory} holds another kind of student; set the same config.student.kind.")
     names = [f for f in stored.__dataclass_fields__ if f not in NOT_ARCHITECTURE and f != "base"]
-    different = [f for f in names if getattr(stored, f) != getattr(wanted, f)]
+    different = [f for f in names if _meaning(f, getattr(stored, f)) != _meaning(f, getattr(wanted, f))]
     if different:
         listed = ", ".join(f"{f} {getattr(stored, f)} against {getattr(wanted, f)}" for f in different)
         raise UserError(
@@ -109,6 +133,11 @@ def _check_same(key: str, directory: str, stored, wanted) -> None:
         )
     if hasattr(stored, "base"):
         _check_same(key, directory, stored.base, wanted.base)
+
+
+def _meaning(field: str, value):
+    """A field's value, equal where the same parameters give the same numbers."""
+    return {("context", "fused"): "clean", ("recache", True): False}.get((field, value), value)
 
 
 def build_stage(config: ConfigDict, model: Teacher | StreamingModel, sources: Sources, null_MC, latent_shape) -> Stage:
@@ -158,6 +187,7 @@ def _distillation(config: ConfigDict, student: StreamingModel, sources: Sources,
             )
     frozen = {name: _compute_precision(loaded[name].params, student.cfg.base.dtype) for name in sorted(asked)}
     critic, critic_net = _critic(config, student)
+
     def due(step):
         return step > d.critic_warmup and (step - d.critic_warmup - 1) % d.generator_every == 0
 

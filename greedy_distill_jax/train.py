@@ -27,13 +27,14 @@ from greedy_distill_jax import cli, config as configuration
 from greedy_distill_jax.checkpoint import Checkpointer, has_checkpoint
 from greedy_distill_jax.config_cli import load_config
 from greedy_distill_jax.data.augment import augmented
-from greedy_distill_jax.data.loader import SkipBadRecords, make_loader
-from greedy_distill_jax.data.text import HashWordEncoder
+from greedy_distill_jax.data.loader import SkipBadRecords, captions_of, latents_of, make_loader
+from greedy_distill_jax.data.text import TextEncoder, check_captions, load_text_encoder
+from greedy_distill_jax.export.pipeline import load_codec, save_codec
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
-from greedy_distill_jax.models.codec import PatchCodec
+from greedy_distill_jax.models.codec import VideoCodec
 from greedy_distill_jax.parallel import check_columns, on_mesh
-from greedy_distill_jax.run import CODEC, Run, architecture, data_source
+from greedy_distill_jax.run import Run, architecture, data_source
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.stages import (
     Part,
@@ -44,6 +45,7 @@ from greedy_distill_jax.stages import (
     given_params,
     initial_params,
     load_sources,
+    source_fingerprints,
 )  # fmt: skip
 from greedy_distill_jax.state import TrainState
 from greedy_distill_jax.types import Diverged, Stopped, UserError
@@ -58,8 +60,8 @@ class Job(NamedTuple):
     sources: Sources
     source: Any
     captions: list[str]
-    codec: PatchCodec
-    encoder: HashWordEncoder
+    codec: VideoCodec
+    encoder: TextEncoder
     latent_shape: tuple[int, int, int, int]
     state_shape: TrainState
     state_sharding: TrainState
@@ -71,8 +73,14 @@ class Job(NamedTuple):
 def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     """Builds network, data and the jitted step, and traces the step once: every mistake in the config shows here."""
     source, codec = data_source(config, "train", frames=config.data.frames, seed=config.seed)
+    known = captions_of(source)
     source = SkipBadRecords(source, config.data.max_bad_records)
     examples = [source[i] for i in range(min(4, len(source)))]
+    if "latents" in examples[0] and config.data.augment != "none":
+        raise UserError(
+            f"config.data.augment {config.data.augment!r} changes pixels, but {config.data.source} holds latents; set "
+            f"config.data.augment=none."
+        )
     model = build_model(config)
     resumed = has_checkpoint(workdir / "checkpoints")
     sources = load_sources(config, model, resumed=resumed)
@@ -80,21 +88,24 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
         if run is not None and run.codec is not None:
             codec = _agreed_codec(codec, run.codec, config[key])
     if resumed:
-        codec = _agreed_codec(codec, PatchCodec.load(workdir / CODEC), str(workdir))
+        codec = _agreed_codec(codec, load_codec(workdir), str(workdir))
     wan = configuration.wan_config(config)
-    encoder = HashWordEncoder(wan.text_len, wan.text_dim)
-    latent_shape = (config.data.frames, *codec.latent_shape(*examples[0]["video"].shape[1:3]))
+    encoder = load_text_encoder(config.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
+    check_captions(encoder, [config.data.negative_prompt, *known], augment=config.data.augment)
+    latent_shape = latents_of(examples[:1], codec).shape[1:]
     if latent_shape[-1] != wan.channels:
         raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
     check_mesh(config, mesh, latent_shape, jax.process_count())
     batch_shape = batch_shapes(config, latent_shape)
     try:
-        stage = build_stage(config, model, sources, encoder([""])[0], latent_shape)
+        stage = build_stage(config, model, sources, encoder([config.data.negative_prompt])[0], latent_shape)
         state_shape = state_shapes(stage, latent_shape, given_params(stage, sources))
         jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
         metrics = {}
         for part in jitted:
             metrics |= part.call.eval_shape(state_shape, stage.frozen, batch_shape)[1]
+    except KeyError as error:
+        raise UserError(f"config.losses: a loss asks for batch[{error}], not there in stage {config.stage}.") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"config: {error}") from error
     for name, metric in metrics.items():
@@ -150,10 +161,11 @@ def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape):
     return parts, of_state, of_frozen, of_batch
 
 
-def _agreed_codec(codec: PatchCodec, stored: PatchCodec, run: str) -> PatchCodec:
+def _agreed_codec(codec: VideoCodec, stored: VideoCodec, run: str) -> VideoCodec:
     """``stored``, the codec that ``run`` was trained with; UserError when the data comes with another one."""
-    same = stored.components.shape == codec.components.shape and all(
-        np.allclose(getattr(stored, name), getattr(codec, name), atol=1e-3) for name in ("components", "mean", "scale")
+    arrays = [[np.asarray(x, np.float32) for x in jax.tree.leaves(c.params)] for c in (codec, stored)]
+    same = [x.shape for x in arrays[0]] == [x.shape for x in arrays[1]] and all(
+        np.allclose(a, b, atol=1e-3) for a, b in zip(*arrays, strict=True)
     )
     if not same:
         raise UserError(
@@ -163,12 +175,17 @@ def _agreed_codec(codec: PatchCodec, stored: PatchCodec, run: str) -> PatchCodec
     return stored
 
 
-def check_resume(config: ConfigDict, workdir: Path, step: int, meta: dict[str, Any]) -> None:
-    """Raises UserError when a checkpoint belongs to another stage, seed or data. Rates, losses and steps may change."""
+def check_resume(
+    config: ConfigDict, workdir: Path, step: int, meta: dict[str, Any], fingerprints: dict[str, str]
+) -> None:
+    """Raises UserError when a checkpoint belongs to another stage, seed, data or frozen network.
+
+    Rates, losses and steps may change. ``fingerprints``: see ``stages.source_fingerprints``.
+    """
     stored = json.loads(meta["config"])
     for key in (
-        "stage", "seed", "data.source", "data.size", "data.frames", "data.batch", "data.augment", "distill.real",
-        "distill.fake",
+        "stage", "seed", "data.source", "data.size", "data.frames", "data.batch", "data.augment", "data.text",
+        "data.negative_prompt", "distill.real", "distill.fake",
     ):  # fmt: skip
         old, new, default = stored, config, configuration.base()
         for part in key.split("."):
@@ -178,6 +195,12 @@ def check_resume(config: ConfigDict, workdir: Path, step: int, meta: dict[str, A
             raise UserError(
                 f"{workdir} was started with config.{key} = {old!r}, not {new!r}; resume with the same value or choose "
                 f"another workdir."
+            )
+    for key, old in meta.get("sources", {}).items():
+        if fingerprints.get(key) != old:
+            raise UserError(
+                f"{workdir} was started with another network than the one now in config.{key} = {config[key]!r} "
+                f"(fingerprint {old}, not {fingerprints.get(key)}); name that run or choose another workdir."
             )
     if meta["data_position"] != step * config.data.batch:
         raise UserError(f"{workdir} step {step} stands at example {meta['data_position']}; the checkpoint is damaged.")
@@ -252,13 +275,14 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     mesh = make_mesh(config.mesh.to_dict())
     main, alone = jax.process_index() == 0, jax.process_count() == 1
     job = prepare_job(config, workdir, mesh)
+    fingerprints = source_fingerprints(config, job.sources)
 
     with _Stop() as stop, contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", max_to_keep=config.checkpoint.keep))
         first, cpu_before = checkpointer.latest_step() or 0, 0.0
         if first:
             meta = checkpointer.meta(first)
-            check_resume(config, workdir, first, meta)
+            check_resume(config, workdir, first, meta, fingerprints)
             target = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), job.state_shape, job.state_sharding
             )
@@ -271,14 +295,14 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         frozen = jax.device_put(job.stage.frozen, job.frozen_sharding)
         job = job._replace(sources=None, stage=job.stage._replace(frozen=None))  # their memory is needed now
         if main:
-            job.codec.save(workdir / CODEC)
+            save_codec(job.codec, workdir)
         cpu_start = time.process_time()
 
         def meta_of(step):
             return dict(
                 stage=config.stage, data_position=step * config.data.batch, config=config.to_json_best_effort(),
                 architecture=architecture(job.stage.model), train_cpu_s=cpu_before + time.process_time() - cpu_start,
-                latent_shape=list(job.latent_shape), steps=config.steps,
+                latent_shape=list(job.latent_shape), steps=config.steps, sources=fingerprints,
             )  # fmt: skip
 
         writer = stack.enter_context(

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Runs the test suite (the linters are among the tests) on the CPU. Arguments go to pytest: bash launch/test.sh tests/test_cli.py -k help
-# TEST_WORKERS=N sets the number of processes (default 2; 0 runs everything in one).
+# TEST_WORKERS=N sets the number of processes (default 2; 0 runs everything in one). TEST_EXTRAS=dev leaves out torch and
+# what else tests/parity and tests/export compare with.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
-# Pinned and first: where the index has a CPU build it has this one, while an open "torch" brings gigabytes of CUDA.
-ENV_FIRST="torch==2.13.0"
-ensure_env dev,parity scikit-video
+extras="${TEST_EXTRAS:-dev,parity}"
+case "$extras" in
+  # Pinned and first: where the index has a CPU build it has this one, while an open "torch" brings gigabytes of CUDA.
+  *parity*) ENV_FIRST="torch==2.13.0" ;;
+esac
+ensure_env "$extras" scikit-video
 cd "$ROOT"
 export JAX_PLATFORMS=cpu
 start=$SECONDS
@@ -14,6 +18,6 @@ status=0
 
 workers="${TEST_WORKERS:-2}"
 say "pytest in $workers processes"
-"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadgroup "$@" || status=$?
+"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile "$@" || status=$?
 say "launch/test.sh: $([ "$status" = 0 ] && echo passed || echo "FAILED with exit code $status") in $((SECONDS - start)) s"
 exit "$status"

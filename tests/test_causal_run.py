@@ -19,8 +19,6 @@ from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
 from greedy_distill_jax.types import UserError
 
-pytestmark = pytest.mark.xdist_group("causal_run")
-
 
 def _config(**changes):
     return tiny.train_config("teacher_forcing", **{"student__kind": "causal"} | changes)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from greedy_distill_jax import cli, config as configuration
+from greedy_distill_jax import cli, config as configuration, prepare, sample
 from greedy_distill_jax.config_cli import key_paths, load_config, read_config
 from greedy_distill_jax.types import UserError
 
@@ -217,3 +217,20 @@ def test_the_published_stage_2_has_no_critic(file):
     configuration.validate(config)
     d = config.distill
     assert (d.real, d.fake, d.pg, d.generator_every) == ("joint", "self_sg", "rollout_trunc", 1)
+
+
+@pytest.mark.parametrize("command", ["clips", "text", "latents", "ode"])
+def test_help_of_prepare(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        prepare.main([command, "--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and "--output DIR" in told and len(told) > 500
+
+
+def test_help_of_sample(capsys):
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and all(
+        f"--{name}" in told for name in ("checkpoint", "model", "solver", "negative-prompt")
+    )

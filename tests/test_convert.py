@@ -1,13 +1,14 @@
 """The command in a job: converted weights start a student, a trained student goes to PyTorch and back."""
 
+import functools
 import shutil
-import signal
 
 import jax
 import numpy as np
 import pytest
+from conftest import exit_code
 
-from greedy_distill_jax import cli, convert
+from greedy_distill_jax import convert
 from greedy_distill_jax.export.load import compare
 from greedy_distill_jax.export.source import open_source
 from greedy_distill_jax.run import Run
@@ -15,20 +16,7 @@ from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
 from greedy_distill_jax.types import UserError
 
-
-def run(*argv):
-    """Exit code of a command."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return _exit_code(argv)
-    finally:
-        signal.signal(signal.SIGTERM, before)  # the command's own would turn a stopped test into a failed one
-
-
-def _exit_code(argv):
-    with pytest.raises(SystemExit) as exit_:
-        cli.run(convert.main, [str(a) for a in argv])
-    return exit_.value.code
+run = functools.partial(exit_code, convert.main)
 
 
 def test_a_job_with_converted_weights(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Stage 2: every choice of scores and gradients, alone and through the training command."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,16 +77,24 @@ def test_a_step_trains_what_it_should(changes):
     assert all(name.startswith("critic/") for name in metrics)
 
 
-def test_one_epoch_of_actor_critic_is_the_truncated_gradient(monkeypatch):
-    monkeypatch.setattr(stages, "make_optimizer", lambda *args, **kwargs: optax.sgd(1.0))
-    after = {}
-    for pg in ("rollout_trunc", "actor_critic"):
-        config = config_of(distill__pg=pg, distill__anchor=3.0, distill__fake="self_fm", own=True)
+def test_actor_critic_is_the_truncated_gradient_with_epochs_and_an_anchor(monkeypatch):
+    monkeypatch.setattr(stages, "make_optimizer", lambda *args, **kwargs: optax.sgd(1e-2))
+    moves = []
+    for pg, epochs, anchor in (
+        ("rollout_trunc", 1, 0.0),
+        *(("actor_critic", *x) for x in ((1, 3.0), (3, 0.0), (3, 50.0))),
+    ):
+        config = config_of(
+            distill__pg=pg, distill__epochs=epochs, distill__anchor=anchor, distill__fake="self_fm", own=True
+        )
         stage, params, critic = tiny.stage_of(config, LATENT)
         state = jax.jit(stage.parts[0].call)(stage.state(params, critic), stage.frozen, batch_of())[0]
-        after[pg] = jax.tree.map(jnp.subtract, state.params, params)
-    difference = optax.tree.norm(jax.tree.map(jnp.subtract, *after.values()))
-    assert float(difference / optax.tree.norm(after["rollout_trunc"])) < 1e-5
+        moves.append(jax.tree.map(jnp.subtract, state.params, params))
+    truncated, once, thrice, held = moves
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, truncated, once))
+    assert float(difference / optax.tree.norm(truncated)) < 1e-5  # in the first epoch the action is the rollout's
+    assert float(optax.tree.norm(thrice)) > 1.5 * float(optax.tree.norm(once))
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, held, thrice)) / optax.tree.norm(thrice)) > 0.05
 
 
 def gaussian(mean, std):
@@ -170,9 +180,12 @@ def run_config(sources, **changes):
 
 
 def test_a_run_resumes_bit_identically_and_samples(sources, tmp_path):
-    whole = train(run_config(sources, distill__critic_warmup=1), tmp_path / "whole", show_progress=False)
-    train(run_config(sources, distill__critic_warmup=1, steps=2), tmp_path / "halves", show_progress=False)
-    config = run_config(sources, distill__critic_warmup=1)
+    config = run_config(sources, distill__critic_warmup=1, optimizer__warmup=0)
+    whole = train(config, tmp_path / "whole", show_progress=False)
+    with config.unlocked():
+        config.steps = 2
+    train(config, tmp_path / "halves", show_progress=False)
+    config.steps = 4
     halves = train(config, tmp_path / "halves", show_progress=False)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -185,6 +198,11 @@ def test_a_run_resumes_bit_identically_and_samples(sources, tmp_path):
     assert run.sample_videos(["a red square moving left"], frames=5, steps=2).shape == (1, 5, 16, 16, 3)
     with pytest.raises(UserError, match=r"was started with config.distill.fake = 'critic', not 'self_sg'"):
         train(run_config(sources, distill__fake="self_sg", steps=6), tmp_path / "whole", show_progress=False)
+    shutil.copytree(sources / "teacher", tmp_path / "another")
+    train(tiny.train_config(steps=3), tmp_path / "another", show_progress=False)
+    config = run_config(sources, distill__critic_warmup=1, teacher_from=str(tmp_path / "another"), steps=6)
+    with pytest.raises(UserError, match=r"started with another network than the one now in config\.teacher_from"):
+        train(config, tmp_path / "whole", show_progress=False)
 
 
 def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
@@ -207,14 +225,19 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(distill__epochs=0), "config.distill.epochs is 0; it must be at least 1"),
         (dict(distill__frames=3), "config.distill.frames is 3; it must be 0 or a multiple"),
         (dict(distill__frames=8, distill__fake="self_sg"), "only real 'joint' and fake 'critic' can judge a window"),
-        (dict(distill__segment=3), "config.distill.segment is 3, which does not divide the 4 chunks"),
+        (dict(distill__segment=3, distill__pg="rollout_full", distill__context_grad_sdd="params"),
+         "config.distill.segment is 3, which does not divide the 4 chunks"),
+        (dict(distill__segment=2), "only config.distill.pg = 'rollout_full' uses it, not 'rollout_trunc'"),
+        (dict(distill__anchor=1.0), "only config.distill.pg = 'actor_critic' uses it"),
+        (dict(student__context_noise=0.1), "bidirectional scores see no history"),
+        (dict(distill__real="per_frame"), "was trained with one noise level per video"),
         (dict(distill__fake="self_fm"), "nothing keeps the student a score of its own videos"),
         (dict(distill__fake="stage1", distill__real="autoregressive"), "are the same network"),
         (dict(distill__fake="self_sg", distill__critic_warmup=3), "there is no critic to update"),
         (dict(distill__critic_warmup=4), "would never be updated"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_what_is_refused(sources, tmp_path, changes, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         train(run_config(sources, **changes), tmp_path / "run", show_progress=False)

@@ -130,8 +130,9 @@ DISTRIBUTION_OF = {
     "ml_collections": "ml-collections",
     "orbax": "orbax-checkpoint",
 }
-# In extras, or (tokamax) a peer that benchmarks measure if it is there; imported inside functions.
-OPTIONAL = {"skimage", "starlette", "tokamax", "uvicorn", "websockets", *TORCH}
+# In extras (tokenizers: with transformers), or (tokamax) a peer that benchmarks measure if it is there; imported inside
+# functions.
+OPTIONAL = {"ftfy", "skimage", "starlette", "tokamax", "tokenizers", "uvicorn", "websockets", *TORCH}
 
 
 def test_setup_lists_what_the_package_imports(monkeypatch):

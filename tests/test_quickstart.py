@@ -29,8 +29,6 @@ from greedy_distill_jax.types import UserError
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a red square moving left", "a blue circle moving up")
 
-pytestmark = pytest.mark.xdist_group("quickstart")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -120,7 +118,6 @@ def _execute(path, env):
 @pytest.fixture
 def kernel_env(subprocess_env, tmp_path):
     env = {**subprocess_env, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     env.pop("MPLBACKEND", None)  # the kernel's own draws into the notebook
     return env
 
@@ -220,6 +217,17 @@ def test_a_switch_changes_what_follows_and_nothing_before(finished, student, tmp
 def test_a_teacher_makes_whole_videos(finished, tmp_path):
     _sample(finished / "teacher", "--frames", 8, "--output", tmp_path / "out.mp4", prompts=PROMPTS)
     assert [len(list(read_frames(tmp_path / f"out-{i}.mp4"))) for i in (0, 1)] == [8, 8]
+    options = ["--solver", "unipc", "--shift", "3", "--guidance", "4", "--negative-prompt", PROMPTS[1]]
+    _sample(finished / "teacher", "--frames", 8, "--steps", 4, "--output", tmp_path / "other.mp4", *options)
+    assert len(list(read_frames(tmp_path / "other.mp4"))) == 8
+
+
+def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
+    options = ["--solver", "unipc", "--shift", "3", "--guidance", "4", "--negative-prompt", PROMPTS[1]]
+    args = sample._parser().parse_args(["--checkpoint", str(finished / "teacher"), "--prompt", "a", *options])
+    config = sample._load(args).config
+    assert (config.sample.sampler, config.sample.shift, config.sample.guidance) == ("unipc", 3.0, 4.0)
+    assert config.data.negative_prompt == PROMPTS[1] and Run.load(finished / "teacher").config.sample.sampler == "euler"
 
 
 @pytest.mark.parametrize(
@@ -239,6 +247,10 @@ def test_a_teacher_makes_whole_videos(finished, tmp_path):
         ("student", ["--upscale", "-2"], "upscale=-2"),
         ("teacher", ["--switch", "3:a red square moving up"], "needs a streaming student"),
         ("teacher", ["--first-steps", "4"], "needs a streaming student"),
+        ("teacher", ["--height", "16"], "--height belongs to --model"),
+        ("student", ["--solver", "unipc"], "--solver needs a teacher"),
+        ("student", ["--negative-prompt", ""], "--negative-prompt needs a teacher"),
+        ("student", ["--text", "/nowhere"], "text /nowhere is neither"),
         ("pupil", [], "pupil holds no run"),
         (".", [], "holds no run"),
     ],

@@ -74,12 +74,12 @@ MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
 
 
 @pytest.mark.parametrize(
-    "stage, kind, mesh_shape",
-    [*((s, "etm_sdd", m) for m in MESHES for s in ("teacher", "teacher_forcing")),
-     *(("dmd", "etm_sdd", m) for m in MESHES), ("dmd", "causal", MESHES[1])],
+    "stage, kind, meshes",
+    [("teacher", "etm_sdd", MESHES), ("teacher_forcing", "etm_sdd", MESHES), ("dmd", "etm_sdd", MESHES),
+     ("dmd", "causal", MESHES[1:2])],
     ids=str,
 )  # fmt: skip
-def test_eight_devices_equal_one(stage, kind, mesh_shape, monkeypatch):
+def test_eight_devices_equal_one(stage, kind, meshes, monkeypatch):
     # Plain gradient descent: the update is the gradient.
     monkeypatch.setattr(stages, "make_optimizer", lambda *args, **kwargs: optax.sgd(1.0))
     config = tiny.train_config(stage, student__kind=kind)
@@ -89,23 +89,25 @@ def test_eight_devices_equal_one(stage, kind, mesh_shape, monkeypatch):
         "latents": jnp.asarray(rng.standard_normal((8, *LATENT)), jnp.float32),
         "text": jnp.asarray(rng.standard_normal((8, 6, 8)), jnp.float32),
     }
-    mesh = make_mesh(mesh_shape)
     for part in built.parts:
         key = part.name or "params"
         state = built.state(params, critic)
         one, one_metrics = jax.jit(part.call)(state, built.frozen, batch)
-        spread = [jax.device_put(tree, shardings(tree, mesh)) for tree in (state, built.frozen, batch)]
-        assert len(jax.tree.leaves(spread[0])[3].sharding.device_set) == 8
-        many, many_metrics = jax.jit(on_mesh(part.call, mesh))(*spread)
-        for name, value in one_metrics.items():
-            np.testing.assert_allclose(many_metrics[name], value, rtol=2e-5, err_msg=name)
 
         def moved(after, key=key, state=state):
             pairs = zip(jax.tree.leaves(getattr(after, key)), jax.tree.leaves(getattr(state, key)), strict=True)
             return np.concatenate([np.ravel(np.asarray(a) - np.asarray(b)) for a, b in pairs])
 
-        a, b = moved(one), moved(many)
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a) and np.linalg.norm(a) > 1e-3
+        a = moved(one)
+        assert np.linalg.norm(a) > 1e-3
+        for mesh_shape in meshes:
+            mesh = make_mesh(mesh_shape)
+            spread = [jax.device_put(tree, shardings(tree, mesh)) for tree in (state, built.frozen, batch)]
+            assert len(jax.tree.leaves(spread[0])[3].sharding.device_set) == 8
+            many, many_metrics = jax.jit(on_mesh(part.call, mesh))(*spread)
+            for name, value in one_metrics.items():
+                np.testing.assert_allclose(many_metrics[name], value, rtol=2e-5, err_msg=f"{name} {mesh_shape}")
+            assert np.linalg.norm(a - moved(many)) <= 1e-5 * np.linalg.norm(a), mesh_shape
 
 
 def test_a_frame_that_does_not_divide_into_stripes_names_the_choices():

@@ -71,7 +71,6 @@ def undisturbed(tmp_path_factory, subprocess_env):
     return _leaves(root / "run")
 
 
-@pytest.mark.xdist_group("train")
 @pytest.mark.parametrize("number, step", [(signal.SIGKILL, 7), (signal.SIGKILL, 15), (signal.SIGTERM, 12)])
 def test_an_interrupted_run_ends_bit_identical(undisturbed, tmp_path, subprocess_env, number, step):
     workdir = tmp_path / "run"
@@ -92,7 +91,6 @@ def test_an_interrupted_run_ends_bit_identical(undisturbed, tmp_path, subprocess
     assert steps == list(range(1, 41)), "scalars.jsonl has a hole or a duplicate"
 
 
-@pytest.mark.xdist_group("train")
 def test_stages_follow_each_other_and_sample(tmp_path):
     train(tiny.train_config(), tmp_path / "teacher", show_progress=False)
     config = tiny.train_config("teacher_forcing", teacher_from=str(tmp_path / "teacher"), log__samples_every=6)
@@ -198,6 +196,7 @@ def test_an_unknown_loss_names_itself(name):
         (dict(stage="teacher_forcing", student__chunk=3), "does not divide into chunks"),
         (dict(stage="teacher_forcing", student__split="thirds"), "split 'thirds'"),
         (dict(stage="teacher_forcing", sample__sampler="ddim"), "ddim"),
+        (dict(sample__sampler="renoise"), "a teacher.s are euler, unipc"),
         (dict(stage="teacher_forcing", teacher_from="/nowhere"), "/nowhere holds no run"),
     ],
 )

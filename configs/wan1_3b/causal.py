@@ -1,7 +1,7 @@
 """The causal baseline at 1.3B: Self-Forcing's and LongLive's student by teacher forcing (METHOD_SPEC B, C.2).
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/causal.py:longlive --workdir=runs/causal \
-        --config.teacher_from=runs/wan1_3b --config.data.source=clips:DIR
+        --config.teacher_from=runs/wan1_3b --config.data.source=latents:DIR --config.data.text=DIR/text
 
 Not yet run. Attention, chunk and the four re-noising steps are the published ones of the distilled students; before
 distillation the model needs more: `--config.sample.sampler=euler --config.sample.steps=50`.

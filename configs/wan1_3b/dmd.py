@@ -1,7 +1,8 @@
 """Stage 2 at 1.3B: self-rollout with distribution matching (METHOD_SPEC C.3-C.6, E.5). Not yet run at full size.
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/dmd.py --workdir=runs/stage2 \
-        --config.teacher_from=runs/wan1_3b --config.student_from=runs/stage1 --config.data.source=clips:DIR
+        --config.teacher_from=runs/wan1_3b --config.student_from=runs/stage1 --config.data.source=latents:DIR \
+        --config.data.text=DIR/text
 
 The critic is a bidirectional 1.3B DiT that starts as the teacher; ``dmd.py:greedy_distill_paper`` is the published
 setting, the student itself as the fake score. ``dmd.py:teacher_14b`` takes the real score from the 14B teacher, as
@@ -10,6 +11,7 @@ Self-Forcing and LongLive do (METHOD_SPEC C.4); then --config.critic_from names 
 
 from configs.wan1_3b import teacher_forcing
 from greedy_distill_jax.config import greedy_distill_paper
+from greedy_distill_jax.data.text import WAN_NEGATIVE_PROMPT
 
 
 def get_config(arg: str = "critic"):
@@ -25,6 +27,7 @@ def get_config(arg: str = "critic"):
     config.distill.guidance = 4.0
     config.distill.generator_every = 5
     config.text_dropout = 0.0
+    config.data.negative_prompt = WAN_NEGATIVE_PROMPT
     for optimizer, rate in ((config.optimizer, 2e-6), (config.critic.optimizer, 4e-7)):
         optimizer.name, optimizer.learning_rate, optimizer.betas = "adamw", rate, (0.0, 0.999)
         optimizer.weight_decay, optimizer.clip, optimizer.warmup, optimizer.final = 0.01, 10.0, 0, 1.0

@@ -1,7 +1,7 @@
 """The Wan2.1 1.3B teacher: flow matching as in METHOD_SPEC C.2. Not yet run at full size.
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/teacher.py --workdir=runs/wan1_3b \
-        --config.data.source=clips:DIR
+        --config.data.source=latents:DIR --config.data.text=DIR/text
 """
 
 from greedy_distill_jax.config import base
@@ -25,6 +25,7 @@ def get_config():
     config.ema.decay = 0.99
     config.ema.start = 200
     config.sample.steps = 50
+    config.sample.sampler = "unipc"
     config.sample.shift = 5.0
     config.sample.guidance = 5.0
     options = config.losses.flow_matching.options

@@ -1,7 +1,7 @@
 """Stage 1 at 1.3B: ETM + SDD by teacher forcing (METHOD_SPEC E.4). Not yet run at full size.
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/teacher_forcing.py --workdir=runs/stage1 \
-        --config.teacher_from=runs/wan1_3b --config.data.source=clips:DIR
+        --config.teacher_from=runs/wan1_3b --config.data.source=latents:DIR --config.data.text=DIR/text
 """
 
 from configs.wan1_3b import teacher
@@ -18,5 +18,6 @@ def get_config():
     config.optimizer.new_scale = 10.0
     config.optimizer.betas = (0.9, 0.95)
     config.ema.decay = 0.999
+    config.sample.sampler = "euler"
     config.sample.guidance = 1.0
     return config

@@ -8,6 +8,7 @@ pixels.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import operator
 import os
@@ -21,11 +22,11 @@ from typing import Any, SupportsIndex
 
 import cv2
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from greedy_distill_jax.data.records import WRITER_OPTIONS, Shards, first_line
 from greedy_distill_jax.data.video_io import VIDEO_SUFFIXES, probe, read_frames
 from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.types import UserError
@@ -35,9 +36,46 @@ SPLITS = ("train", "held_out")
 _FORMAT = 1
 _MAGIC = b"GDJ1"
 _SHARD_BYTES = 256 << 20
-_WRITER_OPTIONS = "group_size:1,zstd:3"  # records are read one by one, in random order
 _CODEC_PATCH = 4
 _CODEC_PATCHES = 1 << 18  # the codec is fitted on about this many patches
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """How clips become windows; the arguments of `prepare_clips` of the same names.
+
+    Raises:
+      UserError: a number out of its range, named as the command line names it.
+    """
+
+    width: int
+    height: int
+    frames: int
+    fps: float | int | None = None
+    stride: int | None = None
+    held_out: float | int = 0.15
+    crops: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.height) < 1:
+            raise UserError(f"--size {self.width}x{self.height}: both sides must be positive, as in 32x32")
+        if self.frames < 1 or self.step < 1:
+            raise UserError(f"--frames {self.frames}, --stride {self.step}: both must be at least 1")
+        if self.fps is not None and not self.fps > 0:
+            raise UserError(f"--fps {self.fps}: must be positive")
+        if self.crops < 0:
+            raise UserError(f"--crops {self.crops}: must be 0 or more")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out {self.held_out}: must be at least 0 and less than 1")
+
+    @property
+    def step(self) -> int:
+        """Frames from the start of a window to the next."""
+        return max(1, self.frames // 2) if self.stride is None else self.stride
+
+    def plan(self) -> dict[str, Any]:
+        """As JSON, defaults filled in."""
+        return {**dataclasses.asdict(self), "stride": self.step}
 
 
 def encode_record(video_THWC: UInt8[np.ndarray, "T H W 3"], caption: str, **source: Any) -> bytes:
@@ -91,20 +129,10 @@ class ClipWindows:
             raise UserError(f"clips: {path} does not exist; {remedy}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"clips: {path} is not a description of prepared clips ({error!r}); {remedy}") from error
-        self._paths, self._readers = [path for path, _ in shards], []
-        for path, records in shards:
-            try:
-                reader = ArrayRecordDataSource([os.fspath(path)])
-                found = len(reader)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"clips: shard {path} cannot be read ({_first_line(error)}); {remedy}") from error
-            if found != records:
-                raise UserError(f"clips: shard {path} holds {found} records instead of {records}; {remedy}")
-            self._readers.append(reader)
-        self._ends = np.cumsum([records for _, records in shards], dtype=np.int64)
+        self._shards = Shards(shards, what="clips", remedy=remedy)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self._shards)
 
     def __repr__(self) -> str:
         return f"ClipWindows({os.fspath(self.directory)!r}, {self.split!r})"
@@ -114,16 +142,15 @@ class ClipWindows:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"{self!r}: index {index} is outside [0, {len(self)})")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        position = index - (int(self._ends[shard - 1]) if shard else 0)
+        shard, position = self._shards.locate(index)
         try:
-            example = decode_record(self._readers[shard][position])
+            example = decode_record(self._shards[index])
             if example["video"].shape != (self.frames, self.height, self.width, 3):
                 raise ValueError(f"a window of shape {example['video'].shape}")
         except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
             raise UserError(
-                f"clips: record {position} of {self._paths[shard]} (index {index} of {self.split}) is damaged: "
-                f"{_first_line(error)}; prepare the clips again"
+                f"clips: record {position} of {self._shards.paths[shard]} (index {index} of {self.split}) is damaged: "
+                f"{first_line(error)}; prepare the clips again"
             ) from error
         return example
 
@@ -172,19 +199,11 @@ def prepare_clips(
         that decodes to at least one window, no held-out window though some were asked for.
     """
     clips, output = Path(clips), Path(output)
-    stride = max(1, frames // 2) if stride is None else stride
-    if min(width, height) < 1 or width % _CODEC_PATCH or height % _CODEC_PATCH:
+    if width % _CODEC_PATCH or height % _CODEC_PATCH:
         raise UserError(
             f"--size {width}x{height}: both sides must be positive multiples of {_CODEC_PATCH}, as in 32x32"
         )
-    if frames < 1 or stride < 1:
-        raise UserError(f"--frames {frames}, --stride {stride}: both must be at least 1")
-    if fps is not None and not fps > 0:
-        raise UserError(f"--fps {fps}: must be positive")
-    if crops < 0:
-        raise UserError(f"--crops {crops}: must be 0 or more")
-    if not 0 <= held_out < 1:
-        raise UserError(f"--held-out {held_out}: must be at least 0 and less than 1")
+    cutting = Cutting(width, height, frames, fps, stride, held_out, crops)
     caption_of = read_captions(clips, captions)
     _check_output(output, overwrite)
 
@@ -200,7 +219,7 @@ def prepare_clips(
         for clip, caption in bar:
             bar.set_postfix_str(clip, refresh=True)
             try:
-                entry, starts, video = _cut(clips / clip, width, height, frames, fps, stride, held_out, crops)
+                entry, starts, video = cut(clips / clip, cutting)
             except UserError as error:
                 skipped.append({"clip": clip, "reason": str(error)})
                 tqdm.write(f"skipped {clip}: {error}", file=sys.stderr)
@@ -228,7 +247,7 @@ def prepare_clips(
             "height": height,
             "frames": frames,
             "fps": fps or statistics.median(entry["fps"] for entry in used),
-            "stride": stride,
+            "stride": cutting.step,
             "held_out": held_out,
             "crops": crops,
             "counts": {split: sum(shard["records"] for shard in shards[split]) for split in SPLITS},
@@ -319,25 +338,27 @@ def _random_boxes(clip: str, rows: int, columns: int, aspect: float, count: int)
     return boxes
 
 
-def _cut(
-    path: Path, width: int, height: int, frames: int, fps: float | int | None, stride: int, held_out: float | int,
-    crops: int,
-) -> tuple[dict[str, Any], dict[str, range], np.ndarray]:  # fmt: skip
-    """dataset.json's entry of one clip, the starts of its windows by split, its frames [1 + crops, n, H, W, 3]."""
+def cut(path: Path, cutting: Cutting) -> tuple[dict[str, Any], dict[str, range], np.ndarray]:
+    """One clip: dataset.json's entry, the starts of its windows by split, its frames [1 + crops, n, H, W, 3] uint8.
+
+    Raises:
+      UserError: it does not decode, or is shorter than a window.
+    """
+    width, height, frames, fps = cutting.width, cutting.height, cutting.frames, cutting.fps
     info = probe(path)
     images, boxes = [], None
     for frame in read_frames(path, fps=fps):
-        boxes = boxes or _random_boxes(path.name, *frame.shape[:2], width / height, crops)
+        boxes = boxes or _random_boxes(path.name, *frame.shape[:2], width / height, cutting.crops)
         images.append([fit_frame(view, width, height) for view in (frame, *(frame[box] for box in boxes))])
     count = len(images)
     if count < frames:
         raise UserError(f"{path} has {count} frames, a window needs {frames}; use fewer --frames")
-    held = max(frames, round(held_out * count)) if held_out else 0
+    held = max(frames, round(cutting.held_out * count)) if cutting.held_out else 0
     if count - held < frames:
         held = 0
     starts = {
-        "train": range(0, count - held - frames + 1, stride),
-        "held_out": range(count - held, count - frames + 1, stride),
+        "train": range(0, count - held - frames + 1, cutting.step),
+        "held_out": range(count - held, count - frames + 1, cutting.step),
     }
     entry = {"width": info.width, "height": info.height, "fps": fps or info.fps, "frames": count}
     return entry, starts, np.swapaxes(np.asarray(images), 0, 1)
@@ -354,7 +375,7 @@ class _ShardWriter:
     def write(self, record: bytes) -> None:
         if self._writer is None or self._bytes >= _SHARD_BYTES:
             self._finish()
-            self._writer, self._bytes = ArrayRecordWriter(self._path(len(self._records)), _WRITER_OPTIONS), 0
+            self._writer, self._bytes = ArrayRecordWriter(self._path(len(self._records)), WRITER_OPTIONS), 0
             self._records.append(0)
         self._writer.write(record)
         self._bytes += len(record)
@@ -409,7 +430,3 @@ def _move_into_place(partial: Path, output: Path) -> None:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

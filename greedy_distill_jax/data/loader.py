@@ -6,7 +6,7 @@ import operator
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
@@ -14,8 +14,10 @@ import grain
 import numpy as np
 
 from greedy_distill_jax.data.clips import ClipWindows
+from greedy_distill_jax.data.latents import LatentWindows
 from greedy_distill_jax.data.moving_shapes import MovingShapes
 from greedy_distill_jax.data.text import TextEncoder
+from greedy_distill_jax.export.pipeline import load_codec
 from greedy_distill_jax.models.codec import PatchCodec, VideoCodec
 from greedy_distill_jax.types import UserError
 
@@ -24,7 +26,10 @@ _CODEC_SEED, _CODEC_VIDEOS = 0, 512
 
 @runtime_checkable
 class VideoSource(Protocol):
-    """Random access to {"video": uint8 [T, H, W, 3], "caption": str}; a bad record raises ValueError naming it."""
+    """Random access to {"video": uint8 [T, H, W, 3], "caption": str}; a bad record raises ValueError naming it.
+
+    A source of latents has {"latents": float32 [T, h, w, C], "caption": str}.
+    """
 
     def __len__(self) -> int: ...
 
@@ -95,7 +100,7 @@ def make_loader(
     number that holds for any number of processes: resume with `start`.
 
     Args:
-      source: random access to videos and captions.
+      source: random access to videos (or latents) and captions.
       codec: encodes uint8 videos to latents.
       text_encoder: encodes captions to rows.
       global_batch: examples per batch over all processes.
@@ -138,7 +143,7 @@ def make_loader(
         first = batch * global_batch + offset
         items = [examples[index] for index in range(first, first + local_batch)]
         return {
-            "latents": codec.encode(np.stack([item["video"] for item in items])),
+            "latents": latents_of(items, codec),
             "text": text_encoder([item["caption"] for item in items]),
         }
 
@@ -148,20 +153,43 @@ def make_loader(
     return iter(batches.to_iter_dataset(options))
 
 
+def latents_of(examples: Sequence[Mapping[str, Any]], codec: VideoCodec) -> np.ndarray:
+    """float32 [B, T, h, w, C] of a source's examples; videos are encoded."""
+    if "latents" in examples[0]:
+        return np.stack([example["latents"] for example in examples])
+    return codec.encode(np.stack([example["video"] for example in examples]))
+
+
+def videos_of(examples: Sequence[Mapping[str, Any]], codec: VideoCodec) -> np.ndarray:
+    """uint8 [B, T, H, W, 3] of a source's examples; latents are decoded."""
+    if "latents" in examples[0]:
+        return codec.decode(latents_of(examples, codec))
+    return np.stack([example["video"] for example in examples])
+
+
 def is_shapes(spec: str) -> bool:
     """Whether a data specification names drawn shapes, which an oracle can read."""
     return spec.partition(":")[0] == "moving_shapes"
 
 
+def captions_of(source: VideoSource) -> set[str]:
+    """All captions of a prepared folder, which lists them; of another source those of its first records."""
+    if isinstance(source, ClipWindows | LatentWindows):
+        return set(source.info["captions"].values())
+    return {source[index]["caption"] for index in range(min(4, len(source)))}
+
+
 def load_source(
     spec: str, split: str = "train", *, size: int | None = None, frames: int | None = None, seed: int = 0
-) -> tuple[VideoSource, PatchCodec]:
+) -> tuple[VideoSource, VideoCodec]:
     """The source and the codec that a data specification names.
 
     Args:
-      spec: "moving_shapes", "moving_shapes:wandering", or "clips:DIR" with a folder written by `prepare clips`.
+      spec: "moving_shapes", "moving_shapes:wandering", "clips:DIR" with a folder written by `prepare clips`, or
+        "latents:DIR" with one by `prepare latents`.
       split: "train" or "held_out".
-      size, frames: of the videos; None for 16 and 8 (moving shapes) or for what the folder holds.
+      size, frames: of the videos (frames: latent ones of "latents:"); None for 16 and 8 (moving shapes) or for what the
+        folder holds.
       seed: of the moving shapes. Their codec does not depend on it, nor on the split: it is fitted on a fixed sample.
 
     Raises:
@@ -173,17 +201,21 @@ def load_source(
         sample = MovingShapes(**shapes, frames=4, split="train", seed=_CODEC_SEED)
         codec = PatchCodec.fit(np.stack([sample[index]["video"] for index in range(_CODEC_VIDEOS)]))
         return MovingShapes(**shapes, frames=frames or 8, split=split, seed=seed), codec
-    if kind != "clips" or not directory:
-        raise UserError(f"data {spec!r} is unknown; use moving_shapes, moving_shapes:wandering or clips:DIR")
+    if kind not in ("clips", "latents") or not directory:
+        raise UserError(
+            f"data {spec!r} is unknown; use moving_shapes, moving_shapes:wandering, clips:DIR or latents:DIR"
+        )
     directory = Path(directory).expanduser()
-    source = ClipWindows(directory, split)
-    for name, asked, held in (
-        ("frames", frames, (source.frames,)),
-        ("size", size, (source.height, source.width)),
-    ):
+    if kind == "latents":
+        source: VideoSource = LatentWindows(directory, split)
+        holds = (("frames", frames, source.latent_shape[:1]), ("size", size, source.latent_shape[1:3]))
+    else:
+        source = ClipWindows(directory, split)
+        holds = (("frames", frames, (source.frames,)), ("size", size, (source.height, source.width)))
+    for name, asked, held in holds:
         if asked is not None and set(held) != {asked}:
             raise UserError(
                 f"data {spec!r} holds {name}={'x'.join(map(str, held))}, asked for {asked}; change the configuration, "
-                "or prepare the clips again"
+                f"or prepare the {kind} again"
             )
-    return source, PatchCodec.load(directory / "codec.npz")
+    return source, load_codec(source.codec if kind == "latents" else directory / "codec.npz")

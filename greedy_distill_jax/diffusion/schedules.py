@@ -29,6 +29,14 @@ def uniform_steps(steps: int, shift: float) -> tuple[float, ...]:
     return tuple(float(shift_sigma(1.0 - i / steps, shift)) for i in range(steps))
 
 
+def wan_steps(steps: int, shift: float) -> tuple[float, ...]:
+    """``steps`` shifted levels from 1 as Wan's own sampler has them: equally spaced towards .001 before the shift."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    raw = np.linspace(1.0, 1.0 / TABLE_SIZE, steps + 1)[:-1]
+    return tuple(float(sigma) for sigma in shift_sigma(raw, shift))
+
+
 def draw_sigma(key, shape: tuple[int, ...], *, distribution: str = "uniform", shift: float = 5.0):
     """Random noise levels in (0, 1], float32.
 

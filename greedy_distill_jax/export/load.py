@@ -24,7 +24,10 @@ def stored_dtype(source: Source, path: str, dtype: str) -> np.dtype:
     return source.dtypes[path] if dtype == "keep" else np.dtype(jnp.dtype(dtype))
 
 
-def load(source: Source, *, sharding: Sharding | Callable[[Any], Any] | None = None, dtype: str = "keep") -> Any:
+def load(
+    source: Source, *, sharding: Sharding | Callable[[Any], Any] | None = None,
+    dtype: str | Callable[[str], str] = "keep",
+) -> Any:  # fmt: skip
     """Our parameter tree of a source, leaf by leaf and shard by shard in its target sharding.
 
     A shard is assembled on the host from the slices it needs of every layer, put on its device and freed before the
@@ -34,12 +37,15 @@ def load(source: Source, *, sharding: Sharding | Callable[[Any], Any] | None = N
       source: from `open_source`.
       sharding: one for every leaf, or a function from the tree of shapes to a tree of shardings (such as
         ``functools.partial(sharding.shardings, mesh=mesh)``); None for the default device.
-      dtype: one of `DTYPES`.
+      dtype: one of `DTYPES`, or a function from the path of a leaf to one of them.
 
     Raises:
       UserError: a tensor that cannot be read.
     """
-    shapes = {p: jax.ShapeDtypeStruct(shape, stored_dtype(source, p, dtype)) for p, shape in source.shapes.items()}
+    dtype_of = dtype if callable(dtype) else lambda path: dtype
+    shapes = {
+        p: jax.ShapeDtypeStruct(shape, stored_dtype(source, p, dtype_of(p))) for p, shape in source.shapes.items()
+    }
     if callable(sharding) and not isinstance(sharding, Sharding):
         placed = dict(leaf_paths(sharding(nest(shapes))))
     else:

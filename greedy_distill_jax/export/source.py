@@ -4,6 +4,7 @@ Formats: "original" (Wan's names in safetensors), "diffusers", "causal-pt" (`.pt
 "torch-student" (a folder we exported) and "ours" (a converted folder or a training run).
 """
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -84,7 +85,7 @@ def _precision(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in {**WAN_SIZES.get(chosen.get("size"), {}), **chosen}.items() if k in known}
 
 
-class Source:
+class Source(abc.ABC):
     """A model in any format.
 
     Attributes:
@@ -106,9 +107,9 @@ class Source:
         """Path -> shape of every leaf of our tree."""
         return parameter_shapes(self.cfg)
 
+    @abc.abstractmethod
     def read_layer(self, path: str, layer: int, index: Index) -> np.ndarray:
         """A slice of one layer of a leaf (layer 0 is the leaf itself where it is not stacked)."""
-        raise NotImplementedError
 
     def read(self, path: str, index: Index, dtype: Any) -> np.ndarray:
         """A slice of a leaf of ours in the given dtype, assembled layer by layer."""
@@ -272,9 +273,9 @@ def open_source(
         return OurSource(path, part, step)
     if path.is_dir() and (path / "transformer").is_dir() and not safetensors_in(path):
         path = path / "transformer"  # a diffusers pipeline
-    files = _tensor_files(path, part)
+    files = tensor_files(path, part)
     folder = path if path.is_dir() else path.parent
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     naming = names.naming_of(files.entries)
     if naming is None:
         some = ", ".join(sorted(files.entries)[:2]) or "none"
@@ -292,7 +293,8 @@ def open_source(
     return ForeignSource(path, form, files, cfg, naming, {"part": files.part, "naming": naming})
 
 
-def _tensor_files(path: Path, part: str) -> TensorFiles:
+def tensor_files(path: Path, part: str = "") -> TensorFiles:
+    """The tensors of a file, of an index.json or of the one model in a folder; ``part`` of a `.pt` (`files.PARTS`)."""
     if path.is_dir():
         if found := safetensors_in(path):
             return SafetensorsFiles(found)
@@ -310,7 +312,8 @@ def _tensor_files(path: Path, part: str) -> TensorFiles:
     raise UserError(f"{path} is neither .safetensors nor one of {', '.join(TORCH_SUFFIXES)}; name a file with weights.")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The dictionary in a config.json, {} if there is none; UserError when it is no JSON."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -117,7 +117,7 @@ def write(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if is_student:
             shutil.copyfile(Path(__file__).with_name(STUDENT_FILE), partial / STUDENT_FILE)
-            if codec is not None and codec.is_file():
+            if codec is not None:
                 shutil.copyfile(codec, partial / codec.name)
 
 

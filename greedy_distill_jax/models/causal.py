@@ -34,7 +34,13 @@ class CausalStudent(StreamingModel):
         return jax.tree.map(jnp.asarray, teacher_params)
 
     def __call__(
-        self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad = ContextGrad()  # noqa: B008
+        self,
+        params,
+        x_BTHWC,
+        sigma_BT,
+        text_BMC,
+        history: History,
+        grads: ContextGrad = ContextGrad(),  # noqa: B008
     ):
         """Teacher-forced velocity: every noisy chunk sees the clean chunks of its window, in one parallel pass.
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float32, UInt8
+from jaxtyping import Array, Float32, UInt8
 
 from greedy_distill_jax.types import UserError
 
@@ -23,13 +26,18 @@ _FORMAT = 1
 
 @runtime_checkable
 class VideoCodec(Protocol):
-    """What stands between pixels and latents: `PatchCodec` here, a causal VAE at full size.
+    """What stands between pixels and latents: `PatchCodec` here, `vae_codec.VAECodec` at full size.
+
+    The first latent frame is one frame of video, every other one is `temporal_stride` frames. `encode` and `decode`
+    take whole videos; a stream is decoded by `stream_decoder`, or by `decode_next` where it is part of another program.
 
     Attributes:
       temporal_stride: pixel frames per latent frame.
+      params: arrays that `decode_next` takes.
     """
 
     temporal_stride: int
+    params: Any
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, C) of the latent of a frame of `height` x `width` pixels."""
@@ -42,6 +50,34 @@ class VideoCodec(Protocol):
     def decode(self, latents: Float32[np.ndarray, "*m h w C"]) -> UInt8[np.ndarray, "*n H W 3"]:
         """uint8 frames of latents."""
         ...
+
+    def open_decoder(self) -> Any:
+        """What a stream remembers before its first latent frame: a pytree, whose structure may change with it."""
+        ...
+
+    def decode_next(
+        self, params: Any, state: Any, latent_BhwC: Float32[Array, "B h w C"]
+    ) -> tuple[Any, UInt8[Array, "B t H W 3"]]:
+        """A pure function: the frames that the next latent frame of a stream adds, and what to remember."""
+        ...
+
+
+def stream_decoder(codec: VideoCodec) -> Callable[..., UInt8[np.ndarray, "B T H W 3"]]:
+    """A function from the next latent frames [B, F, h, w, C] of one stream to the frames of video that they add.
+
+    It remembers what the stream needs, on the device; a new stream needs a new one.
+    """
+    decode_next, state = jax.jit(codec.decode_next, donate_argnums=1), codec.open_decoder()
+
+    def decode(latents_BFhwC) -> np.ndarray:
+        nonlocal state
+        frames = []
+        for i in range(latents_BFhwC.shape[1]):
+            state, more = decode_next(codec.params, state, latents_BFhwC[:, i])
+            frames.append(more)  # the device goes on while the host copies
+        return np.concatenate([np.asarray(more) for more in frames], axis=1)
+
+    return decode
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +151,23 @@ class PatchCodec:
         patches = latents @ (self.components.T * np.float32(self.scale)) + self.mean
         pixels = np.clip(np.rint((patches + 1) * 127.5), 0, 255).astype(np.uint8)
         return rearrange(pixels, "... h w (p q c) -> ... (h p) (w q) c", p=self.patch, q=self.patch)
+
+    @property
+    def params(self) -> dict[str, Float32[np.ndarray, "..."]]:
+        """What `decode_next` takes."""
+        return {"components": self.components.T * np.float32(self.scale), "mean": self.mean}
+
+    def open_decoder(self) -> tuple[()]:
+        """Nothing: frames do not depend on one another."""
+        return ()
+
+    def decode_next(
+        self, params: Any, state: tuple[()], latent_BhwC: Float32[Array, "B h w C"]
+    ) -> tuple[tuple[()], UInt8[Array, "B 1 H W 3"]]:
+        """`decode` of one frame, on the device."""
+        patches = latent_BhwC @ params["components"] + params["mean"][None, None, None]
+        pixels = jnp.clip(jnp.rint((patches + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+        return state, rearrange(pixels, "b h w (p q c) -> b 1 (h p) (w q) c", p=self.patch, q=self.patch)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the codec as .npz (no pickle) under a temporary name and renames it."""

@@ -172,7 +172,13 @@ class Student(StreamingModel):
         return z
 
     def __call__(
-        self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad = ContextGrad()  # noqa: B008
+        self,
+        params,
+        x_BTHWC,
+        sigma_BT,
+        text_BMC,
+        history: History,
+        grads: ContextGrad = ContextGrad(),  # noqa: B008
     ):
         """Teacher-forced velocity: every noisy chunk i sees the history before it, in one parallel pass.
 

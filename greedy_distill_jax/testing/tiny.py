@@ -1,6 +1,7 @@
 """Tiny configurations and parameters that are nowhere zero."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -30,12 +31,17 @@ def causal_config(**changes) -> CausalConfig:
     return CausalConfig(**{"base": BASE, "chunk": 1, "window": 4, "sink": 1, "max_frames": 8, **changes})
 
 
+@functools.lru_cache(maxsize=64)
+def _shapes(network, cfg, latent_shape):
+    return jax.eval_shape(lambda key: network(cfg).init(key, latent_shape), jax.random.key(0))
+
+
 def random_params(model, seed: int = 0, latent_shape: tuple[int, int, int, int] = (1, 4, 4, 4)):
     """Parameters of a model's tree with no leaf zero or one: zero-initialised heads and gates would hide errors.
 
     Drawn with numpy from the shapes alone, because compiling an ``init`` takes longer than most tests.
     """
-    shapes = jax.eval_shape(lambda key: model.init(key, latent_shape), jax.random.key(0))
+    shapes = _shapes(type(model), model.cfg, latent_shape)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

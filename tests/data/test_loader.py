@@ -33,13 +33,15 @@ class Listed:
 class Grey:
     """A codec whose latents are the grey level."""
 
-    temporal_stride = 1
+    temporal_stride, params = 1, ()
 
     def latent_shape(self, height, width):
         return height // 4, width // 4, 1
 
-    def decode(self, latents):
+    def decode(self, *args):
         raise AssertionError("a loader never decodes")
+
+    open_decoder = decode_next = decode
 
     def encode(self, video):
         return video[..., ::4, ::4, :1].astype(np.float32)
@@ -194,5 +196,5 @@ def test_load_source_of_clips(tmp_path):
 
 @pytest.mark.parametrize("spec", ["shapes", "clips:", "clips", "moving_shapes:1"])
 def test_unknown_source(spec):
-    with pytest.raises(UserError, match="use moving_shapes, moving_shapes:wandering or clips:DIR|use one of captioned"):
+    with pytest.raises(UserError, match="wandering, clips:DIR or latents:DIR|use one of captioned"):
         load_source(spec)

@@ -194,3 +194,52 @@ def test_guided_scores_differ_by_the_text_alone():
     guided = guidance.guided_score(score, null, 3.0)(x, sigma, {"text": text})
     np.testing.assert_allclose(guided - plain, 2.0 * (text[:, 0] - 7.0) + jnp.zeros((3, 4)), atol=1e-5)
     assert guidance.guided_score(score, null, 1.0) is score
+
+
+def test_unipc_comes_closer_than_euler_with_the_same_number_of_calls():
+    """The exact flow of Gaussian data again; a point is reached but for the level, told in whole thousandths."""
+    mean, spread, noise = 1.5, 0.4, _normal(0, (64, 8))
+
+    def error(name, steps):
+        x = solvers.solve(name, _gaussian_velocity(mean, spread), noise, steps=steps, shift=3.0)
+        return float(jnp.abs(x - (mean + spread * noise)).max())
+
+    assert error("unipc", 20) < 0.5 * error("euler", 20)
+    point = solvers.unipc(_gaussian_velocity(1.5, 0.0), noise, schedules.wan_steps(1, 5.0))
+    np.testing.assert_allclose(point, noise - (1 - 1e-6) * (noise - 1.5) / 0.999, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_solvers_take_bfloat16_noise_and_tell_one_level_per_video(name):
+    seen = []
+
+    def velocity(x, sigma):
+        seen.append((x.dtype, sigma.shape))
+        return jnp.ones_like(x)
+
+    assert solvers.solve(name, velocity, jnp.zeros((2, 3), jnp.bfloat16), steps=3, shift=2.0).dtype == jnp.float32
+    assert set(seen) == {(jnp.dtype("float32"), (2, 1))}
+
+
+def test_unknown_solvers_and_bad_step_counts_name_themselves():
+    with pytest.raises(ValueError, match="'heun' is unknown; choose from euler, unipc"):
+        solvers.solve("heun", None, jnp.zeros((1, 2)), steps=2, shift=1.0)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        schedules.wan_steps(0, 5.0)
+
+
+def test_states_of_euler_are_those_it_passes():
+    mean, spread, noise = 1.5, 0.4, _normal(0, (4, 8))
+    levels = schedules.uniform_steps(12, 5.0)
+    kept = schedules.uniform_steps(4, 5.0)
+    net = _gaussian_velocity(mean, spread)
+    end, states = jax.jit(lambda noise: solvers.euler_states(net, noise, levels, kept))(noise)
+    np.testing.assert_array_equal(states[0], noise)
+    x = noise
+    for number, (a, b) in enumerate(zip(levels, (*levels[1:], 0.0), strict=True)):
+        if a in kept:
+            np.testing.assert_allclose(states[kept.index(a)], x, atol=1e-5, err_msg=str(number))
+        x = x + np.float32(b - a) * net(x, jnp.full((4, 1), a, jnp.float32))
+    np.testing.assert_allclose(end, x, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\[0.5\] are not among"):
+        solvers.euler_states(net, noise, levels, (0.5,))

@@ -1,17 +1,18 @@
 """Round trips bit by bit, formats that are recognised, and bad input in one line."""
 
+import functools
 import json
 import pickle
-import signal
 import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import exit_code
 from safetensors.numpy import load_file, save_file
 
-from greedy_distill_jax import cli, convert
+from greedy_distill_jax import convert
 from greedy_distill_jax.export.load import compare
 from greedy_distill_jax.export.source import TreeSource, open_source
 from greedy_distill_jax.export.write import tensors_of, write
@@ -19,6 +20,8 @@ from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import Student
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.types import UserError
+
+run = functools.partial(exit_code, convert.main)
 
 SIZES = ["--heads", "2", "--text-len", "3"]
 NAME = "blocks.1.ffn.0.weight"
@@ -28,21 +31,6 @@ def tensors(naming="original", dtype="float32", seed=0):
     """{foreign name: array} of a tiny teacher."""
     source = TreeSource(tiny.BASE, tiny.random_params(Teacher(tiny.BASE), seed))
     return dict(tensors_of(source, naming, dtype))
-
-
-def run(*argv):
-    """Exit code of a command."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return _exit_code(argv)
-    finally:
-        signal.signal(signal.SIGTERM, before)  # the command's own would turn a stopped test into a failed one
-
-
-def _exit_code(argv):
-    with pytest.raises(SystemExit) as exit_:
-        cli.run(convert.main, [str(a) for a in argv])
-    return exit_.value.code
 
 
 def bits(state):

@@ -24,10 +24,9 @@ def _compile(*arguments, env):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.subprocesses
-@pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
 def test_every_workload_compiles_and_none_got_worse(target, subprocess_env):
-    done = _compile("kernels", "--target", target, env={**subprocess_env, "JAX_PLATFORMS": "cpu"})
+    done = _compile("kernels", "--target", target, env={**subprocess_env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     for name in arg_specs.SPECS:
         assert name in done.stdout

@@ -34,6 +34,11 @@ SIGMAS = ((1.0, 0.8, 0.4), (1.0, 0.6))
 def exported(folder, cfg, params, **meta):
     """The PyTorch student of a freshly exported folder, loaded from the file in that folder."""
     write(TreeSource(cfg, params, meta), folder, "torch-student")
+    return loaded(folder)
+
+
+def loaded(folder):
+    """The student of an exported folder, by the file in that folder."""
     spec = importlib.util.spec_from_file_location("torch_student", folder / "torch_student.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -50,7 +55,7 @@ def from_torch(x):
     return x.detach().float().permute(0, 1, 3, 4, 2).numpy()
 
 
-def jax_stream(student, params, text, sampling):
+def jax_stream(student, params, text, sampling, latent=LATENT, length=FRAMES):
     """(frames, all noise a step may use [chunks, 1 + steps, B, g, H, W, C])."""
     streamer, steps = Streamer(student, sampling), max(map(len, sampling.sigmas))
 
@@ -62,8 +67,8 @@ def jax_stream(student, params, text, sampling):
         return state, (x, noise)
 
     def run(params, text):
-        state = streamer.init(params, text, jax.random.key(7), LATENT)
-        return jax.lax.scan(body, state, length=FRAMES // student.cfg.chunk)[1]
+        state = streamer.init(params, text, jax.random.key(7), latent)
+        return jax.lax.scan(body, state, length=length // student.cfg.chunk)[1]
 
     frames, noise = jax.jit(run)(params, text)
     return jnp.concatenate(list(frames), axis=1), noise

@@ -1,0 +1,119 @@
+"""How fast does the video autoencoder decode, next to diffusers?
+
+    python benchmarks/vae.py --output benchmarks/results/vae.json
+
+On CPU: process CPU time in one pinned thread, float32, Wan's decoder at half its width with the same random
+weights on both sides. Both go through the video one latent frame at a time; ours as a stream, of which the caller gets
+every frame at once. Results are compared before anything is timed. Prints medians and their ratio, writes them with
+device, versions and commit. Much smaller sizes say little: torch's convolutions of small inputs are slow in one thread.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+def seconds(run, repeats: int) -> float:
+    """Median process CPU time of ``repeats`` runs after a first one."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Command line."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # The environment is read when jax and torch are imported, here.
+    import diffusers
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+
+    from greedy_distill_jax import cli
+    from greedy_distill_jax.checkpoint import source_commit, versions
+    from greedy_distill_jax.export.vae import diffusers_config, foreign_tensors
+    from greedy_distill_jax.models.vae import VAEConfig, WanVAE
+    from greedy_distill_jax.testing.vae import random_params
+    from greedy_distill_jax.types import UserError
+
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dim", type=int, default=48, help="width at full resolution (Wan2.1's is 96)")
+    parser.add_argument("--height", type=int, default=128, help="of the video, in pixels")
+    parser.add_argument("--width", type=int, default=160, help="of the video, in pixels")
+    parser.add_argument("--latent-frames", type=int, default=3, help="four frames of video each, the first one")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    args = parser.parse_args()
+    if jax.default_backend() != "cpu":
+        raise UserError("this benchmark compares CPU times; run it with JAX_PLATFORMS=cpu.")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+
+    vae = WanVAE(VAEConfig(dim=args.dim))
+    params, stride = random_params(vae), vae.cfg.spatial_stride
+    other = diffusers.AutoencoderKLWan.from_config(diffusers_config(vae.cfg)).eval()
+    other.load_state_dict({n: torch.tensor(x) for n, x in foreign_tensors(vae, params, "diffusers").items()})
+    shape = (1, args.latent_frames, args.height // stride, args.width // stride, vae.cfg.channels)
+    latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    raw = latents * np.asarray(vae.cfg.std, np.float32) + np.asarray(vae.cfg.mean, np.float32)
+    step, theirs_in = jax.jit(vae.decode_step), torch.from_numpy(raw).permute(0, 4, 1, 2, 3)
+
+    def ours():
+        cache, frames = None, []
+        for i in range(args.latent_frames):
+            cache, more = step(params, cache, jnp.asarray(latents[:, i : i + 1]))
+            frames.append(np.asarray(more))
+        return np.concatenate(frames, axis=1)
+
+    @torch.no_grad()
+    def theirs():
+        return other.decode(theirs_in).sample.permute(0, 2, 3, 4, 1).numpy()
+
+    difference = float(np.abs(ours() - theirs()).max())
+    assert difference < 5e-5, difference
+    cache, _ = step(params, None, jnp.asarray(latents[:, :1]))
+    cache = jax.block_until_ready(cache)
+    first, later = (jnp.asarray(latents[:, i : i + 1]) for i in (0, 1))
+    parts = {
+        "ours, whole video": ours,
+        "diffusers, whole video": theirs,
+        "ours, first latent frame": functools.partial(_ready, jax, step, params, None, first),
+        "ours, every other latent frame": functools.partial(_ready, jax, step, params, cache, later),
+    }
+    times = {name: 1e3 * seconds(run, args.repeats) for name, run in parts.items()}
+    for name, milliseconds in times.items():
+        print(f"{name:32s} {milliseconds:9.1f} ms")
+    ratio = times["diffusers, whole video"] / times["ours, whole video"]
+    print(f"diffusers / ours: {ratio:.2f}   largest difference of a pixel in [-1, 1]: {difference:.1e}")
+    result = {
+        "milliseconds": times, "ratios": {"diffusers / ours": ratio}, "largest_difference": difference,
+        "config": {"dim": args.dim, "latents": shape, "dtype": "float32"},
+        "device": "CPU, one thread, process CPU time",
+        "versions": versions() | {name: importlib.metadata.version(name) for name in ("jaxlib", "torch", "diffusers")},
+        "commit": source_commit(),
+    }  # fmt: skip
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _ready(jax, step, *args):
+    return jax.block_until_ready(step(*args))
+
+
+if __name__ == "__main__":
+    from greedy_distill_jax import cli
+
+    cli.run(main)
