@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from greedy_distill_jax import config as configuration, flops, hlo, topology
+from greedy_distill_jax import config as configuration, costs, flops, hlo, topology
+from greedy_distill_jax.costs import Cost, tokens_per_frame
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.flops import Flops
 from greedy_distill_jax.mesh import batch_parts, make_mesh
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import StreamingModel
-from greedy_distill_jax.models.wan_config import WanConfig
 from greedy_distill_jax.ops.sliding_window import select
 from greedy_distill_jax.parallel import on_mesh
 from greedy_distill_jax.sharding import RULES, shardings
@@ -37,17 +37,15 @@ STREAM = "stream"
 
 
 class Step(NamedTuple):
-    """One program of a job: its name, the jitted function, the shapes of its arguments, its FLOPs on all devices.
+    """One program of a job: its name, the jitted function, the shapes of its arguments, its cost on all devices.
 
-    ``holds`` names the trees of the job that are its arguments. ``executed_flops`` counts recomputation (rematerialised
-    blocks, flash attention's backward pass) as well.
+    ``holds`` names the trees of the job that are its arguments.
     """
 
     name: str
     call: Callable
     arguments: tuple
-    model_flops: Flops
-    executed_flops: Flops
+    cost: Cost
     holds: tuple[str, ...] = ("state", "frozen", "batch")
 
 
@@ -91,11 +89,6 @@ class Job:
         }
 
 
-def tokens_per_frame(latent_shape, wan: WanConfig) -> int:
-    """Tokens of one latent frame."""
-    return latent_shape[1] // wan.patch * (latent_shape[2] // wan.patch)
-
-
 def parameters(tree) -> int:
     """Number of elements."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
@@ -133,9 +126,11 @@ def build_job(config, devices, size: str = "480p", only: str = "") -> Job:
     state, batch = state_shapes(stage, latent_shape, given), batch_shapes(config, latent_shape)
     parts, of_state, of_frozen, of_batch = jit_parts(stage, mesh, state, batch)
     trees = {"state": (state, of_state), "frozen": (stage.frozen, of_frozen), "batch": (batch, of_batch)}
-    costs = part_flops(config, stage, latent_shape)
+    # Inside stripes the kernels' backward pass repeats their forward pass (parallel.py).
+    backward = flops.BACKWARD[_attention(config, mesh)] + (mesh.shape[RULES.columns[0]] > 1)
+    cost = costs.part_costs(config, stage, latent_shape, backward=backward)
     steps = [
-        Step(part.name or config.stage, part.call, (state, stage.frozen, batch), *costs[part.name]) for part in parts
+        Step(part.name or config.stage, part.call, (state, stage.frozen, batch), cost[part.name]) for part in parts
     ]
     if isinstance(model, StreamingModel):
         step, shapes, of_stream = _stream(config, model, mesh, latent_shape, state.params, of_state.params)
@@ -172,33 +167,7 @@ def _stream(config, model: StreamingModel, mesh: Mesh, latent_shape, params, of_
         donate_argnums=1,
     )  # fmt: skip
     cost = flops.stream_step(model.cfg, tokens_per_frame(latent_shape, wan), len(sampling.sigmas[-1])) * count
-    return Step(STREAM, call, (params, state), cost, cost, (STREAM, "params")), state, of_state
-
-
-def part_flops(config, stage: Stage, latent_shape) -> dict[str, tuple[Flops, Flops]]:
-    """{part: (FLOPs of one update of the whole batch, the same with everything that is recomputed)}."""
-    wan, frames = configuration.wan_config(config), latent_shape[0]
-    tokens, batch = tokens_per_frame(latent_shape, wan), config.data.batch
-
-    def both(trained: Flops, fixed: Flops = Flops()):  # noqa: B008 (an immutable NamedTuple)
-        return (trained * flops.TRAINED + fixed) * batch, (trained.executed(wan.remat) + fixed) * batch
-
-    if config.stage == "teacher":
-        return {"": both(flops.teacher(wan, frames, tokens))}
-    cfg = stage.model.cfg
-    if config.stage == "teacher_forcing":
-        draws = max(int(term.options.get("draws", 1)) for term in configuration.terms(config))
-        return {"": both(flops.student(cfg, frames, tokens, draws))}
-    d = config.distill
-    own = flops.rollout(cfg, d.frames or frames, tokens, configuration.sampling(config), d.exit)
-    student = flops.student(cfg, frames, tokens)
-    network = {"joint": lambda c: flops.teacher(c, frames, tokens), "autoregressive": lambda _: student,
-               "per_frame": lambda c: flops.teacher(c, frames, tokens, frames) * (frames // cfg.chunk)}  # fmt: skip
-    real = network[d.real](configuration.teacher_config(config)) * (1 if d.guidance == 1.0 else 2)
-    critic = flops.teacher(wan, frames, tokens) if isinstance(stage.critic, Teacher) else student
-    fake = critic if d.fake == "critic" else student
-    act = flops.student(cfg, d.frames or frames, tokens)
-    return {"": both(act, own + real + fake), "critic": both(critic, own)}
+    return Step(STREAM, call, (params, state), Cost(cost, cost), (STREAM, "params")), state, of_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +199,8 @@ def compile_step(job: Job, step: Step, hbm: float) -> Compiled:
     """Lowers and compiles one step; one that does not fit is a result, not an error."""
     start = time.perf_counter()
     common = dict(
-        name=step.name, model_flops=step.model_flops, executed_flops=step.executed_flops,
-        attention=_attention(job),
+        name=step.name, model_flops=step.cost.model, executed_flops=step.cost.executed,
+        attention=_attention(job.config, job.mesh),
     )  # fmt: skip
     held = sum(device_bytes(*job.trees[name]) for name in step.holds)
     if held > hbm:  # no compiler is needed to see that
@@ -268,11 +237,11 @@ def compile_step(job: Job, step: Step, hbm: float) -> Compiled:
     )  # fmt: skip
 
 
-def _attention(job: Job) -> str:
+def _attention(config, mesh: Mesh) -> str:
     """The implementation that self-attention takes on these devices."""
-    wan = configuration.wan_config(job.config)
+    wan = configuration.wan_config(config)
     q = jax.ShapeDtypeStruct((1, 8, wan.num_heads, wan.head_dim), jnp.dtype(wan.dtype))
-    return on_mesh(lambda: select.choose(None, q, function="chunk_attention"), job.mesh)()
+    return on_mesh(lambda: select.choose(None, q, function="chunk_attention"), mesh)()
 
 
 def host_memory() -> int:
@@ -348,6 +317,9 @@ def _header(job: Job, name: str) -> Iterator[str]:
         f"  parameters: {facts['parameters']:,} trained (with EMA), teacher {facts['teacher_parameters']:,}, critic "
         f"{facts['critic_parameters']:,}"
     )
+    assumed = costs.assumed(job.config)
+    if assumed:
+        yield f"  FLOPs: {', '.join(assumed)}: not losses of the library, taken to call every network they ask for once"
     for tree, pair in job.trees.items():
         yield f"  {tree}: {device_bytes(*pair) / 2**30:.2f} GiB per device"
 
