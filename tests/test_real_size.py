@@ -16,6 +16,7 @@ def test_two_updates_at_width_1536(name):
     config = read_config(f"configs/wan1_3b/{name}.py").lock()
     config.model.num_layers, config.data.frames, config.optimizer.learning_rate = 2, LATENT[0], 1e-4
     assert (config.model.size, config.data.batch) == ("wan1_3b", 64)
+    config.data.accumulate = 1
     stage, params, critic = tiny.stage_of(config, LATENT)
     wan = getattr(stage.model.cfg, "base", stage.model.cfg)
     assert (wan.dim, wan.ffn_dim, wan.num_heads, wan.text_len, wan.text_dim) == (1536, 8960, 12, 512, 4096)
