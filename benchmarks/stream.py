@@ -15,6 +15,7 @@ depend on the weights. Columns of the table, from the text's rows on the device 
   + clean   with the pass that writes clean keys (context "clean", the default); "fused" is the same numbers by one
             call less (ETM + SDD only). First-frame times are of "clean", too
   + VAE     with the pixels decoded as a stream and copied to the host
+  MFU       counted FLOPs (`flops.py`) of "+ clean" over its time, as a share of a large matmul's rate in the same run
   late      milliseconds at the last frames over those at frame 20, two streams in turns: 1 is constant cost
 
 Frames are frames of latents; four frames of video each, after the first. Times are synchronised medians; on a CPU they
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from greedy_distill_jax import cli, profiling
+from greedy_distill_jax import cli, config as configuration, flops, profiling
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.models.causal import make_student
 from greedy_distill_jax.models.student import ContextGrad
@@ -155,13 +156,16 @@ def check(name: str, students: Sequence[str]) -> dict[str, float]:
     return out
 
 
-def measure(run: Run, sampling: Sampling, decoders: dict[str, Decoder], frames: int, repeats: int) -> dict:
+def measure(
+    run: Run, sampling: Sampling, decoders: dict[str, Decoder], ceiling: float, frames: int, repeats: int
+) -> dict:  # fmt: skip
     """Figures of one student and schedule, see the head of this file.
 
     Args:
       run: of a student.
       sampling: its schedule.
       decoders: by name.
+      ceiling: FLOPs per second.
       frames: latent frames of the long stream.
       repeats: first chunks that are timed.
     """
@@ -197,7 +201,9 @@ def measure(run: Run, sampling: Sampling, decoders: dict[str, Decoder], frames: 
         per_frame[name] = statistics.median(times)
         first[name] = profiling.median_ms(lambda d=decoder: d.open()(kept.first()), repeats)
     switch = jax.jit(kept.streamer.switch_prompt)
-    stride = next(iter(decoders.values())).codec.temporal_stride
+    stride, patch = next(iter(decoders.values())).codec.temporal_stride, run.model.cfg.base.patch
+    tokens = run.latent_shape[1] * run.latent_shape[2] // patch**2
+    work = flops.stream_step(kept.streamer.cfg, tokens, len(sampling.sigmas[-1])).total / kept.chunk
     return {
         "chunk": kept.chunk,
         "steps": [len(row) for row in sampling.sigmas],
@@ -205,6 +211,8 @@ def measure(run: Run, sampling: Sampling, decoders: dict[str, Decoder], frames: 
         "switch_ms": profiling.median_ms(lambda: switch(kept.params, state, text), repeats),
         "first_chunk_ms": first,
         "ms_per_latent_frame": per_frame,
+        "model_flops_per_latent_frame": work,
+        "mfu": 1e3 * work / per_frame["clean"] / ceiling,
         "pixel_fps": {name: stride * 1e3 / ms for name, ms in per_frame.items()},
         "late": {"frame": frames, "ms": statistics.median(late_times), "over_early":
                  statistics.median(late_times) / per_frame["clean"]},
@@ -219,7 +227,7 @@ def show(rows: list[dict]) -> str:
     """The table."""
     header = ["student", "steps", "text ms", "first: latents", "tiny VAE", "Wan VAE", "ms/frame: model", "+ clean",
               "fused", "+ tiny VAE", "+ Wan VAE", "FPS: + clean", "+ tiny VAE", "+ Wan VAE", "late",
-              "program MiB"]  # fmt: skip
+              "MFU + clean", "program MiB"]  # fmt: skip
     cells = []
     for row in rows:
         first, ms, fps = row["first_chunk_ms"], row["ms_per_latent_frame"], row["pixel_fps"]
@@ -227,6 +235,7 @@ def show(rows: list[dict]) -> str:
             row["student"], row["schedule"], row["text_ms"], first["latents"], first["tiny VAE"], first["Wan VAE"],
             ms["model"], ms["clean"], ms.get("fused"), ms["tiny VAE"], ms["Wan VAE"],
             fps["clean"], fps["tiny VAE"], fps["Wan VAE"], round(row["late"]["over_early"], 3),
+            row["mfu"],
             row["program_bytes"]["clean"]["total"] / 2**20,
         ])  # fmt: skip
     return profiling.table(header, cells)
@@ -254,12 +263,15 @@ def main(argv: list[str]) -> None:
     if args.frames < least or args.repeats < 1:
         raise UserError(f"--frames {args.frames} --repeats {args.repeats}: use at least {least} frames and 1 repeat.")
     profiling.one_thread()
+    dtype = configuration.wan_config(configs[args.student[0]]).dtype
     result = {
         "size": args.size, "video": [size.height, size.width], "latents": list(size.latent_shape), "batch": 1,
-        "weights": args.weights, "schedules": {name: SCHEDULES[name] for name in args.steps},
+        "dtype": dtype, "weights": args.weights, "schedules": {name: SCHEDULES[name] for name in args.steps},
         "text": "the students' projection of the text rows; the text encoder is not measured",
-        **profiling.environment(), "checks": check(args.size, args.student), "rows": [],
+        **profiling.environment(), "ceilings": profiling.ceilings(dtype), "checks": check(args.size, args.student),
+        "rows": [],
     }  # fmt: skip
+    ceiling = result["ceilings"]["matmul_flops_per_s"]
     decoders = {name: Decoder(codec, size) for name, codec in size.codecs().items()}
     result["decoder_program_bytes"] = {
         name: profiling.program_bytes(decoder.programs[1]) for name, decoder in decoders.items()
@@ -268,7 +280,7 @@ def main(argv: list[str]) -> None:
         run = size.run(student, args.weights)
         result["models"] = result.get("models", {}) | {student: dataclasses.asdict(run.model.cfg)}
         for name in args.steps:
-            row = measure(run, Sampling(SCHEDULES[name], "renoise"), decoders, args.frames, args.repeats)
+            row = measure(run, Sampling(SCHEDULES[name], "renoise"), decoders, ceiling, args.frames, args.repeats)
             result["rows"].append({"student": student, "schedule": name, **row})
             result["wall_s"] = time.perf_counter() - begin
             profiling.write_json(args.output, result)

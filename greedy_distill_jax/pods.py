@@ -100,13 +100,13 @@ def device_bytes(shapes, layout) -> int:
     return sum(int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize for x, s in pairs)
 
 
-def build_job(config, devices, size: str = "480p", only: str = "") -> Job:
+def build_job(config, devices, size: str | tuple[int, int] = "480p", only: str = "") -> Job:
     """The job that ``train.py`` would run with this config on these devices, with its streaming step.
 
     Args:
       config: of the job; the runs it starts from need not exist.
       devices: described (``topology.devices``) or real.
-      size: of the frames, a key of ``GRID``.
+      size: of the frames, a key of ``GRID`` or rows and columns of latents.
       only: steps whose name contains this.
 
     Raises:
@@ -115,7 +115,7 @@ def build_job(config, devices, size: str = "480p", only: str = "") -> Job:
     configuration.validate(config)
     mesh, model = make_mesh(config.mesh.to_dict(), devices), build_model(config)
     wan = configuration.wan_config(config)
-    latent_shape = (config.data.frames, *GRID[size], wan.channels)
+    latent_shape = (config.data.frames, *(GRID[size] if isinstance(size, str) else size), wan.channels)
     check_mesh(config, mesh, latent_shape)
     sources = _imagined(config, model, latent_shape)
     null = HashWordEncoder(wan.text_len, wan.text_dim)([""])[0]

@@ -103,19 +103,19 @@ def _draw(key, shape: tuple[int, ...], dtype: str, scale: float):
     return (jax.random.normal(key, shape, jnp.float32) * jnp.float32(scale)).astype(jnp.dtype(dtype))
 
 
-def random_params(shapes: Any, key: jax.Array, kernels: str = "float32") -> Any:
+def random_params(shapes: Any, key: jax.Array, kernels: str | None = None) -> Any:
     """Parameters of a DiT's tree, drawn on the device, none of them zero; signals keep a scale of about one.
 
     Args:
       shapes: ``jax.eval_shape(model.init, ...)``, nested dictionaries.
       key: of the draw.
-      kernels: dtype of the matmuls' kernels; everything else keeps its own.
+      kernels: dtype of the matmuls' kernels; None for their own, which everything else keeps.
     """
 
     def draw(number, path, leaf):
         kernel = path[-1].key == "kernel"
-        scale = leaf.shape[-2] ** -0.5 if kernel else 0.3
-        value = _draw(jax.random.fold_in(key, number), leaf.shape, kernels if kernel else str(leaf.dtype), scale)
+        scale, dtype = (leaf.shape[-2] ** -0.5, kernels or str(leaf.dtype)) if kernel else (0.3, str(leaf.dtype))
+        value = _draw(jax.random.fold_in(key, number), leaf.shape, dtype, scale)
         return value + jnp.asarray(1, value.dtype) if path[-1].key == "scale" else value
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
