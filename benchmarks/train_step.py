@@ -81,7 +81,7 @@ def measure(job: Job, step: Step, repeats: int, ceiling: float) -> dict:
             raise RuntimeError(f"{step.name}, update {number}: {', '.join(bad)} is not finite; its time says nothing")
     if bool(jnp.all(before == jax.tree.leaves(getattr(state, trained))[0])):
         raise RuntimeError(f"{step.name}: {repeats + 1} updates changed nothing; its time says nothing")
-    spent, model, executed = statistics.median(times), step.model_flops.total, step.executed_flops.total
+    spent, model, executed = statistics.median(times), step.cost.model.total, step.cost.executed.total
     return {
         "ms": 1e3 * spent,
         "model_flops": model,
