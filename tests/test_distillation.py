@@ -272,7 +272,7 @@ def test_long_rollouts_are_scored_in_random_windows():
     stage, params, critic = tiny.stage_of(config, LATENT)
     own = stage.parts[0].call.keywords["own"]
     text = jnp.zeros((2, 6, 8))
-    draw = jax.jit(lambda key: own.draw(params, text, key))
+    draw = jax.jit(lambda key: own.draw(params, text, key, own.exits(key)))
     starts = set()
     for i in range(12):
         drawn = draw(jax.random.key(i))
