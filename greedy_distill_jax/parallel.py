@@ -8,7 +8,9 @@ not:
   on its stripe of all frames; only ``attention`` looks beyond it, by gathering the keys of whole frames. Nothing is
   approximated. A stripe of every frame, and not every n-th frame, because 21 latent frames do not divide by 2 or 4
   (all v5e and v6e slices are powers of two), because windows and causal masks then cost every device the same, and
-  because the rollout, which makes one frame at a time, is split as well.
+  because the rollout, which makes one frame at a time, is split as well. Parameters are split over this axis at rest
+  only: every call gathers its whole stack of them over the axis first, all layers at once. What it saves is memory
+  and work of activations.
 
 Without a mesh, on one device, or under a mesh with none of our axes, all of this is the identity.
 """
@@ -219,8 +221,8 @@ def _local_gradient(schedule: Schedule, g, q, k, v, *visible):
 def _nested(forward, backward, *inputs):
     """``forward(*inputs)`` with ``backward(cotangent, *inputs)`` as its gradient, which repeats the forward pass.
 
-    jax 0.10.2 splits a nested ``shard_map`` into forward and backward pass with residuals laid out over all mesh axes,
-    those of the outer one included, and cannot lower that; so nothing but the inputs goes from one to the other.
+    jax 0.10.2 splits a nested ``shard_map`` under remat into forward and backward pass with residuals laid out over all
+    mesh axes, those of the outer one included, and cannot lower that; so nothing but the inputs goes between them.
     """
     return forward(*inputs)
 
