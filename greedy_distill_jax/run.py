@@ -63,8 +63,9 @@ class Run:
 
     @classmethod
     def load(
-        cls, directory: str | Path, step: int | None = None, *, needs_codec: bool = True, text: str | None = None
-    ) -> "Run":
+        cls, directory: str | Path, step: int | None = None, *, needs_codec: bool = True, text: str | None = None,
+        sharding=None,
+    ) -> "Run":  # fmt: skip
         """The latest (or the given) checkpoint of a run directory or of converted weights.
 
         Args:
@@ -73,6 +74,7 @@ class Run:
           needs_codec: False accepts converted weights without a codec (nothing can be decoded then) and opens no text
             store.
           text: what encodes prompts, see ``data.text.load_text_encoder``; None for what the run was trained with.
+          sharding: of the parameters, as for ``checkpoint.load_params``; None for the default device.
 
         Raises:
           UserError: no run, no finished checkpoint, or a codec that is missing.
@@ -91,7 +93,7 @@ class Run:
             config.update(ConfigDict(stored))
         wan = configuration.wan_config(config)
         model = Teacher(wan) if config.stage == "teacher" else make_student(configuration.student_config(config))
-        params = load_params(directory / "checkpoints", "ema", step=step)
+        params = load_params(directory / "checkpoints", "ema", step=step, sharding=sharding)
         spec, encoder = config.data.text if text is None else text, None
         if needs_codec or not spec:
             encoder = load_text_encoder(spec, text_len=wan.text_len, text_dim=wan.text_dim)
