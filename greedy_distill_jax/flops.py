@@ -13,8 +13,10 @@ from greedy_distill_jax.models.layers import Layout
 from greedy_distill_jax.models.wan_config import CausalConfig, StudentConfig, WanConfig
 from greedy_distill_jax.stream import Sampling
 
-FORWARD = 1.0
 TRAINED = 3.0  # forward, and backward twice: with respect to inputs and to parameters
+# Attention's backward pass over its forward pass of two matmuls. Flash attention computes its logits again: five in
+# all. The TPU kernels make logits and their gradient once for queries and once for keys: seven.
+BACKWARD = {"xla": 2.5, "pallas_tpu": 3.5}
 
 
 class Flops(NamedTuple):
@@ -36,14 +38,15 @@ class Flops(NamedTuple):
 
     __rmul__ = __mul__
 
-    def executed(self, remat: str) -> "Flops":
+    def executed(self, remat: str, backward: float = BACKWARD["xla"]) -> "Flops":
         """What one update makes of this forward pass, recomputation included.
 
-        Flash attention recomputes its logits in the backward pass (5 matmuls for 2); remat "full" repeats the forward
-        pass of every block, "dots" keeps its matmuls and repeats the attention.
+        Args:
+          remat: "full" repeats the forward pass of every block, "dots" keeps its matmuls and repeats the attention.
+          backward: attention's backward pass over its forward pass, see ``BACKWARD``.
         """
         again = {"none": (0, 0), "dots": (0, 1), "full": (1, 1)}[remat]
-        return Flops(self.linear * (TRAINED + again[0]), self.attention * (1 + 2.5 + again[1]))
+        return Flops(self.linear * (TRAINED + again[0]), self.attention * (1 + backward + again[1]))
 
 
 def text_projection(cfg: WanConfig, depth: int) -> Flops:
@@ -132,23 +135,43 @@ def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float | i
     if isinstance(cfg, CausalConfig):
         layout = layouts.causal_step(cfg, length)
         call = blocks(base, base.num_layers, length, _pairs(layout))
+        clean = clean and cfg.sink_chunks + cfg.ring_chunks > 0
         return (call + ends(base, length, 1)) * calls + (call + ends(base, length, 1, head=False)) * clean
+    fused = cfg.context == "fused"
     layout = layouts.etm_step(cfg, length)
-    etm = blocks(base, len(cfg.etm_layers), length, _pairs(layout)) + ends(base, length, 1, head=False)
-    layout = layouts.sdd_step(cfg, length)
-    shared = Flops()
+    out = blocks(base, len(cfg.etm_layers), length, _pairs(layout)) + ends(base, length, 1, head=False)
     if cfg.fusion in ("selfkv", "xattn2", "replace"):
-        shared = z_projection(base, len(cfg.sdd_layers), length)  # once per chunk
+        out += z_projection(base, len(cfg.sdd_layers), length) * (2 if fused else 1)  # once per chunk
+    layout = layouts.sdd_step(cfg, length)
     call, last = (_sdd(cfg, layout, 1, 0, 1, head, text=False) for head in (True, False))
-    return etm + shared + call * calls + last * clean
+    if fused:  # the first call makes the last chunk's keys, too
+        return (
+            out + _sdd(cfg, layouts.sdd_fused(cfg, length), 2, 0, 2 * cfg.chunk, True, text=False) + call * (calls - 1)
+        )
+    return out + call * calls + last * clean
+
+
+def _all_text(cfg: StudentConfig | CausalConfig) -> Flops:
+    """The text projected for every network, as at the start of a stream."""
+    if isinstance(cfg, CausalConfig):
+        return text_projection(cfg.base, cfg.base.num_layers)
+    sdd = Flops() if cfg.fusion == "replace" else text_projection(cfg.base, len(cfg.sdd_layers))
+    return text_projection(cfg.base, len(cfg.etm_layers)) + sdd
+
+
+def _unfused(cfg: StudentConfig | CausalConfig):
+    return dataclasses.replace(cfg, context="clean") if cfg.context == "fused" else cfg
 
 
 def rollout(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, sampling: Sampling, exit: str) -> Flops:
     """A self-made video; with ``exit`` "random" the mean over the exits."""
-    depths = [len(cfg.etm_layers), len(cfg.sdd_layers)] if isinstance(cfg, StudentConfig) else [cfg.base.num_layers]
-    total = sum((text_projection(cfg.base, depth) for depth in depths), Flops())
-    cfg = dataclasses.replace(cfg, context="clean") if cfg.context == "fused" else cfg
+    total = _all_text(cfg)
     for chunk in range(frames // cfg.chunk):
         steps = len(sampling.sigmas[min(chunk, len(sampling.sigmas) - 1)])
-        total += stream_step(cfg, tokens, (steps + 1) / 2 if exit == "random" else steps)
+        total += stream_step(_unfused(cfg), tokens, (steps + 1) / 2 if exit == "random" else steps)
     return total
+
+
+def replay(cfg: StudentConfig | CausalConfig, frames: int, tokens: int) -> Flops:
+    """The last denoising calls and the contexts of a self-made video, chunk by chunk."""
+    return _all_text(cfg) + stream_step(_unfused(cfg), tokens, 1) * (frames // cfg.chunk)

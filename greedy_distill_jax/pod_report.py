@@ -12,14 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from greedy_distill_jax import config as configuration, hlo, topology
+from greedy_distill_jax import config as configuration, costs, hlo, topology
 from greedy_distill_jax.flops import Flops
 from greedy_distill_jax.mesh import batch_parts
-from greedy_distill_jax.ops.sliding_window import select
-from greedy_distill_jax.parallel import on_mesh
-from greedy_distill_jax.pods import STREAM, Job, Step, build_job, device_bytes, one_line
+from greedy_distill_jax.pods import STREAM, Job, Step, attention_of, build_job, device_bytes, one_line
 from greedy_distill_jax.sharding import RULES
 
 GIB = topology.GIB
@@ -68,8 +65,8 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
     start = time.perf_counter(), time.process_time()
     held = sum(device_bytes(*job.trees[name]) for name in step.holds)
     common = dict(
-        name=step.name, model_flops=step.model_flops, executed_flops=step.executed_flops, attention=_attention(job),
-        hbm=int(hbm),
+        name=step.name, model_flops=step.cost.model, executed_flops=step.cost.executed,
+        attention=attention_of(job.config, job.mesh), hbm=int(hbm),
     )  # fmt: skip
     if held > hbm:  # no compiler is needed to see that
         return Compiled(
@@ -117,13 +114,6 @@ def _asked(error: Exception, held: int) -> dict[str, int]:
         temporaries = int(float(found[1]) * _UNITS[found[2]])
         return {"held": held, "temporaries": temporaries, "peak": held + temporaries}
     raise error
-
-
-def _attention(job: Job) -> str:
-    """The implementation that self-attention takes on these devices."""
-    wan = configuration.wan_config(job.config)
-    q = jax.ShapeDtypeStruct((1, 8, wan.num_heads, wan.head_dim), jnp.dtype(wan.dtype))
-    return on_mesh(lambda: select.choose(None, q, function="chunk_attention"), job.mesh)()
 
 
 def host_memory() -> int:
@@ -208,6 +198,9 @@ def _header(job: Job, facts: dict[str, Any], name: str) -> Iterator[str]:
         for stack, (layers, width) in found.items()
     ]
     yield f"  blocks x width: {', '.join(stacks)}"
+    assumed = costs.assumed(job.config)
+    if assumed:
+        yield f"  FLOPs: {', '.join(assumed)}: not losses of the library, taken to call every network they ask for once"
     for tree, pair in job.trees.items():
         yield f"  {tree}: {device_bytes(*pair) / GIB:.2f} GiB per device"
 

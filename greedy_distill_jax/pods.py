@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from greedy_distill_jax import config as configuration, flops
+from greedy_distill_jax import config as configuration, costs, flops
+from greedy_distill_jax.costs import Cost, tokens_per_frame
 from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.diffusion import guidance
-from greedy_distill_jax.flops import Flops
 from greedy_distill_jax.mesh import batch_parts, make_mesh
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import StreamingModel
-from greedy_distill_jax.models.wan_config import WanConfig
+from greedy_distill_jax.ops.sliding_window import select
 from greedy_distill_jax.parallel import on_mesh
 from greedy_distill_jax.sharding import RULES, leaf_paths, shardings
 from greedy_distill_jax.stages import Sources, Stage, build_model, build_stage, given_params
@@ -41,9 +41,8 @@ class Misfit(UserError):
 
 
 class Step(NamedTuple):
-    """One program of a job: its name, the jitted function, the shapes of its arguments, its FLOPs on all devices.
+    """One program of a job: its name, the jitted function, the shapes of its arguments, its cost on all devices.
 
-    ``executed_flops`` counts recomputation (rematerialised blocks, flash attention's backward pass) as well.
     ``holds`` names the trees of the job that are in memory while it runs; it may not use all that is in them.
     ``dynamic_trips``: mean runs of a loop whose bound is known only while the step runs; None if there is none.
     """
@@ -51,8 +50,7 @@ class Step(NamedTuple):
     name: str
     call: Any  # as jax.jit returns it
     arguments: tuple
-    model_flops: Flops
-    executed_flops: Flops
+    cost: Cost
     holds: tuple[str, ...] = ("state", "frozen", "batch")
     dynamic_trips: float | None = None
 
@@ -143,11 +141,6 @@ def cfg_branches(config) -> int:
     return len(asked)
 
 
-def tokens_per_frame(latent_shape, wan: WanConfig) -> int:
-    """Tokens of one latent frame."""
-    return latent_shape[1] // wan.patch * (latent_shape[2] // wan.patch)
-
-
 def parameters(tree) -> int:
     """Number of elements."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
@@ -234,11 +227,13 @@ def build_job(config, devices, size: str = "480p", only: str = "", one_video: bo
     except ValueError as error:  # a width that does not divide over its mesh axes
         raise Misfit(str(error)) from error
     trees = {"state": (state, of_state), "frozen": (stage.frozen, of_frozen), "batch": (batch, of_batch)}
-    costs, steps = part_flops(config, stage, latent_shape), []
+    # Inside stripes the kernels' backward pass repeats their forward pass (parallel.py).
+    backward = flops.BACKWARD[attention_of(config, mesh)] + (mesh.shape[RULES.columns[0]] > 1)
+    cost, steps = costs.part_costs(config, stage, latent_shape, backward=backward), []
     trips = rollout_trips(config, stage.model.cfg.chunk, latent_shape[0]) if config.stage == "dmd" else None
     for part in parts:
         name, arguments = part.name or config.stage, (state, stage.frozen, batch)
-        steps.append(Step(name, part.call, arguments, *costs[part.name], dynamic_trips=trips))
+        steps.append(Step(name, part.call, arguments, cost[part.name], dynamic_trips=trips))
     if isinstance(stage.model, StreamingModel):
         step, shapes, of_stream = _stream(config, stage.model, mesh, latent_shape, state.params, of_state.params)
         trees[STREAM], trees["params"] = (shapes, of_stream), (state.params, of_state.params)
@@ -285,7 +280,7 @@ def _stream(config, model: StreamingModel, mesh: Mesh, latent_shape, params, of_
     calls = len(sampling.sigmas[-1])
     cost = flops.stream_step(model.cfg, tokens_per_frame(latent_shape, wan), calls) * count
     looped = float(calls - (model.cfg.context == "fused"))  # there the first call is outside of the loop
-    return Step(STREAM, call, (params, state), cost, cost, (STREAM, "params"), looped), state, of_state
+    return Step(STREAM, call, (params, state), Cost(cost, cost), (STREAM, "params"), looped), state, of_state
 
 
 def rollout_trips(config, chunk: int, frames: int) -> float:
@@ -300,30 +295,11 @@ def rollout_trips(config, chunk: int, frames: int) -> float:
     return float(np.mean([(n + 1) / 2 if d.exit == "random" else n for n in lengths]))
 
 
-def part_flops(config, stage: Stage, latent_shape) -> dict[str, tuple[Flops, Flops]]:
-    """{part: (FLOPs of one update of the whole batch, the same with everything that is recomputed)}."""
-    wan, frames = configuration.wan_config(config), latent_shape[0]
-    tokens, batch = tokens_per_frame(latent_shape, wan), config.data.batch
-
-    def both(trained: Flops, fixed: Flops = Flops()):  # noqa: B008 (an immutable NamedTuple)
-        return (trained * flops.TRAINED + fixed) * batch, (trained.executed(wan.remat) + fixed) * batch
-
-    if config.stage == "teacher":
-        return {"": both(flops.teacher(wan, frames, tokens))}
-    cfg = stage.model.cfg
-    if config.stage == "teacher_forcing":
-        draws = max(int(term.options.get("draws", 1)) for term in configuration.terms(config))
-        return {"": both(flops.student(cfg, frames, tokens, draws))}
-    d = config.distill
-    own = flops.rollout(cfg, d.frames or frames, tokens, configuration.sampling(config), d.exit)
-    student = flops.student(cfg, frames, tokens)
-    network = {"joint": lambda c: flops.teacher(c, frames, tokens), "autoregressive": lambda _: student,
-               "per_frame": lambda c: flops.teacher(c, frames, tokens, frames) * (frames // cfg.chunk)}  # fmt: skip
-    real = network[d.real](configuration.teacher_config(config)) * (1 if d.guidance == 1.0 else 2)
-    critic = flops.teacher(wan, frames, tokens) if isinstance(stage.critic, Teacher) else student
-    fake = critic if d.fake == "critic" else student
-    act = flops.student(cfg, d.frames or frames, tokens)
-    return {"": both(act, own + real + fake), "critic": both(critic, own)}
+def attention_of(config, mesh: Mesh) -> str:
+    """The implementation that self-attention takes on these devices."""
+    wan = configuration.wan_config(config)
+    q = jax.ShapeDtypeStruct((1, 8, wan.num_heads, wan.head_dim), jnp.dtype(wan.dtype))
+    return on_mesh(lambda: select.choose(None, q, function="chunk_attention"), mesh)()
 
 
 def imaginary_runs(config):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.models import layouts
 from greedy_distill_jax.models.causal import CausalStudent
 from greedy_distill_jax.models.dit import grid_of

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from greedy_distill_jax import compile as command, hlo, pod_report, pods, topology
 from greedy_distill_jax.config_cli import read_config
+from greedy_distill_jax.costs import Cost
 from greedy_distill_jax.flops import Flops
 from greedy_distill_jax.mesh import make_mesh
 from greedy_distill_jax.ops.sliding_window import aot
@@ -113,8 +114,8 @@ def toy_job(unused=0, config="configs/quickstart.py:teacher", error=None):
         name: (jax.ShapeDtypeStruct((size, 2**18), jnp.float32), whole)
         for name, size in (("used", 4), ("unused", unused))
     }
-    cost, stage = Flops(1.0), pods.build_networks(read_config("configs/quickstart.py:teacher")).stage
-    step = pods.Step("toy", ToyProgram(error), (), cost, cost, ("used", "unused"))
+    cost, stage = Cost(Flops(1.0), Flops(1.0)), pods.build_networks(read_config("configs/quickstart.py:teacher")).stage
+    step = pods.Step("toy", ToyProgram(error), (), cost, ("used", "unused"))
     return pods.Job(read_config(config), mesh, stage, (21, 60, 104, 16), trees, (step,))
 
 

@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.interpreters import partial_eval
 
 
 def count_matmuls(call, *args, while_trips: float = 1.0) -> float:
@@ -12,7 +13,9 @@ def count_matmuls(call, *args, while_trips: float = 1.0) -> float:
       call, *args: anything that can be traced; shapes are enough.
       while_trips: iterations of a loop without a static length (the denoising steps up to a drawn exit).
     """
-    return _count(jax.make_jaxpr(call)(*args).jaxpr, while_trips)
+    jaxpr = jax.make_jaxpr(call)(*args).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # the compiler leaves out what nobody uses
+    return _count(used, while_trips)
 
 
 def _count(jaxpr, while_trips: float) -> float:
