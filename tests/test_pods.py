@@ -31,7 +31,8 @@ TEACHER, DMD = "configs/wan1_3b/teacher.py", "configs/wan1_3b/dmd.py"
     [
         (["--topology=v9:2x2"], "unknown topology 'v9:2x2'; choose from v5e:2x2|4x4"),
         (["--topology=v5e:3x3"], "unknown topology"),
-        (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "does not fit 16 devices"),
+        (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "does not fit 16 devices; choose sizes whose product is 16"),
+        (["--topology=v5e:2x2", "--config.mesh.context=13"], "does not fit 4 devices; take a multiple of 13 devices"),
         (["--topology=v5e:4x4", "--config.mesh.context=8"], "52 columns of patches, which do not divide by 8; choose"),
         (["--topology=v5e:4x4", "--config.data.accumulate=64"], "it must divide over the 4 data and fsdp parts"),
         (["--topology=v5e:8x8"], "Here config.data.accumulate=4 gives every group of devices one video at a time"),
