@@ -201,8 +201,8 @@ def _header(job: Job, facts: dict[str, Any], name: str) -> Iterator[str]:
     assumed = costs.assumed(job.config)
     if assumed:
         yield f"  FLOPs: {', '.join(assumed)}: not losses of the library, taken to call every network they ask for once"
-    for tree, pair in job.trees.items():
-        yield f"  {tree}: {device_bytes(*pair) / GIB:.2f} GiB per device"
+    for tree in dict.fromkeys(tree for step in job.steps for tree in step.holds):
+        yield f"  {tree}: {device_bytes(*job.trees[tree]) / GIB:.2f} GiB per device"
 
 
 def _record(job: Job, done: Compiled, chip: topology.Chip) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from greedy_distill_jax.testing import published_sizes
 from greedy_distill_jax.types import UserError
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+ROOT = pathlib.Path(__file__).parent.parent
 MIB, GIB = 2**20, 2**30
 TEACHER, DMD = "configs/wan1_3b/teacher.py", "configs/wan1_3b/dmd.py"
 
@@ -300,6 +302,74 @@ def test_trips_of_a_rollout():
     assert pods.rollout_trips(config, 1, 21) == 4.0
     config.sample.first_steps, config.distill.frames = 8, 4
     assert pods.rollout_trips(config, 2, 21) == (8 + 4) / 2
+
+
+# --- The benchmark --------------------------------------------------------------------------------------------------
+
+
+def load_benchmark():
+    spec = importlib.util.spec_from_file_location("benchmarks_pods", ROOT / "benchmarks" / "pods.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_command(benchmark, monkeypatch, code=0, overrides=None):
+    """The benchmark with a command that compiles nothing; returns what it was asked for."""
+    asked = []
+
+    def run(command, **options):
+        if command[0] == "git":
+            return SimpleNamespace(stdout="0123abc\n")
+        asked.append(command[3:])
+        given = dict(argument.removeprefix("--").split("=", 1) for argument in command[4:])
+        config = pods.imaginary_runs(read_config(given["config"]))
+        with config.unlocked():
+            config.update_from_flattened_dict(overrides or {})
+        record = record_of(config, given.get("only", ""))
+        for step in record["steps"]:
+            step |= dict(
+                fits=not code, memory={"peak": GIB}, hbm=16 * GIB, model_flops=1.0, model_flops_per_device=1.0,
+                sent_bytes_per_device=None, flops_per_sent_byte=None, chip_flops_per_link_byte=985.0, cpu_seconds=None,
+            )  # fmt: skip
+        pathlib.Path(given["json"]).write_text(json.dumps([record | {"host_bytes": GIB}]))
+        return SimpleNamespace(returncode=code, stdout="", stderr="why")
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    return asked
+
+
+@needs_libtpu
+def test_the_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    benchmark = load_benchmark()
+    monkeypatch.setattr(benchmark, "JOBS", {"one": benchmark.Row(DMD, "v5e:4x4", "dmd")})
+    monkeypatch.setattr(benchmark, "SCALING", {})
+    asked = fake_command(benchmark, monkeypatch)
+    for step in ("critic", ""):
+        monkeypatch.setattr(sys, "argv", ["pods.py", f"--output={tmp_path / 'out.json'}", f"--step={step}"])
+        benchmark.main()
+    only = [[a for a in command if "only" in a] for command in asked]
+    assert only == [["--only=critic"], ["--only=dmd"], ["--only=stream"]]
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"].values()
+    assert [step["step"] for step in row["steps"]] == row["facts"]["steps"] == ["dmd", "critic", "stream"]
+    assert all(step["command"].startswith("python -m greedy_distill_jax.compile train") for step in row["steps"])
+    table = (tmp_path / "out.md").read_text()
+    assert "not run" in table and "| one | 16 | fsdp 4, context 4 | 64 = 16 x 1 x 4 | dmd | 1.00 / 16.00 |" in table
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(code=3), "exit code 3, not 0"),
+        (dict(overrides={"data.frames": 5}), "not the published job: frames is 5, not 21"),
+    ],
+)
+def test_the_benchmark_takes_no_other_job(monkeypatch, options, message):
+    benchmark = load_benchmark()
+    fake_command(benchmark, monkeypatch, **options)
+    with pytest.raises(RuntimeError, match=message):
+        benchmark.compiled(benchmark.JOBS["1.3B stage 2, v5e:4x4"], "dmd")
 
 
 # --- Compiled at full size ------------------------------------------------------------------------------------------
