@@ -6,9 +6,9 @@
     python -m greedy_distill_jax.train --config=configs/quickstart.py:stage2 --workdir=runs/stage2 \
         --config.teacher_from=runs/teacher --config.student_from=runs/student
 
-``launch/quickstart.sh`` runs them, streams a video and writes the report. ``teacher,fast`` is the same in under half
-the time (its report says which gates it misses), ``teacher,smoke`` a few updates for CI. ``greedy_distill_paper`` in
-place of ``stage2`` is stage 2 as published: the student itself, as it is, as the fake score.
+``launch/quickstart.sh`` runs them, streams a video and writes the report. ``teacher,fast`` is a third of the updates
+(its report says which gates it misses), ``teacher,smoke`` a few of them for CI. ``greedy_distill_paper`` in place of
+``stage2`` is stage 2 as published: the student itself, as it is, as the fake score.
 
 The recipe: Muon for the kernels, x0 prediction and x0 weighting, small batches, noise shift 8 (positions are decided at
 very high noise), teacher first, student cut from it, stage 2 with few steps.

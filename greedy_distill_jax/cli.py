@@ -5,10 +5,13 @@ with 0 instead.
 """
 
 import argparse
+import contextlib
 import inspect
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from greedy_distill_jax.types import Diverged, Stopped, UserError
@@ -20,6 +23,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError with the hint where the options are listed."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+@contextlib.contextmanager
+def option(name: str, value: str | Path | None) -> Iterator[None]:
+    """Errors that name the path ``value`` say which option it came from: `error: --codec: latents does not exist; ...`.
+
+    Other errors, and those that begin with an option already, pass as they are.
+    """
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        named = value and re.search(rf"(?<![\w.]){re.escape(str(Path(value).expanduser()))}(?![\w-])", told)
+        if told.startswith("--") or not named:
+            raise
+        raise UserError(f"{name}: {told}") from error
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn:

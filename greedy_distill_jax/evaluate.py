@@ -36,9 +36,27 @@ def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[np.nd
     """Real videos [V, T, H, W, 3] of captions the run was not trained on, and the captions."""
     source, codec = data_source(run.config, "held_out", frames=frames, seed=seed)
     if not len(source):
-        raise UserError(f"{run.config.data.source} has no held-out windows; prepare it again with --held-out above 0.")
+        raise UserError(
+            f"{run.config.data.source}, which --teacher was trained on, has no held-out windows; prepare it again with "
+            "--held-out above 0."
+        )
     examples = [source[i] for i in range(min(count, len(source)))]
     return videos_of(examples, codec), [e["caption"] for e in examples]
+
+
+def _load(option: str, directory: str | Path, is_student: bool) -> Run:
+    """A run of the wanted kind; errors name the option it was given by."""
+    with cli.option(option, directory):
+        run = Run.load(directory)
+        if run.is_student != is_student:
+            held, wanted = ("teacher", "student") if is_student else ("student", "teacher")
+            raise UserError(f"{Path(directory).expanduser()} holds a {held}; give the run directory of a {wanted}.")
+    return run
+
+
+def data_of(run: Run) -> str:
+    """What a run was trained on, in words: source and latent shape."""
+    return f"{run.config.data.source} ({'x'.join(map(str, run.latent_shape))})"
 
 
 def few_steps(run: Run) -> int:
@@ -100,31 +118,30 @@ def evaluate(
       commands: shown in the report.
       announce: told what is being done.
     """
-    teacher, student = Run.load(teacher_dir), Run.load(student_dir)
-    if teacher.is_student or not student.is_student:
-        raise UserError("evaluate needs the run directory of a teacher (--teacher) and that of a student (--student).")
-    others = {name: Run.load(directory) for name, directory in (more or {}).items()}
-    for name, run in others.items():
-        if name in ("data", "teacher", "stage1", "stage1_few_steps"):
-            raise UserError(f"evaluate: {name} is the name of a row of its own; call the further student otherwise.")
-        same_data = run.config.data.source == student.config.data.source and run.latent_shape == student.latent_shape
-        if not run.is_student or not same_data:
-            raise UserError(f"evaluate: {name} in {(more or {})[name]} is no student on the data of {student_dir}.")
+    if videos < 1:
+        raise UserError(f"--videos is {videos}; evaluate at least one video.")
+    teacher, student = _load("--teacher", teacher_dir, False), _load("--student", student_dir, True)
+    students, others = {f"--student {student_dir}": student}, {}
+    for name, directory in (more or {}).items():
+        option = f"--more {name}={directory}"
+        if name in ("", "data", "teacher", "stage1", "stage1_few_steps"):
+            raise UserError(f"{option}: {name!r} cannot be its row, which others have; write --more OTHER={directory}.")
+        students[option] = others[name] = _load(f"--more {name}", directory, True)
+    for option, run in students.items():
+        if data_of(run) != data_of(teacher):
+            raise UserError(
+                f"{option} was trained on {data_of(run)}, --teacher {teacher_dir} on {data_of(teacher)}; give runs "
+                "that belong together."
+            )
+        if HORIZON * teacher.latent_shape[0] % run.model.cfg.chunk:
+            raise UserError(
+                f"{option} makes chunks of {run.model.cfg.chunk} frames, which do not divide the {HORIZON} x "
+                f"{teacher.latent_shape[0]} frames that evaluate streams; train with another chunk or frame count."
+            )
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another folder.") from error
-    if videos < 1:
-        raise UserError(f"--videos is {videos}; evaluate at least one video.")
-    if teacher.config.data.source != student.config.data.source or teacher.latent_shape != student.latent_shape:
-        raise UserError(
-            "evaluate: teacher and student were trained on different data; give a pair that belongs together."
-        )
-    if HORIZON * teacher.latent_shape[0] % student.model.cfg.chunk:
-        raise UserError(
-            f"evaluate streams {HORIZON} x {teacher.latent_shape[0]} frames, which do not divide into student chunks "
-            f"of {student.model.cfg.chunk}; train with another chunk or frame count."
-        )
     use_compile_cache(teacher.config.compile_cache)
     frames = teacher.latent_shape[0]
     shapes = is_shapes(teacher.config.data.source)
@@ -247,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     wrong = [pair for pair in args.more if "=" not in pair]
     if wrong:
-        raise UserError(f"--more {wrong[0]}: give NAME=DIR, such as --more stage2=runs/stage2.")
+        raise UserError(f"--more {wrong[0]!r}: give NAME=DIR, such as --more stage2=runs/stage2.")
     more = dict(pair.split("=", 1) for pair in args.more)
     if len(more) < len(args.more):
         raise UserError(f"--more names a row twice: {', '.join(args.more)}.")

@@ -139,9 +139,12 @@ def _latents(args: argparse.Namespace) -> None:
     width, height = _size(args)
     _at_least(args, "group", 1)
     cutting = Cutting(width, height, args.frames, args.fps, args.stride, args.held_out, args.crops)
-    codec, share, output = load_codec(args.codec), _share(args), Path(args.output).expanduser()
+    with cli.option("--codec", args.codec):
+        codec = load_codec(args.codec)
+    share, output = _share(args), Path(args.output).expanduser()
     plan, path = _codec_plan(codec)
-    texts = encoder_plan(args.text_model, args.text_len, "stored") if args.text_model else None
+    with cli.option("--text-model", args.text_model):
+        texts = encoder_plan(args.text_model, args.text_len, "stored") if args.text_model else None
     info = prepare_latents(
         args.clips, args.captions, output, cutting, codec, codec_path=path, plan=plan, dtype=args.dtype,
         group=args.group, share=share, overwrite=args.overwrite,
@@ -213,7 +216,8 @@ def _ode(args: argparse.Namespace) -> None:
     share, prompts = _share(args), read_prompts(args.prompts)
     sigmas = tuple(sorted({sigma for row in configuration.sampling(student).sigmas for sigma in row}, reverse=True))
     if args.teacher:
-        run = Run.load(args.teacher, text=args.text)
+        with cli.option("--teacher", args.teacher), cli.option("--text", args.text):
+            run = Run.load(args.teacher, text=args.text)
         if run.is_student:
             raise UserError(f"--teacher {args.teacher} holds a student; name the run of a teacher")
         source = f"{Path(args.teacher).name}, trained on {run.meta['data_position']} examples"
@@ -224,10 +228,11 @@ def _ode(args: argparse.Namespace) -> None:
                 f"--prompts {args.prompts} holds {len(prompts)} prompts, whose rows do not fit into memory; encode "
                 "them with python -m greedy_distill_jax.prepare text, and name the store with --text"
             )
-        run = Run.from_model_folder(
-            args.model, load_codec(args.model), prompts, height=height, width=width, frames=args.frames,
-            negative=WAN_NEGATIVE_PROMPT if args.negative is None else args.negative, text=args.text,
-        )  # fmt: skip
+        with cli.option("--model", args.model), cli.option("--text", args.text):
+            run = Run.from_model_folder(
+                args.model, load_codec(args.model), prompts, height=height, width=width, frames=args.frames,
+                negative=WAN_NEGATIVE_PROMPT if args.negative is None else args.negative, text=args.text,
+            )  # fmt: skip
         run.config.sample.guidance, source = 6.0, Path(args.model).name
     if args.guidance is not None:
         run.config.sample.guidance = args.guidance
@@ -274,7 +279,8 @@ def _add_text(commands: argparse._SubParsersAction) -> None:
 def _text(args: argparse.Namespace) -> None:
     for name in ("text_len", "batch"):
         _at_least(args, name, 1)
-    plan, dtype = encoder_plan(args.model, args.text_len, args.dtype)
+    with cli.option("--model", args.model):
+        plan, dtype = encoder_plan(args.model, args.text_len, args.dtype)
     info = write_text_store(
         [*read_prompts(args.prompts), args.negative],
         args.output,

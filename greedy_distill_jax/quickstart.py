@@ -88,7 +88,7 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
     Args:
       workdir: created if missing.
       clips, captions: a folder of videos and a CSV with the columns clip,caption; None for the embedded data.
-      speed: "full", "fast" (a third of the time, a worse result) or "smoke" (a few updates, for CI).
+      speed: "full", "fast" (a third of the updates, a worse result) or "smoke" (a few updates, for CI).
     """
     if (clips is None) != (captions is None):
         raise UserError(
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--clips", type=Path, help="folder of mp4/webm clips instead of the embedded data")
     parser.add_argument("--captions", type=Path, help="CSV with the columns clip,caption")
-    parser.add_argument("--fast", action="store_true", help="a few minutes, with a worse result")
+    parser.add_argument("--fast", action="store_true", help="a third of the updates, and a worse result")
     parser.add_argument("--smoke", action="store_true", help="learns nothing: for CI")
     args = parser.parse_args(argv)
     speed = "smoke" if args.smoke else "fast" if args.fast else "full"

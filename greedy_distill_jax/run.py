@@ -64,7 +64,7 @@ class Run:
     @classmethod
     def load(
         cls, directory: str | Path, step: int | None = None, *, needs_codec: bool = True, text: str | None = None,
-        sharding=None,
+        codec: str | Path | None = None, sharding=None,
     ) -> "Run":  # fmt: skip
         """The latest (or the given) checkpoint of a run directory or of converted weights.
 
@@ -74,6 +74,7 @@ class Run:
           needs_codec: False accepts converted weights without a codec (nothing can be decoded then) and opens no text
             store.
           text: what encodes prompts, see ``data.text.load_text_encoder``; None for what the run was trained with.
+          codec: path of the codec, see ``export.pipeline.load_codec``; None for the run's own.
           sharding: of the parameters, as for ``checkpoint.load_params``; None for the default device.
 
         Raises:
@@ -97,13 +98,15 @@ class Run:
         spec, encoder = config.data.text if text is None else text, None
         if needs_codec or not spec:
             encoder = load_text_encoder(spec, text_len=wan.text_len, text_dim=wan.text_dim)
-        codec = None
-        if pipeline.saved_codec(directory) or "source" not in meta:
+        if codec is not None:
+            codec = pipeline.moved_codec(directory, codec)
+        elif pipeline.saved_codec(directory) or "source" not in meta:
             codec = pipeline.load_codec(directory)
         elif needs_codec:
             raise UserError(
                 f"{directory} holds converted weights without a codec, so nothing can be decoded; train a student from "
-                f"them (config.teacher_from), or give the --workdir of a training command."
+                f"them (config.teacher_from), give the --workdir of a training command, or name a codec to the command "
+                f"sample with --codec."
             )
         return cls(config, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
 

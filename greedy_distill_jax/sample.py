@@ -8,21 +8,17 @@
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import jax
-from tqdm import tqdm
-
 from greedy_distill_jax import cli
-from greedy_distill_jax.data.text import WAN_NEGATIVE_PROMPT
-from greedy_distill_jax.data.video_io import VideoWriter
-from greedy_distill_jax.diffusion import solvers
-from greedy_distill_jax.export.pipeline import load_codec
-from greedy_distill_jax.mesh import use_compile_cache
-from greedy_distill_jax.models.codec import stream_decoder
-from greedy_distill_jax.run import Run, latent_frames
 from greedy_distill_jax.types import UserError
+
+# What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
+
+FRAMES, WAN_FRAMES = 64, 81  # default of a student; what Wan2.1 was trained on
 
 
 def parse_switch(value: str) -> tuple[int, str]:
@@ -39,32 +35,52 @@ def output_paths(output: str, prompts: int) -> list[Path]:
     return [path] if prompts == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(prompts)]
 
 
-def stream_videos(run: Run, prompts: list[str], frames: int, *, seed: int = 0, switches: dict[int, str] | None = None,
-                  steps: int | None = None, first_steps: int | None = None):  # fmt: skip
+def stream_videos(run, prompts: list[str], frames: int, *, seed: int = 0, switches: dict[int, str] | None = None,
+                  steps: int | None = None, first_steps: int | None = None) -> Iterator:  # fmt: skip
     """Yields uint8 [B, frames, H, W, 3], chunk by chunk, for any number of frames at constant memory.
 
     Args:
-      run: a loaded student.
+      run: a loaded student (`run.Run`).
       prompts: one video each.
       frames: latent frames to make, a multiple of the student's chunk.
       seed: noise.
       switches: latent frame -> prompt that all videos follow from there on; a multiple of the chunk.
       steps, first_steps: network evaluations per chunk and of the first chunk; None for the run's own.
+
+    Raises:
+      UserError: frames that do not fit, before anything is made.
     """
     chunk, switches = run.model.cfg.chunk, dict(switches or {})
     for what, frame in [("--frames", frames), *(("--switch", f) for f in switches)]:
         if frame % chunk:
             raise UserError(f"{what} {frame} does not fit the student's chunk of {chunk} frames; use a multiple of it.")
-    late = [f for f in switches if not 0 < f < frames]
-    if late:
-        raise UserError(f"--switch at frame {late[0]} lies outside the video; choose 1 to {frames - 1}.")
+    _check_switches(switches, frames)
+    return _stream(run, prompts, frames, seed, switches, steps, first_steps)
+
+
+def _stream(run, prompts, frames, seed, switches, steps, first_steps):
+    import jax
+
+    from greedy_distill_jax.models.codec import stream_decoder
+
     state, step = run.open_stream(run.text(prompts), jax.random.key(seed), steps, first_steps)
     switch, decode = jax.jit(run.streamer(steps, first_steps).switch_prompt), stream_decoder(run.codec)
-    for frame in range(0, frames, chunk):
+    for frame in range(0, frames, run.model.cfg.chunk):
         if frame in switches:
             state = switch(run.params, state, run.text([switches[frame]] * len(prompts)))
         state, latents = step(run.params, state)
         yield decode(latents)
+
+
+def _check_switches(switches: Iterable[int], frames: int) -> None:
+    outside = [frame for frame in switches if not 0 < frame < frames]
+    if outside and frames < 2:
+        raise UserError(f"--switch at frame {outside[0]}: a video of one frame has nothing to switch; raise --frames.")
+    if outside:
+        raise UserError(
+            f"--switch at frame {outside[0]} lies outside the video of {frames} frames; choose 1 to {frames - 1}"
+            + (f", or raise --frames above {outside[0]}." if outside[0] else ", or change --prompt.")
+        )
 
 
 def _parser() -> cli.Parser:
@@ -74,7 +90,11 @@ def _parser() -> cli.Parser:
     source.add_argument("--model", metavar="DIR", help="model folder in the layout of diffusers: a teacher")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--text", metavar="DIR", help="text store or model folder that encodes the prompts instead")
-    parser.add_argument("--frames", type=int, help="of the video (default: 64, with --model 81)")
+    parser.add_argument("--codec", metavar="PATH", help="decodes instead: codec.npz, model folder or weights of a VAE")
+    parser.add_argument(
+        "--frames", type=int, help=f"of the video (default: {FRAMES}; a teacher's training length, with --model "
+        f"{WAN_FRAMES})",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, help="evaluations per chunk or video (default: the run's, or 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, help="default: the run's, with --model 16")
@@ -87,7 +107,7 @@ def _parser() -> cli.Parser:
     student.add_argument("--first-steps", type=int, help="of the first chunk")
     teacher = parser.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
     teacher.add_argument("--negative-prompt", metavar="TEXT", help="unconditional branch (Wan2.1's own)")
-    teacher.add_argument("--solver", choices=solvers.SOLVERS, help="(unipc)")
+    teacher.add_argument("--solver", choices=("euler", "unipc"), help="(unipc)")
     teacher.add_argument("--shift", type=float, help="of the noise levels (what scheduler/ says, else 5)")
     teacher.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = off (5)")
     model = parser.add_argument_group("model folders")
@@ -106,6 +126,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--shift is {args.shift}; it must be positive.")
     if args.checkpoint:
         _refuse(args, ("height", "width", "dtype"), "belongs to --model; a run has its own")
+        what, remedy = "checkpoint", "give the --workdir of a training command"
+    else:
+        _refuse(args, ("switch", "first_steps"), "needs a streaming student (--checkpoint); --model makes whole videos")
+        what, remedy = "model", "give a model folder in the layout of diffusers (transformer/, vae/, ...)"
+    if not Path(getattr(args, what)).expanduser().is_dir():
+        raise UserError(f"--{what} {getattr(args, what)}: no such folder; {remedy}.")
+    _check_switches([parse_switch(value)[0] for value in args.switch], args.frames or FRAMES)
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
@@ -114,21 +141,37 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {why}.")
 
 
-def _load(args: argparse.Namespace) -> Run:
-    """The run or the model folder, with what the command line says about a teacher."""
-    if args.checkpoint:
-        run = Run.load(args.checkpoint, text=args.text)
-    else:
-        codec = load_codec(args.model, dtype=args.dtype or "bfloat16")
-        run = Run.from_model_folder(
-            args.model, codec, args.prompt, height=args.height or 480, width=args.width or 832, frames=args.frames,
-            negative=WAN_NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt,
-            dtype=args.dtype or "bfloat16", text=args.text,
-        )  # fmt: skip
+def _load(args: argparse.Namespace):
+    """The run or the model folder, with what the command line says about a teacher; sets ``args.frames``."""
+    from greedy_distill_jax.data.text import WAN_NEGATIVE_PROMPT
+    from greedy_distill_jax.export.pipeline import load_codec, transformer_config
+    from greedy_distill_jax.run import Run, latent_frames
+
+    with contextlib.ExitStack() as stack:
+        for name in ("checkpoint", "model", "codec", "text"):
+            stack.enter_context(cli.option(f"--{name}", getattr(args, name)))
+        if args.checkpoint:
+            run = Run.load(args.checkpoint, text=args.text, codec=args.codec)
+        else:
+            args.frames, dtype = args.frames or WAN_FRAMES, args.dtype or "bfloat16"
+            height, width = args.height or 480, args.width or 832
+            codec = load_codec(args.codec or args.model, dtype=dtype)
+            latent_shape = latent_frames(codec, args.frames), *codec.latent_shape(height, width)
+            _check_length(args, transformer_config(args.model, dtype=dtype), latent_shape, WAN_FRAMES)
+            run = Run.from_model_folder(
+                args.model, codec, args.prompt, height=height, width=width, frames=args.frames,
+                negative=WAN_NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt,
+                dtype=dtype, text=args.text,
+            )  # fmt: skip
     if run.is_student:
         _refuse(args, ("negative_prompt", "solver", "shift", "guidance"), "needs a teacher; a student has no guidance")
+        args.frames = args.frames or FRAMES
         return run
     _refuse(args, ("switch", "first_steps"), "needs a streaming student; a teacher makes the whole video at once")
+    if args.checkpoint:
+        trained = 1 + (run.latent_shape[0] - 1) * run.codec.temporal_stride
+        args.frames = args.frames or trained
+        _check_length(args, run.model.cfg, (latent_frames(run.codec, args.frames), *run.latent_shape[1:]), trained)
     config = run.config.copy_and_resolve_references()
     for key, name in (("sampler", "solver"), ("shift", "shift"), ("guidance", "guidance")):
         if getattr(args, name) is not None:
@@ -138,11 +181,71 @@ def _load(args: argparse.Namespace) -> Run:
     return dataclasses.replace(run, config=config)
 
 
+def _check_length(args: argparse.Namespace, cfg, latent_shape: tuple[int, ...], trained: int) -> None:
+    """Refuses what cannot fit; says so when a teacher is asked for more frames than it was trained on."""
+    needed, memory = least_bytes(cfg, latent_shape, len(args.prompt)), _memory()
+    if memory and needed > memory:
+        raise UserError(
+            f"--frames {args.frames} needs more than {needed / 2**30:,.0f} GiB at this size, and there are "
+            f"{memory / 2**30:,.0f}; use fewer (the teacher was trained on {trained}) or stream with a student."
+        )
+    if args.frames > trained:
+        print(
+            f"warning: --frames {args.frames}: this teacher was trained on {trained}; longer videos are likely worse, "
+            "and their cost grows with the square of the length (a student streams any length).",
+            file=sys.stderr,
+        )
+
+
+def least_bytes(cfg, latent_shape: tuple[int, ...], videos: int) -> int:
+    """Less than a teacher needs for videos of this latent shape: residual stream, one MLP, and who sees whom."""
+    frames, height, width, _ = latent_shape
+    tokens = videos * frames * (height // cfg.patch) * (width // cfg.patch)
+    return tokens * (4 * cfg.dim + {"bfloat16": 2, "float32": 4}[cfg.dtype] * cfg.ffn_dim) + 8 * frames**2
+
+
+def _memory() -> int:
+    """Bytes of the device, or of this machine where it computes itself; 0 where nobody says."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _sample_teacher(run, args: argparse.Namespace):
+    """The whole video of a teacher, uint8 [B, T, H, W, 3]."""
+    import jax
+
+    from greedy_distill_jax.run import latent_frames
+
+    length = latent_frames(run.codec, args.frames)
+    try:
+        return run.sample_videos(args.prompt, frames=length, steps=args.steps, seed=args.seed)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"--frames {args.frames} with {len(args.prompt)} --prompt does not fit into the memory of the device; use "
+            "fewer of either, or a smaller video."
+        ) from error
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
-    args.frames = args.frames if args.frames is not None else 81 if args.model else 64
     _check(args)
+
+    from tqdm import tqdm
+
+    from greedy_distill_jax.data.video_io import VideoWriter
+    from greedy_distill_jax.mesh import use_compile_cache
+    from greedy_distill_jax.run import latent_frames
+
     paths = output_paths(args.output, len(args.prompt))
     with contextlib.ExitStack() as stack:
         # The files first: a name that cannot be written should not cost a video.
@@ -156,8 +259,7 @@ def main(argv: list[str] | None = None) -> None:
             chunks = stream_videos(run, args.prompt, latent_frames(run.codec, args.frames), seed=args.seed,
                                    switches=switches, steps=args.steps, first_steps=args.first_steps)  # fmt: skip
         else:
-            length = latent_frames(run.codec, args.frames)
-            video = run.sample_videos(args.prompt, frames=length, steps=args.steps, seed=args.seed)
+            video = _sample_teacher(run, args)
             chunks = (video[:, t : t + 1] for t in range(video.shape[1]))
         bar = stack.enter_context(tqdm(total=args.frames, unit="frame", desc="sample"))
         for chunk in chunks:  # [B, g, H, W, 3]

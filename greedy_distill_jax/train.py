@@ -316,7 +316,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
             num_threads=config.data.threads, max_bad_records=config.data.max_bad_records,
         )  # fmt: skip
         bar = stack.enter_context(progress(config.steps, first, config.stage, enabled=show_progress and main))
-        pending, step = [], first
+        pending, step, compiled = [], first, set()
         while step < config.steps and not stop.signal:
             batch, step = next(loader), step + 1
             batch = {
@@ -324,10 +324,10 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
                 for name, sharding in job.batch_sharding.items()
             }
             metrics = {}
-            for part in job.parts:
-                if part.due(step):
-                    state, found = part.call(state, frozen, batch)
-                    metrics |= found
+            due = {number for number, part in enumerate(job.parts) if part.due(step)}
+            for number in sorted(due):
+                state, found = job.parts[number].call(state, frozen, batch)
+                metrics |= found
             pending.append((step, metrics))
             save = step % config.checkpoint.every == 0 or step == config.steps
             if save or step % config.log.every == 0:
@@ -344,7 +344,8 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
                 run = Run(config, job.stage.model, state.ema, job.codec, job.encoder, job.latent_shape, meta_of(step))
                 for number, video in enumerate(run.sample_videos(job.captions)):
                     writer.gif(step, f"samples/{number}: {job.captions[number]}", video)
-            bar.update(1)
+            bar.update(1, restart=not due <= compiled)  # the first call of a part compiles it
+            compiled |= due
         if stop.signal and step > first and step < config.steps:
             _check_finite(config, pending, checkpointer)
             checkpointer.save(step, state, meta_of(step))

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, config as configuration, prepare, sample
 from greedy_distill_jax.config_cli import key_paths, load_config, read_config
+from greedy_distill_jax.diffusion import solvers
 from greedy_distill_jax.types import UserError
 
 CONFIG = """
@@ -225,6 +226,40 @@ def test_help_of_prepare(command, capsys):
         prepare.main([command, "--help"])
     told = capsys.readouterr().out
     assert end.value.code == 0 and "--output DIR" in told and len(told) > 500
+
+
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        ("data/x does not exist; give another", "--codec: data/x does not exist; give another"),
+        ("file data/x/codec.npz is damaged", "--codec: file data/x/codec.npz is damaged"),
+        ("--frames 3: too few in data/x", "--frames 3: too few in data/x"),
+        ("data/xy does not exist", "data/xy does not exist"),
+        ("the codec has 3 channels", "the codec has 3 channels"),
+    ],
+)
+def test_errors_about_a_value_name_its_option(message, told):
+    with pytest.raises(UserError) as error, cli.option("--text", None), cli.option("--codec", "data/x/"):
+        raise UserError(message)
+    assert str(error.value) == told
+
+
+@pytest.mark.subprocesses
+@pytest.mark.parametrize("argument, code", [("--help", 0), ("--frames=x", 2), ("--checkpoint=none", 2)])
+def test_sample_answers_before_it_imports(argument, code, subprocess_env):
+    source = (
+        "import sys\nfrom greedy_distill_jax import cli, sample\n"
+        "try:\n    cli.run(sample.main, sys.argv[1:])\n"
+        "finally:\n    print([m for m in ('jax', 'numpy', 'tqdm', 'av') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", source, "--prompt", "a", argument]
+    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True)
+    assert done.returncode == code and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_solvers_of_sample_are_all():
+    (action,) = (action for action in sample._parser()._actions if action.dest == "solver")
+    assert action.choices == solvers.SOLVERS
 
 
 def test_help_of_sample(capsys):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import sys
 import time
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from greedy_distill_jax import logging
 from greedy_distill_jax.logging import SCALARS, MetricWriter, _Lines, progress, read_scalars
 from greedy_distill_jax.types import UserError
 
@@ -87,6 +90,24 @@ def test_progress_lines_have_an_eta(capsys):
         time.sleep(0.01)
         bar.update(5)
     assert "left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_first_step_is_no_part_of_the_rate(terminal, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(logging.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with progress(101, 0, "teacher") as bar:
+        bar._time = lambda: now[0]  # tqdm's clock
+        now[0] += 100.0
+        bar.update(1, restart=True)
+        first = capsys.readouterr().err
+        for _ in range(20):
+            now[0] += 1.0
+            bar.update(1)
+        said = re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1]
+    assert "1/101" in first and ("?step/s" in first if terminal else "left" not in first and "/s" not in first)
+    assert "21/101" in said and ("<01:20" in said if terminal else "after 02:00, 01:20 left, 1 step/s" in said)
 
 
 def test_progress_can_be_off(capsys):

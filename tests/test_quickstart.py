@@ -3,25 +3,29 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import av
+import jax
 import nbformat
 import numpy as np
 import pytest
+from conftest import exit_code
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from greedy_distill_jax import quickstart, sample
+from greedy_distill_jax import convert, evaluate as evaluation, quickstart, sample
 from greedy_distill_jax.checkpoint import load_meta
 from greedy_distill_jax.data.video_io import VideoWriter, probe, read_frames
 from greedy_distill_jax.eval.report import ROW_KEYS, TIME_KEYS, validate_metrics
 from greedy_distill_jax.evaluate import evaluate
 from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.models.wan_config import StudentConfig
+from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
 from greedy_distill_jax.run import Run
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.types import UserError
@@ -154,6 +158,40 @@ def test_notebooks_are_stored_without_outputs(path):
     assert code and not any(cell.outputs or cell.execution_count for cell in code)
 
 
+# --- the README -------------------------------------------------------------------------------------------------------
+
+
+def test_the_pytorch_student_of_the_readme_runs(finished, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[torch]'")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "torch_student" in b)
+    assert exit_code(convert.main, "export", finished / "stage2", tmp_path / "DIR", "--format", "torch-student") == 0
+    monkeypatch.chdir(tmp_path / "DIR")
+    monkeypatch.syspath_prepend(str(tmp_path / "DIR"))
+    monkeypatch.delitem(sys.modules, "torch_student", raising=False)
+    names = {}
+    try:
+        exec(compile(block, "README.md", "exec"), names)
+    finally:
+        sys.modules.pop("torch_student", None)
+    assert names["text"].shape == (1, 16, 32) and names["latents"].shape == (1, 32, 16, 4, 4)
+    assert torch.isfinite(names["latents"]).all()
+    assert names["video"].shape == (1, 32, 16, 16, 3) and names["video"].dtype == np.uint8
+    # The rows and the codec are those of the run.
+    run = Run.load(finished / "stage2")
+    np.testing.assert_array_equal(names["text"], run.text(["a red square moving left"]))
+    np.testing.assert_array_equal(names["video"], run.codec.decode(names["latents"].permute(0, 1, 3, 4, 2).numpy()))
+
+
+def test_fast_is_a_third_of_the_updates(capsys):
+    with pytest.raises(SystemExit):
+        quickstart.main(["--help"])
+    assert "a third of the updates" in capsys.readouterr().out
+    assert "`--fast` makes a third of the updates" in " ".join((ROOT / "README.md").read_text("utf-8").split())
+    full, fast = (quickstart.stage_configs(speed, None, Path("x")) for speed in ("full", "fast"))
+    assert all(abs(fast[name].steps / full[name].steps - 1 / 3) < 0.02 for name in full)
+
+
 # --- sample -----------------------------------------------------------------------------------------------------------
 
 
@@ -240,8 +278,8 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
         ("student", ["--switch", "x:a red square moving up"], "is not of the form FRAME:"),
         ("student", ["--switch", "-2:a red square moving up"], "is not of the form FRAME:"),
         ("student", ["--switch", "²:a red square moving up"], "is not of the form FRAME:"),
-        ("student", ["--switch", "6:a red square moving up"], "at frame 6 lies outside the video; choose 1 to 5"),
-        ("student", ["--switch", "0:a red square moving up"], "at frame 0 lies outside"),
+        ("student", ["--switch", "0:a red square moving up"], "at frame 0 lies outside.* 1 to 5, or change --prompt"),
+        ("student", ["--frames", "1", "--switch", "1:a"], "a video of one frame has nothing to switch; raise --frames"),
         ("student", ["--fps", "-1"], "fps=-1"),
         ("student", ["--fps", "0"], "fps=0"),
         ("student", ["--upscale", "-2"], "upscale=-2"),
@@ -250,15 +288,61 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
         ("teacher", ["--height", "16"], "--height belongs to --model"),
         ("student", ["--solver", "unipc"], "--solver needs a teacher"),
         ("student", ["--negative-prompt", ""], "--negative-prompt needs a teacher"),
-        ("student", ["--text", "/nowhere"], "text /nowhere is neither"),
-        ("pupil", [], "pupil holds no run"),
-        (".", [], "holds no run"),
+        ("student", ["--text", "/nowhere"], "--text: text /nowhere is neither"),
+        ("student", ["--codec", "/nowhere"], "--codec: /nowhere does not exist; give a codec.npz, .* vae/"),
+        ("pupil", [], "--checkpoint .*/pupil: no such folder; give the --workdir of a training command"),
+        (".", [], "--checkpoint: .* holds no run"),
+        ("teacher", ["--frames", "9999999"], "--frames 9999999 needs more than .* GiB .* there are .* trained on 8"),
     ],
 )
 def test_bad_arguments_of_sample_leave_nothing(finished, tmp_path, run, arguments, message):
     with pytest.raises(UserError, match=message):
         _sample(finished / run, "--frames", 6, "--output", tmp_path / "out.mp4", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_switch_outside_the_video_is_refused_before_any_work(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "_load", None)
+    message = r"--switch at frame 6 lies outside the video of 6 frames; choose 1 to 5, or raise --frames above 6\."
+    with pytest.raises(UserError, match=message):
+        _sample(finished / "student", "--frames", 6, "--switch", "6:a blue circle", "--output", tmp_path / "new/x.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_makes_its_training_length_and_warns_of_more(finished, tmp_path, capsys):
+    _sample(finished / "teacher", "--output", tmp_path / "as_trained.mp4")
+    assert "warning" not in capsys.readouterr().err and len(list(read_frames(tmp_path / "as_trained.mp4"))) == 8
+    _sample(finished / "teacher", "--frames", 9, "--output", tmp_path / "longer.mp4")
+    assert "warning: --frames 9: this teacher was trained on 8;" in capsys.readouterr().err
+    assert len(list(read_frames(tmp_path / "longer.mp4"))) == 9
+
+
+def test_a_teacher_that_the_device_cannot_hold_is_one_line(finished, tmp_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(Run, "sample_videos", exhausted)
+    with pytest.raises(UserError, match="--frames 8 with 1 --prompt does not fit into the memory of the device; use"):
+        _sample(finished / "teacher", "--output", tmp_path / "out.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_teacher_needs_at_the_least():
+    cfg = WanConfig(**WAN_SIZES["wan1_3b"])
+    assert 0.5 < sample.least_bytes(cfg, (21, 60, 104, 16), 1) / 2**30 < 1.5  # 81 frames of 480 x 832
+    assert sample.least_bytes(cfg, (25_000, 60, 104, 16), 1) / 2**30 > 500
+
+
+def test_a_codec_that_moved_is_named_with_the_file_that_wants_it(finished, tmp_path):
+    run, wanted = tmp_path / "run", tmp_path / "gone" / "vae"
+    shutil.copytree(finished / "student", run)
+    shutil.move(run / "codec.npz", tmp_path / "codec.npz")
+    (run / "codec.json").write_text(json.dumps({"vae": str(wanted), "dtype": "float32"}))
+    options = ["--frames", 3, "--output", tmp_path / "out.mp4"]
+    with pytest.raises(UserError, match=r'^--checkpoint: .*run/codec.json names the VAE .*gone/vae.* "vae" .* --codec'):
+        _sample(run, *options)
+    _sample(run, *options, "--codec", tmp_path / "codec.npz")
+    assert len(list(read_frames(tmp_path / "out.mp4"))) == 3
 
 
 @pytest.mark.parametrize("name", ["out.avi", "out", "out.mp4.txt"])
@@ -283,15 +367,49 @@ def test_frames_and_switches_fit_the_chunk(student):
 @pytest.mark.parametrize(
     "teacher, pupil, message",
     [
-        ("student", "teacher", "needs the run directory of a teacher"),
-        ("teacher", "teacher", "and that of a student"),
-        ("nothing", "student", "nothing holds no run"),
-        ("teacher", "nothing", "nothing holds no run"),
+        ("student", "teacher", "--teacher: .*/student holds a student; give the run directory of a teacher"),
+        ("teacher", "teacher", "--student: .*/teacher holds a teacher; give the run directory of a student"),
+        ("nothing", "student", "--teacher: .*/nothing holds no run"),
+        ("teacher", "nothing", "--student: .*/nothing holds no run"),
     ],
 )
 def test_bad_arguments_of_evaluate_leave_nothing(finished, tmp_path, teacher, pupil, message):
     with pytest.raises(UserError, match=message):
         evaluate(finished / teacher, finished / pupil, tmp_path / "report", videos=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--videos", "0", "--videos is 0"),
+        ("--more", "nothing", "--more 'nothing': give NAME=DIR"),
+        ("--more", "=nothing", "--more =nothing: '' cannot be its row"),
+        ("--more", "data=nothing", "--more data=nothing: 'data' cannot be its row.* --more OTHER=nothing"),
+        ("--more", "second=nothing", "--more second: nothing holds no run"),
+        ("--more", "second={}/teacher", "--more second: .*/teacher holds a teacher"),
+        ("--output", "{}/job/x", "--output .*/job/x cannot be written"),
+    ],
+)
+def test_errors_of_evaluate_name_the_option(finished, tmp_path, option, value, message):
+    given = ["--teacher", str(finished / "teacher"), "--student", str(finished / "student")]
+    output = [] if option == "--output" else ["--output", str(tmp_path / "report")]
+    with pytest.raises(UserError, match=message):
+        evaluation.main([*given, *output, option, value.format(finished)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_evaluate_cannot_compare_are_both_named(finished, tmp_path, monkeypatch):
+    load = Run.load
+
+    def other_data(directory, **options):
+        run = load(directory, **options)
+        return dataclasses.replace(run, latent_shape=(16, 4, 4, 16)) if Path(directory).name == "stage2" else run
+
+    monkeypatch.setattr(Run, "load", other_data)
+    message = r"--more stage2=.* was trained on moving_shapes \(16x4x4x16\), --teacher .* on moving_shapes \(8x4x4x16\)"
+    with pytest.raises(UserError, match=message):
+        evaluate(finished / "teacher", finished / "student", tmp_path / "x", more={"stage2": finished / "stage2"})
     assert not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,8 @@ import re
 from greedy_distill_jax import train as module
 from greedy_distill_jax.logging import read_scalars
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_swapping_a_loss(tmp_path, monkeypatch):
@@ -28,3 +29,15 @@ def test_attention():
     names = {}
     exec(compile(block, "README.md", "exec"), names)
     assert names["out"].shape == (1, 64, 4, 64)
+
+
+def test_files_named_in_prose_are_there():
+    named = set(re.findall(r"`((?:[\w*.-]+/)*[\w*.-]+\.(?:py|sh|ipynb)|[\w*.-]+/[\w*./-]+\.(?:json|md|png))`", README))
+    assert {"greedy_distill_jax/sharding.py", "tests/test_stream.py"} <= named
+    missing = {name for name in named if not list(ROOT.glob(name))}
+    assert missing == {"torch_student.py"}  # lies in an exported folder
+
+
+def test_prose_has_at_most_120_columns():
+    lines = [line for line in README.splitlines() if not line.startswith("|")]  # rows of tables cannot be wrapped
+    assert not [line for line in lines if len(line) > 120]

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax import config as configuration, losses
+from greedy_distill_jax import config as configuration, losses, train as training
 from greedy_distill_jax.checkpoint import Checkpointer, load_meta
 from greedy_distill_jax.logging import read_scalars
 from greedy_distill_jax.run import Run
@@ -128,6 +129,19 @@ def test_stages_follow_each_other_and_sample(tmp_path):
     with pytest.raises(UserError, match=r"started with config.seed = 0, not 1"):
         train(tiny.train_config(seed=1, steps=9), tmp_path / "teacher", show_progress=False)
     assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+
+
+def test_a_step_that_compiles_a_part_restarts_the_rate(tmp_path, monkeypatch):
+    bar, prepare_job = mock.MagicMock(), training.prepare_job
+
+    def with_a_second_part(*args):
+        job = prepare_job(*args)
+        return job._replace(parts=(*job.parts, job.parts[0]._replace(due=lambda step: step % 3 == 0)))
+
+    monkeypatch.setattr(training, "prepare_job", with_a_second_part)
+    monkeypatch.setattr(training, "progress", lambda *args, **options: bar)
+    train(tiny.train_config(steps=4), tmp_path)
+    assert [call.kwargs["restart"] for call in bar.__enter__().update.call_args_list] == [True, False, True, False]
 
 
 def test_divergence_names_stage_step_and_term_and_keeps_the_checkpoint(tmp_path):

@@ -29,14 +29,20 @@ def load_codec(path: str | os.PathLike, *, dtype: str = "bfloat16") -> VideoCode
       UserError: none of these, or weights that do not fit.
     """
     path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; give a {CODEC}, a folder that holds one (a run or a prepared data set), a model "
+            "folder with vae/, or the weights of a VAE"
+        )
     if path.suffix == ".npz" or (path / CODEC).is_file():
         return PatchCodec.load(path if path.suffix == ".npz" else path / CODEC)
     if (path / REFERENCE).is_file():
-        try:
-            stored = json.loads((path / REFERENCE).read_text(encoding="utf-8"))
-            path, dtype = Path(stored["vae"]), stored["dtype"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path / REFERENCE} is damaged ({error}); name the VAE's weights instead") from error
+        file, (path, dtype) = path / REFERENCE, _referenced(path)
+        if not path.exists():
+            raise UserError(
+                f'{file} names the VAE {path}, which is not there; correct "vae" in that file, or name the VAE to the '
+                "command sample with --codec"
+            )
     elif path.suffix not in (".safetensors", ".pth", ".pt") and not any(
         (path / part).exists() for part in ("vae", "config.json")
     ):
@@ -45,6 +51,21 @@ def load_codec(path: str | os.PathLike, *, dtype: str = "bfloat16") -> VideoCode
             "folder, or a run directory"
         )
     return load_vae_codec(path, dtype=dtype)
+
+
+def _referenced(folder: Path) -> tuple[Path, str]:
+    """(place of the VAE that `save_codec` noted in a folder, the dtype it computes in)."""
+    try:
+        stored = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
+        return Path(stored["vae"]), str(stored["dtype"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / REFERENCE} is damaged ({error}); name the VAE's weights instead") from error
+
+
+def moved_codec(folder: str | os.PathLike, path: str | os.PathLike) -> VideoCodec:
+    """`load_codec` of ``path`` in place of what `save_codec` left in a folder, computing in the dtype noted there."""
+    folder = Path(folder).expanduser()
+    return load_codec(path, **({"dtype": _referenced(folder)[1]} if (folder / REFERENCE).is_file() else {}))
 
 
 def save_codec(codec: VideoCodec, folder: str | os.PathLike) -> None:

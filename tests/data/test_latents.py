@@ -158,6 +158,14 @@ def test_a_multi_process_job_takes_its_share_from_jax(prepared, folder, tmp_path
     assert_same(everything(tmp_path / "out"), everything(prepared))
 
 
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.npz", "nowhere/vae.safetensors"])
+def test_a_mistyped_codec_names_the_option(folder, tmp_path, capsys, name):
+    assert run(folder, tmp_path / "out", codec=tmp_path / name) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --codec: {tmp_path / name} does not exist; give a codec.npz, ")
+    assert "vae/" in line and not (tmp_path / "out").exists()
+
+
 def test_processes_share_the_clips(prepared, folder, tmp_path, capsys):
     for index in (2, 0, 1):
         assert run(folder, tmp_path / "out", "--shard-index", index, "--num-shards", 3) == 0

@@ -132,7 +132,11 @@ def broken(model, tmp_path, what):
     [
         ("codec.npz", [], "has no vae/ and no codec.npz"),
         ("channels", [], "have 12 channels, the transformer takes 16"),
+        ("transformer", [], "error: --model: model folder"),
         ("transformer", [], "has no transformer/"),
+        ("", ["--model", "nowhere"], "--model nowhere: no such folder; give a model folder in the layout of diffusers"),
+        ("", ["--codec", "nowhere"], "--codec: nowhere does not exist; give a codec.npz"),
+        ("", ["--frames", "9999999"], "--frames 9999999 needs more than"),
         ("text_encoder", [], "neither a folder made by prepare text nor a model folder"),
         ("tokenizer", [], "has no tokenizer/"),
         ("two", [], "two transformers"),
