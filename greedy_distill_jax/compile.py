@@ -1,16 +1,25 @@
 """Compiles for devices that are not there.
 
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/dmd.py --topology=v5e:4x4
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/dmd.py --topology=v5p --search
+    python -m greedy_distill_jax.compile sharding --config=configs/wan1_3b/dmd.py --topology=v5e:4x4
     python -m greedy_distill_jax.compile kernels --target v5p
     python -m greedy_distill_jax.compile sweep --target v5p
     python -m greedy_distill_jax.compile vae --target v6e --height 480 --width 832
 
-``kernels`` compiles every named workload of the attention op and prints its memory and the useful work per bundle; it
-exits with 1 when one does not compile or got worse. ``sweep`` chooses the tuned block sizes. ``vae`` compiles the
-streaming decoders, Wan's and the tiny one, in bfloat16 and prints the bytes that one device needs.
+``train`` compiles every step of a job, and streaming with its student, and says whether they fit; it exits with 3 when
+one does not. ``--search`` keeps the global batch and gives every group of devices one video at a time, so that
+``config.data.accumulate`` follows from the slice. ``sharding`` prints every leaf with its layout. ``kernels`` compiles
+every named workload of the attention op and prints its memory and the useful work per bundle; it exits with 1 when one
+does not compile or got worse. ``sweep`` chooses the tuned block sizes. ``vae`` compiles the streaming decoders, Wan's
+and the tiny one, in bfloat16 and prints the bytes that one device needs.
 """
 
 import contextlib
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from greedy_distill_jax import cli
 
@@ -41,6 +50,104 @@ def kernels(targets: Sequence[str], only: str, bundles: bool) -> int:
     for failure in failures:
         print(f"failed: {failure}")
     return 1 if failures else 0
+
+
+JOB_FLAGS = {
+    "topology": (str, None, "slice such as v5p:4x4x4; a generation such as v5p with --search (required)"),
+    "size": (str, "480p", "frames: 480p or 720p"),
+}
+TRAIN_FLAGS = JOB_FLAGS | {
+    "only": (str, "", "only steps whose name contains this: teacher, teacher_forcing, dmd, critic, stream"),
+    "search": (bool, False, "find the smallest slice of the generation that fits"),
+    "json": (str, "", "write the figures to this file, too"),
+}
+DOES_NOT_FIT = 3
+
+
+def _read_job(argv: Sequence[str], flags):
+    from greedy_distill_jax import pods
+    from greedy_distill_jax.config_cli import load_config
+    from greedy_distill_jax.types import UserError
+
+    config, values = load_config(argv, flags)
+    if not values["topology"]:
+        raise UserError("--topology is missing; name a slice, such as --topology=v5p:4x4x4.")
+    if values["size"] not in pods.GRID:
+        raise UserError(f"--size is {values['size']!r}; choose from {', '.join(pods.GRID)}.")
+    _check_writable(values.get("json", ""))
+    return pods.imaginary_runs(config), values
+
+
+def _check_writable(path: str) -> None:
+    """Raises UserError now, and not after minutes of compiling, if there can be no file ``path``."""
+    from greedy_distill_jax.types import UserError
+
+    target = Path(path)
+    if path and (target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK)):
+        raise UserError(f"--json: {path} cannot be written; name a file in a folder that exists.")
+
+
+def train(argv: Sequence[str]) -> int:
+    """Compiles the steps of a job; returns the exit code."""
+    from greedy_distill_jax import pod_report
+
+    config, flags = _read_job(argv, TRAIN_FLAGS)
+    if flags["search"]:
+        records = _search(config, flags)
+    else:
+        records = [pod_report.report(config, flags["topology"], flags["size"], flags["only"], _say)]
+    if flags["json"]:
+        Path(flags["json"]).write_text(json.dumps(records, indent=1) + "\n")
+    return 0 if records and records[-1]["fits"] else DOES_NOT_FIT
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _search(config, flags) -> list[dict]:
+    """Records of the slices of a generation, the smallest first, up to the first that fits."""
+    from greedy_distill_jax import pod_report, pods, topology
+    from greedy_distill_jax.types import UserError
+
+    generation = flags["topology"].partition(":")[0]
+    if generation not in topology.CHIPS:
+        raise UserError(f"unknown generation {generation!r}; choose from {', '.join(topology.CHIPS)}.")
+    pods.build_networks(config, flags["size"], flags["only"])  # what no slice could mend is said once
+    _say(f"global batch {config.data.batch}, on every slice one video at a time per group of devices")
+    records = []
+    for size in topology.CHIPS[generation].slices:
+        name = f"{generation}:{size}"
+        try:
+            record = pod_report.report(config, name, flags["size"], flags["only"], _say, one_video=True)
+        except pods.Misfit as error:
+            _say(f"{name}: {error}")
+            continue
+        records.append(record)
+        if record["fits"]:
+            _say(
+                f"smallest slice of {generation} that fits: {name}, with "
+                f"--config.data.accumulate={record['facts']['accumulate']}"
+            )
+            return records
+    _say(f"no slice of {generation} fits")
+    return records
+
+
+def sharding(argv: Sequence[str]) -> int:
+    """Prints every leaf of a job, its layout and its bytes on one device."""
+    from greedy_distill_jax import pods, topology
+    from greedy_distill_jax.sharding import leaf_paths
+
+    config, flags = _read_job(argv, JOB_FLAGS)
+    job = pods.build_job(config, topology.devices(flags["topology"]), flags["size"])
+    for tree, (shapes, layout) in job.trees.items():
+        leaves = zip(leaf_paths(shapes), leaf_paths(layout), strict=True)
+        for (path, leaf), (_, placed) in leaves:
+            size = pods.device_bytes(leaf, placed)
+            print(f"{tree}/{path}  {leaf.dtype}{list(leaf.shape)}  {placed.spec}  {size} bytes per device")
+        print(f"{tree}: {pods.device_bytes(shapes, layout) / 2**30:.3f} GiB per device")
+    return 0
 
 
 def vae(targets: Sequence[str], decoders: Sequence[str], height: int, width: int) -> int:
@@ -91,8 +198,13 @@ def main(argv: Sequence[str]) -> int:
     """Command line."""
     from greedy_distill_jax.ops.sliding_window import aot, sweep
 
+    jobs = {"train": train, "sharding": sharding}
+    if argv and argv[0] in jobs:  # these read a configuration file and its overrides
+        return jobs[argv[0]](argv[1:])
     parser = cli.Parser(prog="python -m greedy_distill_jax.compile", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("train", "compile the steps of a job"), ("sharding", "print the layout of a job")):
+        commands.add_parser(name, help=text, description=text)
     for name, text in (("kernels", "compile every workload"), ("sweep", "choose the tuned block sizes"),
                        ("vae", "compile the streaming decoders")):  # fmt: skip
         command = commands.add_parser(name, help=text, description=text)

@@ -34,6 +34,7 @@ def base() -> ConfigDict:
     c.seed = 0  # parameters, data order and noise are functions of it
     c.steps = 1000  # optimiser updates
     c.teacher_from = ""  # run directory of the teacher a student is cut from, and that stage "dmd" asks for scores
+    c.critic_from = ""  # run directory of the teacher that the critic of stage "dmd" starts from; "" = teacher_from
     c.student_from = ""  # run directory of the student that stage "dmd" (or more of stage 1) starts from
 
     c.data = ConfigDict()
@@ -41,6 +42,7 @@ def base() -> ConfigDict:
     c.data.size = 16  # pixels, moving_shapes only (clips have their own)
     c.data.frames = 8  # latent frames of one example
     c.data.batch = 32  # examples of one update, over all devices
+    c.data.accumulate = 1  # microbatches of one update: batch = accumulate x microbatch, and a microbatch is spread out
     c.data.augment = "none"  # none | labelled (mirrored, recoloured, reversed; the caption says so): for few clips
     c.data.text = ""  # embedded words, or a folder by `prepare text`, or a model folder with text_encoder/
     c.data.negative_prompt = ""  # stands where there is no text: dropped in training, unconditional in guidance
@@ -80,6 +82,7 @@ def base() -> ConfigDict:
     c.distill = ConfigDict()  # stage "dmd" only
     c.distill.real = "joint"  # teacher score: joint (bidirectional) | autoregressive (stage 1, frozen) | per_frame
     c.distill.fake = "critic"  # student score: critic | self_sg | self_fm | self_ema | stage1 (frozen)
+    c.distill.teacher_size = ""  # the teacher's, a name as in model.size (a 14B teacher of a 1.3B student); "" = model
     c.distill.guidance = 4.0  # CFG scale of the teacher score; 1 = off
     c.distill.pg = "rollout_trunc"  # rollout_trunc | rollout_full | actor_critic, see distillation.py
     c.distill.segment = 0  # rollout_full: chunks through which later frames give credit to earlier ones, 0 = all
@@ -178,8 +181,18 @@ def validate(config: ConfigDict) -> None:
                 f"config.student.chunk = {student.chunk}; choose a multiple of {student.chunk}."
             )
         sampling(config)
+    if config.data.accumulate < 1 or config.data.batch % config.data.accumulate:
+        raise UserError(
+            f"config.data.accumulate is {config.data.accumulate}, which does not divide config.data.batch = "
+            f"{config.data.batch}; choose a divisor."
+        )
     if config.stage == "dmd":
         _validate_distillation(config)
+    if config.distill.teacher_size and (config.stage != "dmd" or config.distill.real == "autoregressive"):
+        raise UserError(
+            f"config.distill.teacher_size is {config.distill.teacher_size!r}, but only stage dmd with a teacher uses "
+            f"it, not stage {config.stage} with real {config.distill.real!r}; leave it empty."
+        )
 
 
 def _validate_distillation(config: ConfigDict) -> None:
@@ -201,6 +214,21 @@ def _validate_distillation(config: ConfigDict) -> None:
         raise UserError(
             f"config.distill.fake is {d.fake!r}: there is no critic to update between generator updates; set "
             f"config.distill.generator_every=1 and config.distill.critic_warmup=0."
+        )
+    if d.pg == "actor_critic" and config.data.accumulate > 1:
+        raise UserError(
+            "config.distill.pg is 'actor_critic', whose epochs need the gradient of the whole batch; set "
+            "config.data.accumulate=1."
+        )
+    if d.teacher_size and d.teacher_size not in WAN_SIZES:
+        raise UserError(
+            f"config.distill.teacher_size is {d.teacher_size!r}; choose from {', '.join(WAN_SIZES)}, or leave it empty."
+        )
+    other_size = d.teacher_size and teacher_config(config) != wan_config(config)
+    if other_size and (d.fake, d.real) == ("critic", "joint") and not config.critic_from:
+        raise UserError(
+            f"config.critic_from is empty, and the critic cannot start from a teacher of size {d.teacher_size!r}; name "
+            f"the run of a teacher with the architecture of config.model."
         )
     if d.pg == "rollout_full" and "none" in (d.context_grad_etm, d.context_grad_sdd):
         raise UserError(
@@ -298,6 +326,23 @@ def wan_config(config: ConfigDict) -> WanConfig:
     """The DiT's size: the named one with the non-empty keys of ``config.model`` on top."""
     changes = {k: v for k, v in config.model.items() if k != "size" and v is not None}
     return _user_errors(lambda: WanConfig(**{**WAN_SIZES[config.model.size], **changes}))
+
+
+def teacher_config(config: ConfigDict) -> WanConfig:
+    """The DiT that stage "dmd" asks for the real score; precision, remat and text are those of ``config.model``."""
+    shared = ("text_dim", "text_len", "dtype", "remat")
+    size = WAN_SIZES.get(config.distill.teacher_size, {})
+    return dataclasses.replace(wan_config(config), **{k: v for k, v in size.items() if k not in shared})
+
+
+def check_runs(config: ConfigDict) -> None:
+    """Raises UserError for a run that is named and not used; apart from ``validate``, as ``compile`` names them all."""
+    d = config.distill
+    if config.critic_from and (config.stage, d.fake, d.real) != ("dmd", "critic", "joint"):
+        raise UserError(
+            f"config.critic_from is {config.critic_from!r}, but only stage dmd with fake 'critic' and real 'joint' "
+            f"uses it, not stage {config.stage} with {d.fake!r} and {d.real!r}; leave it empty."
+        )
 
 
 def _refuse_keys_of_another_kind(config: ConfigDict) -> None:

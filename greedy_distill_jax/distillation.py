@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from greedy_distill_jax import rollout as rollouts
 from greedy_distill_jax.models.student import ContextGrad
 from greedy_distill_jax.state import TrainState
-from greedy_distill_jax.steps import Term, Update, drop_text, norms, total_loss
+from greedy_distill_jax.steps import Term, Update, accumulate, drop_text, logged, norms, total_loss, value_and_gradients
 from greedy_distill_jax.stream import Streamer
 from greedy_distill_jax.stream_causal import CausalStreamer
 
@@ -51,11 +51,15 @@ class SelfRollout:
     epochs: int = 1
     anchor: float = 0.0
 
-    def draw(self, params, text_BMC, key) -> "Drawn":
+    def exits(self, key):
+        """What all rollouts of one update share, see ``rollout.draw_exits``."""
+        return rollouts.draw_exits(key, self.streamer.sampling.ends + 1, self.exit)
+
+    def draw(self, params, text_BMC, key, exits) -> "Drawn":
         """A rollout without gradient, and the window of it that the losses see."""
         key_roll, key_start = jax.random.split(key)
         shape, chunk = (self.frames, *self.latent_shape[1:]), self.streamer.cfg.chunk
-        drawn = rollouts.roll_out(self.streamer, params, text_BMC, key_roll, shape, self.exit)
+        drawn = rollouts.roll_out(self.streamer, params, text_BMC, key_roll, shape, exits)
         starts = (self.frames - self.latent_shape[0]) // chunk + 1
         start = chunk * jax.random.randint(key_start, (), 0, starts)
         return Drawn(drawn, start, self._window(drawn.x0_BTHWC, start))
@@ -100,6 +104,7 @@ def generator_step(
     update: Update,
     text_dropout: float,
     counts: bool,
+    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the student on its own videos.
 
@@ -107,26 +112,35 @@ def generator_step(
       state: donated by the caller.
       frozen: parameters of networks that are not trained.
       batch: "text" [B, M, C]; nothing else of the data is used.
-      seed, null_MC, terms, update, text_dropout: as for ``steps.train_step``; the losses get "action" (the generated
-        video, through which they act on the student) and "latents" (the same without gradient).
+      seed, null_MC, terms, update, text_dropout, microbatches: as for ``steps.train_step``; the losses get "action"
+        (the generated video, through which they act on the student) and "latents" (the same without gradient).
       own: the rollout.
       make_net: ``make_net(params, key) -> net``, the student teacher-forced on its own video.
       make_scores: ``make_scores(state, frozen, key) -> {"real": net, "fake": net}``.
       counts: this call ends the step (there is no critic step after it).
+      microbatches: 1 with "actor_critic", whose epochs need the whole batch's gradient.
 
     Returns:
       (state, metrics) as ``steps.train_step``.
     """
-    key_text, key_roll, key_net, key_score, key_loss = _keys(seed, state.step, 0, 5)
-    text = drop_text(batch["text"], null_MC, key_text, text_dropout)
-    drawn = own.draw(state.params, text, key_roll)
-    scores = make_scores(jax.lax.stop_gradient(state), frozen, key_score)
+    keys = _keys(seed, state.step, 0, 6)
+    exits = own.exits(keys[-1])  # one draw for all microbatches
+    text = drop_text(batch["text"], null_MC, keys[0], text_dropout)
+    frozen_state = jax.lax.stop_gradient(state)
 
-    def objective(action, params):
-        videos = {"text": text, "latents": drawn.video_BTHWC, "action": action}
-        return total_loss(terms, make_net(params, key_net), videos, key_loss, scores)
+    def episode(text, keys):
+        key_roll, key_net, key_score, key_loss = keys
+        drawn = own.draw(state.params, text, key_roll, exits)
+        scores = make_scores(frozen_state, frozen, key_score)
+
+        def objective(action, params):
+            videos = {"text": text, "latents": drawn.video_BTHWC, "action": action}
+            return total_loss(terms, make_net(params, key_net), videos, key_loss, scores)
+
+        return drawn, objective
 
     if own.pg == "actor_critic":
+        drawn, objective = episode(text, keys[1:-1])
         (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.video_BTHWC, state.params)
 
         def actor(params):
@@ -142,13 +156,20 @@ def generator_step(
 
         start = (state.params, state.opt_state, norms(state.params, state.params))  # replaced in the first epoch
         params, opt_state, last = jax.lax.fori_loop(0, own.epochs, epoch, start)
-        metrics = {"loss": loss, **metrics, **last}
+        metrics = {"loss": loss, **logged(metrics), **last}
     else:
-        (loss, metrics), grads = jax.value_and_grad(
-            lambda params: objective(own.act(params, text, drawn), params), has_aux=True
-        )(state.params)
+
+        def gradients(batch, keys):
+            drawn, objective = episode(batch["text"], keys)
+
+            def of_actions(params):
+                return objective(own.act(params, batch["text"], drawn), params)
+
+            return value_and_gradients(of_actions, state.params)
+
+        (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:-1], microbatches)
         params, opt_state = update.params(state.params, state.opt_state, grads)
-        metrics = {"loss": loss, **metrics, **norms(grads, params)}
+        metrics = {"loss": loss, **logged(metrics), **norms(grads, params)}
     step = state.step + 1
     ema = update.ema(state.ema, params, step)
     return state._replace(step=step if counts else state.step, params=params, ema=ema, opt_state=opt_state), metrics
@@ -166,6 +187,7 @@ def critic_step(
     terms: Sequence[Term],
     update: Update,
     text_dropout: float,
+    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the fake score on fresh videos of the student, and the end of the step.
 
@@ -173,14 +195,21 @@ def critic_step(
     "latents".
     """
     del frozen
-    key_text, key_roll, key_net, key_loss = _keys(seed, state.step, 1, 4)
-    text = drop_text(batch["text"], null_MC, key_text, text_dropout)
-    videos = {"text": text, "latents": own.draw(state.params, text, key_roll).video_BTHWC}
+    keys = _keys(seed, state.step, 1, 5)
+    exits = own.exits(keys[-1])
+    text = drop_text(batch["text"], null_MC, keys[0], text_dropout)
 
-    def objective(params):
-        return total_loss(terms, make_net(params, key_net), videos, key_loss)
+    def gradients(batch, keys):
+        key_roll, key_net, key_loss = keys
+        drawn = own.draw(state.params, batch["text"], key_roll, exits)
+        videos = {"text": batch["text"], "latents": drawn.video_BTHWC}
 
-    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.critic)
+        def objective(params):
+            return total_loss(terms, make_net(params, key_net), videos, key_loss)
+
+        return value_and_gradients(objective, state.critic)
+
+    (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:-1], microbatches)
     critic, critic_opt = update.params(state.critic, state.critic_opt, grads)
-    metrics = {f"critic/{name}": x for name, x in {"loss": loss, **metrics, **norms(grads, critic)}.items()}
+    metrics = {f"critic/{name}": x for name, x in {"loss": loss, **logged(metrics), **norms(grads, critic)}.items()}
     return state._replace(step=state.step + 1, critic=critic, critic_opt=critic_opt), metrics

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.models.student import ContextGrad, History, StreamingModel
 from greedy_distill_jax.stream import Exit, Streamer
@@ -42,7 +43,7 @@ def draw_exits(key, lengths, how: str):
 
 
 def roll_out(
-    streamer: Streamer | CausalStreamer, params, text_BMC, key, latent_shape: tuple[int, int, int, int], how: str
+    streamer: Streamer | CausalStreamer, params, text_BMC, key, latent_shape: tuple[int, int, int, int], how
 ) -> Rollout:
     """Streams ``latent_shape`` = (T, H, W, C) for prompts [B, M, C], without gradient.
 
@@ -50,19 +51,23 @@ def roll_out(
       streamer: student and step lists; its context mode must not be "fused" (whose numbers are those of "clean").
       params, text_BMC: of the student.
       key: of the noise and of the exits.
-      how: see ``draw_exits``.
+      how: as for ``draw_exits``, or the exits that it has drawn.
     """
+    frames, height, width, channels = latent_shape
     key_exit, key_stream = jax.random.split(key)
-    params = jax.lax.stop_gradient(params)
-    exits = draw_exits(key_exit, streamer.sampling.ends + 1, how)
-    state = streamer.init(params, text_BMC, key_stream, latent_shape[1:])
+    exits = draw_exits(key_exit, streamer.sampling.ends + 1, how) if isinstance(how, str) else how
 
-    def chunk(state, _):
-        state, x, exit = streamer.step_to(params, state, exits)
-        return state, (x, exit.x, exit.sigma)
+    def call(params, text, key, exits):
+        state = streamer.init(params, text, key, (height, parallel.stripe_columns(width), channels))
 
-    _, (x0, entered, sigma) = jax.lax.scan(chunk, state, length=streamer.student.chunks_of(latent_shape[0]))
-    return Rollout(_in_time(x0), _in_time(entered), jnp.repeat(sigma, streamer.cfg.chunk))
+        def chunk(state, _):
+            state, x, exit = streamer.step_to(params, state, exits)
+            return state, (x, exit.x, exit.sigma)
+
+        _, (x0, entered, sigma) = jax.lax.scan(chunk, state, length=streamer.student.chunks_of(frames))
+        return Rollout(_in_time(x0), _in_time(entered), jnp.repeat(sigma, streamer.cfg.chunk))
+
+    return parallel.split_videos(call, jax.lax.stop_gradient(params), text_BMC, key_stream, exits, whole=1)
 
 
 def _in_time(x):
@@ -99,11 +104,16 @@ def replay(
       frames: gradients also flow through generated frames, so that later frames give credit to earlier ones.
       segment: with ``frames``, after so many chunks the flow through the state is cut; 0 never cuts.
     """
-    shape, g = rollout.x0_BTHWC.shape, streamer.cfg.chunk
-    chunks = streamer.student.chunks_of(shape[1])
+    chunks = streamer.student.chunks_of(rollout.x0_BTHWC.shape[1])
     segment = segment or chunks
     if chunks % segment:
         raise ValueError(f"segment is {segment} chunks, which does not divide the {chunks} chunks of a rollout.")
+    call = functools.partial(_replay, streamer, grads=grads, frames=frames, segment=segment)
+    return parallel.split_videos(call, params, text_BMC, rollout, whole=1)
+
+
+def _replay(streamer, params, text_BMC, rollout: Rollout, *, grads: ContextGrad, frames: bool, segment: int):
+    shape, g = rollout.x0_BTHWC.shape, streamer.cfg.chunk
     state = streamer.init(params, text_BMC, jax.random.key(0), shape[2:])
     inputs = rearrange(rollout.exit_BTHWC, "b (s n g) h w c -> s n b g h w c", g=g, n=segment)
     levels = rearrange(rollout.sigma_T[::g], "(s n) -> s n", n=segment)

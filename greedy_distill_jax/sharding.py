@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from greedy_distill_jax.types import UserError
 
 TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/(self|cross)_attn/(q|k|v|z_k|z_v)/kernel", ("layers", "embed", "heads")),
@@ -36,11 +38,14 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/modulation", (None, "embed")),
     (r"bos", (None,)),
     (r"etm/norm/(scale|bias)", (None,)),
-    # Not parameters: step counters, and Muon's polynomial.
-    (r"count|step", ()),
+    # Not parameters: counters and keys of updates and of streams, and Muon's polynomial.
+    (r"count|step|index|key", ()),
     (r"ns_coeffs", (None,)),
-    # Batches and video-shaped arrays.
-    (r"latents", ("batch", "frames", None, None, None)),
+    # Batches, and what a stream carries from chunk to chunk.
+    (r"latents|last|frames", ("batch", None, None, None, None)),
+    (r"(etm_|sdd_)?(cache|text)/(k|v)", ("layers", "batch", None, "heads", None)),
+    (r"(etm_)?slots", (None,)),
+    (r"z", ("batch", None, None)),
     (r"text", ("batch", None, None)),
 )
 
@@ -50,8 +55,8 @@ class Rules:
     """Logical axis -> mesh axes."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    frames: tuple[str, ...] = ("context",)
-    embed: tuple[str, ...] = ("fsdp",)
+    columns: tuple[str, ...] = ("context",)  # of every frame, inside the networks: see parallel.py
+    embed: tuple[str, ...] = ("fsdp", "context")  # of parameters and moments, not of activations
     heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
@@ -87,11 +92,16 @@ def _key_name(key) -> str:
 
 
 def shardings(tree, mesh: Mesh, rules: Rules = RULES):
-    """NamedSharding for every leaf of a tree of arrays or shapes.
+    """NamedSharding for every leaf of a tree of arrays or shapes; raises as ``specs``."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, rules))
+
+
+def specs(tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES):
+    """PartitionSpec for every leaf of a tree of arrays or shapes; axes that the mesh lacks split nothing.
 
     Raises:
-      ValueError: a leaf that matches no row or several, whose rank differs from its row's, or whose size does not
-        divide by the mesh axes of its row.
+      ValueError: a leaf that matches no row or several, or whose rank differs from its row's.
+      UserError: a size that does not divide by the mesh axes of its row.
     """
     out = []
     for path, leaf in leaf_paths(tree):
@@ -101,14 +111,14 @@ def shardings(tree, mesh: Mesh, rules: Rules = RULES):
         logical = TABLE[rows[0]][1]
         if len(logical) != leaf.ndim:
             raise ValueError(f"sharding: {path} has shape {leaf.shape}, but its row lists the axes {logical}.")
-        spec = rules.spec(logical)
+        spec = [(axes,) if isinstance(axes, str) else axes or () for axes in rules.spec(logical)]
+        spec = [tuple(a for a in axes if a in mesh.shape) for axes in spec]
         for size, axes in zip(leaf.shape, spec, strict=True):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
             parts = int(np.prod([mesh.shape[a] for a in axes]))
             if size % parts:
-                raise ValueError(
+                raise UserError(
                     f"sharding: {path} {leaf.shape}: {size} does not divide into {parts} parts ({axes}); "
                     f"choose a smaller mesh axis or another width."
                 )
-        out.append(NamedSharding(mesh, spec))
+        out.append(PartitionSpec(*spec))
     return jax.tree.unflatten(jax.tree.structure(tree), out)

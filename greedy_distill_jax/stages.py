@@ -54,10 +54,11 @@ class Stage(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """The runs a stage starts from, or asks for scores."""
+    """The runs a stage starts from, or asks for scores; ``critic`` only where it is not ``teacher``."""
 
     teacher: Run | None
     student: Run | None
+    critic: Run | None = None
 
 
 def build_model(config: ConfigDict) -> Teacher | StreamingModel:
@@ -67,21 +68,23 @@ def build_model(config: ConfigDict) -> Teacher | StreamingModel:
     return make_student(configuration.student_config(config))
 
 
-def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed: bool) -> Sources:
-    """Loads what ``config.teacher_from`` and ``config.student_from`` name, if it is still needed."""
-    teacher = student = None
+def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed: bool, sharding=None) -> Sources:
+    """Loads what ``config.teacher_from``, ``.student_from`` and ``.critic_from`` name, if it is still needed.
+
+    ``sharding``: function from a tree of shapes to one of shardings, in which the parameters are read; the largest
+    network need not fit into one device.
+    """
+    teacher = student = critic = None
     asked = configuration.frozen_networks(config)
     if config.teacher_from and isinstance(model, StreamingModel) and ("teacher" in asked or not resumed):
-        teacher = Run.load(config.teacher_from, needs_codec=False)
-        if teacher.config.stage != "teacher":
-            raise UserError(
-                f"config.teacher_from {config.teacher_from} holds stage {teacher.config.stage}, not a teacher."
-            )
-        _check_same("teacher_from", config.teacher_from, teacher.model.cfg, model.cfg.base)
+        wanted = configuration.teacher_config(config) if config.stage == "dmd" else model.cfg.base
+        teacher = _load_teacher("teacher_from", config.teacher_from, wanted, sharding)
         if "teacher" in asked and config.distill.real == "per_frame":
             _check_per_frame(config.teacher_from, teacher)
+    if config.critic_from and config.stage == "dmd" and not resumed:
+        critic = _load_teacher("critic_from", config.critic_from, model.cfg.base, sharding)
     if config.student_from and isinstance(model, StreamingModel) and ("stage1" in asked or not resumed):
-        student = Run.load(config.student_from, needs_codec=False)
+        student = Run.load(config.student_from, needs_codec=False, sharding=sharding)
         if student.config.stage == "teacher":
             raise UserError(f"config.student_from {config.student_from} holds a teacher, not a student.")
         if "stage1" in asked and student.config.stage != "teacher_forcing":
@@ -91,7 +94,15 @@ def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed
                 f"of stage teacher_forcing."
             )
         _check_same("student_from", config.student_from, student.model.cfg, model.cfg)
-    return Sources(teacher, student)
+    return Sources(teacher, student, critic)
+
+
+def _load_teacher(key: str, directory: str, wanted, sharding) -> Run:
+    run = Run.load(directory, needs_codec=False, sharding=sharding)
+    if run.config.stage != "teacher":
+        raise UserError(f"config.{key} {directory} holds stage {run.config.stage}, not a teacher.")
+    _check_same(key, directory, run.model.cfg, wanted)
+    return run
 
 
 def source_fingerprints(config: ConfigDict, sources: Sources) -> dict[str, str]:
@@ -119,7 +130,7 @@ def _check_same(key: str, directory: str, stored, wanted) -> None:
         listed = ", ".join(f"{f} {getattr(stored, f)} against {getattr(wanted, f)}" for f in different)
         raise UserError(
             f"config.{key} {directory} has another architecture: {listed}; set the same config.model and "
-            f"config.student in both."
+            f"config.student in both (config.distill.teacher_size for a teacher of another size)."
         )
     if hasattr(stored, "base"):
         _check_same(key, directory, stored.base, wanted.base)
@@ -139,7 +150,10 @@ def build_stage(config: ConfigDict, model: Teacher | StreamingModel, sources: So
       null_MC: the unconditional text rows.
       latent_shape: (T, H, W, C) of an example.
     """
-    shared = dict(seed=config.seed, null_MC=jnp.asarray(null_MC), text_dropout=config.text_dropout)
+    shared = dict(
+        seed=config.seed, null_MC=jnp.asarray(null_MC), text_dropout=config.text_dropout,
+        microbatches=config.data.accumulate,
+    )  # fmt: skip
     if config.stage == "dmd":
         return _distillation(config, model, sources, shared, latent_shape)
     make_net = functools.partial(steps.teacher_net, model) if config.stage == "teacher" else _student_net(config, model)
@@ -174,6 +188,7 @@ def _distillation(config: ConfigDict, student: StreamingModel, sources: Sources,
             )
     frozen = {name: _compute_precision(loaded[name].params, student.cfg.base.dtype) for name in sorted(asked)}
     critic, critic_net = _critic(config, student)
+
     def due(step):
         return step > d.critic_warmup and (step - d.critic_warmup - 1) % d.generator_every == 0
 
@@ -197,9 +212,13 @@ def _distillation(config: ConfigDict, student: StreamingModel, sources: Sources,
     return Stage(student, optimizer, critic, critic_optimizer, frozen, tuple(parts))
 
 
-def given_params(sources: Sources) -> dict[str, Any]:
-    """Parameters of the runs a stage starts from."""
-    return {name: run.params for name, run in sources._asdict().items() if run is not None}
+def given_params(stage: Stage, sources: Sources) -> dict[str, Any]:
+    """Parameters of the runs that ``initial_params`` makes use of: a teacher that only scores is not among them."""
+    given = {name: run.params for name, run in sources._asdict().items() if run is not None}
+    critic_from_teacher = isinstance(stage.critic, Teacher) and "critic" not in given
+    if "student" in given and not critic_from_teacher:
+        given.pop("teacher", None)
+    return given
 
 
 def _critic(config: ConfigDict, student: StreamingModel):
@@ -214,7 +233,8 @@ def _critic(config: ConfigDict, student: StreamingModel):
 
 def score_nets(config: ConfigDict, student: StreamingModel, null_MC) -> Callable:
     """``make_scores(state, frozen, key) -> {"real": net, "fake": net}`` of ``config.distill``."""
-    d, teacher, student_net = config.distill, Teacher(student.cfg.base), _student_net(config, student)
+    d, student_net = config.distill, _student_net(config, student)
+    teacher = Teacher(configuration.teacher_config(config))
     _, critic_net = _critic(config, student)
     real_net = {
         "joint": lambda frozen, key: steps.teacher_net(teacher, frozen["teacher"], key),
@@ -241,7 +261,8 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
     """(parameters, critic's parameters or None) of step 0.
 
     Args:
-      given: parameters of the sources' runs, "teacher" and "student", as far as there are any.
+      given: parameters of the sources' runs, "teacher", "student" and "critic", as far as there are any. Shapes do not
+        depend on it: with none of them everything is random.
       key: of a random start, and of what the sources do not have.
     """
     given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)  # converted weights may be stored in bfloat16
@@ -253,7 +274,10 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
         params = stage.model.init(key, latent_shape)
     if stage.critic is None:
         return params, None
-    return params, given["teacher"] if isinstance(stage.critic, Teacher) else jax.tree.map(jnp.copy, params)
+    if isinstance(stage.critic, Teacher):
+        names = [name for name in ("critic", "teacher") if name in given]
+        return params, given[names[0]] if names else stage.critic.init(key, latent_shape)
+    return params, jax.tree.map(jnp.copy, params)
 
 
 def _student_net(config: ConfigDict, student: StreamingModel):
@@ -269,7 +293,10 @@ def _compute_precision(params, dtype: str):
 
     def cast(path, leaf):
         kernel = getattr(path[-1], "key", None) == "kernel"
-        return jnp.asarray(leaf, jnp.dtype(dtype)) if kernel else jnp.asarray(leaf)
+        wanted = jnp.dtype(dtype) if kernel else leaf.dtype
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, wanted)
+        return leaf.astype(wanted)  # where it is
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

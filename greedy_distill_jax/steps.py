@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.losses import option_names
 from greedy_distill_jax.models.dit import Teacher
@@ -107,7 +108,7 @@ def drop_text(text_BMC, null_MC, key, rate: float):
 
 
 def total_loss(terms: Sequence[Term], net, batch, key, scores: Mapping[str, Callable] | None = None):
-    """(sum of weight * mean(loss_B), metrics by term); ``net`` is called with x, sigma, batch.
+    """(sum of weight * mean(loss_B), metrics by term, see ``logged``); ``net`` is called with x, sigma, batch.
 
     ``scores``: networks that a loss may ask for by the keyword-only arguments "real" and "fake".
     """
@@ -152,6 +153,37 @@ class Update:
         )  # fmt: skip
 
 
+def value_and_gradients(objective: Callable, params):
+    """((value, auxiliary values), gradients) of ``objective(params)``."""
+    value, grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return value, parallel.at_rest(grads)
+
+
+def accumulate(gradients: Callable, batch: Mapping[str, jax.Array], keys, count: int):
+    """Mean of ``gradients(part of the batch, keys)`` over ``count`` microbatches, one after the other.
+
+    Args:
+      gradients: returns a tree of float32 arrays, each a mean over the examples it is given.
+      batch: examples along the first axis of every array.
+      keys: PRNG keys [n], from which each of several microbatches makes its own.
+      count: divides the number of examples. Microbatch i takes every ``count``-th example from i on: each device group
+        computes its own examples of it, and none move.
+    """
+    if count == 1:
+        return gradients(batch, keys)
+
+    def part(total, xs):
+        index, microbatch = xs
+        own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        return jax.tree.map(jnp.add, total, gradients(microbatch, own)), None
+
+    parts = {name: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1) for name, x in batch.items()}
+    shapes = jax.eval_shape(lambda b: gradients(b, keys), {name: x[0] for name, x in parts.items()})
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(part, start, (jnp.arange(count), parts))
+    return jax.tree.map(lambda x: x / count, total)
+
+
 def train_step(
     state: TrainState,
     batch: Mapping[str, jax.Array],
@@ -162,6 +194,7 @@ def train_step(
     terms: Sequence[Term],
     update: Update,
     text_dropout: float,
+    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of a network trained on data.
 
@@ -173,21 +206,33 @@ def train_step(
       terms: weighted losses.
       update: optimiser and average.
       text_dropout: fraction of examples trained without text.
+      microbatches: parts of the batch that are computed one after the other, see ``accumulate``.
 
     Returns:
       (state, metrics): every loss term, their weighted sum "loss", "grad_norm", and "param_norm" after the update.
     """
-    key_text, key_net, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 3)
-    batch = {**batch, "text": drop_text(batch["text"], null_MC, key_text, text_dropout)}
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 3)
+    batch = {**batch, "text": drop_text(batch["text"], null_MC, keys[0], text_dropout)}
 
-    def objective(params):
-        return total_loss(terms, make_net(params, key_net), batch, key_loss)
+    def gradients(batch, keys):
+        def objective(params):
+            return total_loss(terms, make_net(params, keys[0]), batch, keys[1])
 
-    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        return value_and_gradients(objective, state.params)
+
+    (loss, metrics), grads = accumulate(gradients, batch, keys[1:], microbatches)
     params, opt_state = update.params(state.params, state.opt_state, grads)
     step = state.step + 1
     state = state._replace(step=step, params=params, ema=update.ema(state.ema, params, step), opt_state=opt_state)
-    return state, {"loss": loss, **metrics, **norms(grads, params)}
+    return state, {"loss": loss, **logged(metrics), **norms(grads, params)}
+
+
+def logged(metrics) -> dict[str, jax.Array]:
+    """Metrics as scalars: the mean behind every (sum, count), 0 where nothing was counted.
+
+    After ``accumulate``, because the mean of microbatches' means would not be that of the batch.
+    """
+    return {k: x[0] / jnp.maximum(x[1], 1e-6) if isinstance(x, tuple) else x for k, x in metrics.items()}
 
 
 def norms(grads, params) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.models import layouts
 from greedy_distill_jax.models.dit import grid_of
 from greedy_distill_jax.models.layers import KeyValue, Layer
@@ -86,7 +87,7 @@ def _past(cfg: StudentConfig, i):
 
 def initial_noise(key, shape) -> jax.Array:
     """The noise a chunk starts from, given the key of its step."""
-    return jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
+    return parallel.normal(jax.random.fold_in(key, 0), shape)
 
 
 def denoise(sampling: Sampling, velocity, index, shape, own, key, exits, first=None):
@@ -116,7 +117,7 @@ def denoise(sampling: Sampling, velocity, index, shape, own, key, exits, first=N
         if sampling.sampler == "euler":
             between = x + (after - sigma) * v
         else:
-            noise = jax.random.normal(jax.random.fold_in(key, n + 1), x.shape, jnp.float32)
+            noise = parallel.normal(jax.random.fold_in(key, n + 1), x.shape)
             between = (1.0 - after) * x0 + after * noise
         return jnp.where(n == last, x0, between)
 
@@ -156,14 +157,14 @@ class Streamer:
     def init(self, params, text_BMC, key, latent_shape: tuple[int, int, int]) -> StreamState:
         """An empty stream for prompts [B, M, C] and latents (H, W, C)."""
         cfg, base, batch = self.cfg, self.cfg.base, text_BMC.shape[0]
-        last = jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32)
+        last = parallel.varying(jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32))
         tokens = self.student.chunk_tokens(last)
         etm_text, sdd_text = self._project_text(params, text_BMC)
         slots = cfg.sink + cfg.window - 1
 
         def empty(layers, chunks):
             shape = (layers, batch, chunks * tokens, base.num_heads, base.head_dim)
-            return KeyValue(jnp.zeros(shape, jnp.dtype(base.dtype)), jnp.zeros(shape, jnp.dtype(base.dtype)))
+            return parallel.varying(KeyValue(*(jnp.zeros(shape, jnp.dtype(base.dtype)) for _ in KeyValue._fields)))
 
         return StreamState(
             index=jnp.int32(0),
@@ -174,7 +175,7 @@ class Streamer:
             etm_text=etm_text,
             sdd_cache=empty(len(cfg.sdd_layers), 2),
             sdd_text=sdd_text,
-            z=jnp.zeros((batch, tokens, base.dim), jnp.float32) if cfg.context == "fused" else None,
+            z=parallel.varying(jnp.zeros((batch, tokens, base.dim), jnp.float32)) if cfg.context == "fused" else None,
         )
 
     def switch_prompt(self, params, state: StreamState, text_BMC) -> StreamState:

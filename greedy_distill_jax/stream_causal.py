@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.models import layouts
 from greedy_distill_jax.models.causal import CausalStudent
 from greedy_distill_jax.models.dit import grid_of
@@ -40,9 +41,9 @@ class CausalStreamer:
     def init(self, params, text_BMC, key, latent_shape: tuple[int, int, int]) -> CausalState:
         """An empty stream for prompts [B, M, C] and latents (H, W, C)."""
         cfg, batch = self.cfg, text_BMC.shape[0]
-        last = jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32)
+        last = parallel.varying(jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32))
         slots = cfg.sink_chunks + cfg.ring_chunks
-        frames = jnp.zeros((batch, cfg.ring_chunks * cfg.chunk, *latent_shape), jnp.float32)
+        frames = parallel.varying(jnp.zeros((batch, cfg.ring_chunks * cfg.chunk, *latent_shape), jnp.float32))
         return CausalState(
             index=jnp.int32(0),
             key=key,
@@ -56,7 +57,7 @@ class CausalStreamer:
     def _empty(self, x, chunks: int) -> KeyValue:
         base = self.cfg.base
         shape = (base.num_layers, len(x), chunks * self.student.chunk_tokens(x), base.num_heads, base.head_dim)
-        return KeyValue(*(jnp.zeros(shape, jnp.dtype(base.dtype)) for _ in KeyValue._fields))
+        return parallel.varying(KeyValue(*(jnp.zeros(shape, jnp.dtype(base.dtype)) for _ in KeyValue._fields)))
 
     def _project_text(self, params, text_BMC) -> KeyValue:
         return self.student.dit(project_only=True).apply({"params": params}, text_BMC, method="project").text

@@ -33,6 +33,7 @@ from greedy_distill_jax.export.pipeline import load_codec, save_codec
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
 from greedy_distill_jax.models.codec import VideoCodec
+from greedy_distill_jax.parallel import check_columns, on_mesh
 from greedy_distill_jax.run import Run, architecture, data_source
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.stages import (
@@ -82,8 +83,9 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
         )
     model = build_model(config)
     resumed = has_checkpoint(workdir / "checkpoints")
-    sources = load_sources(config, model, resumed=resumed)
-    for key, run in (("teacher_from", sources.teacher), ("student_from", sources.student)):
+    sources = load_sources(config, model, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
+    named = (("teacher_from", sources.teacher), ("student_from", sources.student), ("critic_from", sources.critic))
+    for key, run in named:
         if run is not None and run.codec is not None:
             codec = _agreed_codec(codec, run.codec, config[key])
     if resumed:
@@ -94,36 +96,15 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     latent_shape = latents_of(examples[:1], codec).shape[1:]
     if latent_shape[-1] != wan.channels:
         raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
-    parts, processes = batch_parts(mesh), jax.process_count()
-    if config.data.batch % parts or parts % processes:
-        raise UserError(
-            f"config.data.batch is {config.data.batch}; it must divide over the {parts} data and fsdp parts of the "
-            f"mesh, and these over the {processes} processes. Change config.data.batch or config.mesh."
-        )
-
-    batch_shape = {
-        "latents": jax.ShapeDtypeStruct((config.data.batch, *latent_shape), jnp.float32),
-        "text": jax.ShapeDtypeStruct((config.data.batch, wan.text_len, wan.text_dim), jnp.float32),
-    }
+    check_mesh(config, mesh, latent_shape, jax.process_count())
+    batch_shape = batch_shapes(config, latent_shape)
     try:
         stage = build_stage(config, model, sources, encoder([config.data.negative_prompt])[0], latent_shape)
-        given = given_params(sources)
-        state_shape = jax.eval_shape(
-            lambda key, given: stage.state(*initial_params(stage, key, latent_shape, given)), jax.random.key(0), given
-        )
-        state_sharding, batch_sharding, frozen_sharding = (
-            shardings(tree, mesh) for tree in (state_shape, batch_shape, stage.frozen)
-        )
-        jitted, metrics = [], {}
-        for part in stage.parts:
-            call = jax.jit(
-                part.call,
-                in_shardings=(state_sharding, frozen_sharding, batch_sharding),
-                out_shardings=(state_sharding, NamedSharding(mesh, PartitionSpec())),
-                donate_argnums=0,
-            )
-            metrics |= call.eval_shape(state_shape, stage.frozen, batch_shape)[1]
-            jitted.append(part._replace(call=call))
+        state_shape = state_shapes(stage, latent_shape)
+        jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
+        metrics = {}
+        for part in jitted:
+            metrics |= part.call.eval_shape(state_shape, stage.frozen, batch_shape)[1]
     except KeyError as error:
         raise UserError(f"config.losses: a loss asks for batch[{error}], not there in stage {config.stage}.") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
@@ -133,7 +114,52 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
             raise UserError(f"The metric {name} has shape {metric.shape}; a loss must return scalars as metrics.")
     captions = [example["caption"] for example in examples]
     return Job(stage, sources, augmented(source, config.data.augment, config.seed), captions, codec, encoder,
-               latent_shape, state_shape, state_sharding, batch_sharding, frozen_sharding, tuple(jitted))  # fmt: skip
+               latent_shape, state_shape, state_sharding, batch_sharding, frozen_sharding, jitted)  # fmt: skip
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh, latent_shape, processes: int = 1) -> None:
+    """Raises UserError when batch, microbatches or frames do not divide over the mesh."""
+    batch, count, parts = config.data.batch, config.data.accumulate, batch_parts(mesh)
+    if batch % (parts * count) or parts % processes:
+        raise UserError(
+            f"config.data.batch is {batch}; it must divide over the {parts} data and fsdp parts of the mesh, times "
+            f"config.data.accumulate = {count}, and the parts over the {processes} processes. Change "
+            f"config.data.batch, config.data.accumulate or config.mesh."
+        )
+    check_columns(mesh, latent_shape[2] // configuration.wan_config(config).patch)
+
+
+def batch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the loader will hand over."""
+    wan, batch = configuration.wan_config(config), config.data.batch
+    return {
+        "latents": jax.ShapeDtypeStruct((batch, *latent_shape), jnp.float32),
+        "text": jax.ShapeDtypeStruct((batch, wan.text_len, wan.text_dim), jnp.float32),
+    }
+
+
+def state_shapes(stage: Stage, latent_shape: tuple[int, int, int, int], given=None) -> TrainState:
+    """The state at step 0, shapes only; ``given`` as for ``initial_params``, whose shapes do not depend on it."""
+    return jax.eval_shape(
+        lambda key, given: stage.state(*initial_params(stage, key, latent_shape, given)), jax.random.key(0), given or {}
+    )
+
+
+def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape):
+    """(the stage's parts, jitted for the mesh, shardings of state, of frozen networks, of a batch)."""
+    of_state, of_frozen, of_batch = (shardings(tree, mesh) for tree in (state_shape, stage.frozen, batch_shape))
+    parts = tuple(
+        part._replace(
+            call=jax.jit(
+                on_mesh(part.call, mesh),
+                in_shardings=(of_state, of_frozen, of_batch),
+                out_shardings=(of_state, NamedSharding(mesh, PartitionSpec())),
+                donate_argnums=0,
+            )
+        )
+        for part in stage.parts
+    )
+    return parts, of_state, of_frozen, of_batch
 
 
 def _agreed_codec(codec: VideoCodec, stored: VideoCodec, run: str) -> VideoCodec:
@@ -244,6 +270,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
       Stopped: SIGTERM came; the run is saved.
     """
     configuration.validate(config)
+    configuration.check_runs(config)
     workdir = Path(workdir).expanduser()
     use_compile_cache(config.compile_cache)
     join_hosts()
@@ -335,8 +362,9 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
 
 def _initial_state(config: ConfigDict, job: Job) -> TrainState:
     """Step 0: a random network, or one that starts from other runs, made where it will live."""
-    given = jax.device_put(given_params(job.sources), NamedSharding(job.batch_sharding["text"].mesh, PartitionSpec()))
-    make = functools.partial(initial_params, job.stage, latent_shape=job.latent_shape)
+    given, mesh = given_params(job.stage, job.sources), job.batch_sharding["text"].mesh
+    given = jax.device_put(given, shardings(given, mesh))
+    make = on_mesh(functools.partial(initial_params, job.stage, latent_shape=job.latent_shape), mesh)
     params, critic = jax.jit(
         lambda key, given: make(key, given=given),
         out_shardings=(job.state_sharding.params, job.state_sharding.critic),

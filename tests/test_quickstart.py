@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a red square moving left", "a blue circle moving up")
 
 
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The workdir of a finished smoke run; programs are cached where the suite caches its own."""

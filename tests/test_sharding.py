@@ -8,9 +8,13 @@ import pytest
 
 from greedy_distill_jax import stages
 from greedy_distill_jax.mesh import make_mesh
+from greedy_distill_jax.models.causal import make_student
 from greedy_distill_jax.models.student import Student
 from greedy_distill_jax.models.wan_config import FUSIONS
+from greedy_distill_jax.parallel import check_columns, on_mesh
 from greedy_distill_jax.sharding import RULES, TABLE, leaf_paths, rows_of, shardings
+from greedy_distill_jax.stream import Sampling
+from greedy_distill_jax.stream_causal import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.types import UserError
 
@@ -22,12 +26,21 @@ def _state_shapes(config):
     return {"state": jax.eval_shape(stage.state, params, critic), "frozen": stage.frozen}
 
 
+def _stream_shapes(cfg):
+    student = make_student(cfg)
+    streamer = make_streamer(student, Sampling(((1.0, 0.5),), "renoise"))
+    params = jax.eval_shape(lambda key: student.init(key, (1, 4, 4, 4)), jax.random.key(0))
+    text = jax.ShapeDtypeStruct((1, cfg.base.text_len, cfg.base.text_dim), jnp.float32)
+    return jax.eval_shape(lambda p, t, k: streamer.init(p, t, k, (4, 4, 4)), params, text, jax.random.key(0))
+
+
 def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
     trees = [_state_shapes(tiny.train_config(optimizer__name=name)) for name in ("adamw", "muon")]
     trees += [_state_shapes(tiny.train_config("teacher_forcing", student__fusion=f)) for f in FUSIONS]
     trees += [_state_shapes(tiny.train_config("dmd", distill__real=real)) for real in ("joint", "autoregressive")]
     trees.append(_state_shapes(tiny.train_config("teacher_forcing", student__kind="causal")))
     trees.append({"latents": jnp.zeros((1, 1, 1, 1, 1)), "text": jnp.zeros((1, 1, 1))})
+    trees += [_stream_shapes(cfg) for cfg in (tiny.student_config(context="fused"), tiny.causal_config(recache=True))]
     seen = set()
     for tree in trees:
         for path, leaf in leaf_paths(tree):
@@ -61,8 +74,8 @@ MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
 
 @pytest.mark.parametrize(
     "stage, kind, meshes",
-    [("teacher", "etm_sdd", MESHES), ("teacher_forcing", "etm_sdd", MESHES), ("dmd", "etm_sdd", MESHES[-1:]),
-     ("dmd", "causal", MESHES[1:2])],
+    [("teacher", "etm_sdd", MESHES), ("teacher_forcing", "etm_sdd", MESHES), ("dmd", "etm_sdd", MESHES),
+     ("dmd", "causal", MESHES[2:])],
     ids=str,
 )  # fmt: skip
 def test_eight_devices_equal_one(stage, kind, meshes, monkeypatch):
@@ -90,10 +103,17 @@ def test_eight_devices_equal_one(stage, kind, meshes, monkeypatch):
             mesh = make_mesh(mesh_shape)
             spread = [jax.device_put(tree, shardings(tree, mesh)) for tree in (state, built.frozen, batch)]
             assert len(jax.tree.leaves(spread[0])[3].sharding.device_set) == 8
-            many, many_metrics = jax.jit(part.call)(*spread)
+            many, many_metrics = jax.jit(on_mesh(part.call, mesh))(*spread)
             for name, value in one_metrics.items():
                 np.testing.assert_allclose(many_metrics[name], value, rtol=2e-5, err_msg=f"{name} {mesh_shape}")
             assert np.linalg.norm(a - moved(many)) <= 1e-5 * np.linalg.norm(a), mesh_shape
+
+
+def test_a_frame_that_does_not_divide_into_stripes_names_the_choices():
+    mesh = make_mesh({"context": 8})
+    check_columns(mesh, 16)
+    with pytest.raises(UserError, match="52 columns of patches, which do not divide by 8; choose from 1, 2, 4, 13, 26"):
+        check_columns(mesh, 52)
 
 
 def test_the_student_of_every_fusion_fits_the_table():

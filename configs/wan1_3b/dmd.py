@@ -5,7 +5,8 @@
         --config.data.text=DIR/text
 
 The critic is a bidirectional 1.3B DiT that starts as the teacher; ``dmd.py:greedy_distill_paper`` is the published
-setting, the student itself as the fake score.
+setting, the student itself as the fake score. ``dmd.py:teacher_14b`` takes the real score from the 14B teacher, as
+Self-Forcing and LongLive do (METHOD_SPEC C.4); then --config.critic_from names the 1.3B one.
 """
 
 from configs.wan1_3b import teacher_forcing
@@ -14,9 +15,9 @@ from greedy_distill_jax.data.text import WAN_NEGATIVE_PROMPT
 
 
 def get_config(arg: str = "critic"):
-    """Self-Forcing's hyper-parameters (METHOD_SPEC C.6). ``arg``: "critic" or "greedy_distill_paper"."""
-    if arg not in ("critic", "greedy_distill_paper"):
-        raise ValueError(f"{arg!r} is not one of critic, greedy_distill_paper")
+    """Self-Forcing's hyper-parameters (METHOD_SPEC C.6). ``arg``: "critic", "greedy_distill_paper", "teacher_14b"."""
+    if arg not in ("critic", "greedy_distill_paper", "teacher_14b"):
+        raise ValueError(f"{arg!r} is not one of critic, greedy_distill_paper, teacher_14b")
     config = teacher_forcing.get_config()
     config.stage = "dmd"
     config.steps = 600
@@ -34,4 +35,6 @@ def get_config(arg: str = "critic"):
     config.ema.decay, config.ema.start = 0.99, 200
     config.sample.steps, config.sample.first_steps, config.sample.shift = 4, 4, 5.0
     config.sample.sampler = "renoise"
+    if arg == "teacher_14b":
+        config.distill.teacher_size = "wan14b"
     return greedy_distill_paper(config) if arg == "greedy_distill_paper" else config

@@ -13,7 +13,9 @@ def get_config():
     config.model.size = "wan1_3b"
     config.steps = 4000
     config.data.frames = 21
-    config.data.batch = 64
+    config.data.batch = 64  # = 16 microbatches x 1 video x 4 groups of 4 chips
+    config.data.accumulate = 16
+    config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, -1, 4
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-6
     config.optimizer.betas = (0.9, 0.999)

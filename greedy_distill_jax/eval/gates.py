@@ -30,9 +30,7 @@ def quality_gates(
     return out
 
 
-def stage2_gates(
-    stage2: Mapping[str, Any], stage1: Mapping[str, Any], real: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def stage2_gates(stage2: Mapping[str, Any], stage1: Mapping[str, Any], real: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Gates on the metrics of the streams of both stages at the same evaluations per frame, and of real videos.
 
     All three with the same reference; keys fd_first, fd_last, step_std, step_std_last.

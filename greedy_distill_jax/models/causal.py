@@ -4,9 +4,12 @@ Self-Forcing and LongLive are this model; its parameters are the teacher's, tree
 loads into the other. The step-by-step form with caches is ``greedy_distill_jax.stream_causal``.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.models import layouts
 from greedy_distill_jax.models.dit import Dit, Teacher, grid_of
 from greedy_distill_jax.models.layers import Layout
@@ -31,7 +34,13 @@ class CausalStudent(StreamingModel):
         return jax.tree.map(jnp.asarray, teacher_params)
 
     def __call__(
-        self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad = ContextGrad()  # noqa: B008
+        self,
+        params,
+        x_BTHWC,
+        sigma_BT,
+        text_BMC,
+        history: History,
+        grads: ContextGrad = ContextGrad(),  # noqa: B008
     ):
         """Teacher-forced velocity: every noisy chunk sees the clean chunks of its window, in one parallel pass.
 
@@ -50,6 +59,10 @@ class CausalStudent(StreamingModel):
         Raises:
           ValueError: frames that do not divide into chunks, or noisy frames that are no multiple of the history's.
         """
+        call = functools.partial(self._velocity, grads=grads)
+        return parallel.split_videos(call, params, x_BTHWC, sigma_BT, text_BMC, history, whole=1)
+
+    def _velocity(self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad):
         own, sigma = self.clean_and_noisy(x_BTHWC, sigma_BT, history)
         frames = history.frames_BTHWC.shape[1]
         pattern = layouts.causal_parallel(

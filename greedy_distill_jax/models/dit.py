@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.models.layers import Embeddings, Emitted, Head, Layer, Layout, Shared, block_stack, dense
 from greedy_distill_jax.models.rope import Rope, rope_table
 from greedy_distill_jax.models.wan_config import WanConfig
@@ -95,7 +96,8 @@ class Dit(nn.Module):
             z = rearrange(z_BSD, "b (c l) d -> b c l d", l=length)[:, np.asarray(self.layout.z_of)]
             if self.fusion == "adaln":
                 per_chunk = length // (grid[0] * grid[1])
-                extra = repeat(self.z_in(jnp.mean(z, axis=2)), "b c d -> b (c g) d", g=per_chunk)
+                mean = parallel.mean_of_stripes(jnp.mean(z, axis=2))
+                extra = repeat(self.z_in(mean), "b c d -> b (c g) d", g=per_chunk)
             else:
                 z = rearrange(z, "b c l d -> b (c l) d")
                 if self.fusion == "add":
@@ -152,5 +154,9 @@ class Teacher:
 
     def __call__(self, params, x_BTHWC, sigma_BT, text_BMC):
         """Velocity [B, T, H, W, C]; sigma [B, 1] (one per video) or [B, T] (one per frame)."""
-        module, rope = self._call(x_BTHWC)
-        return module.apply({"params": params}, x_BTHWC, sigma_BT, text_BMC, rope_q=rope)[0]
+
+        def call(params, x, sigma, text):
+            module, rope = self._call(x)
+            return module.apply({"params": params}, x, sigma, text, rope_q=rope)[0]
+
+        return parallel.split_videos(call, params, x_BTHWC, sigma_BT, text_BMC, whole=1)

@@ -17,8 +17,9 @@ from einops import rearrange
 
 from greedy_distill_jax.models.rope import Rope, apply_rope
 from greedy_distill_jax.models.wan_config import WanConfig
-from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention
+from greedy_distill_jax.ops.sliding_window import Schedule
 from greedy_distill_jax.ops.sliding_window.schedule import Table
+from greedy_distill_jax.parallel import attention, constrain, settled
 
 TIMESTEPS = 1000.0  # t = 1000 sigma
 
@@ -229,7 +230,7 @@ class Block(nn.Module):
         if layout.rotate_at_use:
             k = apply_rope(k, shared.rope_k)
         schedule = Schedule.from_table(layout.table, q_chunk=layout.tokens, num_k_chunks=len(layout.source))
-        return self.self_attn.out(chunk_attention(q, k, v, schedule, visible_QS=shared.visible)), own
+        return self.self_attn.out(attention(q, k, v, schedule, visible_QS=shared.visible)), own
 
     def _over_z(self, q, z: KeyValue):
         """Every own chunk attends to the z chunk that conditions it."""
@@ -237,7 +238,7 @@ class Block(nn.Module):
         table = [(c,) for c in layout.z_of]
         chunks = z.k.shape[1] // layout.tokens
         schedule = Schedule.from_table(table, q_chunk=layout.tokens, num_k_chunks=chunks)
-        return chunk_attention(q, z.k, z.v, schedule)
+        return attention(q, z.k, z.v, schedule)
 
     def _cross_attention(self, h, shared: Shared, text: KeyValue | None, z: KeyValue | None):
         q = self.cross_attn.query(h)
@@ -247,7 +248,7 @@ class Block(nn.Module):
             [(0,)] * (q.shape[1] // self.layout.tokens),
             q_chunk=self.layout.tokens, k_chunk=text.k.shape[1], num_k_chunks=1,
         )  # fmt: skip
-        out = chunk_attention(q, text.k, text.v, rows)
+        out = attention(q, text.k, text.v, rows, text=True)
         if self.fusion == "xattn2":
             second = self._over_z(apply_rope(q, shared.rope_zq), z)
             out = out + (self.z_gate[None, None, :, None] * second.astype(jnp.float32)).astype(out.dtype)
@@ -263,6 +264,7 @@ class Block(nn.Module):
             z = self.project_z(shared.z, shared.rope_z)
         if self.project_only:
             return x_BSD, Emitted(text=text, z=z)
+        x_BSD = constrain(x_BSD, "batch", None, None)
         m = self.modulation[None, None] + shared.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, :, i] for i in range(6))
 
@@ -359,7 +361,7 @@ class Head(nn.Module):
         init = nn.initializers.normal(cfg.dim**-0.5)
         table = self.param("modulation", init, (2, cfg.dim), jnp.float32)
         m = table[None, None] + e_BTD[:, :, None]
-        h = modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]).astype(jnp.dtype(cfg.dtype))
+        h = settled(modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]).astype(jnp.dtype(cfg.dtype)))
         out = dense(cfg.patch**2 * cfg.channels, cfg, nn.initializers.zeros, name="projection")(h)
         return rearrange(
             out.astype(jnp.float32), "b (t h w) (p q c) -> b t (h p) (w q) c",

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from greedy_distill_jax import parallel
+
 THETA = 10_000.0
 _LEVEL = 1024
 
@@ -75,11 +77,13 @@ def rope_table(frame_T, grid: tuple[int, int], head_dim: int) -> Rope:
     pairs_t, _, _ = split_pairs(head_dim)
     cos_t, sin_t = _time_rotation(frame_T, pairs_t)
     frames, tokens = cos_t.shape[0], grid[0] * grid[1]
-    spatial = _spatial(grid, head_dim)
+    whole = grid[0], parallel.whole_columns(grid[1])
+    spatial = _spatial(whole, head_dim)
 
     def join(time, space):
         time = jnp.broadcast_to(time[:, None], (frames, tokens, pairs_t))
-        space = jnp.broadcast_to(jnp.asarray(space, jnp.float32)[None], (frames, tokens, space.shape[-1]))
+        space = parallel.stripe(jnp.asarray(space, jnp.float32).reshape(*whole, -1), 1).reshape(1, tokens, -1)
+        space = jnp.broadcast_to(space, (frames, *space.shape[1:]))
         return jnp.concatenate([time, space], axis=-1).reshape(frames * tokens, head_dim // 2)
 
     return Rope(join(cos_t, np.cos(spatial)), join(sin_t, np.sin(spatial)))

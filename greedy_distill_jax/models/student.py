@@ -3,12 +3,14 @@
 Parameters are ``{"etm": ..., "sdd": ...}``. The step-by-step form with caches is ``greedy_distill_jax.stream``.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from greedy_distill_jax import parallel
 from greedy_distill_jax.models import layouts
 from greedy_distill_jax.models.dit import Dit, grid_of
 from greedy_distill_jax.models.etm import ETM
@@ -170,7 +172,13 @@ class Student(StreamingModel):
         return z
 
     def __call__(
-        self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad = ContextGrad()  # noqa: B008
+        self,
+        params,
+        x_BTHWC,
+        sigma_BT,
+        text_BMC,
+        history: History,
+        grads: ContextGrad = ContextGrad(),  # noqa: B008
     ):
         """Teacher-forced velocity: every noisy chunk i sees the history before it, in one parallel pass.
 
@@ -185,6 +193,10 @@ class Student(StreamingModel):
         Returns:
           velocity [B, R * T, H, W, C] float32.
         """
+        call = functools.partial(self._velocity, grads=grads)
+        return parallel.split_videos(call, params, x_BTHWC, sigma_BT, text_BMC, history, whole=1)
+
+    def _velocity(self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad):
         cfg, frames = self.cfg, history.frames_BTHWC.shape[1]
         grid, tokens, chunks = grid_of(x_BTHWC, cfg.base), self.chunk_tokens(x_BTHWC), self.chunks_of(frames)
         own, sigma = self.clean_and_noisy(x_BTHWC, sigma_BT, history)

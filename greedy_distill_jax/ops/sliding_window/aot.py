@@ -51,14 +51,22 @@ def target_mesh(target: str) -> Mesh:
     """
     if target not in TOPOLOGIES:
         raise UserError(f"unknown target {target!r}; choose from {', '.join(TOPOLOGIES)}.")
+    return Mesh(np.array(describe(TOPOLOGIES[target]).devices[:1]), ("device",))
+
+
+def describe(topology: str):
+    """jax's description of a slice such as "v5p:2x2x1", from which its compiler is asked.
+
+    Raises:
+      UserError: libtpu is not installed.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs its compiler, which is not installed; pip install libtpu.")
     # Without these libtpu asks the cloud's metadata server who it is, and locks out other processes as from a device.
     described = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
     for name, value in (described | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
-    described = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
-    return Mesh(np.array(described.devices[:1]), ("device",))
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology)
 
 
 def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: Path | None = None) -> dict:

@@ -70,6 +70,8 @@ def _specs():
 
 
 SPECS = {spec.name: spec for spec in _specs()}
+
+
 def _laptop(chunks: int, heads: int) -> Spec:
     table = Schedule.sliding_window(chunks, 128, WINDOW)
     return Spec(f"cpu {chunks} x 128, {heads} heads", table, heads, dim=64, dtype="float32")

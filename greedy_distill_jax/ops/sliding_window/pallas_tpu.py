@@ -310,9 +310,7 @@ def _dkv_kernel(
     @pl.when(code & LIVE != 0)
     def _():
         q, g = tail_q.clean(q_ref[...], i), tail_q.clean(g_ref[...], i)
-        p, ds = _probabilities(
-            q, k_ref[...], v_ref[...], g, lse_ref[...], delta_ref[...], i, j, scale, tail_q, tail_k
-        )
+        p, ds = _probabilities(q, k_ref[...], v_ref[...], g, lse_ref[...], delta_ref[...], i, j, scale, tail_q, tail_k)
         acc_v[...] += _dot(p.astype(g.dtype), g, 1, 0)
         acc_k[...] += _dot(ds.astype(q.dtype), q, 1, 0)
 

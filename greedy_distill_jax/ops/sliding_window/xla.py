@@ -142,9 +142,7 @@ def _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: floa
         if live is not None:
             p = jnp.where(live, p, 0.0)
         total = total * shrink + jnp.sum(p, axis=-1)
-        pv = jnp.einsum(
-            "bnls,bnsk->bnlk", p.astype(v.dtype), _part(v, j, block_k), preferred_element_type=jnp.float32
-        )
+        pv = jnp.einsum("bnls,bnsk->bnlk", p.astype(v.dtype), _part(v, j, block_k), preferred_element_type=jnp.float32)
         acc = acc * shrink[..., None] + pv
         safe = jnp.where(total > 0, total, 1.0)
         # The last visit of a query block leaves the final values.

@@ -1,0 +1,16 @@
+"""Stage 2 at 14B: student, critic and teacher are 14B (METHOD_SPEC C.3-C.6, E.5). Not yet run.
+
+    python -m greedy_distill_jax.train --config=configs/wan14b/dmd.py --workdir=runs/stage2_14b \
+        --config.teacher_from=runs/wan14b --config.student_from=runs/stage1_14b --config.data.source=clips:DIR
+"""
+
+from configs.wan1_3b import dmd
+
+
+def get_config(arg: str = "critic"):
+    """The 1.3B hyper-parameters; ``arg`` as there, on 128 chips: 64 groups of two, one video each."""
+    config = dmd.get_config(arg)
+    config.model.size = "wan14b"
+    config.data.accumulate = 1
+    config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, -1, 2
+    return config

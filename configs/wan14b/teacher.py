@@ -1,0 +1,16 @@
+"""The Wan2.1 14B teacher: flow matching as in METHOD_SPEC C.2. Not yet run.
+
+    python -m greedy_distill_jax.train --config=configs/wan14b/teacher.py --workdir=runs/wan14b \
+        --config.data.source=clips:DIR
+"""
+
+from configs.wan1_3b import teacher
+
+
+def get_config():
+    """The 1.3B recipe at 14B, on 128 chips: 64 groups of two, one video each."""
+    config = teacher.get_config()
+    config.model.size = "wan14b"
+    config.data.accumulate = 1
+    config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, -1, 2
+    return config

@@ -1,0 +1,16 @@
+"""Stage 1 at 14B: ETM + SDD by teacher forcing (METHOD_SPEC E.4). Not yet run.
+
+    python -m greedy_distill_jax.train --config=configs/wan14b/teacher_forcing.py --workdir=runs/stage1_14b \
+        --config.teacher_from=runs/wan14b --config.data.source=clips:DIR
+"""
+
+from configs.wan1_3b import teacher_forcing
+
+
+def get_config():
+    """The 1.3B hyper-parameters, on 128 chips: 64 groups of two, one video each."""
+    config = teacher_forcing.get_config()
+    config.model.size = "wan14b"
+    config.data.accumulate = 1
+    config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, -1, 2
+    return config
