@@ -3,9 +3,10 @@
     python benchmarks/pods.py --output benchmarks/results/pods.json
     python benchmarks/pods.py --only=v6e --output=/tmp/pods.json
 
-Every row is one `python -m greedy_distill_jax.compile train` in a process of its own, whose host memory and exit code
-are recorded. Writes JSON, and a table in Markdown beside it. Rows that are in the file already are kept unless
---again is given: a row takes minutes on a small machine.
+Every step of every job is one `python -m greedy_distill_jax.compile train` in a process of its own, whose host memory
+and exit code are recorded; what was compiled is compared with the published sizes: a job that was shrunk to make it fit
+is an error. Writes JSON, and a table in Markdown beside it. Steps that are in the file already are kept unless --again
+is given: one takes minutes on a small machine.
 """
 
 import argparse
@@ -15,49 +16,89 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
+
+from greedy_distill_jax.testing import published_sizes
 
 GIB = 2**30
-# name -> (config, slice, overrides, exit code it must have)
+
+
+class Row(NamedTuple):
+    """One job. ``only`` (steps) and ``accumulate`` are options, ``code`` is the exit code that it must have.
+
+    ``stage``, ``size``, ``teacher``: what the job must be, see ``published_sizes.differences``.
+    """
+
+    config: str
+    topology: str
+    stage: str
+    size: str = "wan1_3b"
+    teacher: str = "wan1_3b"
+    only: str = ""
+    accumulate: int = 0
+    code: int = 0
+
+    def options(self) -> list[str]:
+        """Overrides of the config."""
+        return [f"--config.data.accumulate={self.accumulate}"] if self.accumulate else []
+
+
+STAGE1, STAGE2 = "teacher_forcing", "dmd"
 JOBS = {
-    "1.3B stage 1, v5e:4x4": ("configs/wan1_3b/teacher_forcing.py", "v5e:4x4", [], 0),
-    "1.3B stage 2, v5e:4x4": ("configs/wan1_3b/dmd.py", "v5e:4x4", [], 0),
-    "1.3B stage 1, v6e:4x4": ("configs/wan1_3b/teacher_forcing.py", "v6e:4x4", [], 0),
-    "1.3B stage 2, v6e:4x4": ("configs/wan1_3b/dmd.py", "v6e:4x4", [], 0),
-    "1.3B stage 1, v5p:2x2x4": ("configs/wan1_3b/teacher_forcing.py", "v5p:2x2x4", [], 0),
-    "1.3B stage 2, 14B teacher, v5p:2x2x4": ("configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", [], 0),
-    "1.3B teacher, v5e:4x4": ("configs/wan1_3b/teacher.py", "v5e:4x4", [], 0),
-    "1.3B streaming, v5e:2x2": ("configs/wan1_3b/sample.py", "v5e:2x2", ["--only=stream"], 0),
-    "14B teacher, v5p:4x4x8": ("configs/wan14b/teacher.py", "v5p:4x4x8", [], 0),
-    "14B stage 1, v5p:4x4x8": ("configs/wan14b/teacher_forcing.py", "v5p:4x4x8", [], 0),
-    "14B stage 2, v5p:4x4x8": ("configs/wan14b/dmd.py", "v5p:4x4x8", [], 0),
-    "14B stage 2, v5e:2x2": ("configs/wan14b/dmd.py", "v5e:2x2", [], 3),
-}
+    "1.3B stage 1, v5e:4x4": Row("configs/wan1_3b/teacher_forcing.py", "v5e:4x4", STAGE1),
+    "1.3B stage 2, v5e:4x4": Row("configs/wan1_3b/dmd.py", "v5e:4x4", STAGE2),
+    "1.3B stage 1, v6e:4x4": Row("configs/wan1_3b/teacher_forcing.py", "v6e:4x4", STAGE1),
+    "1.3B stage 2, v6e:4x4": Row("configs/wan1_3b/dmd.py", "v6e:4x4", STAGE2),
+    "1.3B stage 1, v5p:2x2x4": Row("configs/wan1_3b/teacher_forcing.py", "v5p:2x2x4", STAGE1),
+    "1.3B stage 2, 14B teacher, v5p:2x2x4": Row(
+        "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b"),
+    "1.3B teacher, v5e:4x4": Row("configs/wan1_3b/teacher.py", "v5e:4x4", "teacher"),
+    "1.3B streaming, v5e:2x2": Row("configs/wan1_3b/sample.py", "v5e:2x2", STAGE2, only="stream"),
+    "14B teacher, v5p:4x4x8": Row("configs/wan14b/teacher.py", "v5p:4x4x8", "teacher", "wan14b"),
+    "14B stage 1, v5p:4x4x8": Row("configs/wan14b/teacher_forcing.py", "v5p:4x4x8", STAGE1, "wan14b"),
+    "14B stage 2, v5p:4x4x8": Row("configs/wan14b/dmd.py", "v5p:4x4x8", STAGE2, "wan14b", "wan14b"),
+    "14B stage 2, v5e:2x2": Row("configs/wan14b/dmd.py", "v5e:2x2", STAGE2, "wan14b", "wan14b", accumulate=32, code=3),
+}  # fmt: skip
 # Stage 1 and 2 at 1.3B, 16 to 256 chips: groups of `context` chips, one video at a time.
 SCALING = {
-    f"scaling {stage}, {name}": (
-        f"configs/wan1_3b/{stage}.py", name,
-        [f"--config.data.accumulate={max(1, 64 * 4 // chips)}", f"--only={step}"], 0,
-    )
-    for stage, step in (("teacher_forcing", "teacher_forcing"), ("dmd", "dmd"))
+    f"scaling {stage}, {name}": Row(
+        f"configs/wan1_3b/{stage}.py", name, stage, only=stage, accumulate=max(1, 64 * 4 // chips))
+    for stage in (STAGE1, STAGE2)
     for name, chips in (("v6e:4x4", 16), ("v6e:8x8", 64), ("v6e:16x16", 256))
 }  # fmt: skip
 
 
-def compiled(config: str, topology: str, overrides: list[str], expected: int) -> dict:
-    """One row; raises RuntimeError when the command's exit code is another than expected."""
+def compiled(row: Row, only: str) -> dict:
+    """What the command says of the steps whose name contains ``only``.
+
+    Raises:
+      RuntimeError: its exit code is another than expected, or the job is not the published one.
+    """
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [
-            sys.executable, "-m", "greedy_distill_jax.compile", "train", f"--config={config}", f"--topology={topology}",
-            f"--json={file.name}", *overrides,
+        shown = [
+            "python", "-m", "greedy_distill_jax.compile", "train", f"--config={row.config}",
+            f"--topology={row.topology}", *([f"--only={only}"] if only else []), *row.options(),
         ]  # fmt: skip
+        command = [sys.executable, *shown[1:], f"--json={file.name}"]
         done = subprocess.run(command, capture_output=True, text=True)
         print(done.stdout, flush=True)
-        if done.returncode != expected:
+        if done.returncode != row.code:
             said = done.stderr[-2000:]
-            raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}, not {expected}\n{said}")
+            raise RuntimeError(f"{' '.join(shown)}: exit code {done.returncode}, not {row.code}\n{said}")
         record = json.loads(Path(file.name).read_text())[-1]
-    shown = ["python", *command[1 : -1 - len(overrides)], *overrides]
-    return {"command": " ".join(shown), "exit_code": done.returncode, **record}
+    wanted = dict(stage=row.stage, size=row.size, teacher=row.teacher, only=only)
+    if differences := published_sizes.differences(record, **wanted):
+        raise RuntimeError(f"{' '.join(shown)}: not the published job: {'; '.join(differences)}")
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    made = {"command": " ".join(shown), "exit_code": done.returncode, "host_bytes": record.pop("host_bytes")}
+    made |= {"versions": versions, "commit": commit}
+    return record | {"steps": [step | made for step in record["steps"]]}
+
+
+def steps_of(row: Row) -> list[str]:
+    """What to compile in processes of their own: every step; a job that must be refused, in one."""
+    return [step for step in published_sizes.STEPS[row.stage] if row.only in step] if not row.code else [row.only]
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -65,25 +106,36 @@ def table(rows: dict[str, dict]) -> str:
     lines = [
         "# Jobs compiled for TPU slices",
         "",
-        "Compiled for devices that are not there, **not run**: memory is the compiler's, FLOPs are closed-form model",
-        "FLOPs of one update, collectives are read from the compiled program (bytes that one device sends in ring",
-        "algorithms). FLOPs per byte sent stand beside the chip's published ratio of peak bfloat16 FLOPs to link",
-        "bandwidth: below it a step would be bound by its links even if nothing else took time.",
+        "Compiled for devices that are not there, **not run**. Memory is the compiler's account of one device, plus",
+        "what the job keeps there that the step does not use; HBM is what the compiler lets a program have. FLOPs are",
+        "closed-form model FLOPs of one update. Collectives are read from the compiled program: bytes that one device",
+        "sends in ring algorithms. FLOPs per byte sent stand beside the chip's published ratio of peak bfloat16 FLOPs",
+        "to link bandwidth: below it a step would be bound by its links even if nothing else took time. Compile time",
+        "is CPU time of the compiling process; host memory is its peak.",
         "",
-        "| job | step | GiB per device (peak / HBM) | FLOPs per update | per device | GiB sent | FLOPs per byte | "
-        "chip | compile s | host GiB | exit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| job | chips | mesh | batch | step | GiB per device (peak / HBM) | FLOPs per update | per device | GiB sent |"
+        " FLOPs per byte | chip | compile CPU s | host GiB | exit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
+        facts = row["facts"]
+        mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
+        groups = facts["mesh"]["data"] * facts["mesh"]["fsdp"]
+        batch = f"{facts['batch']} = {facts['accumulate']} x {facts['microbatch_per_group']} x {groups}"
         for step in row["steps"]:
-            ratio = f"{step['flops_per_sent_byte']:,.0f}" if step["flops_per_sent_byte"] else "-"
+            sent, fits = step["sent_bytes_per_device"], "" if step["fits"] else " does not fit"
+            videos = f"{facts['streams']['streams']} streams" if step["step"] == "stream" else batch
             cells = [
-                name, step["step"], f"{step['memory']['peak'] / GIB:.2f} / {step['hbm'] / GIB:.2f}",
+                name, facts["devices"], mesh, videos, step["step"],
+                f"{step['memory']['peak'] / GIB:.2f} / {step['hbm'] / GIB:.2f}{fits}",
                 f"{step['model_flops']:.2e}", f"{step['model_flops_per_device']:.2e}",
-                f"{step['sent_bytes_per_device'] / GIB:.1f}", ratio, f"{step['chip_flops_per_link_byte']:,.0f}",
-                f"{step['seconds']:.0f}", f"{row['host_bytes'] / GIB:.1f}", str(row["exit_code"]),
+                "-" if sent is None else f"{sent / GIB:.1f}",
+                f"{step['flops_per_sent_byte']:,.0f}" if step["flops_per_sent_byte"] else "-",
+                f"{step['chip_flops_per_link_byte']:,.0f}",
+                "-" if step["cpu_seconds"] is None else f"{step['cpu_seconds']:.0f}",
+                f"{step['host_bytes'] / GIB:.1f}", step["exit_code"],
             ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,19 +144,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON; a table goes beside it")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
-    parser.add_argument("--again", action="store_true", help="compile rows that are in the file already")
+    parser.add_argument("--step", default="", help="only steps whose name contains this")
+    parser.add_argument("--again", action="store_true", help="compile what is in the file already")
     args = parser.parse_args()
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else {}
-    for name, job in (JOBS | SCALING).items():
-        if args.only not in name or (name in rows and not args.again):
-            continue
-        print(f"## {name}", flush=True)
-        rows[name] = compiled(*job)
-        versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "libtpu")}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        rows[name] |= {"versions": versions, "commit": commit}
-        args.output.write_text(json.dumps({"compiled_not_run": True, "rows": rows}, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(table(rows))
+    for name, row in (JOBS | SCALING).items():
+        for only in steps_of(row):
+            kept = rows.get(name, {}).get("steps", [])
+            there = any(only in step["step"] for step in kept) and not args.again
+            if args.only not in name or args.step not in only or there:
+                continue
+            print(f"## {name}, {only or 'all steps'}", flush=True)
+            new = compiled(row, only)
+            names = [step["step"] for step in new["steps"]]
+            new["steps"] = [step for step in kept if step["step"] not in names] + new["steps"]
+            new["steps"].sort(key=lambda step: published_sizes.STEPS[row.stage].index(step["step"]))
+            new["fits"] = all(step["fits"] for step in new["steps"])
+            new["facts"]["steps"] = [step["step"] for step in new["steps"]]
+            rows[name] = new
+            ordered = {name: rows[name] for name in JOBS | SCALING if name in rows}
+            args.output.write_text(json.dumps({"compiled_not_run": True, "rows": ordered}, indent=1) + "\n")
+            args.output.with_suffix(".md").write_text(table(ordered))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@
     python -m greedy_distill_jax.compile vae --target v6e --height 480 --width 832
 
 ``train`` compiles every step of a job, and streaming with its student, and says whether they fit; it exits with 3 when
-one does not. ``sharding`` prints every leaf with its layout. ``kernels`` compiles every named workload of the attention
-op and prints its memory and the useful work per bundle; it exits with 1 when one does not compile or got worse.
-``sweep`` chooses the tuned block sizes. ``vae`` compiles the streaming decoders, Wan's and the tiny one, in bfloat16
-and prints the bytes that one device needs.
+one does not. ``--search`` keeps the global batch and gives every group of devices one video at a time, so that
+``config.data.accumulate`` follows from the slice. ``sharding`` prints every leaf with its layout. ``kernels`` compiles
+every named workload of the attention op and prints its memory and the useful work per bundle; it exits with 1 when one
+does not compile or got worse. ``sweep`` chooses the tuned block sizes. ``vae`` compiles the streaming decoders, Wan's
+and the tiny one, in bfloat16 and prints the bytes that one device needs.
 """
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,39 +74,64 @@ def _read_job(argv: Sequence[str], flags):
         raise UserError("--topology is missing; name a slice, such as --topology=v5p:4x4x4.")
     if values["size"] not in pods.GRID:
         raise UserError(f"--size is {values['size']!r}; choose from {', '.join(pods.GRID)}.")
+    _check_writable(values.get("json", ""))
     return pods.imaginary_runs(config), values
+
+
+def _check_writable(path: str) -> None:
+    """Raises UserError now, and not after minutes of compiling, if there can be no file ``path``."""
+    from greedy_distill_jax.types import UserError
+
+    target = Path(path)
+    if path and (target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK)):
+        raise UserError(f"--json: {path} cannot be written; name a file in a folder that exists.")
 
 
 def train(argv: Sequence[str]) -> int:
     """Compiles the steps of a job; returns the exit code."""
-    from greedy_distill_jax import pods, topology
-    from greedy_distill_jax.types import UserError
+    from greedy_distill_jax import pod_report
 
     config, flags = _read_job(argv, TRAIN_FLAGS)
-    names = [flags["topology"]]
     if flags["search"]:
-        generation = names[0].partition(":")[0]
-        if generation not in topology.CHIPS:
-            raise UserError(f"unknown generation {generation!r}; choose from {', '.join(topology.CHIPS)}.")
-        names = [f"{generation}:{size}" for size in topology.CHIPS[generation].slices]
-    records, fits = [], False
-    for name in names:
-        try:
-            record = pods.report(config, name, flags["size"], flags["only"], say=lambda line: print(line, flush=True))
-        except UserError as error:  # a mesh that this slice cannot have, on the way to one that can
-            if name == names[-1]:
-                raise
-            print(f"{name}: {error}", flush=True)
-            continue
-        records.append(record)
-        fits = record["fits"]
-        if fits:
-            break
+        records = _search(config, flags)
+    else:
+        records = [pod_report.report(config, flags["topology"], flags["size"], flags["only"], _say)]
     if flags["json"]:
         Path(flags["json"]).write_text(json.dumps(records, indent=1) + "\n")
-    if flags["search"] and fits:
-        print(f"smallest slice of {names[0].partition(':')[0]} that fits: {records[-1]['topology']}")
-    return 0 if fits else DOES_NOT_FIT
+    return 0 if records and records[-1]["fits"] else DOES_NOT_FIT
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _search(config, flags) -> list[dict]:
+    """Records of the slices of a generation, the smallest first, up to the first that fits."""
+    from greedy_distill_jax import pod_report, pods, topology
+    from greedy_distill_jax.types import UserError
+
+    generation = flags["topology"].partition(":")[0]
+    if generation not in topology.CHIPS:
+        raise UserError(f"unknown generation {generation!r}; choose from {', '.join(topology.CHIPS)}.")
+    pods.build_networks(config, flags["size"], flags["only"])  # what no slice could mend is said once
+    _say(f"global batch {config.data.batch}, on every slice one video at a time per group of devices")
+    records = []
+    for size in topology.CHIPS[generation].slices:
+        name = f"{generation}:{size}"
+        try:
+            record = pod_report.report(config, name, flags["size"], flags["only"], _say, one_video=True)
+        except pods.Misfit as error:
+            _say(f"{name}: {error}")
+            continue
+        records.append(record)
+        if record["fits"]:
+            _say(
+                f"smallest slice of {generation} that fits: {name}, with "
+                f"--config.data.accumulate={record['facts']['accumulate']}"
+            )
+            return records
+    _say(f"no slice of {generation} fits")
+    return records
 
 
 def sharding(argv: Sequence[str]) -> int:

@@ -188,6 +188,11 @@ def validate(config: ConfigDict) -> None:
         )
     if config.stage == "dmd":
         _validate_distillation(config)
+    if config.distill.teacher_size and (config.stage != "dmd" or config.distill.real == "autoregressive"):
+        raise UserError(
+            f"config.distill.teacher_size is {config.distill.teacher_size!r}, but only stage dmd with a teacher uses "
+            f"it, not stage {config.stage} with real {config.distill.real!r}; leave it empty."
+        )
 
 
 def _validate_distillation(config: ConfigDict) -> None:
@@ -219,8 +224,8 @@ def _validate_distillation(config: ConfigDict) -> None:
         raise UserError(
             f"config.distill.teacher_size is {d.teacher_size!r}; choose from {', '.join(WAN_SIZES)}, or leave it empty."
         )
-    other_size = d.teacher_size and d.real != "autoregressive" and teacher_config(config) != wan_config(config)
-    if other_size and d.fake == "critic" and d.real == "joint" and not config.critic_from:
+    other_size = d.teacher_size and teacher_config(config) != wan_config(config)
+    if other_size and (d.fake, d.real) == ("critic", "joint") and not config.critic_from:
         raise UserError(
             f"config.critic_from is empty, and the critic cannot start from a teacher of size {d.teacher_size!r}; name "
             f"the run of a teacher with the architecture of config.model."
@@ -324,9 +329,20 @@ def wan_config(config: ConfigDict) -> WanConfig:
 
 
 def teacher_config(config: ConfigDict) -> WanConfig:
-    """The DiT that stage "dmd" asks for the real score; precision and remat are those of ``config.model``."""
-    size, wan = config.distill.teacher_size, wan_config(config)
-    return dataclasses.replace(wan, **WAN_SIZES[size]) if size else wan
+    """The DiT that stage "dmd" asks for the real score; precision, remat and text are those of ``config.model``."""
+    shared = ("text_dim", "text_len", "dtype", "remat")
+    size = WAN_SIZES.get(config.distill.teacher_size, {})
+    return dataclasses.replace(wan_config(config), **{k: v for k, v in size.items() if k not in shared})
+
+
+def check_runs(config: ConfigDict) -> None:
+    """Raises UserError for a run that is named and not used; apart from ``validate``, as ``compile`` names them all."""
+    d = config.distill
+    if config.critic_from and (config.stage, d.fake, d.real) != ("dmd", "critic", "joint"):
+        raise UserError(
+            f"config.critic_from is {config.critic_from!r}, but only stage dmd with fake 'critic' and real 'joint' "
+            f"uses it, not stage {config.stage} with {d.fake!r} and {d.real!r}; leave it empty."
+        )
 
 
 def _refuse_keys_of_another_kind(config: ConfigDict) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from greedy_distill_jax import rollout as rollouts
 from greedy_distill_jax.models.student import ContextGrad
 from greedy_distill_jax.state import TrainState
-from greedy_distill_jax.steps import Term, Update, accumulate, drop_text, norms, total_loss, value_and_gradients
+from greedy_distill_jax.steps import Term, Update, accumulate, drop_text, logged, norms, total_loss, value_and_gradients
 from greedy_distill_jax.stream import Streamer
 from greedy_distill_jax.stream_causal import CausalStreamer
 
@@ -51,11 +51,15 @@ class SelfRollout:
     epochs: int = 1
     anchor: float = 0.0
 
-    def draw(self, params, text_BMC, key) -> "Drawn":
+    def exits(self, key):
+        """What all rollouts of one update share, see ``rollout.draw_exits``."""
+        return rollouts.draw_exits(key, self.streamer.sampling.ends + 1, self.exit)
+
+    def draw(self, params, text_BMC, key, exits) -> "Drawn":
         """A rollout without gradient, and the window of it that the losses see."""
         key_roll, key_start = jax.random.split(key)
         shape, chunk = (self.frames, *self.latent_shape[1:]), self.streamer.cfg.chunk
-        drawn = rollouts.roll_out(self.streamer, params, text_BMC, key_roll, shape, self.exit)
+        drawn = rollouts.roll_out(self.streamer, params, text_BMC, key_roll, shape, exits)
         starts = (self.frames - self.latent_shape[0]) // chunk + 1
         start = chunk * jax.random.randint(key_start, (), 0, starts)
         return Drawn(drawn, start, self._window(drawn.x0_BTHWC, start))
@@ -119,13 +123,14 @@ def generator_step(
     Returns:
       (state, metrics) as ``steps.train_step``.
     """
-    keys = _keys(seed, state.step, 0, 5)
+    keys = _keys(seed, state.step, 0, 6)
+    exits = own.exits(keys[-1])  # one draw for all microbatches
     text = drop_text(batch["text"], null_MC, keys[0], text_dropout)
     frozen_state = jax.lax.stop_gradient(state)
 
     def episode(text, keys):
         key_roll, key_net, key_score, key_loss = keys
-        drawn = own.draw(state.params, text, key_roll)
+        drawn = own.draw(state.params, text, key_roll, exits)
         scores = make_scores(frozen_state, frozen, key_score)
 
         def objective(action, params):
@@ -135,7 +140,7 @@ def generator_step(
         return drawn, objective
 
     if own.pg == "actor_critic":
-        drawn, objective = episode(text, keys[1:])
+        drawn, objective = episode(text, keys[1:-1])
         (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.video_BTHWC, state.params)
 
         def actor(params):
@@ -151,7 +156,7 @@ def generator_step(
 
         start = (state.params, state.opt_state, norms(state.params, state.params))  # replaced in the first epoch
         params, opt_state, last = jax.lax.fori_loop(0, own.epochs, epoch, start)
-        metrics = {"loss": loss, **metrics, **last}
+        metrics = {"loss": loss, **logged(metrics), **last}
     else:
 
         def gradients(batch, keys):
@@ -162,9 +167,9 @@ def generator_step(
 
             return value_and_gradients(of_actions, state.params)
 
-        (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:], microbatches)
+        (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:-1], microbatches)
         params, opt_state = update.params(state.params, state.opt_state, grads)
-        metrics = {"loss": loss, **metrics, **norms(grads, params)}
+        metrics = {"loss": loss, **logged(metrics), **norms(grads, params)}
     step = state.step + 1
     ema = update.ema(state.ema, params, step)
     return state._replace(step=step if counts else state.step, params=params, ema=ema, opt_state=opt_state), metrics
@@ -190,19 +195,21 @@ def critic_step(
     "latents".
     """
     del frozen
-    keys = _keys(seed, state.step, 1, 4)
+    keys = _keys(seed, state.step, 1, 5)
+    exits = own.exits(keys[-1])
     text = drop_text(batch["text"], null_MC, keys[0], text_dropout)
 
     def gradients(batch, keys):
         key_roll, key_net, key_loss = keys
-        videos = {"text": batch["text"], "latents": own.draw(state.params, batch["text"], key_roll).video_BTHWC}
+        drawn = own.draw(state.params, batch["text"], key_roll, exits)
+        videos = {"text": batch["text"], "latents": drawn.video_BTHWC}
 
         def objective(params):
             return total_loss(terms, make_net(params, key_net), videos, key_loss)
 
         return value_and_gradients(objective, state.critic)
 
-    (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:], microbatches)
+    (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:-1], microbatches)
     critic, critic_opt = update.params(state.critic, state.critic_opt, grads)
-    metrics = {f"critic/{name}": x for name, x in {"loss": loss, **metrics, **norms(grads, critic)}.items()}
+    metrics = {f"critic/{name}": x for name, x in {"loss": loss, **logged(metrics), **norms(grads, critic)}.items()}
     return state._replace(step=state.step + 1, critic=critic, critic_opt=critic_opt), metrics

@@ -36,9 +36,12 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
         raise UserError(f"mesh ({described}): sizes must be positive, and at most one may be -1.")
     known = int(np.prod([s for s in sizes if s != -1]))
     if devices.size % known or (-1 not in sizes and known != devices.size):
+        ways = f"choose sizes whose product is {devices.size}, or set one of them to -1"
+        if -1 in sizes:
+            ways = f"take a multiple of {known} devices, or change config.mesh"
         raise UserError(
-            f"mesh ({described}) does not fit {devices.size} devices; choose sizes whose product is {devices.size}, "
-            f"or set one of them to -1."
+            f"mesh ({described}) does not fit {devices.size} devices; {ways}. `python -m "
+            "greedy_distill_jax.compile train --search` finds the smallest TPU slice for a config."
         )
     return Mesh(devices.reshape([devices.size // known if s == -1 else s for s in sizes]), AXES)
 

@@ -2,16 +2,20 @@
 
 Batch and widths are left to the compiler, which partitions by the shardings of parameters and batch. Two things are
 not:
-- attention kernels cannot be partitioned automatically, so ``attention`` runs them under ``shard_map``;
+- attention kernels cannot be partitioned automatically, so ``attention`` runs them, and only them, under
+  ``shard_map``;
 - the context axis splits every latent frame into stripes of columns (``split_videos``). Each device runs the networks
   on its stripe of all frames; only ``attention`` looks beyond it, by gathering the keys of whole frames. Nothing is
   approximated. A stripe of every frame, and not every n-th frame, because 21 latent frames do not divide by 2 or 4
   (all v5e and v6e slices are powers of two), because windows and causal masks then cost every device the same, and
-  because the rollout, which makes one frame at a time, is split as well.
+  because the rollout, which makes one frame at a time, is split as well. Parameters are split over this axis at rest
+  only: every call gathers its whole stack of them over the axis first, all layers at once. What it saves is memory
+  and work of activations.
 
-Without a mesh, or on one device, all of this is the identity.
+Without a mesh, on one device, or under a mesh with none of our axes, all of this is the identity.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -26,6 +30,8 @@ from greedy_distill_jax.sharding import RULES, specs
 from greedy_distill_jax.types import UserError
 
 WIDTH = 3  # axis of the columns in [B, T, H, W, C]
+KERNELS = ("pallas_tpu", "cudnn")  # implementations that the compiler cannot partition
+OURS = tuple({axis for axes in dataclasses.astuple(RULES) for axis in axes})  # mesh axes
 
 
 def on_mesh(call: Callable, mesh: Mesh) -> Callable:
@@ -39,8 +45,14 @@ def on_mesh(call: Callable, mesh: Mesh) -> Callable:
     return traced
 
 
-def _parts(mesh, axes: tuple[str, ...]) -> int:
-    return int(np.prod([mesh.shape[a] for a in axes]))
+def _present(mesh, axes) -> tuple[str, ...]:
+    """Those of the axes that an ambient mesh, which may be another library's, has for the compiler to use."""
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(a for a in axes if a in mesh.axis_names and a not in mesh.manual_axes)
+
+
+def _parts(mesh, axes) -> int:
+    return int(np.prod([mesh.shape[a] for a in _present(mesh, axes)]))
 
 
 def _stripes() -> tuple[int, str | None]:
@@ -72,7 +84,7 @@ def split_videos(call: Callable, *args, whole: int = 0):
       ``call``'s result; its arrays with five dimensions are stripes that are put together again.
     """
     mesh, (axis,) = jax.sharding.get_abstract_mesh(), RULES.columns
-    if mesh.empty or mesh.shape[axis] == 1 or axis in mesh.manual_axes:
+    if _parts(mesh, axis) == 1:
         return call(*args)
 
     def spec(leaf):
@@ -133,18 +145,22 @@ def mean_of_stripes(x):
 
 
 def constrain(x, *logical: str | None):
-    """``x`` laid out by the rules; the identity without a mesh, and for axes that do not divide."""
+    """``x`` laid out by the rules; the identity without a mesh.
+
+    A dimension without a rule, or of a size that does not divide, is whole on every device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if _parts(mesh, OURS) == 1:
         return x
-    spec = [axes if axes and n % _parts(mesh, axes) == 0 else None for n, axes in zip(x.shape, RULES.spec(logical))]
+    rules = [_present(mesh, axes) for axes in RULES.spec(logical)]
+    spec = [axes if n % _parts(mesh, axes) == 0 else None for n, axes in zip(x.shape, rules, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def at_rest(tree):
     """Gradients laid out as the parameters they belong to: sums over devices leave every device its own part."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
+    return tree if _parts(mesh, OURS) == 1 else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
 
 def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, text: bool = False):
@@ -165,8 +181,8 @@ def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, te
         k_BSNK, v_BSNK = (_gather(x, schedule.k_chunk, axis) for x in (k_BSNK, v_BSNK))
         schedule = Schedule(schedule.q_chunk, schedule.k_chunk * parts, schedule.num_k_chunks, schedule.table)
     mesh = jax.sharding.get_abstract_mesh()
-    free = set(mesh.axis_names) - set(mesh.manual_axes)
-    if _parts(mesh, tuple(free)) == 1:
+    free = _present(mesh, mesh.axis_names)
+    if _parts(mesh, free) == 1:
         return chunk_attention(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS=visible_QS)
     heads = _parts(mesh, RULES.heads)
     if q_BLNK.shape[2] % heads:
@@ -174,18 +190,22 @@ def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, te
             f"config.mesh.{RULES.heads[0]} is {heads}, which does not divide the {q_BLNK.shape[2]} attention heads; "
             f"choose a divisor."
         )
+    if select.choose(None, q_BLNK, visible_QS=visible_QS, function="attention") not in KERNELS:
+        q_BLNK, k_BSNK, v_BSNK = (constrain(x, "batch", None, "heads", None) for x in (q_BLNK, k_BSNK, v_BSNK))
+        out = chunk_attention(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS=visible_QS)
+        return constrain(out, "batch", None, "heads", None)
     # Parameters are made with one example, which is not split.
-    batch = None if q_BLNK.shape[0] % _parts(mesh, RULES.batch) else RULES.batch
-    spec = PartitionSpec(batch, None, RULES.heads, None)
+    batch = None if q_BLNK.shape[0] % _parts(mesh, RULES.batch) else _present(mesh, RULES.batch)
+    spec = PartitionSpec(batch, None, _present(mesh, RULES.heads), None)
 
     call = functools.partial(_local, schedule)
     visible = () if visible_QS is None else (visible_QS,)
     specs_in = (spec, spec, spec) + (PartitionSpec(),) * len(visible)
-    forward = jax.shard_map(call, in_specs=specs_in, out_specs=spec, axis_names=free)
+    forward = jax.shard_map(call, in_specs=specs_in, out_specs=spec, axis_names=set(free))
     if parts == 1:
         return forward(q_BLNK, k_BSNK, v_BSNK, *visible)
     backward = functools.partial(_local_gradient, schedule)
-    backward = jax.shard_map(backward, in_specs=(spec, *specs_in), out_specs=(spec,) * 3, axis_names=free)
+    backward = jax.shard_map(backward, in_specs=(spec, *specs_in), out_specs=(spec,) * 3, axis_names=set(free))
     return _nested(forward, backward, q_BLNK, k_BSNK, v_BSNK, *visible)
 
 
@@ -201,8 +221,8 @@ def _local_gradient(schedule: Schedule, g, q, k, v, *visible):
 def _nested(forward, backward, *inputs):
     """``forward(*inputs)`` with ``backward(cotangent, *inputs)`` as its gradient, which repeats the forward pass.
 
-    jax 0.10.2 splits a nested ``shard_map`` into forward and backward pass with residuals laid out over all mesh axes,
-    those of the outer one included, and cannot lower that; so nothing but the inputs goes from one to the other.
+    jax 0.10.2 splits a nested ``shard_map`` under remat into forward and backward pass with residuals laid out over all
+    mesh axes, those of the outer one included, and cannot lower that; so nothing but the inputs goes between them.
     """
     return forward(*inputs)
 

@@ -43,7 +43,7 @@ def draw_exits(key, lengths, how: str):
 
 
 def roll_out(
-    streamer: Streamer | CausalStreamer, params, text_BMC, key, latent_shape: tuple[int, int, int, int], how: str
+    streamer: Streamer | CausalStreamer, params, text_BMC, key, latent_shape: tuple[int, int, int, int], how
 ) -> Rollout:
     """Streams ``latent_shape`` = (T, H, W, C) for prompts [B, M, C], without gradient.
 
@@ -51,14 +51,14 @@ def roll_out(
       streamer: student and step lists; its context mode must not be "fused" (whose numbers are those of "clean").
       params, text_BMC: of the student.
       key: of the noise and of the exits.
-      how: see ``draw_exits``.
+      how: as for ``draw_exits``, or the exits that it has drawn.
     """
     frames, height, width, channels = latent_shape
+    key_exit, key_stream = jax.random.split(key)
+    exits = draw_exits(key_exit, streamer.sampling.ends + 1, how) if isinstance(how, str) else how
 
-    def call(params, text, key):
-        key_exit, key_stream = jax.random.split(key)
-        exits = draw_exits(key_exit, streamer.sampling.ends + 1, how)
-        state = streamer.init(params, text, key_stream, (height, parallel.stripe_columns(width), channels))
+    def call(params, text, key, exits):
+        state = streamer.init(params, text, key, (height, parallel.stripe_columns(width), channels))
 
         def chunk(state, _):
             state, x, exit = streamer.step_to(params, state, exits)
@@ -67,7 +67,7 @@ def roll_out(
         _, (x0, entered, sigma) = jax.lax.scan(chunk, state, length=streamer.student.chunks_of(frames))
         return Rollout(_in_time(x0), _in_time(entered), jnp.repeat(sigma, streamer.cfg.chunk))
 
-    return parallel.split_videos(call, jax.lax.stop_gradient(params), text_BMC, key, whole=1)
+    return parallel.split_videos(call, jax.lax.stop_gradient(params), text_BMC, key_stream, exits, whole=1)
 
 
 def _in_time(x):

@@ -64,7 +64,7 @@ class Run:
     @classmethod
     def load(
         cls, directory: str | Path, step: int | None = None, *, needs_codec: bool = True, text: str | None = None,
-        codec: str | Path | None = None,
+        codec: str | Path | None = None, sharding=None,
     ) -> "Run":  # fmt: skip
         """The latest (or the given) checkpoint of a run directory or of converted weights.
 
@@ -75,6 +75,7 @@ class Run:
             store.
           text: what encodes prompts, see ``data.text.load_text_encoder``; None for what the run was trained with.
           codec: path of the codec, see ``export.pipeline.load_codec``; None for the run's own.
+          sharding: of the parameters, as for ``checkpoint.load_params``; None for the default device.
 
         Raises:
           UserError: no run, no finished checkpoint, or a codec that is missing.
@@ -93,7 +94,7 @@ class Run:
             config.update(ConfigDict(stored))
         wan = configuration.wan_config(config)
         model = Teacher(wan) if config.stage == "teacher" else make_student(configuration.student_config(config))
-        params = load_params(directory / "checkpoints", "ema", step=step)
+        params = load_params(directory / "checkpoints", "ema", step=step, sharding=sharding)
         spec, encoder = config.data.text if text is None else text, None
         if needs_codec or not spec:
             encoder = load_text_encoder(spec, text_len=wan.text_len, text_dim=wan.text_dim)

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from greedy_distill_jax.types import UserError
+
 TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/(self|cross)_attn/(q|k|v|z_k|z_v)/kernel", ("layers", "embed", "heads")),
     (r"blocks/(self|cross)_attn/(q|k|v|z_k|z_v)/bias", ("layers", "heads")),
@@ -95,11 +97,11 @@ def shardings(tree, mesh: Mesh, rules: Rules = RULES):
 
 
 def specs(tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES):
-    """PartitionSpec for every leaf of a tree of arrays or shapes.
+    """PartitionSpec for every leaf of a tree of arrays or shapes; axes that the mesh lacks split nothing.
 
     Raises:
-      ValueError: a leaf that matches no row or several, whose rank differs from its row's, or whose size does not
-        divide by the mesh axes of its row.
+      ValueError: a leaf that matches no row or several, or whose rank differs from its row's.
+      UserError: a size that does not divide by the mesh axes of its row.
     """
     out = []
     for path, leaf in leaf_paths(tree):
@@ -109,14 +111,14 @@ def specs(tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES):
         logical = TABLE[rows[0]][1]
         if len(logical) != leaf.ndim:
             raise ValueError(f"sharding: {path} has shape {leaf.shape}, but its row lists the axes {logical}.")
-        spec = rules.spec(logical)
+        spec = [(axes,) if isinstance(axes, str) else axes or () for axes in rules.spec(logical)]
+        spec = [tuple(a for a in axes if a in mesh.shape) for axes in spec]
         for size, axes in zip(leaf.shape, spec, strict=True):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
             parts = int(np.prod([mesh.shape[a] for a in axes]))
             if size % parts:
-                raise ValueError(
+                raise UserError(
                     f"sharding: {path} {leaf.shape}: {size} does not divide into {parts} parts ({axes}); "
                     f"choose a smaller mesh axis or another width."
                 )
-        out.append(spec)
+        out.append(PartitionSpec(*spec))
     return jax.tree.unflatten(jax.tree.structure(tree), out)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -69,21 +68,23 @@ def build_model(config: ConfigDict) -> Teacher | StreamingModel:
     return make_student(configuration.student_config(config))
 
 
-def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed: bool) -> Sources:
-    """Loads what ``config.teacher_from``, ``.student_from`` and ``.critic_from`` name, if it is still needed."""
+def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed: bool, sharding=None) -> Sources:
+    """Loads what ``config.teacher_from``, ``.student_from`` and ``.critic_from`` name, if it is still needed.
+
+    ``sharding``: function from a tree of shapes to one of shardings, in which the parameters are read; the largest
+    network need not fit into one device.
+    """
     teacher = student = critic = None
     asked = configuration.frozen_networks(config)
-    # A teacher of another size says nothing about the student's parameters, not even their shapes.
-    starts = not resumed or config.distill.teacher_size
     if config.teacher_from and isinstance(model, StreamingModel) and ("teacher" in asked or not resumed):
         wanted = configuration.teacher_config(config) if config.stage == "dmd" else model.cfg.base
-        teacher = _load_teacher("teacher_from", config.teacher_from, wanted)
+        teacher = _load_teacher("teacher_from", config.teacher_from, wanted, sharding)
         if "teacher" in asked and config.distill.real == "per_frame":
             _check_per_frame(config.teacher_from, teacher)
-    if config.critic_from and config.stage == "dmd" and starts:
-        critic = _load_teacher("critic_from", config.critic_from, model.cfg.base)
-    if config.student_from and isinstance(model, StreamingModel) and ("stage1" in asked or starts):
-        student = Run.load(config.student_from, needs_codec=False)
+    if config.critic_from and config.stage == "dmd" and not resumed:
+        critic = _load_teacher("critic_from", config.critic_from, model.cfg.base, sharding)
+    if config.student_from and isinstance(model, StreamingModel) and ("stage1" in asked or not resumed):
+        student = Run.load(config.student_from, needs_codec=False, sharding=sharding)
         if student.config.stage == "teacher":
             raise UserError(f"config.student_from {config.student_from} holds a teacher, not a student.")
         if "stage1" in asked and student.config.stage != "teacher_forcing":
@@ -96,8 +97,8 @@ def load_sources(config: ConfigDict, model: Teacher | StreamingModel, *, resumed
     return Sources(teacher, student, critic)
 
 
-def _load_teacher(key: str, directory: str, wanted) -> Run:
-    run = Run.load(directory, needs_codec=False)
+def _load_teacher(key: str, directory: str, wanted, sharding) -> Run:
+    run = Run.load(directory, needs_codec=False, sharding=sharding)
     if run.config.stage != "teacher":
         raise UserError(f"config.{key} {directory} holds stage {run.config.stage}, not a teacher.")
     _check_same(key, directory, run.model.cfg, wanted)
@@ -260,7 +261,8 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
     """(parameters, critic's parameters or None) of step 0.
 
     Args:
-      given: parameters of the sources' runs, "teacher", "student" and "critic", as far as there are any.
+      given: parameters of the sources' runs, "teacher", "student" and "critic", as far as there are any. Shapes do not
+        depend on it: with none of them everything is random.
       key: of a random start, and of what the sources do not have.
     """
     given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)  # converted weights may be stored in bfloat16
@@ -273,7 +275,8 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
     if stage.critic is None:
         return params, None
     if isinstance(stage.critic, Teacher):
-        return params, given["critic"] if "critic" in given else given["teacher"]
+        names = [name for name in ("critic", "teacher") if name in given]
+        return params, given[names[0]] if names else stage.critic.init(key, latent_shape)
     return params, jax.tree.map(jnp.copy, params)
 
 
@@ -286,17 +289,14 @@ def _student_net(config: ConfigDict, student: StreamingModel):
 
 
 def _compute_precision(params, dtype: str):
-    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16.
-
-    On the host: where the parameters of a large network belong is on many devices, not on the first one.
-    """
+    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
 
     def cast(path, leaf):
         kernel = getattr(path[-1], "key", None) == "kernel"
         wanted = jnp.dtype(dtype) if kernel else leaf.dtype
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, wanted)
-        return np.asarray(leaf).astype(wanted)
+        return leaf.astype(wanted)  # where it is
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

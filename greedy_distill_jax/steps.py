@@ -108,7 +108,7 @@ def drop_text(text_BMC, null_MC, key, rate: float):
 
 
 def total_loss(terms: Sequence[Term], net, batch, key, scores: Mapping[str, Callable] | None = None):
-    """(sum of weight * mean(loss_B), metrics by term); ``net`` is called with x, sigma, batch.
+    """(sum of weight * mean(loss_B), metrics by term, see ``logged``); ``net`` is called with x, sigma, batch.
 
     ``scores``: networks that a loss may ask for by the keyword-only arguments "real" and "fake".
     """
@@ -224,7 +224,15 @@ def train_step(
     params, opt_state = update.params(state.params, state.opt_state, grads)
     step = state.step + 1
     state = state._replace(step=step, params=params, ema=update.ema(state.ema, params, step), opt_state=opt_state)
-    return state, {"loss": loss, **metrics, **norms(grads, params)}
+    return state, {"loss": loss, **logged(metrics), **norms(grads, params)}
+
+
+def logged(metrics) -> dict[str, jax.Array]:
+    """Metrics as scalars: the mean behind every (sum, count), 0 where nothing was counted.
+
+    After ``accumulate``, because the mean of microbatches' means would not be that of the batch.
+    """
+    return {k: x[0] / jnp.maximum(x[1], 1e-6) if isinstance(x, tuple) else x for k, x in metrics.items()}
 
 
 def norms(grads, params) -> dict[str, jax.Array]:

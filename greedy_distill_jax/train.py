@@ -83,8 +83,9 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
         )
     model = build_model(config)
     resumed = has_checkpoint(workdir / "checkpoints")
-    sources = load_sources(config, model, resumed=resumed)
-    for key, run in (("teacher_from", sources.teacher), ("student_from", sources.student)):
+    sources = load_sources(config, model, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
+    named = (("teacher_from", sources.teacher), ("student_from", sources.student), ("critic_from", sources.critic))
+    for key, run in named:
         if run is not None and run.codec is not None:
             codec = _agreed_codec(codec, run.codec, config[key])
     if resumed:
@@ -99,7 +100,7 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
     batch_shape = batch_shapes(config, latent_shape)
     try:
         stage = build_stage(config, model, sources, encoder([config.data.negative_prompt])[0], latent_shape)
-        state_shape = state_shapes(stage, latent_shape, given_params(stage, sources))
+        state_shape = state_shapes(stage, latent_shape)
         jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
         metrics = {}
         for part in jitted:
@@ -137,10 +138,10 @@ def batch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int, int]) ->
     }
 
 
-def state_shapes(stage: Stage, latent_shape: tuple[int, int, int, int], given) -> TrainState:
-    """The state at step 0, shapes only; ``given`` as for ``initial_params``."""
+def state_shapes(stage: Stage, latent_shape: tuple[int, int, int, int], given=None) -> TrainState:
+    """The state at step 0, shapes only; ``given`` as for ``initial_params``, whose shapes do not depend on it."""
     return jax.eval_shape(
-        lambda key, given: stage.state(*initial_params(stage, key, latent_shape, given)), jax.random.key(0), given
+        lambda key, given: stage.state(*initial_params(stage, key, latent_shape, given)), jax.random.key(0), given or {}
     )
 
 
@@ -269,6 +270,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
       Stopped: SIGTERM came; the run is saved.
     """
     configuration.validate(config)
+    configuration.check_runs(config)
     workdir = Path(workdir).expanduser()
     use_compile_cache(config.compile_cache)
     join_hosts()

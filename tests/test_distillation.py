@@ -1,5 +1,6 @@
 """Stage 2: every choice of scores and gradients, alone and through the training command."""
 
+import collections
 import shutil
 
 import jax
@@ -13,10 +14,11 @@ from greedy_distill_jax.checkpoint import load_meta
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.logging import read_scalars
 from greedy_distill_jax.losses.dmd import dmd
+from greedy_distill_jax.mesh import make_mesh
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.run import Run
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.train import train
+from greedy_distill_jax.train import prepare_job, train
 from greedy_distill_jax.types import UserError
 
 LATENT = (4, 4, 4, 16)
@@ -205,6 +207,36 @@ def test_a_run_resumes_bit_identically_and_samples(sources, tmp_path):
         train(config, tmp_path / "whole", show_progress=False)
 
 
+def test_a_teacher_of_another_size_and_a_critic_of_the_students(sources, tmp_path):
+    size = dict(model__dim=96, model__ffn_dim=480, model__num_layers=4, model__freq_dim=64)  # "tiny", but for the text
+    train(tiny.train_config(steps=1, **size), tmp_path / "large", show_progress=False)
+    changes = dict(teacher_from=str(tmp_path / "large"), distill__teacher_size="tiny", steps=1)
+    with pytest.raises(UserError, match=r"config\.critic_from is empty, and the critic cannot start"):
+        train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
+    changes["critic_from"] = str(sources / "teacher")
+    config = run_config(sources, **changes, optimizer__warmup=5, critic__optimizer__warmup=5)
+    state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
+    start = Run.load(sources / "teacher").params
+    for a, b in zip(jax.tree.leaves(state.critic), jax.tree.leaves(start), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # What it started from is not needed to go on; the teacher is.
+    changes |= dict(student_from="gone", critic_from="gone", steps=2)
+    state = train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
+    assert int(state.step) == 2
+
+
+def test_no_device_holds_a_whole_network(sources, tmp_path):
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    job = prepare_job(run_config(sources), tmp_path, mesh)
+    networks = [job.sources.teacher.params, job.sources.student.params, job.stage.frozen["teacher"]]
+    for network in networks:
+        held = collections.Counter()
+        for x in jax.tree.leaves(network):
+            held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
+        whole = sum(x.nbytes for x in jax.tree.leaves(network))
+        assert len(held) == 8 and max(held.values()) < whole / 4  # biases and norms are whole on every device
+
+
 def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
     config = tiny.train_config("teacher_forcing", steps=1, student_from=str(sources / "student"), optimizer__warmup=5)
     state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
@@ -235,6 +267,8 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(distill__fake="stage1", distill__real="autoregressive"), "are the same network"),
         (dict(distill__fake="self_sg", distill__critic_warmup=3), "there is no critic to update"),
         (dict(distill__critic_warmup=4), "would never be updated"),
+        (dict(critic_from="a run", distill__fake="self_sg"), "only stage dmd with fake 'critic' and real 'joint' uses"),
+        (dict(distill__teacher_size="wan14b", distill__real="autoregressive"), "only stage dmd with a teacher uses it"),
     ],
     ids=str,
 )  # fmt: skip
@@ -244,7 +278,10 @@ def test_what_is_refused(sources, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_scores_are_for_stage_dmd_alone(sources):
+def test_scores_are_for_stage_dmd_alone(sources, tmp_path):
+    for changes in (dict(critic_from="a run"), dict(distill__teacher_size="wan14b")):
+        with pytest.raises(UserError, match=r"but only stage dmd .* uses it, not stage teacher_forcing"):
+            train(tiny.train_config("teacher_forcing", **changes), tmp_path / "run", show_progress=False)
     config = run_config(sources)
     config.stage = "teacher_forcing"
     with pytest.raises(UserError, match=r"config\.losses\.dmd: 'dmd' asks for scores"):
@@ -272,7 +309,7 @@ def test_long_rollouts_are_scored_in_random_windows():
     stage, params, critic = tiny.stage_of(config, LATENT)
     own = stage.parts[0].call.keywords["own"]
     text = jnp.zeros((2, 6, 8))
-    draw = jax.jit(lambda key: own.draw(params, text, key))
+    draw = jax.jit(lambda key: own.draw(params, text, key, own.exits(key)))
     starts = set()
     for i in range(12):
         drawn = draw(jax.random.key(i))

@@ -1,11 +1,16 @@
 """The real width through the real configs: updates of every stage at 1536, 12 heads, 2 layers, text 512 x 4096."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from greedy_distill_jax import config as configuration
 from greedy_distill_jax.config_cli import read_config
+from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.testing import tiny
 
 LATENT = (3, 4, 4, 16)
@@ -40,3 +45,30 @@ def test_two_updates_at_width_1536(name):
     moved = [np.abs(np.asarray(a) - b).max() > 0 for a, b in
              zip(jax.tree.leaves((state.params, state.critic)), before, strict=True)]  # fmt: skip
     assert np.mean(moved) > 0.9 and int(state.step) == (2 if len(stage.parts) == 1 else 1)
+
+
+def _shapes(jaxpr):
+    """Of everything that a program computes, loop bodies included."""
+    for equation in jaxpr.eqns:
+        yield from (x.aval.shape for x in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _shapes(inner)
+
+
+def test_full_attention_over_32760_tokens_never_holds_its_logits():
+    wan = configuration.wan_config(read_config("configs/wan1_3b/teacher.py"))
+    teacher = Teacher(dataclasses.replace(wan, num_layers=2))
+    params = jax.eval_shape(lambda key: teacher.init(key, (1, 4, 4, 16)), jax.random.key(0))
+    video, level, text = ((1, 21, 60, 104, 16), (1, 1), (1, 512, 4096))
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (video, level, text)]
+
+    def loss(*args):
+        return jnp.mean(jnp.square(teacher(*args)))
+
+    for call in (teacher, jax.grad(loss)):
+        largest = max(_shapes(jax.make_jaxpr(call)(params, *inputs).jaxpr), key=math.prod)
+        # The MLP's, not one head's 32,760 x 32,760, nor all the blocks of it that a gradient without recomputing keeps.
+        assert largest == (1, 32_760, 8960)

@@ -11,8 +11,7 @@ from greedy_distill_jax.mesh import make_mesh
 from greedy_distill_jax.models.causal import make_student
 from greedy_distill_jax.models.student import Student
 from greedy_distill_jax.models.wan_config import FUSIONS
-from greedy_distill_jax.ops.sliding_window import Schedule
-from greedy_distill_jax.parallel import attention, check_columns, on_mesh
+from greedy_distill_jax.parallel import check_columns, on_mesh
 from greedy_distill_jax.sharding import RULES, TABLE, leaf_paths, rows_of, shardings
 from greedy_distill_jax.stream import Sampling
 from greedy_distill_jax.stream_causal import make_streamer
@@ -76,7 +75,7 @@ MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
 @pytest.mark.parametrize(
     "stage, kind, meshes",
     [("teacher", "etm_sdd", MESHES), ("teacher_forcing", "etm_sdd", MESHES), ("dmd", "etm_sdd", MESHES),
-     ("dmd", "causal", MESHES[1:2])],
+     ("dmd", "causal", MESHES[2:])],
     ids=str,
 )  # fmt: skip
 def test_eight_devices_equal_one(stage, kind, meshes, monkeypatch):
@@ -115,12 +114,6 @@ def test_a_frame_that_does_not_divide_into_stripes_names_the_choices():
     check_columns(mesh, 16)
     with pytest.raises(UserError, match="52 columns of patches, which do not divide by 8; choose from 1, 2, 4, 13, 26"):
         check_columns(mesh, 52)
-
-
-def test_heads_that_do_not_divide_are_named():
-    mesh, q = make_mesh({"tensor": 8}), jnp.zeros((1, 4, 2, 8))
-    with pytest.raises(UserError, match="config.mesh.tensor is 8, which does not divide the 2 attention heads"):
-        on_mesh(lambda: attention(q, q, q, Schedule.full(2, 2)), mesh)()
 
 
 def test_the_student_of_every_fusion_fits_the_table():

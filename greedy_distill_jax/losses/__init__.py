@@ -3,8 +3,9 @@
 ``net(x_BTHWC, sigma_BT, batch) -> velocity`` hides model, parameters and precision; ``batch`` is a dict of arrays
 ("latents" and "text", and what a stage adds: stage "dmd" puts the student's own videos in "latents" and, with the
 gradient into the student, in "action"; there a loss may also ask for the scores ``real`` and ``fake`` by keyword-only
-arguments of these names). A loss returns one value per example and a dict of scalars for the
-logs; ``train.py`` takes the mean over the batch, applies the weight of the config and logs every term by its name.
+arguments of these names). A loss returns one value per example and a dict for the logs of scalars, or of pairs (sum,
+count) where only some of the values count; ``train.py`` takes the mean over the batch, applies the weight of the config
+and logs every term by its name.
 
 ``resolve`` finds a loss by name: a built-in one, one given to ``register``, "package.module:function", or
 "path/to/file.py:function".

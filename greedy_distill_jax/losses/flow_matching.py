@@ -36,7 +36,7 @@ def flow_matching(
         dominate the gradient.
 
     Returns:
-      loss [B], and metrics: the loss in the lower and upper half of the noise levels.
+      loss [B], and metrics: the error in the lower and upper half of the noise levels, as (sum, count).
     """
     x0 = jnp.tile(batch["latents"].astype(jnp.float32), (1, draws, 1, 1, 1))
     count, frames = x0.shape[:2]
@@ -64,7 +64,7 @@ def flow_matching(
     middle = float(schedules.shift_sigma(0.5, shift))
     is_low = (sigma < middle).astype(jnp.float32)
     metrics = {
-        "low_noise": jnp.sum(error * is_low) / jnp.maximum(jnp.sum(is_low), 1.0),
-        "high_noise": jnp.sum(error * (1.0 - is_low)) / jnp.maximum(jnp.sum(1.0 - is_low), 1.0),
+        "low_noise": (jnp.sum(error * is_low), jnp.sum(is_low)),
+        "high_noise": (jnp.sum(error * (1.0 - is_low)), jnp.sum(1.0 - is_low)),
     }
     return jnp.mean(weight * error, axis=1), metrics

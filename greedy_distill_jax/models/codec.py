@@ -91,7 +91,7 @@ class PatchCodec:
       patch: side of a patch in pixels.
     """
 
-    mean: Float32[np.ndarray, "P"]
+    mean: Float32[np.ndarray, "P"]  # noqa: F821 (one letter alone looks like a name)
     components: Float32[np.ndarray, "P C"]
     scale: float
     patch: int

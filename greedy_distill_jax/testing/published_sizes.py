@@ -1,0 +1,79 @@
+"""Whether a job that was compiled is the published one: a benchmark or a test that shrank it to make it fit fails here.
+
+Sizes of Wan2.1 are those of its checkpoints (METHOD_SPEC A.1, WEIGHT_NAMES); video and text are 480p as trained there:
+81 frames of 832 x 480, which are 21 latent frames of 60 x 104, and 512 rows of text.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Size(NamedTuple):
+    """Of one of Wan's networks, and of a student of two halves of it (ETM and SDD share no parameters)."""
+
+    layers: int
+    width: int
+    parameters: int
+    student: int
+
+
+SIZES = {
+    "wan1_3b": Size(30, 1536, 1_418_996_800, 1_515_523_648),
+    "wan14b": Size(40, 5120, 14_288_491_584, 15_569_771_584),
+}
+STEPS = {"teacher": ("teacher",), "teacher_forcing": ("teacher_forcing", "stream"), "dmd": ("dmd", "critic", "stream")}
+
+
+def differences(
+    record: Mapping[str, Any], *, stage: str, size: str, teacher: str = "", batch: int = 64, only: str = ""
+) -> list[str]:
+    """What of a record of ``pod_report.report`` is not as published, one line each; an empty list is the whole job.
+
+    Args:
+      stage: of training.
+      size: of the student (in stage "teacher": of the teacher), a key of ``SIZES``.
+      teacher: of the frozen teacher of stage "dmd", with whose guidance two branches are computed; the critic has the
+        student's size.
+      batch: global.
+      only: as given to the command.
+    """
+    facts, own = record["facts"], SIZES[size]
+    streaming, dmd = stage != "teacher", stage == "dmd"
+    half = [own.layers // 2, own.width]
+    trained = {"etm": half, "sdd": half} if streaming else {"": [own.layers, own.width]}
+    stacks = {"trained": trained, "critic": {"": [own.layers, own.width]} if dmd else {}}
+    if dmd:
+        stacks["teacher"] = {"": [SIZES[teacher].layers, SIZES[teacher].width]}
+    count = own.student if streaming else own.parameters
+    wanted = {
+        "stage": stage,
+        "steps": [step for step in STEPS[stage] if only in step],
+        "frames": 21,
+        "latents": "60x104",
+        "channels": 16,
+        "tokens_per_frame": 1560,
+        "tokens": 32_760,
+        "text_rows": 512,
+        "networks": stacks,
+        "parameters": count,
+        "ema_parameters": count,
+        "teacher_parameters": SIZES[teacher].parameters if dmd else 0,
+        "critic_parameters": own.parameters if dmd else 0,
+        "cfg_branches": 2 if dmd else 1,
+        "batch": batch,
+        "dtype": "bfloat16",
+    }
+    found = [f"{key} is {facts.get(key)}, not {value}" for key, value in wanted.items() if facts.get(key) != value]
+    if facts["optimizer_parameters"] < 2 * count:
+        found.append(f"the optimiser keeps {facts['optimizer_parameters']} numbers, not two for each of {count}")
+    groups = facts["mesh"]["data"] * facts["mesh"]["fsdp"]
+    if facts["accumulate"] * facts["microbatch_per_group"] * groups != batch:
+        found.append(f"microbatches do not add up to the batch of {batch}")
+    if streaming and (streams := facts.get("streams", {})).get("latents") != "60x104":
+        found.append(f"streams are {streams}, not of 60x104 latents")
+    if [step["step"] for step in record["steps"]] != wanted["steps"] or record["only"] != only:
+        found.append(f"compiled were {[step['step'] for step in record['steps']]}, with --only={record['only']!r}")
+    for step in record["steps"]:
+        if step["collectives"] and not (step["attention"] == "pallas_tpu" and step["collectives"]["kernels"]["runs"]):
+            found.append(f"{step['step']} computes attention by {step['attention']}")
+    return found
