@@ -23,7 +23,7 @@ import numpy as np
 from rollout_gradient import gradients
 
 from greedy_distill_jax import cli, config as configuration, profiling
-from greedy_distill_jax.pods import STREAM, Job, Step, build_job
+from greedy_distill_jax.pods import STREAM, Job, Step, build_job, imaginary_runs
 from greedy_distill_jax.stream_causal import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.sizes import SIZES, Size, random_params
@@ -36,10 +36,10 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of one form's gradient agains
 
 
 def training_config(size: Size, name: str):
-    """The configuration of a step, of runs that need not exist."""
-    config = size.config(name)
-    if name == "dmd":
-        config.distill.exit, config.teacher_from, config.student_from = "last", "random", "random"
+    """The configuration of a step, of runs that need not exist; the work of stage 2 does not depend on a draw."""
+    config = imaginary_runs(size.config(name))
+    if config.stage == "dmd":
+        config.distill.exit = "last"
     return config
 
 
