@@ -3,59 +3,69 @@
     python benchmarks/rollout_gradient.py --frames 16 --output benchmarks/results/rollout-gradient.json
 
 Both forms give the same gradient (``tests/test_rollout.py``; checked here again). Memory is what the compiled program
-allocates besides its arguments and results; time is CPU time of the process, median of turns.
+allocates besides its arguments and results; time is CPU time of the process on a CPU, median of turns.
+``benchmarks/train_step.py`` does the same at a named size.
 """
 
 import dataclasses
-import json
 import statistics
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from greedy_distill_jax import cli, rollout as rollouts
-from greedy_distill_jax.checkpoint import source_commit, versions
+from greedy_distill_jax import cli, profiling, rollout as rollouts
 from greedy_distill_jax.models.student import ContextGrad, Student
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
 from greedy_distill_jax.stream import Sampling, Streamer
 from greedy_distill_jax.testing import tiny
 
 
+def gradients(streamer: Streamer, params, text, shape: tuple[int, int, int, int], repeats: int) -> dict:
+    """Figures of both forms of one student, and how far apart their gradients are (relative norm).
+
+    Args:
+      streamer: student and steps; every list runs to its end.
+      params, text: of the student, rows [B, M, C].
+      shape: (T, H, W, C) of the video.
+      repeats: turns; each times both.
+    """
+    student, stops = streamer.student, ContextGrad("params", "none")
+    drawn = jax.jit(lambda p: rollouts.roll_out(streamer, p, text, jax.random.key(1), shape, "last"))(params)
+    weights = jax.random.normal(jax.random.key(2), drawn.x0_BTHWC.shape)
+    forms = {
+        "parallel": lambda p, drawn: rollouts.recompute(student, p, text, drawn, stops),
+        "sequential": lambda p, drawn: rollouts.replay(streamer, p, text, drawn, stops),
+    }
+    out, found, compiled = {}, {}, {}
+    for name, act in forms.items():
+        begin = profiling.clock()
+        gradient = jax.jit(jax.grad(lambda p, drawn, w, act=act: jnp.sum(w * act(p, drawn))))
+        compiled[name] = gradient.lower(params, drawn, weights).compile()
+        memory = profiling.program_bytes(compiled[name])["temporaries"]
+        out[name] = {"compile_s": profiling.clock() - begin, "temporary_MiB": memory / 2**20}
+        found[name] = jax.block_until_ready(compiled[name](params, drawn, weights))
+    difference = jax.jit(lambda a, b: optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(a))
+    out["relative_difference"] = float(difference(*found.values()))
+    del found
+    turns = {name: [] for name in forms}
+    for _ in range(repeats):
+        for name, run in compiled.items():
+            turns[name].append(1e3 * profiling.seconds(lambda run=run: run(params, drawn, weights)))
+    for name, times in turns.items():
+        out[name]["ms"] = statistics.median(times)
+    return out
+
+
 def measure(frames: int, batch: int, latent: int, dim: int, remat: str, repeats: int) -> dict:
-    """Figures of both forms, and how far apart their gradients are (relative norm)."""
+    """``gradients`` of a small student."""
     base = dataclasses.replace(WanConfig(**WAN_SIZES["tiny"]), dim=dim, ffn_dim=5 * dim, remat=remat)
     layers = dict(etm_layers=(0, 1), sdd_layers=(0, 1, 2, 3))
     student = Student(StudentConfig(base=base, **layers, window=4, rope_frames=frames))
-    streamer = Streamer(student, Sampling(((1.0, 0.5),), "renoise"))
     shape = (frames, latent, latent, base.channels)
     params, text = tiny.random_params(student, latent_shape=shape), tiny.text_rows(batch, jax.random.key(0), base)
-    drawn = jax.jit(lambda p: rollouts.roll_out(streamer, p, text, jax.random.key(1), shape, "last"))(params)
-    weights = jax.random.normal(jax.random.key(2), drawn.x0_BTHWC.shape)
-    stops = ContextGrad("params", "none")
-    forms = {
-        "parallel": lambda p: rollouts.recompute(student, p, text, drawn, stops),
-        "sequential": lambda p: rollouts.replay(streamer, p, text, drawn, stops),
-    }
-    out, gradients, compiled = {}, {}, {}
-    for name, act in forms.items():
-        begin = time.process_time()
-        compiled[name] = jax.jit(jax.grad(lambda p, act=act: jnp.sum(weights * act(p)))).lower(params).compile()
-        memory = compiled[name].memory_analysis().temp_size_in_bytes
-        out[name] = {"compile_cpu_s": time.process_time() - begin, "temporary_MiB": memory / 2**20, "turns_ms": []}
-        gradients[name] = jax.block_until_ready(compiled[name](params))
-    for _ in range(repeats):
-        for name in forms:
-            begin = time.process_time()
-            jax.block_until_ready(compiled[name](params))
-            out[name]["turns_ms"].append(1e3 * (time.process_time() - begin))
-    for row in out.values():
-        row["cpu_ms"] = statistics.median(row.pop("turns_ms"))
-    difference = optax.tree.norm(jax.tree.map(jnp.subtract, *gradients.values()))
-    out["relative_difference"] = float(difference / optax.tree.norm(gradients["parallel"]))
-    return out
+    return gradients(Streamer(student, Sampling(((1.0, 0.5),), "renoise")), params, text, shape, repeats)
 
 
 def main() -> None:
@@ -69,6 +79,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
+    profiling.one_thread()
     rows = {}
     for frames in args.frames:
         rows[frames] = measure(frames, args.batch, args.latent, args.dim, args.remat, args.repeats)
@@ -76,11 +87,8 @@ def main() -> None:
             figures = "  ".join(f"{key} {value:.1f}" for key, value in rows[frames][name].items())
             print(f"{frames:>3} frames  {name:<10}  {figures}", flush=True)
         print(f"            gradients differ by {rows[frames]['relative_difference']:.1e}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: value for key, value in vars(args).items() if key != "output"}
-        result = {"settings": settings, "rows": rows, "versions": versions(), "commit": source_commit()}
-        args.output.write_text(json.dumps(result, indent=1))
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    profiling.write_json(args.output, {"settings": settings, "rows": rows, **profiling.environment()})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from greedy_distill_jax.stream import Sampling
 TRAINED = 3.0  # forward, and backward twice: with respect to inputs and to parameters
 # Attention's backward pass over its forward pass of two matmuls. Flash attention computes its logits again: five in
 # all. The TPU kernels make logits and their gradient once for queries and once for keys: seven.
-BACKWARD = {"xla": 2.5, "pallas_tpu": 3.5}
+BACKWARD = {"xla": 2.5, "cudnn": 2.5, "pallas_tpu": 3.5}
 
 
 class Flops(NamedTuple):

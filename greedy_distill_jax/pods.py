@@ -165,12 +165,12 @@ def one_line() -> Iterator[None]:
         raise UserError(f"config: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
-def build_networks(config, size: str = "480p", only: str = "") -> Networks:
+def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "") -> Networks:
     """The part of a job that does not depend on devices.
 
     Args:
       config: of the job; the runs it starts from need not exist.
-      size: of the frames, a key of ``GRID``.
+      size: of the frames, a key of ``GRID`` or rows and columns of latents.
       only: steps whose name contains this.
 
     Raises:
@@ -179,7 +179,7 @@ def build_networks(config, size: str = "480p", only: str = "") -> Networks:
     configuration.validate(config)
     with one_line():
         model, wan = build_model(config), configuration.wan_config(config)
-        latent_shape = (config.data.frames, *GRID[size], wan.channels)
+        latent_shape = (config.data.frames, *(GRID[size] if isinstance(size, str) else size), wan.channels)
         sources = _imagined(config, model, latent_shape)
         null = HashWordEncoder(wan.text_len, wan.text_dim)([""])[0]
         stage = build_stage(config, model, sources, null, latent_shape)
@@ -194,7 +194,9 @@ def build_networks(config, size: str = "480p", only: str = "") -> Networks:
     return Networks(stage, latent_shape, state, batch_shapes(config, latent_shape), asked)
 
 
-def build_job(config, devices, size: str = "480p", only: str = "", one_video: bool = False) -> Job:
+def build_job(
+    config, devices, size: str | tuple[int, int] = "480p", only: str = "", one_video: bool = False
+) -> Job:  # fmt: skip
     """The job that ``train.py`` would run with this config on these devices, with its streaming step.
 
     Args:

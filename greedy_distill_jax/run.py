@@ -236,9 +236,7 @@ class Run:
 
     def open_stream(self, text, key, steps: int | None = None, first_steps: int | None = None):
         """(initial state, jitted step with a donated state) of a student's stream."""
-        streamer = self.streamer(steps, first_steps)
-        state = jax.jit(streamer.init, static_argnums=3)(self.params, text, key, self.latent_shape[1:])
-        return state, _jitted_step(self.model.cfg, streamer.sampling)
+        return open_stream(self.streamer(steps, first_steps), self.params, text, key, self.latent_shape[1:])
 
     def sample_videos(self, prompts: Sequence[str], **options) -> np.ndarray:
         """uint8 videos [B, T, H, W, 3]; options as for ``sample_latents``."""
@@ -254,6 +252,18 @@ def latent_frames(codec: VideoCodec, frames: int, option: str = "--frames") -> i
     return 1 + (frames - 1) // stride
 
 
+def open_stream(
+    streamer: Streamer | CausalStreamer, params, text_BMC, key, latent_shape: tuple[int, int, int]
+):  # fmt: skip
+    """(initial state, jitted step with a donated state) of a stream of latents (H, W, C) for prompts [B, M, C].
+
+    Streams of the same student and sampling share their programs.
+    """
+    init, step = _jitted_stream(streamer.cfg, streamer.sampling)
+    return init(params, text_BMC, key, tuple(latent_shape)), step
+
+
 @functools.lru_cache(maxsize=8)
-def _jitted_step(student_config, sampling: Sampling):
-    return jax.jit(make_streamer(make_student(student_config), sampling).step, donate_argnums=1)
+def _jitted_stream(student_config, sampling: Sampling):
+    streamer = make_streamer(make_student(student_config), sampling)
+    return jax.jit(streamer.init, static_argnums=3), jax.jit(streamer.step, donate_argnums=1)

@@ -11,6 +11,7 @@ from greedy_distill_jax.models.causal import make_student
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import History
 from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, StudentConfig, WanConfig
+from greedy_distill_jax.ops.sliding_window import select
 from greedy_distill_jax.stream import Sampling
 from greedy_distill_jax.stream_causal import make_streamer
 from greedy_distill_jax.testing import tiny
@@ -136,3 +137,7 @@ def test_the_published_sizes():
     passes = 5 * everything
     assert passes.total == pytest.approx(47e12, rel=0.02)
     assert flops.stream_step(student, 1560, 4).total > 0
+
+
+def test_every_implementation_that_is_chosen_has_a_backward_pass():
+    assert flops.BACKWARD.keys() >= {name for names in select.BEST.values() for name in names}

@@ -1,0 +1,164 @@
+"""A training step at a named size with random weights: milliseconds, FLOPs, share of the device's ceiling, memory.
+
+    python benchmarks/train_step.py --size wan1_3b --output benchmarks/results/train-step.json
+    JAX_PLATFORMS=cpu python benchmarks/train_step.py --size small
+
+Times the jitted functions that `train` runs, built from the configurations of `configs/wan1_3b` (`pods.build_job`), one
+video on one device, rematerialisation as configured: a step of stage 1, and of stage 2 a generator step and a critic
+step. In stage 2 every denoising list runs to its end (`distill.exit=last`), so that the work does not depend on a draw.
+FLOPs are counted in closed form (`flops.py`): "model" what the mathematics asks for, "executed" with recomputation.
+MFU and HFU are their shares of a large matmul's rate, measured in the same run. Last, the gradient of a self-rollout in
+one parallel pass against the chunk-by-chunk loop (`rollout_gradient.py`), whose gradients are compared.
+
+Times are synchronised medians; on a CPU they are CPU time of one pinned thread. The file is rewritten after every row.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rollout_gradient import gradients
+
+from greedy_distill_jax import cli, config as configuration, profiling
+from greedy_distill_jax.pods import STREAM, Job, Step, build_job, imaginary_runs
+from greedy_distill_jax.stream_causal import make_streamer
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.sizes import SIZES, Size, random_params
+from greedy_distill_jax.types import UserError
+
+# Name here -> (configuration of `sizes.CONFIGS`, name of the job's step).
+STEPS = {"stage 1": ("etm_sdd", "teacher_forcing"), "generator": ("dmd", "dmd"), "critic": ("dmd", "critic")}
+GRADIENT = "gradient"
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of one form's gradient against the other's, by norm
+
+
+def training_config(size: Size, name: str):
+    """The configuration of a step, of runs that need not exist; the work of stage 2 does not depend on a draw."""
+    config = imaginary_runs(size.config(name))
+    if config.stage == "dmd":
+        config.distill.exit = "last"
+    return config
+
+
+def arrays(job: Job) -> tuple:
+    """(state at step 0, frozen networks, batch), random and placed as the job has them."""
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    (state, of_state), (frozen, of_frozen), (batch, of_batch) = (job.trees[n] for n in ("state", "frozen", "batch"))
+    trained = random_params(state.params, next(keys)), random_params(state.critic, next(keys)) if state.critic else None
+    started = jax.jit(job.stage.state, out_shardings=of_state, donate_argnums=(0, 1))(*trained)
+    frozen = jax.device_put(random_params(frozen, next(keys)), of_frozen)
+    data = {name: jax.random.normal(next(keys), x.shape, x.dtype) for name, x in batch.items()}
+    return started, frozen, jax.device_put(data, of_batch)
+
+
+def measure(job: Job, step: Step, repeats: int, ceiling: float) -> dict:
+    """Figures of one step of a job.
+
+    Args:
+      job, step: of ``build_job``.
+      repeats: timed updates after a first one.
+      ceiling: FLOPs per second.
+
+    Raises:
+      RuntimeError: a metric is not finite, or the update left the parameters as they were.
+    """
+    state, frozen, batch = arrays(job)
+    trained = "critic" if step.name == "critic" else "params"
+    before = jax.tree.map(jnp.copy, jax.tree.leaves(getattr(state, trained))[0])
+    start = profiling.clock()
+    compiled = step.call.lower(state, frozen, batch).compile()
+    compile_s, times = profiling.clock() - start, []
+    for number in range(repeats + 1):
+        start = profiling.clock()
+        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
+        if number:
+            times.append(profiling.clock() - start)
+        bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+        if bad:
+            raise RuntimeError(f"{step.name}, update {number}: {', '.join(bad)} is not finite; its time says nothing")
+    if bool(jnp.all(before == jax.tree.leaves(getattr(state, trained))[0])):
+        raise RuntimeError(f"{step.name}: {repeats + 1} updates changed nothing; its time says nothing")
+    spent, model, executed = statistics.median(times), step.cost.model.total, step.cost.executed.total
+    return {
+        "ms": 1e3 * spent,
+        "model_flops": model,
+        "executed_flops": executed,
+        "mfu": model / spent / ceiling,
+        "hfu": executed / spent / ceiling,
+        "program_bytes": profiling.program_bytes(compiled),
+        "peak": profiling.peak_bytes(),
+        "compile_s": compile_s,
+        "facts": job.facts(),
+        "metrics": {name: float(value) for name, value in metrics.items()},
+    }
+
+
+def measure_gradient(size: Size, repeats: int) -> dict:
+    """Both forms of a rollout's gradient, see ``rollout_gradient.gradients``."""
+    run = size.run("dmd")
+    base = run.model.cfg.base
+    streamer = make_streamer(run.model, configuration.sampling(run.config))
+    text = tiny.text_rows(1, jax.random.key(3), base)
+    out = gradients(streamer, run.params, text, run.latent_shape, repeats)
+    if not out["relative_difference"] < TOLERANCE[base.dtype]:  # not a number is no pass either
+        raise RuntimeError(
+            f"the parallel and the sequential gradient differ by {out['relative_difference']:.1e}; no times of unlike "
+            f"work"
+        )
+    return out
+
+
+def main(argv: list[str]) -> None:
+    """Command line."""
+    parser = cli.Parser(prog="python benchmarks/train_step.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--only", choices=(*STEPS, GRADIENT), nargs="+", default=(*STEPS, GRADIENT))
+    parser.add_argument("--repeats", type=int, default=5, help="timed updates after a first one (5)")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: must be at least 1.")
+    size, begin = SIZES[args.size], time.perf_counter()
+    profiling.one_thread()
+    dtype = configuration.wan_config(size.config("dmd")).dtype
+    result = {
+        "size": args.size, "latents": [size.frames, *size.latent_shape], "batch": 1, "dtype": dtype, "exit": "last",
+        **profiling.environment(), "ceilings": profiling.ceilings(dtype), "steps": {},
+    }  # fmt: skip
+    ceiling = result["ceilings"]["matmul_flops_per_s"]
+    for name in [n for n in STEPS if n in args.only]:
+        source, part = STEPS[name]
+        job = build_job(training_config(size, source), jax.devices()[:1], size.latent_shape[:2], only=part)
+        (step,) = [s for s in job.steps if s.name != STREAM]
+        row = measure(job, step, args.repeats, ceiling)
+        result["steps"][name] = row
+        profiling.write_json(args.output, result)
+        print(f"{name}: {row['ms']:.0f} ms, compiled in {row['compile_s']:.0f} s", flush=True)
+    if GRADIENT in args.only:
+        result["rollout_gradient"] = measure_gradient(size, args.repeats)
+    result["wall_s"] = time.perf_counter() - begin
+    profiling.write_json(args.output, result)
+    peak = profiling.peak_bytes()
+    print(f"{result['device']}, {result['clock']}; {dtype}, {result['wall_s']:.0f} s in all")
+    copy = result["ceilings"]["copy_bytes_per_s"]
+    print(f"ceilings: matmul {ceiling / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s")
+    print(f"peak memory {peak['bytes'] / 2**20:.0f} MiB: {peak['source']}")
+    if "rollout_gradient" in result:
+        forms = dict(result["rollout_gradient"])
+        print(f"the two gradients differ by {forms.pop('relative_difference'):.1e} of their norm")
+        cells = [[name, row["ms"], row["temporary_MiB"], row["compile_s"]] for name, row in forms.items()]
+        print(profiling.table(["rollout gradient", "ms", "temporary MiB", "compile s"], cells))
+    cells = [
+        [name, row["ms"], row["model_flops"] / 1e12, row["executed_flops"] / 1e12, row["mfu"], row["hfu"],
+         row["program_bytes"]["total"] / 2**20, row["compile_s"]]
+        for name, row in result["steps"].items()
+    ]  # fmt: skip
+    header = ["step", "ms", "TFLOP, model", "executed", "MFU", "HFU", "program MiB", "compile s"]
+    print(profiling.table(header, cells))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,103 @@
+"""The benchmarks of streams and training steps, from end to end at the tiny size; what they refuse."""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import ROOT, exit_code
+
+from greedy_distill_jax import profiling
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports ``benchmarks/NAME.py``; the test's process keeps its threads and cores."""
+    monkeypatch.syspath_prepend(f"{ROOT}/benchmarks")
+    monkeypatch.setattr(profiling, "one_thread", lambda: None)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", f"{ROOT}/benchmarks/{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+ENVIRONMENT = {"device", "clock", "versions", "commit"}
+
+
+def test_stream(benchmark, tmp_path, capsys):
+    stream, output = benchmark("stream"), tmp_path / "stream.json"
+    stream.main(["--size=tiny", "--student=etm_sdd", "--steps", "diagonal", "--frames=36", "--repeats=1",
+                 f"--output={output}"])  # fmt: skip
+    result = json.loads(output.read_text())
+    expected = {"size", "video", "latents", "dtype", "weights", "schedules", "models", "checks", "ceilings"}
+    assert result.keys() >= ENVIRONMENT | expected
+    assert all(difference < stream.TOLERANCE for difference in result["checks"].values())
+    (row,) = result["rows"]
+    assert (row["student"], row["schedule"], row["steps"]) == ("etm_sdd", "diagonal", [4, 3, 2])
+    assert row["ms_per_latent_frame"].keys() == {"model", "clean", "fused", "tiny VAE", "Wan VAE"}
+    assert row["first_chunk_ms"].keys() == {"latents", "tiny VAE", "Wan VAE"}
+    assert row["pixel_fps"]["clean"] == pytest.approx(4e3 / row["ms_per_latent_frame"]["clean"])
+    assert row["mfu"] > 0 and row["model_flops_per_latent_frame"] > 0
+    assert row["late"]["frame"] == 36 and row["late"]["over_early"] > 0
+    assert row["program_bytes"]["clean"]["total"] > row["cache_bytes"] > 0
+    assert row["peak"]["bytes"] > 0 and row["peak"]["source"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| etm_sdd | diagonal | ")
+
+
+def test_stream_next_to_torch(benchmark, tmp_path, capsys):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
+    output = tmp_path / "torch.json"
+    benchmark("stream_torch").main(["--size", "tiny", "--steps=2", "--repeats=1", f"--output={output}"])
+    result = json.loads(output.read_text())
+    assert result.keys() >= ENVIRONMENT
+    row = result["sizes"]["tiny"]
+    assert len(row["ms_per_latent_frame"]) == 3 and all(ratio > 0 for ratio in row["ratios"].values())
+    assert row["largest_difference"] < 1e-3
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| tiny | ")
+
+
+def test_train_step(benchmark, tmp_path, capsys):
+    train_step, output = benchmark("train_step"), tmp_path / "train.json"
+    train_step.main(["--size=tiny", "--only", "stage 1", "critic", "--repeats=1", f"--output={output}"])
+    result = json.loads(output.read_text())
+    assert result.keys() >= ENVIRONMENT | {"size", "latents", "dtype", "ceilings"}
+    assert result["steps"].keys() == {"stage 1", "critic"}
+    for row in result["steps"].values():
+        assert row["executed_flops"] > row["model_flops"] > 0
+        assert row["mfu"] == pytest.approx(row["model_flops"] / row["ms"] * 1e3 / _ceiling(result))
+        assert row["program_bytes"]["total"] > 0 and row["peak"]["bytes"] > 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| critic | ")
+
+
+def test_train_step_gradient(benchmark, tmp_path, capsys):
+    output = tmp_path / "train.json"
+    benchmark("train_step").main(["--size=tiny", "--only", "gradient", "--repeats=1", f"--output={output}"])
+    forms = json.loads(output.read_text())["rollout_gradient"]
+    assert forms.pop("relative_difference") < 1e-4
+    assert forms.keys() == {"parallel", "sequential"}
+    assert all(row.keys() == {"compile_s", "temporary_MiB", "ms"} for row in forms.values())
+    assert "| parallel | " in capsys.readouterr().out
+
+
+def _ceiling(result):
+    return result["ceilings"]["matmul_flops_per_s"]
+
+
+@pytest.mark.parametrize("name", ["stream", "stream_torch", "train_step"])
+def test_an_unknown_size(benchmark, name, capsys):
+    assert exit_code(benchmark(name).main, "--size", "huge") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "huge" in line and "small" in line
+
+
+@pytest.mark.parametrize(
+    "name, argument, words",
+    [("stream", "--frames=20", "use at least 68 frames"), ("stream_torch", "--steps=0", "at least 1"),
+     ("train_step", "--repeats=0", "at least 1")],
+)  # fmt: skip
+def test_refused_numbers(benchmark, name, argument, words, capsys):
+    assert exit_code(benchmark(name).main, "--size", "tiny", argument) == 2
+    assert words in capsys.readouterr().err
