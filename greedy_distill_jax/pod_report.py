@@ -132,7 +132,8 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
     copies, stripes, split = RULES.batch[0], RULES.columns[0], RULES.embed[0]
     share = c.data.batch // c.data.accumulate // batch_parts(job.mesh)
     columns = job.latent_shape[2] // wan.patch
-    options, trained = [], done.name != STREAM
+    compiled, options = done.seconds is not None, []  # else what is kept is too much, however little a step computes
+    trained = compiled and done.name != STREAM
     if trained and wan.remat != "full":
         options.append("config.model.remat=full")
     if trained and share > 1:
@@ -140,7 +141,7 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
     if mesh[copies] > 1:
         options.append(f"config.mesh.{copies}=1 with config.mesh.{split}=-1 (parameters and moments over all devices)")
     more = next((n for n in range(mesh[stripes] + 1, columns + 1) if columns % n == job.mesh.size % n == 0), None)
-    if more:
+    if compiled and more:
         fewer = job.mesh.size // (more * mesh[RULES.heads[0]] * mesh[copies])
         adjusted = c.data.batch // max(1, fewer * mesh[copies])
         also = f" with config.data.accumulate={adjusted}" if trained and adjusted != c.data.accumulate else ""
