@@ -215,11 +215,18 @@ def _record(job: Job, done: Compiled, chip: topology.Chip) -> dict[str, Any]:
         "memory": done.memory, "hbm": done.hbm, "attention": done.attention, "message": done.message,
         "model_flops": done.model_flops.total, "executed_flops": done.executed_flops.total,
         "model_flops_per_device": per_device,
-        "collectives": {kind: dataclasses.asdict(count) for kind, count in done.collectives.items()},
+        "collectives": {
+            kind: dataclasses.asdict(count) | {"sources": dict(_largest(count, 5))}
+            for kind, count in done.collectives.items()
+        },
         "sent_bytes_per_device": sent if done.collectives else None,
         "flops_per_sent_byte": per_device / sent if sent else None,
         "chip_flops_per_link_byte": chip.flops / chip.link_rate,
     }  # fmt: skip
+
+
+def _largest(count: hlo.Count, number: int) -> list[tuple[str, float]]:
+    return sorted(count.sources.items(), key=lambda source: -source[1])[:number]
 
 
 def _lines(job: Job, name: str, done: Compiled, chip: topology.Chip) -> Iterator[str]:
@@ -242,6 +249,7 @@ def _lines(job: Job, name: str, done: Compiled, chip: topology.Chip) -> Iterator
                 f"    {kind}: {count.instructions} in the program, {count.runs:,.0f} runs, "
                 f"{count.bytes / GIB:.2f} GiB sent per device"
             )
+            yield from (f"      {size / GIB:.2f} GiB: {source}" for source, size in _largest(count, 2) if size)
     if sent:
         intensity = done.model_flops.total / job.mesh.size / sent
         published = chip.flops / chip.link_rate
