@@ -7,8 +7,10 @@ step has no use for the frozen teacher, but it is there. Any machine with libtpu
 import dataclasses
 import re
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -75,15 +77,16 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
         )  # fmt: skip
     with one_line():
         lowered = step.call.lower(*step.arguments)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return Compiled(
-            fits=False, memory=_asked(error, held), collectives={}, message=str(error).splitlines()[0][:200],
-            **_since(start), **common,
-        )  # fmt: skip
-    memory = _memory(compiled.memory_analysis(), held)
-    found = hlo.counts(compiled.as_text(), step.dynamic_trips)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            return Compiled(
+                fits=False, memory=_asked(error, held), collectives={}, message=str(error).splitlines()[0][:200],
+                **_since(start), **common,
+            )  # fmt: skip
+        memory, text = _memory(compiled.memory_analysis(), held), _text(compiled, Path(folder))
+    found = hlo.counts(text, step.dynamic_trips)
     if common["attention"].startswith("pallas") and not found["kernels"].instructions:
         raise RuntimeError(f"{step.name}: attention is said to be {common['attention']}, but no kernel is called.")
     return Compiled(fits=memory["peak"] <= hbm, memory=memory, collectives=found, **_since(start), **common)
@@ -91,6 +94,14 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
 
 def _since(start: tuple[float, float]) -> dict[str, float]:
     return dict(seconds=time.perf_counter() - start[0], cpu_seconds=time.process_time() - start[1])
+
+
+def _text(compiled: Any, folder: Path) -> str:
+    """The optimised program as libtpu has written it: jaxlib's ``as_text`` cannot read all that libtpu makes (v5p)."""
+    for stage in ("after_codegen", "after_optimizations"):
+        if written := list(folder.glob(f"*.{stage}.txt")):
+            return max(written, key=lambda path: path.stat().st_size).read_text()
+    return compiled.as_text()
 
 
 def _memory(stats, held: int) -> dict[str, int]:

@@ -98,7 +98,7 @@ class ToyProgram:
             raise self.error
         return self
 
-    def compile(self):
+    def compile(self, compiler_options):
         return self
 
     def memory_analysis(self):
