@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class Row(NamedTuple):
-    """One job. ``only`` (steps) and ``accumulate`` are options, ``code`` is the exit code that it must have.
+    """One job. ``only`` (steps), ``accumulate`` and ``context`` are options, ``code`` is the exit code it must have.
 
     ``stage``, ``size``, ``teacher``: what the job must be, see ``published_sizes.differences``.
     """
@@ -36,11 +36,13 @@ class Row(NamedTuple):
     teacher: str = "wan1_3b"
     only: str = ""
     accumulate: int = 0
+    context: int = 0
     code: int = 0
 
     def options(self) -> list[str]:
         """Overrides of the config."""
-        return [f"--config.data.accumulate={self.accumulate}"] if self.accumulate else []
+        given = {"data.accumulate": self.accumulate, "mesh.context": self.context}
+        return [f"--config.{key}={value}" for key, value in given.items() if value]
 
 
 STAGE1, STAGE2 = "teacher_forcing", "dmd"
@@ -90,7 +92,8 @@ def compiled(row: Row, only: str) -> dict:
     if differences := published_sizes.differences(record, **wanted):
         raise RuntimeError(f"{' '.join(shown)}: not the published job: {'; '.join(differences)}")
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     made = {"command": " ".join(shown), "exit_code": done.returncode, "host_bytes": record.pop("host_bytes")}
     made |= {"versions": versions, "commit": commit}
     return record | {"steps": [step | made for step in record["steps"]]}
@@ -139,6 +142,11 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read(path: Path) -> dict[str, dict]:
+    """The rows of a file of results, which need not exist."""
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,15 +155,16 @@ def main() -> None:
     parser.add_argument("--step", default="", help="only steps whose name contains this")
     parser.add_argument("--again", action="store_true", help="compile what is in the file already")
     args = parser.parse_args()
-    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else {}
     for name, row in (JOBS | SCALING).items():
         for only in steps_of(row):
-            kept = rows.get(name, {}).get("steps", [])
+            kept = read(args.output).get(name, {}).get("steps", [])
             there = any(only in step["step"] for step in kept) and not args.again
             if args.only not in name or args.step not in only or there:
                 continue
             print(f"## {name}, {only or 'all steps'}", flush=True)
             new = compiled(row, only)
+            rows = read(args.output)  # another process may have added to it meanwhile
+            kept = rows.get(name, {}).get("steps", [])
             names = [step["step"] for step in new["steps"]]
             new["steps"] = [step for step in kept if step["step"] not in names] + new["steps"]
             new["steps"].sort(key=lambda step: published_sizes.STEPS[row.stage].index(step["step"]))

@@ -29,17 +29,30 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _PARTITIONS = re.compile(r"num_partitions=(\d+)")
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _UNDER_WAY = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
 _NOTHING_MOVES = ("copy", "bitcast", "convert", "reshape", "copy-done", "optimization-barrier")
 
 
 @dataclasses.dataclass
 class Count:
-    """Of one kind of operation: instructions in the program, how often they run, and the bytes a device sends."""
+    """Of one kind of operation: instructions in the program, how often they run, and the bytes a device sends.
+
+    sources: the bytes by the operation of the library that they come from, as far as XLA has kept its name.
+    """
 
     instructions: int = 0
     runs: float = 0.0
     bytes: float = 0.0
+    sources: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: "Count", times: float | int = 1) -> None:
+        """Includes ``times`` runs of ``other``."""
+        self.instructions += other.instructions
+        self.runs += times * other.runs
+        self.bytes += times * other.bytes
+        for source, sent in other.sources.items():
+            self.sources[source] = self.sources.get(source, 0.0) + times * sent
 
 
 class Instruction(NamedTuple):
@@ -262,9 +275,7 @@ class _Program:
 
         def include(other: dict[str, Count], times: float | int = 1) -> None:
             for kind, count in other.items():
-                out[kind].instructions += count.instructions
-                out[kind].runs += times * count.runs
-                out[kind].bytes += times * count.bytes
+                out[kind].add(count, times)
 
         def inside(one: Instruction) -> Callable[[Value], int | None]:
             return lambda value: known(self.outside(computation, one, value))
@@ -339,11 +350,12 @@ class _Program:
         if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
             kind = "reduce-scatter"
         whole = sum(_size(computation.body[operand].shape) for operand in one.operands)
-        if kind == "collective-permute":
-            return {kind: Count(1, 1.0, whole)}
-        group = group_size(one.rest, self.devices)
-        share = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group}.get(kind, (group - 1) / group)
-        return {kind: Count(1, 1.0, whole * share)}
+        if kind != "collective-permute":
+            group = group_size(one.rest, self.devices)
+            whole *= {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group}.get(kind, (group - 1) / group)
+        named = _SOURCE.search(one.rest)
+        source = "/".join(named[1].split("/")[-2:]) if named else "unnamed"
+        return {kind: Count(1, 1.0, whole, {f"{source} {_SHAPE.search(one.shape)[0]}": whole})}
 
     def check(self) -> None:
         """Raises ValueError when a collective would have been left out."""

@@ -7,8 +7,10 @@ step has no use for the frozen teacher, but it is there. Any machine with libtpu
 import dataclasses
 import re
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -75,15 +77,16 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
         )  # fmt: skip
     with one_line():
         lowered = step.call.lower(*step.arguments)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return Compiled(
-            fits=False, memory=_asked(error, held), collectives={}, message=str(error).splitlines()[0][:200],
-            **_since(start), **common,
-        )  # fmt: skip
-    memory = _memory(compiled.memory_analysis(), held)
-    found = hlo.counts(compiled.as_text(), step.dynamic_trips)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            return Compiled(
+                fits=False, memory=_asked(error, held), collectives={}, message=str(error).splitlines()[0][:200],
+                **_since(start), **common,
+            )  # fmt: skip
+        memory, text = _memory(compiled.memory_analysis(), held), _text(compiled, Path(folder))
+    found = hlo.counts(text, step.dynamic_trips)
     if common["attention"].startswith("pallas") and not found["kernels"].instructions:
         raise RuntimeError(f"{step.name}: attention is said to be {common['attention']}, but no kernel is called.")
     return Compiled(fits=memory["peak"] <= hbm, memory=memory, collectives=found, **_since(start), **common)
@@ -91,6 +94,14 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
 
 def _since(start: tuple[float, float]) -> dict[str, float]:
     return dict(seconds=time.perf_counter() - start[0], cpu_seconds=time.process_time() - start[1])
+
+
+def _text(compiled: Any, folder: Path) -> str:
+    """The optimised program as libtpu has written it: jaxlib's ``as_text`` cannot read all that libtpu makes (v5p)."""
+    for stage in ("after_codegen", "after_optimizations"):
+        if written := list(folder.glob(f"*.{stage}.txt")):
+            return max(written, key=lambda path: path.stat().st_size).read_text()
+    return compiled.as_text()
 
 
 def _memory(stats, held: int) -> dict[str, int]:
@@ -132,7 +143,8 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
     copies, stripes, split = RULES.batch[0], RULES.columns[0], RULES.embed[0]
     share = c.data.batch // c.data.accumulate // batch_parts(job.mesh)
     columns = job.latent_shape[2] // wan.patch
-    options, trained = [], done.name != STREAM
+    compiled, options = done.seconds is not None, []  # else what is kept is too much, however little a step computes
+    trained = compiled and done.name != STREAM
     if trained and wan.remat != "full":
         options.append("config.model.remat=full")
     if trained and share > 1:
@@ -140,7 +152,7 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
     if mesh[copies] > 1:
         options.append(f"config.mesh.{copies}=1 with config.mesh.{split}=-1 (parameters and moments over all devices)")
     more = next((n for n in range(mesh[stripes] + 1, columns + 1) if columns % n == job.mesh.size % n == 0), None)
-    if more:
+    if compiled and more:
         fewer = job.mesh.size // (more * mesh[RULES.heads[0]] * mesh[copies])
         adjusted = c.data.batch // max(1, fewer * mesh[copies])
         also = f" with config.data.accumulate={adjusted}" if trained and adjusted != c.data.accumulate else ""
@@ -214,11 +226,18 @@ def _record(job: Job, done: Compiled, chip: topology.Chip) -> dict[str, Any]:
         "memory": done.memory, "hbm": done.hbm, "attention": done.attention, "message": done.message,
         "model_flops": done.model_flops.total, "executed_flops": done.executed_flops.total,
         "model_flops_per_device": per_device,
-        "collectives": {kind: dataclasses.asdict(count) for kind, count in done.collectives.items()},
+        "collectives": {
+            kind: dataclasses.asdict(count) | {"sources": dict(_largest(count, 5))}
+            for kind, count in done.collectives.items()
+        },
         "sent_bytes_per_device": sent if done.collectives else None,
         "flops_per_sent_byte": per_device / sent if sent else None,
         "chip_flops_per_link_byte": chip.flops / chip.link_rate,
     }  # fmt: skip
+
+
+def _largest(count: hlo.Count, number: int) -> list[tuple[str, float]]:
+    return sorted(count.sources.items(), key=lambda source: -source[1])[:number]
 
 
 def _lines(job: Job, name: str, done: Compiled, chip: topology.Chip) -> Iterator[str]:
@@ -241,6 +260,7 @@ def _lines(job: Job, name: str, done: Compiled, chip: topology.Chip) -> Iterator
                 f"    {kind}: {count.instructions} in the program, {count.runs:,.0f} runs, "
                 f"{count.bytes / GIB:.2f} GiB sent per device"
             )
+            yield from (f"      {size / GIB:.2f} GiB: {source}" for source, size in _largest(count, 2) if size)
     if sent:
         intensity = done.model_flops.total / job.mesh.size / sent
         published = chip.flops / chip.link_rate

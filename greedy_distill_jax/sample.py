@@ -8,6 +8,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +52,7 @@ def stream_videos(run, prompts: list[str], frames: int, *, seed: int = 0, switch
       UserError: frames that do not fit, before anything is made.
     """
     chunk, switches = run.model.cfg.chunk, dict(switches or {})
-    for what, frame in [("--frames", frames), *(("--switch", f) for f in switches)]:
+    for what, frame in [("frames", frames), *(("switch", f) for f in switches)]:
         if frame % chunk:
             raise UserError(f"{what} {frame} does not fit the student's chunk of {chunk} frames; use a multiple of it.")
     _check_switches(switches, frames)
@@ -92,8 +93,8 @@ def _parser() -> cli.Parser:
     parser.add_argument("--text", metavar="DIR", help="text store or model folder that encodes the prompts instead")
     parser.add_argument("--codec", metavar="PATH", help="decodes instead: codec.npz, model folder or weights of a VAE")
     parser.add_argument(
-        "--frames", type=int, help=f"of the video (default: {FRAMES}; a teacher's training length, with --model "
-        f"{WAN_FRAMES})",
+        "--frames", type=int, help=f"of the video (default: {FRAMES}, or the next number that fits; a teacher's "
+        f"training length, with --model {WAN_FRAMES})",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, help="evaluations per chunk or video (default: the run's, or 50)")
     parser.add_argument("--seed", type=int, default=0)
@@ -132,7 +133,8 @@ def _check(args: argparse.Namespace) -> None:
         what, remedy = "model", "give a model folder in the layout of diffusers (transformer/, vae/, ...)"
     if not Path(getattr(args, what)).expanduser().is_dir():
         raise UserError(f"--{what} {getattr(args, what)}: no such folder; {remedy}.")
-    _check_switches([parse_switch(value)[0] for value in args.switch], args.frames or FRAMES)
+    if args.frames:
+        _check_switches([parse_switch(value)[0] for value in args.switch], args.frames)
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
@@ -165,7 +167,8 @@ def _load(args: argparse.Namespace):
             )  # fmt: skip
     if run.is_student:
         _refuse(args, ("negative_prompt", "solver", "shift", "guidance"), "needs a teacher; a student has no guidance")
-        args.frames = args.frames or FRAMES
+        if args.frames is None:
+            args.frames = _video_frames(run, 1 + math.ceil((FRAMES - 1) / run.codec.temporal_stride))
         return run
     _refuse(args, ("switch", "first_steps"), "needs a streaming student; a teacher makes the whole video at once")
     if args.checkpoint:
@@ -195,6 +198,26 @@ def _check_length(args: argparse.Namespace, cfg, latent_shape: tuple[int, ...], 
             "and their cost grows with the square of the length (a student streams any length).",
             file=sys.stderr,
         )
+
+
+def _video_frames(run, latents: int) -> int:
+    """Frames of a student's shortest video of whole chunks with at least so many latent frames."""
+    chunk = run.model.cfg.chunk
+    return 1 + (math.ceil(latents / chunk) * chunk - 1) * run.codec.temporal_stride
+
+
+def _latents(run, option: str, frame: int) -> int:
+    """Latent frames of so many frames of a student's video, whole chunks."""
+    from greedy_distill_jax.run import latent_frames
+
+    count, chunk = latent_frames(run.codec, frame, option), run.model.cfg.chunk
+    if count % chunk:
+        near = [_video_frames(run, n) for n in (count - chunk, count) if n > 0]
+        raise UserError(
+            f"{option} {frame} does not fit the student's chunk of {chunk} latent frames; choose "
+            f"{' or '.join(map(str, near))}."
+        )
+    return count
 
 
 def least_bytes(cfg, latent_shape: tuple[int, ...], videos: int) -> int:
@@ -244,7 +267,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from greedy_distill_jax.data.video_io import VideoWriter
     from greedy_distill_jax.mesh import use_compile_cache
-    from greedy_distill_jax.run import latent_frames
 
     paths = output_paths(args.output, len(args.prompt))
     with contextlib.ExitStack() as stack:
@@ -255,8 +277,9 @@ def main(argv: list[str] | None = None) -> None:
         use_compile_cache(run.config.compile_cache)
         if run.is_student:
             switches = dict(parse_switch(value) for value in args.switch)
-            switches = {frame and latent_frames(run.codec, frame, "--switch"): p for frame, p in switches.items()}
-            chunks = stream_videos(run, args.prompt, latent_frames(run.codec, args.frames), seed=args.seed,
+            _check_switches(switches, args.frames)
+            switches = {_latents(run, "--switch", frame): prompt for frame, prompt in switches.items()}
+            chunks = stream_videos(run, args.prompt, _latents(run, "--frames", args.frames), seed=args.seed,
                                    switches=switches, steps=args.steps, first_steps=args.first_steps)  # fmt: skip
         else:
             video = _sample_teacher(run, args)

@@ -30,6 +30,16 @@ def test_a_program_of_libtpu():
     assert (found["reduce-scatter"].runs, found["reduce-scatter"].bytes) == (6, 6 * LAYER * 3 / 4)
     assert (found["collective-permute"].runs, found["collective-permute"].bytes) == (STEPS + 1, (STEPS + 1) * BLOCK)
     assert found["all-to-all"].runs == found["kernels"].runs == 0
+    for count in found.values():
+        assert sum(count.sources.values()) == count.bytes
+    assert found["all-gather"].sources == {
+        "unnamed bf16[1,512,512]": gathers * LAYER * 3 / 4, "unnamed bf16[512,512]": BLOCK}  # fmt: skip
+
+
+def test_what_is_sent_says_where_it_comes_from():
+    name = 'metadata={op_name="jit(step)/while/body/blocks/attention/all_gather" stack_frame_id=5}'
+    text = loop().replace("source_target_pairs={{0,1},{1,0}}", f"source_target_pairs={{{{0,1}},{{1,0}}}}, {name}")
+    assert hlo.counts(text)["collective-permute"].sources == {"attention/all_gather f32[]": 28.0}
 
 
 def test_a_loop_to_a_bound_at_run_time_is_no_guess():

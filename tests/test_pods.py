@@ -98,7 +98,7 @@ class ToyProgram:
             raise self.error
         return self
 
-    def compile(self):
+    def compile(self, compiler_options):
         return self
 
     def memory_analysis(self):
@@ -230,6 +230,7 @@ def test_14b_on_four_small_chips_is_refused(capsys):
     assert code == command.DOES_NOT_FIT == 3
     assert "DOES NOT FIT" in out and "GiB too much per device" in out and "a larger slice, such as v5e:4x4" in out
     assert "held 1" in out and "not compiled" in out and "compiled in 0 s" not in out
+    assert "config.mesh.context=" not in out  # what is kept does not shrink with the activations
 
 
 @needs_libtpu

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import jax
@@ -355,10 +356,22 @@ def test_an_unknown_extension_leaves_no_file(finished, tmp_path, name):
 def test_frames_and_switches_fit_the_chunk(student):
     cfg: StudentConfig = dataclasses.replace(student.model.cfg, chunk=2)
     run = dataclasses.replace(student, model=Student(cfg))
-    with pytest.raises(UserError, match="--frames 7 does not fit the student's chunk of 2 frames"):
+    with pytest.raises(UserError, match="frames 7 does not fit the student's chunk of 2 frames"):
         next(sample.stream_videos(run, list(PROMPTS), 7))
-    with pytest.raises(UserError, match="--switch 3 does not fit the student's chunk of 2 frames"):
+    with pytest.raises(UserError, match="switch 3 does not fit the student's chunk of 2 frames"):
         next(sample.stream_videos(run, list(PROMPTS), 8, switches={3: PROMPTS[1]}))
+
+
+@pytest.mark.parametrize("stride, chunk, default", [(1, 1, 64), (1, 3, 66), (4, 1, 65), (4, 3, 69)])
+def test_frames_of_a_video_are_counted_through_codec_and_chunk(stride, chunk, default):
+    run = SimpleNamespace(
+        codec=SimpleNamespace(temporal_stride=stride), model=SimpleNamespace(cfg=SimpleNamespace(chunk=chunk))
+    )
+    assert sample._video_frames(run, 1 + -(-63 // stride)) == default
+    assert sample._latents(run, "--frames", default) % chunk == 0
+    if (stride, chunk) == (4, 3):
+        with pytest.raises(UserError, match="--frames 65 does not fit .* chunk of 3 latent frames; choose 57 or 69"):
+            sample._latents(run, "--frames", 65)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,14 @@ def _referenced(folder: Path) -> tuple[Path, str]:
 def moved_codec(folder: str | os.PathLike, path: str | os.PathLike) -> VideoCodec:
     """`load_codec` of ``path`` in place of what `save_codec` left in a folder, computing in the dtype noted there."""
     folder = Path(folder).expanduser()
-    return load_codec(path, **({"dtype": _referenced(folder)[1]} if (folder / REFERENCE).is_file() else {}))
+    if not (folder / REFERENCE).is_file():
+        return load_codec(path)
+    try:
+        dtype = _referenced(folder)[1]
+    except UserError as error:
+        print(f"warning: {error}: computing in bfloat16", file=sys.stderr)
+        dtype = "bfloat16"
+    return load_codec(path, dtype=dtype)
 
 
 def save_codec(codec: VideoCodec, folder: str | os.PathLike) -> None:
