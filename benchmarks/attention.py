@@ -8,12 +8,10 @@ attention; and how the time per chunk grows with the number of chunks.
 """
 
 import importlib.metadata
-import json
-import os
 import subprocess
 from pathlib import Path
 
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+from greedy_distill_jax import cli, profiling
 
 
 def torch_slices():
@@ -96,19 +94,15 @@ def _cpu(bench, base, growth) -> dict:
 
 def main() -> None:
     """Command line."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # The environment is read when jax is imported, here.
+    profiling.one_thread()
     import jax
 
-    from greedy_distill_jax import cli
     from greedy_distill_jax.ops.sliding_window import arg_specs, bench
 
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
     if jax.default_backend() == "cpu":
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         result = _cpu(bench, arg_specs.CPU_PEERS, arg_specs.CPU_GROWTH)
     else:
         result = {"milliseconds": {}}
@@ -116,12 +110,8 @@ def main() -> None:
             result["milliseconds"][spec.name] = bench.measure(spec, bench.default_peers())
             _print(spec, result["milliseconds"][spec.name])
     result |= {"device": jax.devices()[0].device_kind, "versions": versions(), "commit": commit()}
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    profiling.write_json(args.output, result)
 
 
 if __name__ == "__main__":
-    from greedy_distill_jax import cli
-
     cli.run(main)

@@ -10,38 +10,21 @@ device, versions and commit. Much smaller sizes say little: torch's convolutions
 
 import functools
 import importlib.metadata
-import json
-import os
-import statistics
-import time
 from pathlib import Path
 
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-
-
-def seconds(run, repeats: int) -> float:
-    """Median process CPU time of ``repeats`` runs after a first one."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
+from greedy_distill_jax import cli, profiling
 
 
 def main() -> None:
     """Command line."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # The environment is read when jax and torch are imported, here.
+    profiling.one_thread()
+    # torch reads the environment when it is imported, here.
     import diffusers
     import jax
     import jax.numpy as jnp
     import numpy as np
     import torch
 
-    from greedy_distill_jax import cli
     from greedy_distill_jax.checkpoint import source_commit, versions
     from greedy_distill_jax.export.vae import diffusers_config, foreign_tensors
     from greedy_distill_jax.models.vae import VAEConfig, WanVAE
@@ -58,7 +41,6 @@ def main() -> None:
     args = parser.parse_args()
     if jax.default_backend() != "cpu":
         raise UserError("this benchmark compares CPU times; run it with JAX_PLATFORMS=cpu.")
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
 
     vae = WanVAE(VAEConfig(dim=args.dim))
@@ -89,10 +71,10 @@ def main() -> None:
     parts = {
         "ours, whole video": ours,
         "diffusers, whole video": theirs,
-        "ours, first latent frame": functools.partial(_ready, jax, step, params, None, first),
-        "ours, every other latent frame": functools.partial(_ready, jax, step, params, cache, later),
+        "ours, first latent frame": functools.partial(step, params, None, first),
+        "ours, every other latent frame": functools.partial(step, params, cache, later),
     }
-    times = {name: 1e3 * seconds(run, args.repeats) for name, run in parts.items()}
+    times = {name: profiling.median_ms(run, args.repeats) for name, run in parts.items()}
     for name, milliseconds in times.items():
         print(f"{name:32s} {milliseconds:9.1f} ms")
     ratio = times["diffusers, whole video"] / times["ours, whole video"]
@@ -104,16 +86,8 @@ def main() -> None:
         "versions": versions() | {name: importlib.metadata.version(name) for name in ("jaxlib", "torch", "diffusers")},
         "commit": source_commit(),
     }  # fmt: skip
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _ready(jax, step, *args):
-    return jax.block_until_ready(step(*args))
+    profiling.write_json(args.output, result)
 
 
 if __name__ == "__main__":
-    from greedy_distill_jax import cli
-
     cli.run(main)
