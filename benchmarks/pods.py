@@ -24,9 +24,10 @@ GIB = 2**30
 
 
 class Row(NamedTuple):
-    """One job. ``only`` (steps), ``accumulate`` and ``context`` are options, ``code`` is the exit code it must have.
+    """One job.
 
-    ``stage``, ``size``, ``teacher``: what the job must be, see ``published_sizes.differences``.
+    ``stage``, ``size``, ``teacher``: what the job must be, see ``published_sizes.differences``. ``only``: steps whose
+    name contains this. ``overrides`` of the config. ``code``: the exit code that the command must have.
     """
 
     config: str
@@ -35,38 +36,37 @@ class Row(NamedTuple):
     size: str = "wan1_3b"
     teacher: str = "wan1_3b"
     only: str = ""
-    accumulate: int = 0
-    context: int = 0
+    overrides: tuple[str, ...] = ()
     code: int = 0
 
     def options(self) -> list[str]:
-        """Overrides of the config."""
-        given = {"data.accumulate": self.accumulate, "mesh.context": self.context}
-        return [f"--config.{key}={value}" for key, value in given.items() if value]
+        """Of the command."""
+        return [f"--config.{override}" for override in self.overrides]
 
 
 STAGE1, STAGE2 = "teacher_forcing", "dmd"
+WHOLE = ("mesh.context=1", "data.accumulate=4")  # 16 chips with room for a whole video on every one
 JOBS = {
+    "1.3B teacher, v5e:4x4": Row("configs/wan1_3b/teacher.py", "v5e:4x4", "teacher"),
     "1.3B stage 1, v5e:4x4": Row("configs/wan1_3b/teacher_forcing.py", "v5e:4x4", STAGE1),
     "1.3B stage 2, v5e:4x4": Row("configs/wan1_3b/dmd.py", "v5e:4x4", STAGE2),
-    "1.3B stage 1, v6e:4x4": Row("configs/wan1_3b/teacher_forcing.py", "v6e:4x4", STAGE1),
-    "1.3B stage 2, v6e:4x4": Row("configs/wan1_3b/dmd.py", "v6e:4x4", STAGE2),
-    "1.3B stage 1, v5p:2x2x4": Row("configs/wan1_3b/teacher_forcing.py", "v5p:2x2x4", STAGE1),
+    "1.3B stage 1, v6e:4x4": Row("configs/wan1_3b/teacher_forcing.py", "v6e:4x4", STAGE1, overrides=WHOLE),
+    "1.3B stage 2, v6e:4x4": Row("configs/wan1_3b/dmd.py", "v6e:4x4", STAGE2, overrides=WHOLE),
     "1.3B stage 2, 14B teacher, v5p:2x2x4": Row(
-        "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b"),
-    "1.3B teacher, v5e:4x4": Row("configs/wan1_3b/teacher.py", "v5e:4x4", "teacher"),
+        "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b", overrides=WHOLE),
     "1.3B streaming, v5e:2x2": Row("configs/wan1_3b/sample.py", "v5e:2x2", STAGE2, only="stream"),
     "14B teacher, v5p:4x4x8": Row("configs/wan14b/teacher.py", "v5p:4x4x8", "teacher", "wan14b"),
     "14B stage 1, v5p:4x4x8": Row("configs/wan14b/teacher_forcing.py", "v5p:4x4x8", STAGE1, "wan14b"),
     "14B stage 2, v5p:4x4x8": Row("configs/wan14b/dmd.py", "v5p:4x4x8", STAGE2, "wan14b", "wan14b"),
-    "14B stage 2, v5e:2x2": Row("configs/wan14b/dmd.py", "v5e:2x2", STAGE2, "wan14b", "wan14b", accumulate=32, code=3),
+    "14B stage 2, v5e:2x2": Row(
+        "configs/wan14b/dmd.py", "v5e:2x2", STAGE2, "wan14b", "wan14b", code=3),
 }  # fmt: skip
-# Stage 1 and 2 at 1.3B, 16 to 256 chips: groups of `context` chips, one video at a time.
+# Stages 1 and 2 at 1.3B from 16 (above) to 256 chips, the same batch of 64: beyond 64 chips several share a video.
 SCALING = {
-    f"scaling {stage}, {name}": Row(
-        f"configs/wan1_3b/{stage}.py", name, stage, only=stage, accumulate=max(1, 64 * 4 // chips))
-    for stage in (STAGE1, STAGE2)
-    for name, chips in (("v6e:4x4", 16), ("v6e:8x8", 64), ("v6e:16x16", 256))
+    f"1.3B stage {number}, {name}": Row(f"configs/wan1_3b/{stage}.py", name, stage, only=stage, overrides=(
+        "mesh.context=1", "data.accumulate=1", *more))
+    for number, stage in ((1, STAGE1), (2, STAGE2))
+    for name, more in (("v6e:8x8", ()), ("v6e:16x16", ("mesh.tensor=4",)))
 }  # fmt: skip
 
 
