@@ -388,19 +388,7 @@ def compiled(config, slice_, only, folder):
     return record
 
 
-@pytest.mark.slow
-@pytest.mark.subprocesses
-@needs_libtpu
-def test_stage_1_at_1_3b_compiles_for_16_chips(tmp_path):
-    record = compiled("configs/wan1_3b/teacher_forcing.py", "v6e:4x4", "forcing", tmp_path)
-    assert not published_sizes.differences(record, stage="teacher_forcing", size="wan1_3b", only="forcing")
-    (step,) = record["steps"]
-    assert record["fits"] and step["memory"]["held"] < step["memory"]["peak"] < topology.CHIPS["v6e"].hbm
-    runs = step["collectives"]
-    microbatches, layers = record["facts"]["accumulate"], 30
-    # Self-attention and text, of every block and microbatch: forward, again for its gradient, and two kernels backward.
-    assert runs["kernels"]["runs"] >= microbatches * layers * 2 * 3
-    assert runs["all-gather"]["bytes"] > 0 and runs["reduce-scatter"]["bytes"] + runs["all-reduce"]["bytes"] > 0
+# Training steps take minutes to compile: benchmarks/pods.py does them, and compares each with the published sizes.
 
 
 @pytest.mark.slow
