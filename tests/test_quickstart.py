@@ -25,7 +25,10 @@ from greedy_distill_jax.checkpoint import load_meta
 from greedy_distill_jax.data.video_io import VideoWriter, probe, read_frames
 from greedy_distill_jax.eval.report import ROW_KEYS, TIME_KEYS, validate_metrics
 from greedy_distill_jax.evaluate import evaluate
+from greedy_distill_jax.models.codec import PatchCodec
 from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.models.vae_codec import VAECodec
+from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
 from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
 from greedy_distill_jax.run import Run
 from greedy_distill_jax.testing import tiny
@@ -362,14 +365,15 @@ def test_frames_and_switches_fit_the_chunk(student):
         next(sample.stream_videos(run, list(PROMPTS), 8, switches={3: PROMPTS[1]}))
 
 
-@pytest.mark.parametrize("stride, chunk, default", [(1, 1, 64), (1, 3, 66), (4, 1, 65), (4, 3, 69)])
-def test_frames_of_a_video_are_counted_through_codec_and_chunk(stride, chunk, default):
-    run = SimpleNamespace(
-        codec=SimpleNamespace(temporal_stride=stride), model=SimpleNamespace(cfg=SimpleNamespace(chunk=chunk))
-    )
+@pytest.mark.parametrize("codec, chunk, default", [("patch", 1, 64), ("patch", 3, 66), ("vae", 1, 65), ("vae", 3, 69)])
+def test_frames_of_a_video_are_counted_through_codec_and_chunk(finished, codec, chunk, default):
+    vae = VAECodec(TinyVAE(TinyVAEConfig()), None)
+    codecs = {"patch": PatchCodec.load(finished / "student" / "codec.npz"), "vae": vae}
+    stride = codecs[codec].temporal_stride
+    run = SimpleNamespace(codec=codecs[codec], model=SimpleNamespace(cfg=SimpleNamespace(chunk=chunk)))
     assert sample._video_frames(run, 1 + -(-63 // stride)) == default
     assert sample._latents(run, "--frames", default) % chunk == 0
-    if (stride, chunk) == (4, 3):
+    if (codec, chunk) == ("vae", 3):
         with pytest.raises(UserError, match="--frames 65 does not fit .* chunk of 3 latent frames; choose 57 or 69"):
             sample._latents(run, "--frames", 65)
 
