@@ -76,6 +76,8 @@ def compiled(row: Row, only: str) -> dict:
     Raises:
       RuntimeError: its exit code is another than expected, or the job is not the published one.
     """
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         shown = [
             "python", "-m", "greedy_distill_jax.compile", "train", f"--config={row.config}",
@@ -92,8 +94,6 @@ def compiled(row: Row, only: str) -> dict:
     if differences := published_sizes.differences(record, **wanted):
         raise RuntimeError(f"{' '.join(shown)}: not the published job: {'; '.join(differences)}")
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     made = {"command": " ".join(shown), "exit_code": done.returncode, "host_bytes": record.pop("host_bytes")}
     made |= {"versions": versions, "commit": commit}
     return record | {"steps": [step | made for step in record["steps"]]}

@@ -1,7 +1,13 @@
-"""Stage 2 at 14B: student, critic and teacher are 14B (METHOD_SPEC C.3-C.6, E.5). Not yet run.
+"""Stage 2 at 14B: student, critic and teacher are 14B (METHOD_SPEC C.3-C.6, E.5).
 
     python -m greedy_distill_jax.train --config=configs/wan14b/dmd.py --workdir=runs/stage2_14b \
-        --config.teacher_from=runs/wan14b --config.student_from=runs/stage1_14b --config.data.source=clips:DIR
+        --config.teacher_from=runs/wan14b --config.student_from=runs/stage1_14b --config.data.source=latents:DIR \
+        --config.data.text=DIR/text
+
+Not yet run; mesh and accumulate are for 128 chips of 95 GiB (TPU v5p:4x4x8): the generator's step compiles, and needs
+61.6 of 95.7 GiB per chip:
+
+    python -m greedy_distill_jax.compile train --config=configs/wan14b/dmd.py --topology=v5p:4x4x8
 """
 
 from configs.wan1_3b import dmd

@@ -1,7 +1,11 @@
-"""The Wan2.1 14B teacher: flow matching as in METHOD_SPEC C.2. Not yet run.
+"""The Wan2.1 14B teacher: flow matching as in METHOD_SPEC C.2.
 
     python -m greedy_distill_jax.train --config=configs/wan14b/teacher.py --workdir=runs/wan14b \
-        --config.data.source=clips:DIR
+        --config.data.source=latents:DIR --config.data.text=DIR/text
+
+Not yet run; mesh and accumulate are for 128 chips of 95 GiB (TPU v5p:4x4x8), and checked by
+
+    python -m greedy_distill_jax.compile train --config=configs/wan14b/teacher.py --topology=v5p:4x4x8
 """
 
 from configs.wan1_3b import teacher

@@ -1,7 +1,11 @@
-"""Stage 1 at 14B: ETM + SDD by teacher forcing (METHOD_SPEC E.4). Not yet run.
+"""Stage 1 at 14B: ETM + SDD by teacher forcing (METHOD_SPEC E.4).
 
     python -m greedy_distill_jax.train --config=configs/wan14b/teacher_forcing.py --workdir=runs/stage1_14b \
-        --config.teacher_from=runs/wan14b --config.data.source=clips:DIR
+        --config.teacher_from=runs/wan14b --config.data.source=latents:DIR --config.data.text=DIR/text
+
+Not yet run; mesh and accumulate are for 128 chips of 95 GiB (TPU v5p:4x4x8), and checked by
+
+    python -m greedy_distill_jax.compile train --config=configs/wan14b/teacher_forcing.py --topology=v5p:4x4x8
 """
 
 from configs.wan1_3b import teacher_forcing

@@ -1,4 +1,4 @@
-"""Stage 2 at 1.3B: self-rollout with distribution matching (METHOD_SPEC C.3-C.6, E.5). Not yet run at full size.
+"""Stage 2 at 1.3B: self-rollout with distribution matching (METHOD_SPEC C.3-C.6, E.5).
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/dmd.py --workdir=runs/stage2 \
         --config.teacher_from=runs/wan1_3b --config.student_from=runs/stage1 --config.data.source=latents:DIR \
@@ -7,6 +7,14 @@
 The critic is a bidirectional 1.3B DiT that starts as the teacher; ``dmd.py:greedy_distill_paper`` is the published
 setting, the student itself as the fake score. ``dmd.py:teacher_14b`` takes the real score from the 14B teacher, as
 Self-Forcing and LongLive do (METHOD_SPEC C.4); then --config.critic_from names the 1.3B one.
+
+Not yet run at full size; mesh and accumulate are for TPU v5e:4x4, as in ``teacher.py``. Chips of 32 GiB hold a whole
+video each, which sends less and compiles faster. Both compile; the generator's step needs 13.5 of 15.75 GiB per chip on
+v5e and 22.9 of 31.24 on v6e:
+
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/dmd.py --topology=v5e:4x4
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/dmd.py --topology=v6e:4x4 \
+        --config.mesh.context=1 --config.data.accumulate=4
 """
 
 from configs.wan1_3b import teacher_forcing

@@ -1,7 +1,12 @@
-"""The Wan2.1 1.3B teacher: flow matching as in METHOD_SPEC C.2. Not yet run at full size.
+"""The Wan2.1 1.3B teacher: flow matching as in METHOD_SPEC C.2.
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/teacher.py --workdir=runs/wan1_3b \
         --config.data.source=latents:DIR --config.data.text=DIR/text
+
+Not yet run at full size; compiled for TPU v5e:4x4, four groups of four chips. On other slices, or where a chip holds a
+whole video (config.mesh.context=1), config.data.accumulate = 64 / groups; this finds the smallest slice and says it:
+
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/teacher.py --topology=v5e --search
 """
 
 from greedy_distill_jax.config import base

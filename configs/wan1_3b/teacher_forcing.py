@@ -1,7 +1,11 @@
-"""Stage 1 at 1.3B: ETM + SDD by teacher forcing (METHOD_SPEC E.4). Not yet run at full size.
+"""Stage 1 at 1.3B: ETM + SDD by teacher forcing (METHOD_SPEC E.4).
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/teacher_forcing.py --workdir=runs/stage1 \
         --config.teacher_from=runs/wan1_3b --config.data.source=latents:DIR --config.data.text=DIR/text
+
+Not yet run at full size; mesh and accumulate are for TPU v5e:4x4, as in ``teacher.py``, and checked by
+
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/teacher_forcing.py --topology=v5e:4x4
 """
 
 from configs.wan1_3b import teacher
