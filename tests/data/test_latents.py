@@ -214,7 +214,7 @@ def test_damage_names_the_record(prepared, folder, tmp_path):
         (["--frames", "40"], None, "none of the 5 clips gives a window"),
         (["--captions", "/nowhere.csv"], None, "cannot be read"),
         (["--text-model", "/nowhere"], None, "has no tokenizer/"),
-        ([], "/nowhere", "has no vae/ and no codec.npz"),
+        ([], "/nowhere", "--codec: /nowhere does not exist; give a codec.npz"),
         ([], "captions.csv", "has no vae/ and no codec.npz"),
     ],
 )
