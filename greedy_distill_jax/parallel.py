@@ -138,6 +138,20 @@ def settled(x):
     return jax.lax.optimization_barrier(x) if select.device()[0] == "tpu" else x
 
 
+MEGACORE = ("TPU v4", "TPU v5")  # device kinds of chips whose two cores share every operation; "TPU v5" is a v5p
+
+
+def settled_on_megacore(x):
+    """``x``, on chips of two cores computed before what follows, and so is its gradient.
+
+    libtpu 0.0.51 and 0.0.52 abort on v5p when a video of 32,760 tokens is whole on a chip: "Scaled dimension has
+    non-zero pad high" when a projection is fused with the modulation or gate of every frame by vectors of its own,
+    "Cannot find a valid window" when both sums in the gradient of an RMSNorm (over a row, over a column) become one
+    fusion. Other chips compile the same without.
+    """
+    return jax.lax.optimization_barrier(x) if select.device()[1] in MEGACORE else x
+
+
 def mean_of_stripes(x):
     """The mean over all stripes of what this device computed from its own."""
     parts, axis = _stripes()

@@ -1,5 +1,6 @@
 """The benchmarks of streams and training steps, from end to end at the tiny size; what they refuse."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -47,16 +48,20 @@ def test_stream(benchmark, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("| etm_sdd | diagonal | ")
 
 
-def test_stream_next_to_torch(benchmark, tmp_path, capsys):
+def test_stream_next_to_torch(benchmark, tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
-    output = tmp_path / "torch.json"
-    benchmark("stream_torch").main(["--size", "tiny", "--steps=2", "--repeats=1", f"--output={output}"])
+    stream_torch, output = benchmark("stream_torch"), tmp_path / "torch.json"
+    tiny = stream_torch.SIZES["tiny"]
+    half = dataclasses.replace(tiny, model={**tiny.model, "dtype": "bfloat16"})
+    monkeypatch.setitem(stream_torch.SIZES, "half", half)
+    stream_torch.main(["--size", "half", "--steps=2", "--repeats=1", f"--output={output}"])
     result = json.loads(output.read_text())
     assert result.keys() >= ENVIRONMENT
-    row = result["sizes"]["tiny"]
+    row = result["sizes"]["half"]
     assert len(row["ms_per_latent_frame"]) == 3 and all(ratio > 0 for ratio in row["ratios"].values())
-    assert row["largest_difference"] < 1e-3
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| tiny | ")
+    # The same in float32 first: bfloat16 frames are only near.
+    assert result["float32_check"] < 1e-3 < row["largest_difference"] < 0.2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| half | ")
 
 
 def test_train_step(benchmark, tmp_path, capsys):

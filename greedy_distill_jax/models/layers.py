@@ -19,7 +19,7 @@ from greedy_distill_jax.models.rope import Rope, apply_rope
 from greedy_distill_jax.models.wan_config import WanConfig
 from greedy_distill_jax.ops.sliding_window import Schedule
 from greedy_distill_jax.ops.sliding_window.schedule import Table
-from greedy_distill_jax.parallel import attention, constrain, settled
+from greedy_distill_jax.parallel import attention, constrain, settled, settled_on_megacore
 
 TIMESTEPS = 1000.0  # t = 1000 sigma
 
@@ -101,7 +101,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x_BSD.shape[-1],), jnp.float32)
         x = x_BSD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * scale[None, None]).astype(x_BSD.dtype)
+        return (settled_on_megacore(x) * scale[None, None]).astype(x_BSD.dtype)
 
 
 def _per_frame(x_BSD, m_BTD, op):
@@ -268,13 +268,13 @@ class Block(nn.Module):
         m = self.modulation[None, None] + shared.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, :, i] for i in range(6))
 
-        h = modulate(self.norm1(x_BSD), shift1, scale1).astype(dtype)
+        h = settled_on_megacore(modulate(self.norm1(x_BSD), shift1, scale1).astype(dtype))
         h, own = self._self_attention(h, shared, layer.cache, z)
-        x_BSD = x_BSD + _per_frame(h.astype(jnp.float32), gate1, jnp.multiply)
+        x_BSD = x_BSD + _per_frame(settled_on_megacore(h).astype(jnp.float32), gate1, jnp.multiply)
         h = self._cross_attention(self.norm3(x_BSD).astype(dtype), shared, text, z)
         x_BSD = x_BSD + h.astype(jnp.float32)
-        h = self.ffn(modulate(self.norm2(x_BSD), shift2, scale2).astype(dtype))
-        x_BSD = x_BSD + _per_frame(h.astype(jnp.float32), gate2, jnp.multiply)
+        h = self.ffn(settled_on_megacore(modulate(self.norm2(x_BSD), shift2, scale2).astype(dtype)))
+        x_BSD = x_BSD + _per_frame(settled_on_megacore(h).astype(jnp.float32), gate2, jnp.multiply)
         emitted = Emitted(own=own, text=text, z=z)
         return x_BSD, Emitted(**{name: getattr(emitted, name) for name in self.emit})
 

@@ -120,4 +120,3 @@ def random_params(shapes: Any, key: jax.Array, kernels: str | None = None) -> An
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     return jax.tree.unflatten(tree, [draw(number, path, leaf) for number, (path, leaf) in enumerate(leaves)])
-

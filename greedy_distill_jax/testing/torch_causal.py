@@ -1,8 +1,9 @@
-"""The causal student in eager PyTorch, in the manner of Self-Forcing: a peer to compare numbers and times with.
+"""The causal student in PyTorch, in the manner of Self-Forcing: a peer to compare numbers and times with.
 
-Plain functions over Wan's tensors by their names, in float32. Keys are cached rotated in one preallocated buffer per
-layer; every call of a chunk overwrites the chunk's slots, and a chunk that finds the window full moves the history
-behind the sink towards the front first (METHOD_SPEC B.2, B.3).
+Plain functions over Wan's tensors by their names, on any device of PyTorch, in one dtype throughout (rotations and
+what depends on a timestep only are prepared in float64). Keys are cached rotated in one preallocated buffer per layer;
+every call of a chunk overwrites the chunk's slots, and a chunk that finds the window full moves the history behind the
+sink towards the front first (METHOD_SPEC B.2, B.3).
 """
 
 from collections.abc import Sequence
@@ -36,9 +37,15 @@ class TorchCausal:
       text: encoder rows [B, M, C].
       sigmas: of the denoising steps, re-noised in between.
       grid: rows and columns of a latent frame.
+      device: PyTorch's name of it.
+      dtype: of weights, activations and cache, "float32" or "bfloat16"; norms and softmax accumulate in float32.
+      compiled: ``torch.compile`` the network once the window is full and every shape stays as it is.
     """
 
-    def __init__(self, params: Any, cfg: CausalConfig, text: np.ndarray, sigmas: Sequence[float], grid):
+    def __init__(
+        self, params: Any, cfg: CausalConfig, text: np.ndarray, sigmas: Sequence[float], grid: tuple[int, int],
+        *, device: str = "cpu", dtype: str = "float32", compiled: bool = False,
+    ):  # fmt: skip
         import torch
 
         if (cfg.rope_mode, cfg.context, cfg.base.prediction) != ("absolute", "clean", "velocity"):
@@ -46,39 +53,62 @@ class TorchCausal:
         self.torch, self.cfg, self.sigmas, self.index = torch, cfg, tuple(sigmas), 0
         base = cfg.base
         named = tensors_of(TreeSource(base, params), "original", "float32")
-        self.weights = {name: torch.from_numpy(np.array(value)) for name, value in named}
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        self.weights = {name: self.tensor(value) for name, value in named}
         self.grid = tuple(side // base.patch for side in grid)
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.tokens = cfg.chunk * self.frame_tokens
-        rows = self._mlp("text_embedding", torch.from_numpy(np.array(text)), torch.nn.functional.gelu)
-        names = [f"blocks.{layer}" for layer in range(base.num_layers)]
-        self.text = [self._key_value(f"{name}.cross_attn", rows) for name in names]
         slots = (cfg.sink_chunks + cfg.ring_chunks + 1) * self.tokens
         shape = (len(text), slots, base.num_heads, base.head_dim)
-        self.cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in names]
+        names = [f"blocks.{layer}" for layer in range(base.num_layers)]
+        with torch.inference_mode():
+            rows = self._mlp("text_embedding", self.tensor(text), torch.nn.functional.gelu)
+            self.text = [self._key_value(f"{name}.cross_attn", rows) for name in names]
+            self.cache = [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in names]
+            self.times = {sigma: self._time(sigma, len(text)) for sigma in (*self.sigmas, 0.0)}
         self.filled = 0  # tokens in the cache, without the chunk in the making
+        self.compiled = torch.compile(self._velocity, dynamic=False) if compiled else None
 
-    def step(self, noise: Sequence[np.ndarray]) -> np.ndarray:
-        """The next clean chunk [B, g, H, W, C]; ``noise``: what it starts from, and one more for every further step."""
+    def tensor(self, value: np.ndarray):
+        """An array on the peer's device, in its dtype."""
+        return self.torch.from_numpy(np.array(value)).to(self.device, self.dtype)
+
+    def step(self, noise: Sequence[Any]) -> Any:
+        """The next clean chunk [B, g, H, W, C], ready; ``noise``: what it starts from, one more per further step.
+
+        Both are tensors of the peer's device (``tensor``).
+        """
         torch, after = self.torch, (*self.sigmas[1:], 0.0)
         with torch.inference_mode():
-            self._make_room()
-            rope = self._rope()
-            x = torch.from_numpy(np.array(noise[0]))
+            full = self._make_room()
+            velocity = self.compiled if full and self.compiled else self._velocity
+            rope, x = self._rope(), noise[0]
             for sigma, next_sigma, fresh in zip(self.sigmas, after, (*noise[1:], None)):
-                x0 = x - sigma * self._velocity(x, sigma, rope)
-                x = x0 if fresh is None else (1 - next_sigma) * x0 + next_sigma * torch.from_numpy(np.array(fresh))
-            self._velocity(x, 0.0, rope, with_head=False)
+                x0 = x - sigma * velocity(x, self.times[sigma], rope, self.filled)
+                x = x0 if fresh is None else (1 - next_sigma) * x0 + next_sigma * fresh
+            velocity(x, self.times[0.0], rope, self.filled, with_head=False)
         self.filled, self.index = self.filled + self.tokens, self.index + 1
-        return x.numpy()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return x
 
-    def _make_room(self) -> None:
-        """A full cache loses the oldest chunk behind the sink."""
+    def _make_room(self) -> bool:
+        """Whether the cache was full; then it has lost the oldest chunk behind the sink."""
         sink = self.cfg.sink_chunks * self.tokens
-        if self.filled + self.tokens > self.cache[0][0].shape[1]:
+        full = self.filled + self.tokens > self.cache[0][0].shape[1]
+        if full:
             for buffer in (b for pair in self.cache for b in pair):
                 buffer[:, sink : self.filled - self.tokens] = buffer[:, sink + self.tokens : self.filled].clone()
             self.filled -= self.tokens
+        return full
+
+    def _time(self, sigma: float, batch: int):
+        """(time embedding [B, D], its projection for the blocks [B, 6, D]) of one level of noise."""
+        torch, half = self.torch, self.cfg.base.freq_dim // 2
+        angle = 1000.0 * sigma * THETA ** (-torch.arange(half, dtype=torch.float64) / half)
+        e = torch.cat([angle.cos(), angle.sin()]).expand(batch, -1).to(self.device, self.dtype)
+        e = self._mlp("time_embedding", e, torch.nn.functional.silu)
+        return e, self._linear("time_projection.1", torch.nn.functional.silu(e)).unflatten(-1, (6, -1))
 
     def _rope(self):
         """cos and sin [tokens, 1, K / 2] of the chunk's own tokens."""
@@ -91,12 +121,12 @@ class TorchCausal:
             angle = position[:, None] * THETA ** (-torch.arange(count, dtype=torch.float64) / count)
             angles.append(angle.reshape([size if n == axis else 1 for n in range(3)] + [count]).expand(*sizes, count))
         angle = torch.cat(angles, dim=-1).reshape(self.tokens, 1, pairs)
-        return angle.cos().float(), angle.sin().float()
+        return tuple(x.float().to(self.device) for x in (angle.cos(), angle.sin()))
 
     def _rotate(self, x, rope):
         cos, sin = rope
         even, odd = x[..., 0::2], x[..., 1::2]
-        return self.torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+        return self.torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
     def _linear(self, name, x):
         return self.torch.nn.functional.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
@@ -125,25 +155,20 @@ class TorchCausal:
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         return self._linear(f"{name}.o", out.flatten(2))
 
-    def _velocity(self, x, sigma: float, rope, with_head: bool = True):
-        """The network's answer for the chunk; its keys and values go into the cache."""
-        torch, base, end = self.torch, self.cfg.base, self.filled + self.tokens
+    def _velocity(self, x, times, rope, filled: int, with_head: bool = True):
+        """The network's answer for the chunk behind ``filled`` tokens; its keys and values go into the cache."""
+        torch, base, end, (e, e0) = self.torch, self.cfg.base, filled + self.tokens, times
         p, (rows, columns) = base.patch, self.grid
         kernel, bias = (self.weights[f"patch_embedding.{part}"] for part in ("weight", "bias"))
         h = torch.nn.functional.conv3d(x.permute(0, 4, 1, 2, 3), kernel, bias, stride=(1, p, p))
         h = h.flatten(2).transpose(1, 2)
-        half = base.freq_dim // 2
-        angle = 1000.0 * sigma * THETA ** (-torch.arange(half, dtype=torch.float64) / half)
-        e = torch.cat([angle.cos(), angle.sin()]).float().expand(len(x), -1)
-        e = self._mlp("time_embedding", e, torch.nn.functional.silu)
-        e0 = self._linear("time_projection.1", torch.nn.functional.silu(e)).unflatten(-1, (6, -1))
         for layer, (text, (keys, values)) in enumerate(zip(self.text, self.cache)):
             name = f"blocks.{layer}"
             m = (self.weights[f"{name}.modulation"] + e0)[:, :, None]
             shift1, scale1, gate1, shift2, scale2, gate2 = m.unbind(1)
             y = self._norm(h) * (1 + scale1) + shift1
             own, v = self._key_value(f"{name}.self_attn", y)
-            keys[:, self.filled : end], values[:, self.filled : end] = self._rotate(own, rope), v
+            keys[:, filled:end], values[:, filled:end] = self._rotate(own, rope), v
             q = self._rotate(self._heads(f"{name}.self_attn.q", y, True), rope)
             h = h + self._attend(f"{name}.self_attn", q, keys[:, :end], values[:, :end]) * gate1
             q = self._heads(f"{name}.cross_attn.q", self._norm(h, f"{name}.norm3"), True)
