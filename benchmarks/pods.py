@@ -54,7 +54,10 @@ JOBS = {
     "1.3B stage 2, v6e:4x4": Row("configs/wan1_3b/dmd.py", "v6e:4x4", STAGE2, overrides=WHOLE),
     "1.3B stage 2, 14B teacher, v5p:2x2x4": Row(
         "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b", overrides=WHOLE),
-    "1.3B streaming, v5e:2x2": Row("configs/wan1_3b/sample.py", "v5e:2x2", STAGE2, only="stream"),
+    **{
+        f"1.3B streaming, {name}": Row("configs/wan1_3b/sample.py", name, STAGE2, only="stream")
+        for name in ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
+    },
     "14B teacher, v5p:4x4x8": Row("configs/wan14b/teacher.py", "v5p:4x4x8", "teacher", "wan14b"),
     "14B stage 1, v5p:4x4x8": Row("configs/wan14b/teacher_forcing.py", "v5p:4x4x8", STAGE1, "wan14b"),
     "14B stage 2, v5p:4x4x8": Row("configs/wan14b/dmd.py", "v5p:4x4x8", STAGE2, "wan14b", "wan14b"),

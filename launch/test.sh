@@ -18,6 +18,6 @@ status=0
 
 workers="${TEST_WORKERS:-2}"
 say "pytest in $workers processes"
-"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile "$@" || status=$?
+"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder "$@" || status=$?
 say "launch/test.sh: $([ "$status" = 0 ] && echo passed || echo "FAILED with exit code $status") in $((SECONDS - start)) s"
 exit "$status"

@@ -61,6 +61,12 @@ def exit_code(main, *argv):
     return exit_.value.code
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: at the end the last of them would keep one process busy and the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """A process keeps every program it compiled; a worker that ran half of the suite held 9 GB of them."""

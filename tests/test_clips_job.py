@@ -4,11 +4,14 @@ import csv
 import json
 import shutil
 
+import pytest
+
 from greedy_distill_jax.data.clips import ClipWindows
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.quickstart import quickstart
 
 
+@pytest.mark.slow
 def test_quickstart_on_real_clips(real_clips, tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()

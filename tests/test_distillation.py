@@ -181,6 +181,7 @@ def run_config(sources, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_identically_and_samples(sources, tmp_path):
     config = run_config(sources, distill__critic_warmup=1, optimizer__warmup=0)
     whole = train(config, tmp_path / "whole", show_progress=False)

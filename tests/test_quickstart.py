@@ -66,6 +66,7 @@ def student(finished):
 # --- what it leaves ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_leaves_a_report_with_every_number(finished):
     assert "<html" in (finished / "report/report.html").read_text(encoding="utf-8")
     metrics = json.loads((finished / "report/metrics.json").read_text(encoding="utf-8"))

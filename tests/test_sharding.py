@@ -72,6 +72,7 @@ def test_a_mesh_that_does_not_fit_names_the_devices(shape):
 MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, kind, meshes",
     [("teacher", "etm_sdd", MESHES), ("teacher_forcing", "etm_sdd", MESHES), ("dmd", "etm_sdd", MESHES),
