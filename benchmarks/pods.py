@@ -117,10 +117,11 @@ def table(rows: dict[str, dict]) -> str:
         "closed-form model FLOPs of one update. Collectives are read from the compiled program: bytes that one device",
         "sends in ring algorithms. FLOPs per byte sent stand beside the chip's published ratio of peak bfloat16 FLOPs",
         "to link bandwidth: below it a step would be bound by its links even if nothing else took time. Compile time",
-        "is CPU time of the compiling process; host memory is its peak.",
+        "is by the clock, with CPU time beside it (the machine may have been shared); host memory is the peak of the",
+        "compiling process.",
         "",
         "| job | chips | mesh | batch | step | GiB per device (peak / HBM) | FLOPs per update | per device | GiB sent |"
-        " FLOPs per byte | chip | compile CPU s | host GiB | exit |",
+        " FLOPs per byte | chip | compile s (CPU) | host GiB | exit |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -138,7 +139,7 @@ def table(rows: dict[str, dict]) -> str:
                 "-" if sent is None else f"{sent / GIB:.1f}",
                 f"{step['flops_per_sent_byte']:,.0f}" if step["flops_per_sent_byte"] else "-",
                 f"{step['chip_flops_per_link_byte']:,.0f}",
-                "-" if step["cpu_seconds"] is None else f"{step['cpu_seconds']:.0f}",
+                "-" if step["seconds"] is None else f"{step['seconds']:.0f} ({step['cpu_seconds']:.0f})",
                 f"{step['host_bytes'] / GIB:.1f}", step["exit_code"],
             ]  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")

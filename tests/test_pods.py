@@ -331,7 +331,8 @@ def fake_command(benchmark, monkeypatch, code=0, overrides=None):
         for step in record["steps"]:
             step |= dict(
                 fits=not code, memory={"peak": GIB}, hbm=16 * GIB, model_flops=1.0, model_flops_per_device=1.0,
-                sent_bytes_per_device=None, flops_per_sent_byte=None, chip_flops_per_link_byte=985.0, cpu_seconds=None,
+                sent_bytes_per_device=None, flops_per_sent_byte=None, chip_flops_per_link_byte=985.0, seconds=None,
+                cpu_seconds=None,
             )  # fmt: skip
         pathlib.Path(given["json"]).write_text(json.dumps([record | {"host_bytes": GIB}]))
         return SimpleNamespace(returncode=code, stdout="", stderr="why")
