@@ -18,7 +18,7 @@ and the tiny one, in bfloat16 and prints the bytes that one device needs.
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from greedy_distill_jax import cli
@@ -92,12 +92,15 @@ def train(argv: Sequence[str]) -> int:
     from greedy_distill_jax import pod_report
 
     config, flags = _read_job(argv, TRAIN_FLAGS)
+    records = []
     if flags["search"]:
-        records = _search(config, flags)
+        found = _search(config, flags)
     else:
-        records = [pod_report.report(config, flags["topology"], flags["size"], flags["only"], _say)]
-    if flags["json"]:
-        Path(flags["json"]).write_text(json.dumps(records, indent=1) + "\n")
+        found = [pod_report.report(config, flags["topology"], flags["size"], flags["only"], _say)]
+    for record in found:
+        records.append(record)
+        if flags["json"]:  # what is known stays, whatever the compiler makes of the next slice
+            Path(flags["json"]).write_text(json.dumps(records, indent=1) + "\n")
     return 0 if records and records[-1]["fits"] else DOES_NOT_FIT
 
 
@@ -105,33 +108,33 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _search(config, flags) -> list[dict]:
+def _search(config, flags) -> Iterator[dict]:
     """Records of the slices of a generation, the smallest first, up to the first that fits."""
     from greedy_distill_jax import pod_report, pods, topology
     from greedy_distill_jax.types import UserError
 
-    generation = flags["topology"].partition(":")[0]
+    generation = flags["topology"]
     if generation not in topology.CHIPS:
-        raise UserError(f"unknown generation {generation!r}; choose from {', '.join(topology.CHIPS)}.")
+        raise UserError(
+            f"--topology is {generation!r}; --search takes a generation without a size: {', '.join(topology.CHIPS)}."
+        )
     pods.build_networks(config, flags["size"], flags["only"])  # what no slice could mend is said once
     _say(f"global batch {config.data.batch}, on every slice one video at a time per group of devices")
-    records = []
     for size in topology.CHIPS[generation].slices:
         name = f"{generation}:{size}"
         try:
-            record = pod_report.report(config, name, flags["size"], flags["only"], _say, one_video=True)
+            record = pod_report.report(config, name, flags["size"], flags["only"], _say, search=True)
         except pods.Misfit as error:
             _say(f"{name}: {error}")
             continue
-        records.append(record)
+        yield record
         if record["fits"]:
             _say(
                 f"smallest slice of {generation} that fits: {name}, with "
                 f"--config.data.accumulate={record['facts']['accumulate']}"
             )
-            return records
-    _say(f"no slice of {generation} fits")
-    return records
+            return
+    _say(f"none of these slices of {generation} fits")
 
 
 def sharding(argv: Sequence[str]) -> int:

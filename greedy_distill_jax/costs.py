@@ -83,7 +83,8 @@ def part_costs(
         act, epochs, repeated = flops.replay(cfg, length, tokens), 1, 1  # every chunk is checkpointed
     else:
         act, epochs, repeated = flops.student(cfg, length, tokens), d.epochs if d.pg == "actor_critic" else 1, 0
-    acting, losing = cost(act * epochs, repeated=repeated), cost(nets, fixed)
+    judged = nets if d.pg == "actor_critic" else Flops()  # once more for the loss, before the first epoch
+    acting, losing = cost(act * epochs, repeated=repeated), cost(nets * epochs, fixed + judged)
     critic = [flops.teacher(wan, frames * n, tokens) if joint_critic else student(n)
               for n in _draws(configuration.critic_terms(config), None)] if stage.critic else []  # fmt: skip
     return {

@@ -150,7 +150,7 @@ def generator_step(
 
         def epoch(_, carry):
             params, opt_state, _ = carry
-            grads = jax.grad(actor)(params)
+            grads = value_and_gradients(lambda p: (actor(p), None), params)[1]
             params, opt_state = update.params(params, opt_state, grads)
             return params, opt_state, norms(grads, params)
 

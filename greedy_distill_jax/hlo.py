@@ -31,7 +31,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _PARTITIONS = re.compile(r"num_partitions=(\d+)")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _UNDER_WAY = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
-_NOTHING_MOVES = ("copy", "bitcast", "convert", "reshape", "copy-done", "optimization-barrier")
+_NOTHING_MOVES = ("copy", "bitcast", "convert", "reshape", "optimization-barrier")
 
 
 @dataclasses.dataclass
@@ -163,7 +163,7 @@ class _Program:
 
     def __init__(self, text: str, unknown: float | int | None):
         self.computations, self.entry = _parse(text)
-        self.unknown, self.visited, self.unknown_loops = unknown, set(), []
+        self.unknown, self.visited = unknown, set()
         partitions = _PARTITIONS.search(text[: text.find("\n")])
         self.devices = int(partitions[1]) if partitions else 1
         self.started, self.continued = set(), set()  # (kind, channel) of asynchronous fusions
@@ -189,6 +189,8 @@ class _Program:
         if one.op == "get-tuple-element":
             index = re.search(r"index=(\d+)", one.rest)
             return self.value(computation, one.operands[0], (int(index[1]), *path))
+        if one.op == "copy-done":
+            return self.value(computation, one.operands[0], (0, *path))
         if one.op == "copy-start":  # (copy, original, context)
             return self.value(computation, one.operands[0], path[1:]) if path and path[0] < 2 else None
         if one.op == "tuple":
@@ -291,7 +293,6 @@ class _Program:
             elif one.op == "while":
                 trips = self.trips(computation, one, known)
                 if trips is None:
-                    self.unknown_loops.append(one.name)
                     if self.unknown is None:
                         raise ValueError(f"hlo: how often the loop {one.name} runs is decided at run time.")
                     trips = self.unknown

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention, select
 from greedy_distill_jax.sharding import RULES, specs
@@ -69,6 +69,17 @@ def check_columns(mesh: Mesh, columns: int) -> None:
         raise UserError(
             f"config.mesh.{RULES.columns[0]} is {parts}, but every latent frame has {columns} columns of patches, "
             f"which do not divide by {parts}; choose from {choices}."
+        )
+
+
+def check_heads(mesh: Mesh | AbstractMesh, heads: int) -> None:
+    """Raises UserError when so many attention heads do not divide over the tensor axis."""
+    parts = _parts(mesh, RULES.heads)
+    if heads % parts:
+        choices = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+        raise UserError(
+            f"config.mesh.{RULES.heads[0]} is {parts}, which does not divide the {heads} attention heads of a network "
+            f"of this job; choose from {choices}."
         )
 
 
@@ -198,12 +209,7 @@ def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, te
     free = _present(mesh, mesh.axis_names)
     if _parts(mesh, free) == 1:
         return chunk_attention(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS=visible_QS)
-    heads = _parts(mesh, RULES.heads)
-    if q_BLNK.shape[2] % heads:
-        raise UserError(
-            f"config.mesh.{RULES.heads[0]} is {heads}, which does not divide the {q_BLNK.shape[2]} attention heads; "
-            f"choose a divisor."
-        )
+    check_heads(mesh, q_BLNK.shape[2])
     if select.choose(None, q_BLNK, visible_QS=visible_QS, function="attention") not in KERNELS:
         q_BLNK, k_BSNK, v_BSNK = (constrain(x, "batch", None, "heads", None) for x in (q_BLNK, k_BSNK, v_BSNK))
         out = chunk_attention(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS=visible_QS)

@@ -18,8 +18,9 @@ import jax
 from greedy_distill_jax import config as configuration, costs, hlo, topology
 from greedy_distill_jax.flops import Flops
 from greedy_distill_jax.mesh import batch_parts
-from greedy_distill_jax.pods import STREAM, Job, Step, attention_of, build_job, device_bytes, one_line
+from greedy_distill_jax.pods import STREAM, Job, Step, attention_of, build_job, device_bytes, hosts
 from greedy_distill_jax.sharding import RULES
+from greedy_distill_jax.train import one_line
 
 GIB = topology.GIB
 
@@ -48,8 +49,12 @@ class Compiled:
 
     @property
     def shortfall(self) -> int:
-        """Bytes that are missing on one device."""
+        """Bytes that are missing on one device, at least: libtpu does not always say all that a step needs."""
         return max(0, self.memory["peak"] - self.hbm)
+
+    def flops_per_device(self, devices: int) -> float:
+        """Model FLOPs; where a stream runs whole on several devices, on each of them."""
+        return (self.executed_flops if self.name == STREAM else self.model_flops).total / devices
 
 
 # Two ways in which libtpu refuses: with the peak of the whole program, or before it has one.
@@ -151,31 +156,34 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
         options.append(f"config.data.accumulate={c.data.accumulate * share} (microbatch of 1 instead of {share})")
     if mesh[copies] > 1:
         options.append(f"config.mesh.{copies}=1 with config.mesh.{split}=-1 (parameters and moments over all devices)")
-    more = next((n for n in range(mesh[stripes] + 1, columns + 1) if columns % n == job.mesh.size % n == 0), None)
-    if compiled and more:
-        fewer = job.mesh.size // (more * mesh[RULES.heads[0]] * mesh[copies])
-        adjusted = c.data.batch // max(1, fewer * mesh[copies])
-        also = f" with config.data.accumulate={adjusted}" if trained and adjusted != c.data.accumulate else ""
-        options.append(f"config.mesh.{stripes}={more}{also} (activations of a video over more devices)")
+    # Streams are not split into stripes, and every host feeds whole groups of devices.
+    for n in range(mesh[stripes] + 1, columns + 1) if trained else ():
+        groups, rest = divmod(job.mesh.size, n * mesh[RULES.heads[0]])
+        if rest or columns % n or groups % mesh[copies] or groups % hosts(job.mesh) or c.data.batch % groups:
+            continue
+        adjusted = c.data.batch // groups
+        also = "" if c.mesh[split] == -1 else f" with config.mesh.{split}=-1"
+        also += f" with config.data.accumulate={adjusted}" if adjusted != c.data.accumulate else ""
+        options.append(f"config.mesh.{stripes}={n}{also} (activations of a video over more devices)")
+        break
     next_slice = topology.larger(name)
     slice_ = f"a larger slice, such as {next_slice}" if next_slice else "chips with more memory"
     options.append(f"{slice_} (missing per device: {done.shortfall / GIB:.2f} GiB)")
     return options
 
 
-def report(
-    config, name: str, size: str, only: str, say: Callable[[str], None], one_video: bool = False
-) -> dict[str, Any]:
+def report(config, name: str, size: str, only: str, say: Callable[[str], None], search: bool = False) -> dict[str, Any]:
     """Compiles a job for a slice, line by line; returns the same as a record for a file.
 
     Args:
-      config, size, only, one_video: as for ``pods.build_job``.
+      config, size, only: as for ``pods.build_job``.
       name: of the slice, such as "v5p:4x4x4".
       say: takes one line.
+      search: with one video at a time per group of devices, and no more steps after one that does not fit.
     """
     generation, _ = topology.check(name)
     chip, steps = topology.CHIPS[generation], []
-    job = build_job(config, topology.devices(name), size, only, one_video)
+    job = build_job(config, topology.devices(name), size, only, one_video=search)
     facts = job.facts()
     for line in _header(job, facts, name):
         say(line)
@@ -184,6 +192,8 @@ def report(
         steps.append(_record(job, done, chip))
         for line in _lines(job, name, done, chip):
             say(line)
+        if search and not done.fits:
+            break
     fits = all(step["fits"] for step in steps)
     say(f"  host memory {host_memory() / GIB:.1f} GiB; {'fits' if fits else 'DOES NOT FIT'}")
     return {
@@ -219,7 +229,7 @@ def _header(job: Job, facts: dict[str, Any], name: str) -> Iterator[str]:
 
 def _record(job: Job, done: Compiled, chip: topology.Chip) -> dict[str, Any]:
     sent = sum(c.bytes for c in done.collectives.values())
-    per_device = done.model_flops.total / job.mesh.size
+    per_device = done.flops_per_device(job.mesh.size)
     return {
         "step": done.name, "fits": done.fits,
         **{k: None if (x := getattr(done, k)) is None else round(x, 1) for k in ("seconds", "cpu_seconds")},
@@ -262,11 +272,11 @@ def _lines(job: Job, name: str, done: Compiled, chip: topology.Chip) -> Iterator
             )
             yield from (f"      {size / GIB:.2f} GiB: {source}" for source, size in _largest(count, 2) if size)
     if sent:
-        intensity = done.model_flops.total / job.mesh.size / sent
+        intensity = done.flops_per_device(job.mesh.size) / sent
         published = chip.flops / chip.link_rate
         yield f"    {intensity:,.0f} FLOPs per byte sent; the chip's published ratio is {published:,.0f}"
     if not done.fits:
         if done.message:
             yield f"    {done.message}"
-        yield f"    DOES NOT FIT: {done.shortfall / GIB:.2f} GiB too much per device. Change one of:"
+        yield f"    DOES NOT FIT: at least {done.shortfall / GIB:.2f} GiB too much per device. Change one of:"
         yield from (f"      {option}" for option in remedies(job, name, done))

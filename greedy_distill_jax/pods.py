@@ -6,9 +6,7 @@ same ``Streamer.step`` laid out over a mesh, one stream per group of devices. On
 frames whole (configs/wan1_3b/sample.py) every device then runs what they run.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,11 +23,11 @@ from greedy_distill_jax.mesh import batch_parts, make_mesh
 from greedy_distill_jax.models.dit import Teacher
 from greedy_distill_jax.models.student import StreamingModel
 from greedy_distill_jax.ops.sliding_window import select
-from greedy_distill_jax.parallel import on_mesh
+from greedy_distill_jax.parallel import KERNELS, on_mesh
 from greedy_distill_jax.sharding import RULES, leaf_paths, shardings
 from greedy_distill_jax.stages import Sources, Stage, build_model, build_stage, given_params
 from greedy_distill_jax.stream_causal import make_streamer
-from greedy_distill_jax.train import batch_shapes, check_mesh, jit_parts, state_shapes
+from greedy_distill_jax.train import batch_shapes, check_mesh, jit_parts, one_line, state_shapes
 from greedy_distill_jax.types import UserError
 
 GRID = {"480p": (60, 104), "720p": (90, 160)}  # rows and columns of Wan's latents
@@ -152,19 +150,6 @@ def device_bytes(shapes, layout) -> int:
     return sum(int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize for x, s in pairs)
 
 
-@contextlib.contextmanager
-def one_line() -> Iterator[None]:
-    """Mistakes in a config as ``train.prepare_job`` reports them."""
-    try:
-        yield
-    except UserError:
-        raise
-    except KeyError as error:
-        raise UserError(f"config.losses: a loss asks for batch[{error}], which is not there in this stage.") from error
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"config: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-
-
 def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "") -> Networks:
     """The part of a job that does not depend on devices.
 
@@ -220,17 +205,21 @@ def build_job(
                 f"{RULES.columns[0]}."
             )
         config.data.accumulate = config.data.batch // batch_parts(mesh)
+        if config.stage == "dmd" and config.distill.pg == "actor_critic" and config.data.accumulate > 1:
+            raise Misfit(
+                f"distill.pg=actor_critic takes no microbatches, and a batch of {config.data.batch} makes "
+                f"{config.data.accumulate} of a video for each of the {batch_parts(mesh)} data and fsdp parts."
+            )
     stage, latent_shape, state, batch, names = build_networks(config, size, only)
     try:
-        check_mesh(config, mesh, latent_shape)
+        check_mesh(config, mesh, latent_shape, hosts(mesh))
         parts, of_state, of_frozen, of_batch = jit_parts(stage, mesh, state, batch)
     except UserError as error:
         raise Misfit(f"{error}{_accumulate_instead(config, mesh)}") from error
-    except ValueError as error:  # a width that does not divide over its mesh axes
-        raise Misfit(str(error)) from error
     trees = {"state": (state, of_state), "frozen": (stage.frozen, of_frozen), "batch": (batch, of_batch)}
+    attention = attention_of(config, mesh)
     # Inside stripes the kernels' backward pass repeats their forward pass (parallel.py).
-    backward = flops.BACKWARD[attention_of(config, mesh)] + (mesh.shape[RULES.columns[0]] > 1)
+    backward = flops.BACKWARD[attention] + (attention in KERNELS and mesh.shape[RULES.columns[0]] > 1)
     cost, steps = costs.part_costs(config, stage, latent_shape, backward=backward), []
     trips = rollout_trips(config, stage.model.cfg.chunk, latent_shape[0]) if config.stage == "dmd" else None
     for part in parts:
@@ -241,6 +230,11 @@ def build_job(
         trees[STREAM], trees["params"] = (shapes, of_stream), (state.params, of_state.params)
         steps.append(step)
     return Job(config, mesh, stage, latent_shape, trees, tuple(s for s in steps if s.name in names))
+
+
+def hosts(mesh: Mesh) -> int:
+    """Machines that the devices of a mesh belong to."""
+    return len({device.process_index for device in mesh.devices.flat})
 
 
 def _accumulate_instead(config, mesh: Mesh) -> str:
@@ -282,7 +276,8 @@ def _stream(config, model: StreamingModel, mesh: Mesh, latent_shape, params, of_
     calls = len(sampling.sigmas[-1])
     cost = flops.stream_step(model.cfg, tokens_per_frame(latent_shape, wan), calls) * count
     looped = float(calls - (model.cfg.context == "fused"))  # there the first call is outside of the loop
-    return Step(STREAM, call, (params, state), Cost(cost, cost), (STREAM, "params"), looped), state, of_state
+    whole = Cost(cost, cost * mesh.shape[RULES.columns[0]])  # streams are not split into stripes: all do the same
+    return Step(STREAM, call, (params, state), whole, (STREAM, "params"), looped), state, of_state
 
 
 def rollout_trips(config, chunk: int, frames: int) -> float:

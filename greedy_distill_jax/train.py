@@ -14,6 +14,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from greedy_distill_jax.export.pipeline import load_codec, save_codec
 from greedy_distill_jax.logging import MetricWriter, progress
 from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
 from greedy_distill_jax.models.codec import VideoCodec
-from greedy_distill_jax.parallel import check_columns, on_mesh
+from greedy_distill_jax.parallel import check_columns, check_heads, on_mesh
 from greedy_distill_jax.run import Run, architecture, data_source
 from greedy_distill_jax.sharding import shardings
 from greedy_distill_jax.stages import (
@@ -98,17 +99,13 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
         raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
     check_mesh(config, mesh, latent_shape, jax.process_count())
     batch_shape = batch_shapes(config, latent_shape)
-    try:
+    with one_line():
         stage = build_stage(config, model, sources, encoder([config.data.negative_prompt])[0], latent_shape)
         state_shape = state_shapes(stage, latent_shape)
         jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
         metrics = {}
         for part in jitted:
             metrics |= part.call.eval_shape(state_shape, stage.frozen, batch_shape)[1]
-    except KeyError as error:
-        raise UserError(f"config.losses: a loss asks for batch[{error}], not there in stage {config.stage}.") from error
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"config: {error}") from error
     for name, metric in metrics.items():
         if metric.shape:
             raise UserError(f"The metric {name} has shape {metric.shape}; a loss must return scalars as metrics.")
@@ -117,16 +114,36 @@ def prepare_job(config: ConfigDict, workdir: Path, mesh: Mesh) -> Job:
                latent_shape, state_shape, state_sharding, batch_sharding, frozen_sharding, jitted)  # fmt: skip
 
 
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """What goes wrong while a job is built or traced is a mistake in its config: a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"config.losses: a loss asks for batch[{error}], which is not there in this stage.") from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"config: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
 def check_mesh(config: ConfigDict, mesh: Mesh, latent_shape, processes: int = 1) -> None:
-    """Raises UserError when batch, microbatches or frames do not divide over the mesh."""
+    """Raises UserError when batch, microbatches, frames or heads do not divide over the mesh."""
+    check_columns(mesh, latent_shape[2] // configuration.wan_config(config).patch)
+    check_heads(mesh, configuration.wan_config(config).num_heads)
+    if config.stage == "dmd":
+        check_heads(mesh, configuration.teacher_config(config).num_heads)
     batch, count, parts = config.data.batch, config.data.accumulate, batch_parts(mesh)
-    if batch % (parts * count) or parts % processes:
+    if parts % processes:
+        raise UserError(
+            f"the mesh has {parts} data and fsdp parts, which do not divide over the {processes} processes, each of "
+            f"which feeds whole parts; make config.mesh.context or config.mesh.tensor smaller."
+        )
+    if batch % (parts * count):
         raise UserError(
             f"config.data.batch is {batch}; it must divide over the {parts} data and fsdp parts of the mesh, times "
-            f"config.data.accumulate = {count}, and the parts over the {processes} processes. Change "
-            f"config.data.batch, config.data.accumulate or config.mesh."
+            f"config.data.accumulate = {count}. Change config.data.batch, config.data.accumulate or config.mesh."
         )
-    check_columns(mesh, latent_shape[2] // configuration.wan_config(config).patch)
 
 
 def batch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -102,6 +102,13 @@ UPDATES = {
     "per-frame teacher": dict(stage="dmd", distill__real="per_frame", distill__fake="self_sg", distill__guidance=1.0),
     "through the contexts": dict(stage="dmd", distill__pg="rollout_full", distill__context_grad_sdd="params"),
     "three epochs": dict(stage="dmd", distill__pg="actor_critic", distill__epochs=3),
+    "three epochs and a second term": dict(
+        stage="dmd",
+        distill__pg="actor_critic",
+        distill__epochs=3,
+        distill__fake="self_fm",
+        losses__own=dict(loss="flow_matching", weight=1.0, options={}),
+    ),
 }
 
 

@@ -112,7 +112,8 @@ ENTRY %main (x: f32[], m: s32[]) -> f32[] {{
   %x.1 = f32[] parameter(0)
   %m = s32[] parameter(1)
   %zero = s32[] constant({first})
-  %start = s32[] copy(%zero)
+  %moving = (s32[], s32[], u32[]) copy-start(%zero)
+  %start = s32[] copy-done(%moving)
   %seven = s32[] constant({bound})
   %s = {state} tuple(%start, %seven, %x.1)
   %w = {state} while(%s), condition=%condition, body=%body
