@@ -26,8 +26,9 @@ GIB = 2**30
 class Row(NamedTuple):
     """One job.
 
-    ``stage``, ``size``, ``teacher``: what the job must be, see ``published_sizes.differences``. ``only``: steps whose
-    name contains this. ``overrides`` of the config. ``code``: the exit code that the command must have.
+    ``stage``, ``size``, ``teacher``, ``student``, ``critic``: what it must be, see ``published_sizes.differences``.
+    ``only``: steps whose name contains this. ``overrides`` of the config. ``code``: the exit code that the command
+    must have.
     """
 
     config: str
@@ -35,6 +36,8 @@ class Row(NamedTuple):
     stage: str
     size: str = "wan1_3b"
     teacher: str = "wan1_3b"
+    student: str = "etm_sdd"
+    critic: bool = True
     only: str = ""
     overrides: tuple[str, ...] = ()
     code: int = 0
@@ -52,6 +55,9 @@ JOBS = {
     "1.3B stage 2, v5e:4x4": Row("configs/wan1_3b/dmd.py", "v5e:4x4", STAGE2),
     "1.3B stage 1, v6e:4x4": Row("configs/wan1_3b/teacher_forcing.py", "v6e:4x4", STAGE1, overrides=WHOLE),
     "1.3B stage 2, v6e:4x4": Row("configs/wan1_3b/dmd.py", "v6e:4x4", STAGE2, overrides=WHOLE),
+    "1.3B stage 2, self as fake score, v6e:4x4": Row(
+        "configs/wan1_3b/dmd.py:greedy_distill_paper", "v6e:4x4", STAGE2, critic=False, overrides=WHOLE),
+    "1.3B causal, v6e:4x4": Row("configs/wan1_3b/causal.py", "v6e:4x4", STAGE1, student="causal", overrides=WHOLE),
     "1.3B stage 2, 14B teacher, v5p:2x2x4": Row(
         "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b", overrides=WHOLE),
     **{
@@ -93,7 +99,7 @@ def compiled(row: Row, only: str) -> dict:
             said = done.stderr[-2000:]
             raise RuntimeError(f"{' '.join(shown)}: exit code {done.returncode}, not {row.code}\n{said}")
         record = json.loads(Path(file.name).read_text())[-1]
-    wanted = dict(stage=row.stage, size=row.size, teacher=row.teacher, only=only)
+    wanted = {name: getattr(row, name) for name in ("stage", "size", "teacher", "student", "critic")} | {"only": only}
     if differences := published_sizes.differences(record, **wanted):
         raise RuntimeError(f"{' '.join(shown)}: not the published job: {'; '.join(differences)}")
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
@@ -104,7 +110,8 @@ def compiled(row: Row, only: str) -> dict:
 
 def steps_of(row: Row) -> list[str]:
     """What to compile in processes of their own: every step; a job that must be refused, in one."""
-    return [step for step in published_sizes.STEPS[row.stage] if row.only in step] if not row.code else [row.only]
+    steps = [step for step in published_sizes.STEPS[row.stage] if step != "critic" or row.critic]
+    return [step for step in steps if row.only in step] if not row.code else [row.only]
 
 
 def table(rows: dict[str, dict]) -> str:

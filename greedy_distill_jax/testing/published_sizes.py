@@ -25,29 +25,32 @@ STEPS = {"teacher": ("teacher",), "teacher_forcing": ("teacher_forcing", "stream
 
 
 def differences(
-    record: Mapping[str, Any], *, stage: str, size: str, teacher: str = "", batch: int = 64, only: str = ""
-) -> list[str]:
+    record: Mapping[str, Any], *, stage: str, size: str, teacher: str = "", student: str = "etm_sdd",
+    critic: bool = True, batch: int = 64, only: str = "",
+) -> list[str]:  # fmt: skip
     """What of a record of ``pod_report.report`` is not as published, one line each; an empty list is the whole job.
 
     Args:
       stage: of training.
       size: of the student (in stage "teacher": of the teacher), a key of ``SIZES``.
-      teacher: of the frozen teacher of stage "dmd", with whose guidance two branches are computed; the critic has the
-        student's size.
+      teacher: of the frozen teacher of stage "dmd", with whose guidance two branches are computed.
+      student: "etm_sdd", halves of a DiT, or "causal", a whole one.
+      critic: whether stage "dmd" has one, of the student's size; else the student is its own fake score.
       batch: global.
       only: as given to the command.
     """
     facts, own = record["facts"], SIZES[size]
     streaming, dmd = stage != "teacher", stage == "dmd"
-    half = [own.layers // 2, own.width]
-    trained = {"etm": half, "sdd": half} if streaming else {"": [own.layers, own.width]}
-    stacks = {"trained": trained, "critic": {"": [own.layers, own.width]} if dmd else {}}
+    whole, half = {"": [own.layers, own.width]}, [own.layers // 2, own.width]
+    halves, critic = streaming and student == "etm_sdd", dmd and critic
+    stacks = {"trained": {"etm": half, "sdd": half} if halves else whole, "critic": whole if critic else {}}
     if dmd:
         stacks["teacher"] = {"": [SIZES[teacher].layers, SIZES[teacher].width]}
-    count = own.student if streaming else own.parameters
+    count = own.student if halves else own.parameters
+    steps = [step for step in STEPS[stage] if step != "critic" or critic]
     wanted = {
         "stage": stage,
-        "steps": [step for step in STEPS[stage] if only in step],
+        "steps": [step for step in steps if only in step],
         "frames": 21,
         "latents": "60x104",
         "channels": 16,
@@ -58,7 +61,7 @@ def differences(
         "parameters": count,
         "ema_parameters": count,
         "teacher_parameters": SIZES[teacher].parameters if dmd else 0,
-        "critic_parameters": own.parameters if dmd else 0,
+        "critic_parameters": own.parameters if critic else 0,
         "cfg_branches": 2 if dmd else 1,
         "batch": batch,
         "dtype": "bfloat16",
