@@ -4,8 +4,8 @@
         --config.teacher_from=runs/wan14b --config.student_from=runs/stage1_14b --config.data.source=latents:DIR \
         --config.data.text=DIR/text
 
-Not yet run; mesh and accumulate are for 128 chips of 95 GiB (TPU v5p:4x4x8): the generator's step compiles, and needs
-61.6 of 95.7 GiB per chip:
+Not yet run; mesh and accumulate are for 128 chips of 95 GiB (TPU v5p:4x4x8): compiled, the generator's step needs
+65.4 of 95.7 GiB per chip, the critic's 38.2:
 
     python -m greedy_distill_jax.compile train --config=configs/wan14b/dmd.py --topology=v5p:4x4x8
 """

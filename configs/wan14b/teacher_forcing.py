@@ -3,7 +3,8 @@
     python -m greedy_distill_jax.train --config=configs/wan14b/teacher_forcing.py --workdir=runs/stage1_14b \
         --config.teacher_from=runs/wan14b --config.data.source=latents:DIR --config.data.text=DIR/text
 
-Not yet run; mesh and accumulate are for 128 chips of 95 GiB (TPU v5p:4x4x8), and checked by
+Not yet run; mesh and accumulate are for 128 chips of 95 GiB (TPU v5p:4x4x8). Compiled for them it needs 65.7 GiB per
+chip:
 
     python -m greedy_distill_jax.compile train --config=configs/wan14b/teacher_forcing.py --topology=v5p:4x4x8
 """

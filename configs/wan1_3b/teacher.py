@@ -3,9 +3,11 @@
     python -m greedy_distill_jax.train --config=configs/wan1_3b/teacher.py --workdir=runs/wan1_3b \
         --config.data.source=latents:DIR --config.data.text=DIR/text
 
-Not yet run at full size; compiled for TPU v5e:4x4, four groups of four chips. On other slices, or where a chip holds a
-whole video (config.mesh.context=1), config.data.accumulate = 64 / groups; this finds the smallest slice and says it:
+Not yet run at full size. Compiled for TPU v5e:4x4, four groups of four chips, it needs 8.2 of 15.75 GiB per chip. On
+other slices, or where a chip holds a whole video (config.mesh.context=1), config.data.accumulate = 64 / groups; the
+second command finds the smallest slice and says it:
 
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/teacher.py --topology=v5e:4x4
     python -m greedy_distill_jax.compile train --config=configs/wan1_3b/teacher.py --topology=v5e --search
 """
 
