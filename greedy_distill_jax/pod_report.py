@@ -8,8 +8,10 @@ import dataclasses
 import re
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,8 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
         lowered = step.call.lower(*step.arguments)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = _interruptible(lambda: lowered.compile(compiler_options=options))
         except jax.errors.JaxRuntimeError as error:
             return Compiled(
                 fits=False, memory=_asked(error, held), collectives={}, message=str(error).splitlines()[0][:200],
@@ -95,6 +98,22 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
     if common["attention"].startswith("pallas") and not found["kernels"].instructions:
         raise RuntimeError(f"{step.name}: attention is said to be {common['attention']}, but no kernel is called.")
     return Compiled(fits=memory["peak"] <= hbm, memory=memory, collectives=found, **_since(start), **common)
+
+
+def _interruptible(work: Callable[[], Any]) -> Any:
+    """``work()`` in a thread of its own: Python acts on no signal while the main thread waits for a compiler."""
+    result: Future = Future()
+
+    def run():
+        try:
+            result.set_result(work())
+        except BaseException as error:  # whatever it is, it is raised where it is waited for
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not result.done():
+        wait([result], timeout=0.5)
+    return result.result()
 
 
 def _since(start: tuple[float, float]) -> dict[str, float]:

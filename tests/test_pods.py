@@ -4,8 +4,11 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -174,6 +177,14 @@ def test_attention_that_is_no_kernel_is_not_called_one():
 )
 def test_refusals_of_libtpu(message, memory):
     assert pod_report._asked(RuntimeError(message), 5) == memory
+
+
+def test_a_signal_ends_the_wait_for_the_compiler():
+    started = time.monotonic()
+    threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pod_report._interruptible(lambda: time.sleep(30))
+    assert time.monotonic() - started < 10
 
 
 def test_other_errors_of_libtpu_stay_errors():
