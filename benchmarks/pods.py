@@ -166,6 +166,11 @@ def main() -> None:
     parser.add_argument("--step", default="", help="only steps whose name contains this")
     parser.add_argument("--again", action="store_true", help="compile what is in the file already")
     args = parser.parse_args()
+    if not args.output.parent.is_dir():
+        parser.error(f"--output: the folder {args.output.parent} does not exist")
+    if not any(args.only in name and args.step in step for name, row in (JOBS | SCALING).items()
+               for step in steps_of(row)):  # fmt: skip
+        parser.error(f"no row contains {args.only!r} with a step {args.step!r}; rows: {'; '.join(JOBS | SCALING)}")
     for name, row in (JOBS | SCALING).items():
         for only in steps_of(row):
             kept = read(args.output).get(name, {}).get("steps", [])

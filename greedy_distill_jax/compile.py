@@ -71,7 +71,8 @@ def _read_job(argv: Sequence[str], flags):
 
     config, values = load_config(argv, flags)
     if not values["topology"]:
-        raise UserError("--topology is missing; name a slice, such as --topology=v5p:4x4x4.")
+        such = "v5p" if values.get("search") else "v5p:4x4x4"
+        raise UserError(f"--topology is missing; name it, such as --topology={such}.")
     if values["size"] not in pods.GRID:
         raise UserError(f"--size is {values['size']!r}; choose from {', '.join(pods.GRID)}.")
     _check_writable(values.get("json", ""))

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,28 +66,30 @@ def load_config(
     return config, {name: values[name].value for name in extra_flags}
 
 
-def read_config(path: str) -> ConfigDict:
+def read_config(path: str, option: str = "--config") -> ConfigDict:
     """Calls `get_config()` (or `get_config(argument)`) of `FILE.py` (or `FILE.py:argument`).
 
-    A relative path is looked up in the current directory, then in the checkout the package lies in.
+    A relative path is looked up in the current directory, then in the checkout the package lies in. Errors say that it
+    came from ``option``.
     """
     name, colon, argument = path.partition(":")
     file = Path(name).expanduser()
     if not file.is_file() and not file.is_absolute() and (CHECKOUT / file).is_file():
         file = CHECKOUT / file
     if not file.is_file():
-        raise UserError(f"--config={name}: no such file; configurations lie in {CHECKOUT / 'configs'}.")
+        what = "is a folder, not a configuration file" if file.is_dir() else "no such file"
+        raise UserError(f"{option}={name}: {what}; configurations lie in {CHECKOUT / 'configs'}.")
     module = _load_module(file.resolve())
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config={name}: the file defines no get_config(); see configs/base.py.")
+        raise UserError(f"{option}={name}: the file defines no get_config(); see configs/base.py.")
     try:
         config = module.get_config(*([argument] if colon else []))
     except (ValueError, KeyError, TypeError) as error:
         if error.__traceback__ is not None and _raised_inside(error):
             raise
-        raise UserError(f"--config={path}: {_one_line(error)}") from error
+        raise UserError(f"{option}={path}: {_one_line(error)}") from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={path}: get_config() returned {type(config).__name__}, not a ConfigDict.")
+        raise UserError(f"{option}={path}: get_config() returned {type(config).__name__}, not a ConfigDict.")
     return config.unlock()
 
 
@@ -94,10 +97,10 @@ def _raised_inside(error: BaseException) -> bool:
     """Whether an error is a mistake in the file (a deep traceback) and not a rejected argument."""
     if isinstance(error, UserError):
         return True  # already says what is wrong
-    depth, frame = 0, error.__traceback__
-    while frame is not None:
-        depth, frame = depth + 1, frame.tb_next
-    return depth > (1 if isinstance(error, TypeError) else 2)
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without read_config
+    if isinstance(error, TypeError):
+        return bool(frames)
+    return any(frame.name != "get_config" for frame in frames)  # one may call another's with its argument
 
 
 def _load_module(file: Path):

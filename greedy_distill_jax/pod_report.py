@@ -185,8 +185,11 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
         also += f" with config.data.accumulate={adjusted}" if adjusted != c.data.accumulate else ""
         options.append(f"config.mesh.{stripes}={n}{also} (activations of a video over more devices)")
         break
-    next_slice = topology.larger(name)
-    slice_ = f"a larger slice, such as {next_slice}" if next_slice else "chips with more memory"
+    larger = topology.larger(name)
+    if not compiled:  # what is kept is split over all chips, at best
+        room = (x for x in larger if done.memory["held"] * job.mesh.size <= done.hbm * topology.chips(x))
+        larger = list(room)
+    slice_ = f"a larger slice, such as {larger[0]}" if larger else "chips with more memory"
     options.append(f"{slice_} (missing per device: {done.shortfall / GIB:.2f} GiB)")
     return options
 

@@ -210,7 +210,7 @@ def _add_ode(commands: argparse._SubParsersAction) -> None:
 def _ode(args: argparse.Namespace) -> None:
     for name in ("steps", "per_prompt", "batch", "group", "frames"):
         _at_least(args, name, 1)
-    student = read_config(args.student)
+    student = read_config(args.student, "--student")
     if student.stage == "teacher":
         raise UserError(f"--student {args.student} configures a teacher; name the configuration of a student")
     share, prompts = _share(args), read_prompts(args.prompts)

@@ -84,7 +84,8 @@ class Run:
         if not (directory / "checkpoints").is_dir():
             raise UserError(
                 f"{directory} holds no run of greedy_distill_jax (no checkpoints folder); give the --workdir of a "
-                f"training command."
+                f"training command, or the folder that `python -m greedy_distill_jax.convert import` makes of other "
+                f"weights."
             )
         meta = load_meta(directory / "checkpoints", step=step)
         config = configuration.base()

@@ -6,6 +6,7 @@ inter-chip bandwidth of both directions together; here it is halved, as what a c
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -39,6 +40,9 @@ CHIPS: dict[str, Chip] = {
 def check(topology: str) -> tuple[str, str]:
     """("v5p", "4x4x4") of "v5p:4x4x4"; UserError when it is none of the known slices."""
     generation, _, size = topology.partition(":")
+    if topology in CHIPS:
+        sizes = ", ".join(f"{topology}:{x}" for x in CHIPS[topology].slices)
+        raise UserError(f"--topology={topology} is a generation of chips; add --search, or a size: {sizes}.")
     if generation not in CHIPS or size not in CHIPS[generation].slices:
         known = ", ".join(f"{name}:{'|'.join(chip.slices)}" for name, chip in CHIPS.items())
         raise UserError(f"unknown topology {topology!r}; choose from {known}.")
@@ -55,9 +59,13 @@ def devices(topology: str) -> np.ndarray:
     return np.array(aot.describe(topology).devices)
 
 
-def larger(topology: str) -> str | None:
-    """The next slice of the same chips, if there is one."""
+def larger(topology: str) -> list[str]:
+    """The larger slices of the same chips, the next one first."""
     generation, size = check(topology)
     slices = CHIPS[generation].slices
-    after = slices.index(size) + 1
-    return f"{generation}:{slices[after]}" if after < len(slices) else None
+    return [f"{generation}:{other}" for other in slices[slices.index(size) + 1 :]]
+
+
+def chips(topology: str) -> int:
+    """Number of chips of a slice."""
+    return math.prod(map(int, check(topology)[1].split("x")))

@@ -126,6 +126,16 @@ def test_a_bad_configuration_file(tmp_path, content, suffix, expected):
     assert expected in str(error.value)
 
 
+def test_an_argument_that_the_configuration_below_refuses_is_one_line():
+    with pytest.raises(UserError, match="--config=configs/wan14b/dmd.py:paper: 'paper' is not one of critic"):
+        read_config("configs/wan14b/dmd.py:paper")
+
+
+def test_a_folder_is_no_configuration_file(tmp_path):
+    with pytest.raises(UserError, match=f"--student={tmp_path}: is a folder, not a configuration file"):
+        read_config(str(tmp_path), "--student")
+
+
 def test_a_bug_in_a_configuration_file_keeps_its_traceback(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("def inner():\n    return {}['missing']\n\ndef get_config():\n    return inner()\n")

@@ -36,6 +36,7 @@ TEACHER, DMD = "configs/wan1_3b/teacher.py", "configs/wan1_3b/dmd.py"
     [
         (["--topology=v9:2x2"], "unknown topology 'v9:2x2'; choose from v5e:2x2|2x4"),
         (["--topology=v5e:3x3"], "unknown topology"),
+        (["--topology=v5e"], "is a generation of chips; add --search, or a size: v5e:2x2, v5e:2x4"),
         (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "does not fit 16 devices; choose sizes whose product is 16"),
         (["--topology=v5e:2x2", "--config.mesh.context=13"], "does not fit 4 devices; take a multiple of 13 devices"),
         (["--topology=v5e:4x4", "--config.mesh.context=8"], "52 columns of patches, which do not divide by 8; choose"),
@@ -253,7 +254,8 @@ def test_14b_on_four_small_chips_is_refused(capsys):
     code = command.main(["train", *arguments, "--topology=v5e:2x2"])
     out = capsys.readouterr().out
     assert code == command.DOES_NOT_FIT == 3
-    assert "DOES NOT FIT" in out and "GiB too much per device" in out and "a larger slice, such as v5e:2x4" in out
+    assert "DOES NOT FIT" in out and "GiB too much per device" in out
+    assert "a larger slice, such as v5e:4x8 (missing" in out  # 107.6 GiB each on four chips
     assert "held 1" in out and "not compiled" in out and "compiled in 0 s" not in out
     assert "config.mesh.context=" not in out  # what is kept does not shrink with the activations
 
