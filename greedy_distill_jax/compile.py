@@ -145,12 +145,15 @@ def sharding(argv: Sequence[str]) -> int:
 
     config, flags = _read_job(argv, JOB_FLAGS)
     job = pods.build_job(config, topology.devices(flags["topology"]), flags["size"])
+    print(f"{flags['topology']}: {job.mesh.size} chips, mesh {dict(job.mesh.shape)}")
     for tree, (shapes, layout) in job.trees.items():
         leaves = zip(leaf_paths(shapes), leaf_paths(layout), strict=True)
         for (path, leaf), (_, placed) in leaves:
             size = pods.device_bytes(leaf, placed)
             print(f"{tree}/{path}  {leaf.dtype}{list(leaf.shape)}  {placed.spec}  {size} bytes per device")
-        print(f"{tree}: {pods.device_bytes(shapes, layout) / 2**30:.3f} GiB per device")
+    for tree, (shapes, layout) in job.trees.items():
+        note = " (of state, alone while streaming)" if tree == "params" else ""
+        print(f"{tree}{note}: {pods.device_bytes(shapes, layout) / 2**30:.3f} GiB per device")
     return 0
 
 

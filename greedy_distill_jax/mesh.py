@@ -41,7 +41,7 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
             ways = f"take a multiple of {known} devices, or change config.mesh"
         raise UserError(
             f"mesh ({described}) does not fit {devices.size} devices; {ways}. `python -m "
-            "greedy_distill_jax.compile train --search` finds the smallest TPU slice for a config."
+            "greedy_distill_jax.compile train --config=FILE --topology=v5p --search` finds the smallest TPU slice."
         )
     return Mesh(devices.reshape([devices.size // known if s == -1 else s for s in sizes]), AXES)
 

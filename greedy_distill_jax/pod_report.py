@@ -229,12 +229,18 @@ def _header(job: Job, facts: dict[str, Any], name: str) -> Iterator[str]:
     yield f"{name}: {facts['devices']} chips, mesh {facts['mesh']}, compiled, not run"
     yield (
         f"  {facts['frames']} latent frames of {facts['latents']}, {facts['tokens']:,} tokens; batch {facts['batch']} "
-        f"= {facts['accumulate']} x {facts['microbatch_per_group']} x {batch_parts(job.mesh)} groups; CFG branches: "
-        f"{facts['cfg_branches']}"
+        f"= {facts['accumulate']} microbatches x {facts['microbatch_per_group']} videos x {batch_parts(job.mesh)} "
+        f"groups of chips; CFG branches: {facts['cfg_branches']}"
     )
+    if any(step.name == STREAM for step in job.steps):
+        streams = facts["streams"]
+        yield (
+            f"  {streams['streams']} streams of {streams['latents']}, {streams['frames_per_step']} latent frames and "
+            f"{streams['denoising_calls']} denoising calls per step"
+        )
     yield (
-        f"  parameters: {facts['parameters']:,} trained (with EMA), teacher {facts['teacher_parameters']:,}, critic "
-        f"{facts['critic_parameters']:,}"
+        f"  parameters: {facts['parameters']:,} trained and as many averaged, teacher "
+        f"{facts['teacher_parameters']:,}, critic {facts['critic_parameters']:,}"
     )
     stacks = [
         f"{'/'.join(filter(None, (role, stack)))} {layers} x {width}"

@@ -267,8 +267,9 @@ def test_every_leaf_has_a_layout(capsys):
     (kernel,) = [line for line in lines if line.startswith("state/params/etm/blocks/ffn/up/kernel ")]
     assert "float32[15, 1536, 8960]" in kernel and "('fsdp', 'context'), 'tensor'" in kernel
     assert f"{15 * 1536 * 8960 * 4 // 16} bytes per device" in kernel
-    assert [line.split(":")[0] for line in lines if line.endswith("GiB per device")] == [
-        "state", "frozen", "batch", "stream", "params"]  # fmt: skip
+    assert lines[0] == "v5e:4x4: 16 chips, mesh {'data': 1, 'fsdp': 4, 'context': 4, 'tensor': 1}"
+    assert [line.split(":")[0] for line in lines[-5:]] == [
+        "state", "frozen", "batch", "stream", "params (of state, alone while streaming)"]  # fmt: skip
 
 
 # --- The published sizes --------------------------------------------------------------------------------------------
