@@ -110,7 +110,7 @@ def compiled(row: Row, only: str) -> dict:
 
 def steps_of(row: Row) -> list[str]:
     """What to compile in processes of their own: every step; a job that must be refused, in one."""
-    steps = [step for step in published_sizes.STEPS[row.stage] if step != "critic" or row.critic]
+    steps = published_sizes.steps(row.stage, row.critic)
     return [step for step in steps if row.only in step] if not row.code else [row.only]
 
 

@@ -137,31 +137,34 @@ def main(argv: list[str]) -> None:
         result["steps"][name] = row
         profiling.write_json(args.output, result)
         print(f"{name}: {row['ms']:.0f} ms, compiled in {row['compile_s']:.0f} s", flush=True)
-    copy = result["ceilings"]["copy_bytes_per_s"]
-    print(f"{result['device']}, {result['clock']}; {dtype}")
-    print(f"ceilings: matmul {ceiling / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s")
-    if result["steps"]:
-        print(_table(result["steps"]), flush=True)
-    if GRADIENT in args.only:
-        result["rollout_gradient"] = measure_gradient(size, args.repeats)
+    try:
+        if GRADIENT in args.only:
+            result["rollout_gradient"] = measure_gradient(size, args.repeats)
+    finally:  # what was measured is shown even if the gradients are not the same
+        result["wall_s"] = time.perf_counter() - begin
+        profiling.write_json(args.output, result)
+        show(result)
+
+
+def show(result: dict) -> None:
+    """Prints the figures, the tables last."""
+    peak, ceilings = profiling.peak_bytes(), result["ceilings"]
+    print(f"{result['device']}, {result['clock']}; {result['dtype']}, {result['wall_s']:.0f} s in all")
+    matmul, copy = ceilings["matmul_flops_per_s"] / 1e12, ceilings["copy_bytes_per_s"] / 1e9
+    print(f"ceilings: matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} GB/s")
+    print(f"peak memory {peak['bytes'] / 2**20:.0f} MiB: {peak['source']}")
+    if "rollout_gradient" in result:
         forms = dict(result["rollout_gradient"])
         print(f"the two gradients differ by {forms.pop('relative_difference'):.1e} of their norm")
         cells = [[name, row["ms"], row["temporary_MiB"], row["compile_s"]] for name, row in forms.items()]
         print(profiling.table(["rollout gradient", "ms", "temporary MiB", "compile s"], cells))
-    result["wall_s"] = time.perf_counter() - begin
-    profiling.write_json(args.output, result)
-    peak = profiling.peak_bytes()
-    print(f"{result['wall_s']:.0f} s in all; peak memory {peak['bytes'] / 2**20:.0f} MiB: {peak['source']}")
-
-
-def _table(steps: dict[str, dict]) -> str:
     cells = [
         [name, row["ms"], row["model_flops"] / 1e12, row["executed_flops"] / 1e12, row["mfu"], row["hfu"],
          row["program_bytes"]["total"] / 2**20, row["compile_s"]]
-        for name, row in steps.items()
+        for name, row in result["steps"].items()
     ]  # fmt: skip
     header = ["step", "ms", "TFLOP, model", "executed", "MFU", "HFU", "program MiB", "compile s"]
-    return profiling.table(header, cells)
+    print(profiling.table(header, cells))
 
 
 if __name__ == "__main__":

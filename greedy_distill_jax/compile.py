@@ -184,7 +184,7 @@ def vae(targets: Sequence[str], decoders: Sequence[str], height: int, width: int
             state, step = codec.open_decoder(), jax.jit(codec.decode_next, donate_argnums=1)
             for which in ("first frame", "next frames"):
                 try:
-                    memory = step.lower(params, state, latent).compile().memory_analysis()
+                    memory = aot.interruptible(step.lower(params, state, latent).compile).memory_analysis()
                 except Exception as error:  # whatever the compiler says is the answer; the rest is still compiled
                     print(f"  {name:5s} {which:12s} FAILED: {str(error).splitlines()[0][:160]}", flush=True)
                     failed = 1

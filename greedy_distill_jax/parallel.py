@@ -63,23 +63,23 @@ def _stripes() -> tuple[int, str | None]:
 
 def check_columns(mesh: Mesh, columns: int) -> None:
     """Raises UserError when a frame of so many columns of patches does not divide over the context axis."""
-    parts = _parts(mesh, RULES.columns)
-    if columns % parts:
-        choices = ", ".join(str(d) for d in range(1, columns + 1) if columns % d == 0)
-        raise UserError(
-            f"config.mesh.{RULES.columns[0]} is {parts}, but every latent frame has {columns} columns of patches, "
-            f"which do not divide by {parts}; choose from {choices}."
-        )
+    why = "but every latent frame has {size} columns of patches, which do not divide by {parts}"
+    _check_divides(mesh, RULES.columns, columns, why)
 
 
 def check_heads(mesh: Mesh | AbstractMesh, heads: int) -> None:
     """Raises UserError when so many attention heads do not divide over the tensor axis."""
-    parts = _parts(mesh, RULES.heads)
-    if heads % parts:
-        choices = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+    _check_divides(
+        mesh, RULES.heads, heads, "which does not divide the {size} attention heads of a network of this job"
+    )
+
+
+def _check_divides(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], size: int, why: str) -> None:
+    parts = _parts(mesh, axes)
+    if size % parts:
+        choices = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
         raise UserError(
-            f"config.mesh.{RULES.heads[0]} is {parts}, which does not divide the {heads} attention heads of a network "
-            f"of this job; choose from {choices}."
+            f"config.mesh.{axes[0]} is {parts}, {why.format(size=size, parts=parts)}; choose from {choices}."
         )
 
 

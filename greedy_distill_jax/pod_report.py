@@ -8,10 +8,8 @@ import dataclasses
 import re
 import resource
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import jax
 from greedy_distill_jax import config as configuration, costs, hlo, topology
 from greedy_distill_jax.flops import Flops
 from greedy_distill_jax.mesh import batch_parts
+from greedy_distill_jax.ops.sliding_window import aot
 from greedy_distill_jax.pods import STREAM, Job, Step, attention_of, build_job, device_bytes, hosts
 from greedy_distill_jax.sharding import RULES
 from greedy_distill_jax.train import one_line
@@ -87,7 +86,7 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         try:
             options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-            compiled = _interruptible(lambda: lowered.compile(compiler_options=options))
+            compiled = aot.interruptible(lambda: lowered.compile(compiler_options=options))
         except jax.errors.JaxRuntimeError as error:
             return Compiled(
                 fits=False, memory=_asked(error, held), collectives={}, message=str(error).splitlines()[0][:200],
@@ -98,22 +97,6 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
     if common["attention"].startswith("pallas") and not found["kernels"].instructions:
         raise RuntimeError(f"{step.name}: attention is said to be {common['attention']}, but no kernel is called.")
     return Compiled(fits=memory["peak"] <= hbm, memory=memory, collectives=found, **_since(start), **common)
-
-
-def _interruptible(work: Callable[[], Any]) -> Any:
-    """``work()`` in a thread of its own: Python acts on no signal while the main thread waits for a compiler."""
-    result: Future = Future()
-
-    def run():
-        try:
-            result.set_result(work())
-        except BaseException as error:  # whatever it is, it is raised where it is waited for
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    while not result.done():
-        wait([result], timeout=0.5)
-    return result.result()
 
 
 def _since(start: tuple[float, float]) -> dict[str, float]:

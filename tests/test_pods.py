@@ -185,7 +185,7 @@ def test_a_signal_ends_the_wait_for_the_compiler():
     threading.Timer(0.2, signal.raise_signal, (signal.SIGTERM,)).start()
     try:
         with pytest.raises(SystemExit):
-            pod_report._interruptible(lambda: time.sleep(30))
+            aot.interruptible(lambda: time.sleep(30))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - started < 10

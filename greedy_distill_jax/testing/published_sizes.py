@@ -24,6 +24,11 @@ SIZES = {
 STEPS = {"teacher": ("teacher",), "teacher_forcing": ("teacher_forcing", "stream"), "dmd": ("dmd", "critic", "stream")}
 
 
+def steps(stage: str, critic: bool) -> list[str]:
+    """Of a job of this stage, with a critic or without."""
+    return [step for step in STEPS[stage] if step != "critic" or critic]
+
+
 def differences(
     record: Mapping[str, Any], *, stage: str, size: str, teacher: str = "", student: str = "etm_sdd",
     critic: bool = True, batch: int = 64, only: str = "",
@@ -47,10 +52,9 @@ def differences(
     if dmd:
         stacks["teacher"] = {"": [SIZES[teacher].layers, SIZES[teacher].width]}
     count = own.student if halves else own.parameters
-    steps = [step for step in STEPS[stage] if step != "critic" or critic]
     wanted = {
         "stage": stage,
-        "steps": [step for step in steps if only in step],
+        "steps": [step for step in steps(stage, critic) if only in step],
         "frames": 21,
         "latents": "60x104",
         "channels": 16,

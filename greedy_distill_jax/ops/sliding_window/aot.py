@@ -11,9 +11,12 @@ import importlib.util
 import os
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,6 +72,22 @@ def describe(topology: str):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology)
 
 
+def interruptible(work: Callable[[], Any]) -> Any:
+    """``work()`` in a thread of its own: Python acts on no signal while the main thread waits for a compiler."""
+    result: Future = Future()
+
+    def run():
+        try:
+            result.set_result(work())
+        except BaseException as error:  # whatever it is, it is raised where it is waited for
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not result.done():
+        wait([result], timeout=0.5)
+    return result.result()
+
+
 def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: Path | None = None) -> dict:
     """Compiles forward and backward (forward only for a decode) of one workload.
 
@@ -99,7 +118,7 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(forward).lower(*shapes[:3]) if spec.decode else jax.jit(both).lower(*shapes)
-        stats = lowered.compile().memory_analysis()
+        stats = interruptible(lowered.compile).memory_analysis()
     result = {
         "seconds": time.perf_counter() - start,
         "memory": {
