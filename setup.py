@@ -80,7 +80,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["greedy_distill_jax", "greedy_distill_jax.*"]),
     package_data={
-        "greedy_distill_jax": ["eval/*.html.j2", "eval/templates/*.html.j2", "ops/sliding_window/tuned/*.json"],
+        "greedy_distill_jax": ["eval/*.html.j2", "eval/templates/*.html.j2", "ops/attention/tuned/*.json"],
     },
     install_requires=BASE,
     extras_require={

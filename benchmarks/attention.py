@@ -11,7 +11,8 @@ import importlib.metadata
 import subprocess
 from pathlib import Path
 
-from greedy_distill_jax import cli, profiling
+from greedy_distill_jax import cli
+from greedy_distill_jax.measure import timing
 
 
 def torch_slices():
@@ -94,10 +95,10 @@ def _cpu(bench, base, growth) -> dict:
 
 def main() -> None:
     """Command line."""
-    profiling.one_thread()
+    timing.one_thread()
     import jax
 
-    from greedy_distill_jax.ops.sliding_window import arg_specs, bench
+    from greedy_distill_jax.ops.attention import arg_specs, bench
 
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
@@ -110,7 +111,7 @@ def main() -> None:
             result["milliseconds"][spec.name] = bench.measure(spec, bench.default_peers())
             _print(spec, result["milliseconds"][spec.name])
     result |= {"device": jax.devices()[0].device_kind, "versions": versions(), "commit": commit()}
-    profiling.write_json(args.output, result)
+    timing.write_json(args.output, result)
 
 
 if __name__ == "__main__":

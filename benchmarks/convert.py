@@ -22,14 +22,14 @@ import jax
 import numpy as np
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.checkpoint import Checkpointer, source_commit, versions
 from greedy_distill_jax.convert import export_weights, import_weights
-from greedy_distill_jax.export.load import compare, load
-from greedy_distill_jax.export.source import Source, open_source, parameter_shapes
-from greedy_distill_jax.export.write import write
-from greedy_distill_jax.mesh import make_mesh
-from greedy_distill_jax.models.wan_config import WAN_SIZES, WanConfig
-from greedy_distill_jax.sharding import leaf_paths, shardings
+from greedy_distill_jax.distribution.mesh import make_mesh
+from greedy_distill_jax.distribution.sharding import leaf_paths, shardings
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.storage.checkpoint import Checkpointer, source_commit, versions
+from greedy_distill_jax.weights.load import compare, load
+from greedy_distill_jax.weights.source import Source, open_source, parameter_shapes
+from greedy_distill_jax.weights.write import write
 
 LIMIT = 1.5  # of the largest stacked shard
 

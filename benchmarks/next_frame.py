@@ -11,7 +11,7 @@ from pathlib import Path
 from greedy_distill_jax import cli
 from greedy_distill_jax.eval.next_frame import next_frame_psnr
 from greedy_distill_jax.evaluate import held_out_videos
-from greedy_distill_jax.run import Run
+from greedy_distill_jax.runs.run import Run
 
 
 def main() -> None:

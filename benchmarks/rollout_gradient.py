@@ -2,7 +2,7 @@
 
     python benchmarks/rollout_gradient.py --frames 16 --output benchmarks/results/rollout-gradient.json
 
-Both forms give the same gradient (``tests/test_rollout.py``; checked here again). Memory is what the compiled program
+Both forms give the same gradient (``tests/training/test_rollout.py``; checked here again). Memory is what the compiled program
 allocates besides its arguments and results; time is CPU time of the process on a CPU, median of turns.
 ``benchmarks/train_step.py`` does the same at a named size.
 """
@@ -15,11 +15,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from greedy_distill_jax import cli, profiling, rollout as rollouts
-from greedy_distill_jax.models.student import ContextGrad, Student
-from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
-from greedy_distill_jax.stream import Sampling, Streamer
+from greedy_distill_jax import cli
+from greedy_distill_jax.measure import timing
+from greedy_distill_jax.models.students.base import ContextGrad
+from greedy_distill_jax.models.students.config import StudentConfig
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.streaming.etm_sdd import Streamer
+from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.training import rollout as rollouts
 
 
 def gradients(streamer: Streamer, params, text, shape: tuple[int, int, int, int], repeats: int) -> dict:
@@ -40,11 +45,11 @@ def gradients(streamer: Streamer, params, text, shape: tuple[int, int, int, int]
     }
     out, found, compiled = {}, {}, {}
     for name, act in forms.items():
-        begin = profiling.clock()
+        begin = timing.clock()
         gradient = jax.jit(jax.grad(lambda p, drawn, w, act=act: jnp.sum(w * act(p, drawn))))
         compiled[name] = gradient.lower(params, drawn, weights).compile()
-        memory = profiling.program_bytes(compiled[name])["temporaries"]
-        out[name] = {"compile_s": profiling.clock() - begin, "temporary_MiB": memory / 2**20}
+        memory = timing.program_bytes(compiled[name])["temporaries"]
+        out[name] = {"compile_s": timing.clock() - begin, "temporary_MiB": memory / 2**20}
         found[name] = jax.block_until_ready(compiled[name](params, drawn, weights))
     difference = jax.jit(lambda a, b: optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(a))
     out["relative_difference"] = float(difference(*found.values()))
@@ -52,7 +57,7 @@ def gradients(streamer: Streamer, params, text, shape: tuple[int, int, int, int]
     turns = {name: [] for name in forms}
     for _ in range(repeats):
         for name, run in compiled.items():
-            turns[name].append(1e3 * profiling.seconds(lambda run=run: run(params, drawn, weights)))
+            turns[name].append(1e3 * timing.seconds(lambda run=run: run(params, drawn, weights)))
     for name, times in turns.items():
         out[name]["ms"] = statistics.median(times)
     return out
@@ -79,7 +84,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
-    profiling.one_thread()
+    timing.one_thread()
     rows = {}
     for frames in args.frames:
         rows[frames] = measure(frames, args.batch, args.latent, args.dim, args.remat, args.repeats)
@@ -88,7 +93,7 @@ def main() -> None:
             print(f"{frames:>3} frames  {name:<10}  {figures}", flush=True)
         print(f"            gradients differ by {rows[frames]['relative_difference']:.1e}")
     settings = {key: value for key, value in vars(args).items() if key != "output"}
-    profiling.write_json(args.output, {"settings": settings, "rows": rows, **profiling.environment()})
+    timing.write_json(args.output, {"settings": settings, "rows": rows, **timing.environment()})
 
 
 if __name__ == "__main__":

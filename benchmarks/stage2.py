@@ -28,14 +28,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.checkpoint import has_checkpoint, load_meta, source_commit, versions
-from greedy_distill_jax.config_cli import read_config
+from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos, frechet_distance, random_conv_features
 from greedy_distill_jax.evaluate import held_out_videos, sampled
-from greedy_distill_jax.mesh import use_compile_cache
 from greedy_distill_jax.quickstart import control_config
-from greedy_distill_jax.run import Run
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.checkpoint import has_checkpoint, load_meta, source_commit, versions
 from greedy_distill_jax.train import train
 
 WINDOW, FRAMES = 8, 64

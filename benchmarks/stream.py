@@ -33,22 +33,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from greedy_distill_jax import cli, config as configuration, flops, profiling
-from greedy_distill_jax.diffusion import schedules
-from greedy_distill_jax.models.causal import make_student
-from greedy_distill_jax.models.student import ContextGrad
-from greedy_distill_jax.models.vae_codec import VAECodec
-from greedy_distill_jax.rollout import recompute, roll_out
-from greedy_distill_jax.run import Run, open_stream
-from greedy_distill_jax.stream import Sampling, cache_bytes
-from greedy_distill_jax.stream_causal import make_streamer
+from greedy_distill_jax import cli
+from greedy_distill_jax.codecs.vae_codec import VAECodec
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.diffusion import noise_levels
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.measure import timing
+from greedy_distill_jax.models.students.base import ContextGrad
+from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.pods import flops
+from greedy_distill_jax.runs.run import Run, open_stream
+from greedy_distill_jax.streaming.loop import Sampling, cache_bytes
+from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.sizes import SIZES, Size
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.training.rollout import recompute, roll_out
 
 STUDENTS = ("etm_sdd", "causal")
 SCHEDULES = {
-    **{str(n): (schedules.uniform_steps(n, 5.0),) for n in (4, 2, 1)},
+    **{str(n): (noise_levels.uniform_steps(n, 5.0),) for n in (4, 2, 1)},
     # Diagonal Distillation's 4, 3, 2, 2, ... (METHOD_SPEC D.4).
     "diagonal": ((1.0, 0.9333, 0.8333, 0.357), (1.0, 0.9333, 0.357), (1.0, 0.357)),
 }
@@ -66,9 +69,9 @@ class Stream:
         self.params, self.text, self.shape = run.params, text, run.latent_shape[1:]
         self.streamer, self.chunk = make_streamer(make_student(cfg), sampling), cfg.chunk
         state, step = open_stream(self.streamer, self.params, text, jax.random.key(0), self.shape)
-        start = profiling.clock()
+        start = timing.clock()
         self.step = step.lower(self.params, state).compile()
-        self.compile_s, self.cache_bytes = profiling.clock() - start, cache_bytes(state)
+        self.compile_s, self.cache_bytes = timing.clock() - start, cache_bytes(state)
 
     def open(self, seed: int = 0):
         """The state of a new stream."""
@@ -87,10 +90,10 @@ class Stream:
 
     def timed(self, state, decode=None):
         """(state after one chunk, milliseconds per frame, latents or what ``decode`` makes of them)."""
-        start = profiling.clock()
+        start = timing.clock()
         state, out = self.step(self.params, state)
         out = jax.block_until_ready((state, decode(out) if decode else out))[1]
-        return state, 1e3 * (profiling.clock() - start) / self.chunk, out
+        return state, 1e3 * (timing.clock() - start) / self.chunk, out
 
 
 class Decoder:
@@ -174,7 +177,7 @@ def measure(
     first, per_frame, compile_s, memory = {}, {}, {}, {}
     for name in names:
         stream = Stream(run, CONTEXTS[name], sampling, text)
-        compile_s[name], memory[name] = stream.compile_s, profiling.program_bytes(stream.step)
+        compile_s[name], memory[name] = stream.compile_s, timing.program_bytes(stream.step)
         state, times = stream.at(EARLY), []
         if name != "clean":
             for _ in range(SPAN):
@@ -189,7 +192,7 @@ def measure(
             late, spent, x = stream.timed(late)
             late_times.append(spent)
         per_frame[name] = statistics.median(times)
-        first["latents"] = profiling.median_ms(stream.first, repeats)
+        first["latents"] = timing.median_ms(stream.first, repeats)
     if not np.isfinite(x).all():
         raise RuntimeError(f"frame {frames} of a stream is not finite; random weights of scale one should not do that")
     for name, decoder in decoders.items():
@@ -199,7 +202,7 @@ def measure(
             state, spent, _ = kept.timed(state, decode)
             times.append(spent)
         per_frame[name] = statistics.median(times)
-        first[name] = profiling.median_ms(lambda d=decoder: d.open()(kept.first()), repeats)
+        first[name] = timing.median_ms(lambda d=decoder: d.open()(kept.first()), repeats)
     switch = jax.jit(kept.streamer.switch_prompt)
     stride, patch = next(iter(decoders.values())).codec.temporal_stride, run.model.cfg.base.patch
     tokens = run.latent_shape[1] * run.latent_shape[2] // patch**2
@@ -207,8 +210,8 @@ def measure(
     return {
         "chunk": kept.chunk,
         "steps": [len(row) for row in sampling.sigmas],
-        "text_ms": profiling.median_ms(kept.open, repeats),
-        "switch_ms": profiling.median_ms(lambda: switch(kept.params, state, text), repeats),
+        "text_ms": timing.median_ms(kept.open, repeats),
+        "switch_ms": timing.median_ms(lambda: switch(kept.params, state, text), repeats),
         "first_chunk_ms": first,
         "ms_per_latent_frame": per_frame,
         "model_flops_per_latent_frame": work,
@@ -219,7 +222,7 @@ def measure(
         "compile_s": compile_s,
         "program_bytes": memory,
         "cache_bytes": kept.cache_bytes,
-        "peak": profiling.peak_bytes(),
+        "peak": timing.peak_bytes(),
     }  # fmt: skip
 
 
@@ -238,7 +241,7 @@ def show(rows: list[dict]) -> str:
             row["mfu"],
             row["program_bytes"]["clean"]["total"] / 2**20,
         ])  # fmt: skip
-    return profiling.table(header, cells)
+    return timing.table(header, cells)
 
 
 def _parser() -> cli.Parser:
@@ -262,19 +265,19 @@ def main(argv: list[str]) -> None:
     least = EARLY + SPAN * max(config.student.chunk for config in configs.values())
     if args.frames < least or args.repeats < 1:
         raise UserError(f"--frames {args.frames} --repeats {args.repeats}: use at least {least} frames and 1 repeat.")
-    profiling.one_thread()
+    timing.one_thread()
     dtype = configuration.wan_config(configs[args.student[0]]).dtype
     result = {
         "size": args.size, "video": [size.height, size.width], "latents": list(size.latent_shape), "batch": 1,
         "dtype": dtype, "weights": args.weights, "schedules": {name: SCHEDULES[name] for name in args.steps},
         "text": "the students' projection of the text rows; the text encoder is not measured",
-        **profiling.environment(), "ceilings": profiling.ceilings(dtype), "checks": check(args.size, args.student),
+        **timing.environment(), "ceilings": timing.ceilings(dtype), "checks": check(args.size, args.student),
         "rows": [],
     }  # fmt: skip
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     decoders = {name: Decoder(codec, size) for name, codec in size.codecs().items()}
     result["decoder_program_bytes"] = {
-        name: profiling.program_bytes(decoder.programs[1]) for name, decoder in decoders.items()
+        name: timing.program_bytes(decoder.programs[1]) for name, decoder in decoders.items()
     }
     for student in args.student:
         run = size.run(student, args.weights)
@@ -283,7 +286,7 @@ def main(argv: list[str]) -> None:
             row = measure(run, Sampling(SCHEDULES[name], "renoise"), decoders, ceiling, args.frames, args.repeats)
             result["rows"].append({"student": student, "schedule": name, **row})
             result["wall_s"] = time.perf_counter() - begin
-            profiling.write_json(args.output, result)
+            timing.write_json(args.output, result)
             print(f"{student}, {name} steps: {row['ms_per_latent_frame']['clean']:.3g} ms per frame", flush=True)
     print(f"{result['device']}, {result['clock']}; {size.width}x{size.height}, {result['wall_s']:.0f} s in all")
     for what, difference in result["checks"].items():

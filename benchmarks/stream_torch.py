@@ -21,15 +21,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from greedy_distill_jax import cli, config as configuration, profiling
-from greedy_distill_jax.diffusion import schedules
-from greedy_distill_jax.run import open_stream
-from greedy_distill_jax.stream import Sampling
-from greedy_distill_jax.stream_causal import make_streamer
+from greedy_distill_jax import cli
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.diffusion import noise_levels
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.measure import timing
+from greedy_distill_jax.runs.run import open_stream
+from greedy_distill_jax.streaming.loop import Sampling
+from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.sizes import SIZES, Size
 from greedy_distill_jax.testing.torch_causal import TorchCausal, step_noise
-from greedy_distill_jax.types import UserError
 
 EAGER, COMPILED = "eager PyTorch, causal", "compiled PyTorch, causal"
 CAUSAL, ETM_SDD = "ours, causal", "ours, ETM + SDD (another model)"
@@ -58,7 +60,7 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
     Raises:
       RuntimeError: the frames of a peer are not ours.
     """
-    sampling = Sampling((schedules.uniform_steps(steps, 5.0),), "renoise")
+    sampling = Sampling((noise_levels.uniform_steps(steps, 5.0),), "renoise")
     run, text, state, step = _ours(size, "causal", sampling)
     etm_run, _, etm_state, etm_step = _ours(size, "etm_sdd", sampling)
     cfg = run.model.cfg
@@ -71,10 +73,10 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
     warm = cfg.sink_chunks + cfg.ring_chunks + 2
 
     def spent(name, chunk, work, *args):
-        start = profiling.clock()
+        start = timing.clock()
         result = jax.block_until_ready(work(*args))
         if number >= warm:
-            times[name].append(1e3 * (profiling.clock() - start) / chunk)
+            times[name].append(1e3 * (timing.clock() - start) / chunk)
         return result
 
     for number in range(warm + repeats):
@@ -129,15 +131,15 @@ def main(argv: list[str]) -> None:
     if args.steps < 1 or args.repeats < 1:
         raise UserError(f"--steps {args.steps} --repeats {args.repeats}: both must be at least 1.")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch memory on a GPU
-    profiling.one_thread()
+    timing.one_thread()
     device, peers = _torch_device(), (EAGER, COMPILED) if args.compile else (EAGER,)
-    result = {**profiling.environment(), "sizes": {}}
+    result = {**timing.environment(), "sizes": {}}
     if any(configuration.wan_config(SIZES[name].config("causal")).dtype != "float32" for name in args.size):
         with jax.default_matmul_precision("highest"):
             result["float32_check"] = measure(SIZES["tiny"], args.steps, 1, peers, device)["largest_difference"]
     for name in args.size:
         result["sizes"][name] = measure(SIZES[name], args.steps, args.repeats, peers, device)
-        profiling.write_json(args.output, result)
+        timing.write_json(args.output, result)
     rows = [
         [name, f"{row['config']['latents'][0]}x{row['config']['latents'][1]}", row["config"]["dim"],
          *row["ms_per_latent_frame"].values(), *row["ratios"].values(), f"{row['largest_difference']:.0e}"]
@@ -146,7 +148,7 @@ def main(argv: list[str]) -> None:
     print(f"{result['device']}, {result['clock']}")
     header = ["size", "latents", "width", *(f"{name}, ms/frame" for name in (*peers, CAUSAL, ETM_SDD)),
               *next(iter(result["sizes"].values()))["ratios"], "causal frames differ by"]  # fmt: skip
-    print(profiling.table(header, rows))
+    print(timing.table(header, rows))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from rollout_gradient import gradients
 
-from greedy_distill_jax import cli, config as configuration, profiling
-from greedy_distill_jax.pods import STREAM, Job, Step, build_job, imaginary_runs
-from greedy_distill_jax.stream_causal import make_streamer
+from greedy_distill_jax import cli
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.measure import timing
+from greedy_distill_jax.pods.jobs import STREAM, Job, Step, build_job, imaginary_runs
+from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.sizes import SIZES, Size, random_params
-from greedy_distill_jax.types import UserError
 
 # Name here -> (configuration of `sizes.CONFIGS`, name of the job's step).
 STEPS = {"stage 1": ("etm_sdd", "teacher_forcing"), "generator": ("dmd", "dmd"), "critic": ("dmd", "critic")}
@@ -68,14 +70,14 @@ def measure(job: Job, step: Step, repeats: int, ceiling: float) -> dict:
     state, frozen, batch = arrays(job)
     trained = "critic" if step.name == "critic" else "params"
     before = jax.tree.map(jnp.copy, jax.tree.leaves(getattr(state, trained))[0])
-    start = profiling.clock()
+    start = timing.clock()
     compiled = step.call.lower(state, frozen, batch).compile()
-    compile_s, times = profiling.clock() - start, []
+    compile_s, times = timing.clock() - start, []
     for number in range(repeats + 1):
-        start = profiling.clock()
+        start = timing.clock()
         state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
         if number:
-            times.append(profiling.clock() - start)
+            times.append(timing.clock() - start)
         bad = [name for name, value in metrics.items() if not np.isfinite(value)]
         if bad:
             raise RuntimeError(f"{step.name}, update {number}: {', '.join(bad)} is not finite; its time says nothing")
@@ -88,8 +90,8 @@ def measure(job: Job, step: Step, repeats: int, ceiling: float) -> dict:
         "executed_flops": executed,
         "mfu": model / spent / ceiling,
         "hfu": executed / spent / ceiling,
-        "program_bytes": profiling.program_bytes(compiled),
-        "peak": profiling.peak_bytes(),
+        "program_bytes": timing.program_bytes(compiled),
+        "peak": timing.peak_bytes(),
         "compile_s": compile_s,
         "facts": job.facts(),
         "metrics": {name: float(value) for name, value in metrics.items()},
@@ -122,11 +124,11 @@ def main(argv: list[str]) -> None:
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1.")
     size, begin = SIZES[args.size], time.perf_counter()
-    profiling.one_thread()
+    timing.one_thread()
     dtype = configuration.wan_config(size.config("dmd")).dtype
     result = {
         "size": args.size, "latents": [size.frames, *size.latent_shape], "batch": 1, "dtype": dtype, "exit": "last",
-        **profiling.environment(), "ceilings": profiling.ceilings(dtype), "steps": {},
+        **timing.environment(), "ceilings": timing.ceilings(dtype), "steps": {},
     }  # fmt: skip
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     for name in [n for n in STEPS if n in args.only]:
@@ -135,20 +137,20 @@ def main(argv: list[str]) -> None:
         (step,) = [s for s in job.steps if s.name != STREAM]
         row = measure(job, step, args.repeats, ceiling)
         result["steps"][name] = row
-        profiling.write_json(args.output, result)
+        timing.write_json(args.output, result)
         print(f"{name}: {row['ms']:.0f} ms, compiled in {row['compile_s']:.0f} s", flush=True)
     try:
         if GRADIENT in args.only:
             result["rollout_gradient"] = measure_gradient(size, args.repeats)
     finally:  # what was measured is shown even if the gradients are not the same
         result["wall_s"] = time.perf_counter() - begin
-        profiling.write_json(args.output, result)
+        timing.write_json(args.output, result)
         show(result)
 
 
 def show(result: dict) -> None:
     """Prints the figures, the tables last."""
-    peak, ceilings = profiling.peak_bytes(), result["ceilings"]
+    peak, ceilings = timing.peak_bytes(), result["ceilings"]
     print(f"{result['device']}, {result['clock']}; {result['dtype']}, {result['wall_s']:.0f} s in all")
     matmul, copy = ceilings["matmul_flops_per_s"] / 1e12, ceilings["copy_bytes_per_s"] / 1e9
     print(f"ceilings: matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} GB/s")
@@ -157,14 +159,14 @@ def show(result: dict) -> None:
         forms = dict(result["rollout_gradient"])
         print(f"the two gradients differ by {forms.pop('relative_difference'):.1e} of their norm")
         cells = [[name, row["ms"], row["temporary_MiB"], row["compile_s"]] for name, row in forms.items()]
-        print(profiling.table(["rollout gradient", "ms", "temporary MiB", "compile s"], cells))
+        print(timing.table(["rollout gradient", "ms", "temporary MiB", "compile s"], cells))
     cells = [
         [name, row["ms"], row["model_flops"] / 1e12, row["executed_flops"] / 1e12, row["mfu"], row["hfu"],
          row["program_bytes"]["total"] / 2**20, row["compile_s"]]
         for name, row in result["steps"].items()
     ]  # fmt: skip
     header = ["step", "ms", "TFLOP, model", "executed", "MFU", "HFU", "program MiB", "compile s"]
-    print(profiling.table(header, cells))
+    print(timing.table(header, cells))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ import functools
 import importlib.metadata
 from pathlib import Path
 
-from greedy_distill_jax import cli, profiling
+from greedy_distill_jax import cli
+from greedy_distill_jax.measure import timing
 
 
 def main() -> None:
     """Command line."""
-    profiling.one_thread()
+    timing.one_thread()
     # torch reads the environment when it is imported, here.
     import diffusers
     import jax
@@ -25,11 +26,11 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from greedy_distill_jax.checkpoint import source_commit, versions
-    from greedy_distill_jax.export.vae import diffusers_config, foreign_tensors
-    from greedy_distill_jax.models.vae import VAEConfig, WanVAE
+    from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
+    from greedy_distill_jax.errors import UserError
+    from greedy_distill_jax.storage.checkpoint import source_commit, versions
     from greedy_distill_jax.testing.vae import random_params
-    from greedy_distill_jax.types import UserError
+    from greedy_distill_jax.weights.vae import diffusers_config, foreign_tensors
 
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=48, help="width at full resolution (Wan2.1's is 96)")
@@ -74,7 +75,7 @@ def main() -> None:
         "ours, first latent frame": functools.partial(step, params, None, first),
         "ours, every other latent frame": functools.partial(step, params, cache, later),
     }
-    times = {name: profiling.median_ms(run, args.repeats) for name, run in parts.items()}
+    times = {name: timing.median_ms(run, args.repeats) for name, run in parts.items()}
     for name, milliseconds in times.items():
         print(f"{name:32s} {milliseconds:9.1f} ms")
     ratio = times["diffusers, whole video"] / times["ours, whole video"]
@@ -86,7 +87,7 @@ def main() -> None:
         "versions": versions() | {name: importlib.metadata.version(name) for name in ("jaxlib", "torch", "diffusers")},
         "commit": source_commit(),
     }  # fmt: skip
-    profiling.write_json(args.output, result)
+    timing.write_json(args.output, result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Every configuration key with its default: see ``greedy_distill_jax/config.py``, where they are typed and commented.
+"""Every configuration key with its default; ``greedy_distill_jax/config/keys.py`` has their types and comments.
 
 python -m greedy_distill_jax.train --config=configs/base.py --workdir=runs/teacher
 """
 
-from greedy_distill_jax.config import base
+from greedy_distill_jax.config.keys import base
 
 
 def get_config():

@@ -26,7 +26,7 @@ from greedy_distill_jax import cli
 
 def kernels(targets: Sequence[str], only: str, bundles: bool) -> int:
     """Compiles the workloads whose name contains ``only``; returns the exit code."""
-    from greedy_distill_jax.ops.sliding_window import aot, arg_specs, sweep
+    from greedy_distill_jax.ops.attention import aot, arg_specs, sweep
 
     failures = []
     with aot.bundle_dump() if bundles else contextlib.nullcontext() as dump:
@@ -65,23 +65,23 @@ DOES_NOT_FIT = 3
 
 
 def _read_job(argv: Sequence[str], flags):
-    from greedy_distill_jax import pods
-    from greedy_distill_jax.config_cli import load_config
-    from greedy_distill_jax.types import UserError
+    from greedy_distill_jax.cli.config_flags import load_config
+    from greedy_distill_jax.errors import UserError
+    from greedy_distill_jax.pods import jobs
 
     config, values = load_config(argv, flags)
     if not values["topology"]:
         such = "v5p" if values.get("search") else "v5p:4x4x4"
         raise UserError(f"--topology is missing; name it, such as --topology={such}.")
-    if values["size"] not in pods.GRID:
-        raise UserError(f"--size is {values['size']!r}; choose from {', '.join(pods.GRID)}.")
+    if values["size"] not in jobs.GRID:
+        raise UserError(f"--size is {values['size']!r}; choose from {', '.join(jobs.GRID)}.")
     _check_writable(values.get("json", ""))
-    return pods.imaginary_runs(config), values
+    return jobs.imaginary_runs(config), values
 
 
 def _check_writable(path: str) -> None:
     """Raises UserError now, and not after minutes of compiling, if there can be no file ``path``."""
-    from greedy_distill_jax.types import UserError
+    from greedy_distill_jax.errors import UserError
 
     target = Path(path)
     if path and (target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK)):
@@ -90,14 +90,14 @@ def _check_writable(path: str) -> None:
 
 def train(argv: Sequence[str]) -> int:
     """Compiles the steps of a job; returns the exit code."""
-    from greedy_distill_jax import pod_report
+    from greedy_distill_jax.pods import report
 
     config, flags = _read_job(argv, TRAIN_FLAGS)
     records = []
     if flags["search"]:
         found = _search(config, flags)
     else:
-        found = [pod_report.report(config, flags["topology"], flags["size"], flags["only"], _say)]
+        found = [report.report(config, flags["topology"], flags["size"], flags["only"], _say)]
     for record in found:
         records.append(record)
         if flags["json"]:  # what is known stays, whatever the compiler makes of the next slice
@@ -111,21 +111,21 @@ def _say(line: str) -> None:
 
 def _search(config, flags) -> Iterator[dict]:
     """Records of the slices of a generation, the smallest first, up to the first that fits."""
-    from greedy_distill_jax import pod_report, pods, topology
-    from greedy_distill_jax.types import UserError
+    from greedy_distill_jax.errors import UserError
+    from greedy_distill_jax.pods import jobs, report, topologies
 
     generation = flags["topology"]
-    if generation not in topology.CHIPS:
+    if generation not in topologies.CHIPS:
         raise UserError(
-            f"--topology is {generation!r}; --search takes a generation without a size: {', '.join(topology.CHIPS)}."
+            f"--topology is {generation!r}; --search takes a generation without a size: {', '.join(topologies.CHIPS)}."
         )
-    pods.build_networks(config, flags["size"], flags["only"])  # what no slice could mend is said once
+    jobs.build_networks(config, flags["size"], flags["only"])  # what no slice could mend is said once
     _say(f"global batch {config.data.batch}, on every slice one video at a time per group of devices")
-    for size in topology.CHIPS[generation].slices:
+    for size in topologies.CHIPS[generation].slices:
         name = f"{generation}:{size}"
         try:
-            record = pod_report.report(config, name, flags["size"], flags["only"], _say, search=True)
-        except pods.Misfit as error:
+            record = report.report(config, name, flags["size"], flags["only"], _say, search=True)
+        except jobs.Misfit as error:
             _say(f"{name}: {error}")
             continue
         yield record
@@ -140,20 +140,20 @@ def _search(config, flags) -> Iterator[dict]:
 
 def sharding(argv: Sequence[str]) -> int:
     """Prints every leaf of a job, its layout and its bytes on one device."""
-    from greedy_distill_jax import pods, topology
-    from greedy_distill_jax.sharding import leaf_paths
+    from greedy_distill_jax.distribution.sharding import leaf_paths
+    from greedy_distill_jax.pods import jobs, topologies
 
     config, flags = _read_job(argv, JOB_FLAGS)
-    job = pods.build_job(config, topology.devices(flags["topology"]), flags["size"])
+    job = jobs.build_job(config, topologies.devices(flags["topology"]), flags["size"])
     print(f"{flags['topology']}: {job.mesh.size} chips, mesh {dict(job.mesh.shape)}")
     for tree, (shapes, layout) in job.trees.items():
         leaves = zip(leaf_paths(shapes), leaf_paths(layout), strict=True)
         for (path, leaf), (_, placed) in leaves:
-            size = pods.device_bytes(leaf, placed)
+            size = jobs.device_bytes(leaf, placed)
             print(f"{tree}/{path}  {leaf.dtype}{list(leaf.shape)}  {placed.spec}  {size} bytes per device")
     for tree, (shapes, layout) in job.trees.items():
         note = " (of state, alone while streaming)" if tree == "params" else ""
-        print(f"{tree}{note}: {pods.device_bytes(shapes, layout) / 2**30:.3f} GiB per device")
+        print(f"{tree}{note}: {jobs.device_bytes(shapes, layout) / 2**30:.3f} GiB per device")
     return 0
 
 
@@ -163,10 +163,10 @@ def vae(targets: Sequence[str], decoders: Sequence[str], height: int, width: int
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from greedy_distill_jax.models.vae import VAEConfig, WanVAE
-    from greedy_distill_jax.models.vae_codec import VAECodec
-    from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
-    from greedy_distill_jax.ops.sliding_window import aot
+    from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
+    from greedy_distill_jax.codecs.vae_codec import VAECodec
+    from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
+    from greedy_distill_jax.ops.attention import aot
 
     kinds = {"wan": WanVAE(VAEConfig(dtype="bfloat16")), "tiny": TinyVAE(TinyVAEConfig(dtype="bfloat16"))}
     failed = 0
@@ -203,7 +203,7 @@ def vae(targets: Sequence[str], decoders: Sequence[str], height: int, width: int
 
 def main(argv: Sequence[str]) -> int:
     """Command line."""
-    from greedy_distill_jax.ops.sliding_window import aot, sweep
+    from greedy_distill_jax.ops.attention import aot, sweep
 
     jobs = {"train": train, "sharding": sharding}
     if argv and argv[0] in jobs:  # these read a configuration file and its overrides

@@ -20,21 +20,23 @@ from typing import Any
 
 import jax
 
-from greedy_distill_jax import cli, config as configuration
-from greedy_distill_jax.checkpoint import Checkpointer
-from greedy_distill_jax.export.files import PARTS
-from greedy_distill_jax.export.load import DTYPES, compare, load
-from greedy_distill_jax.export.names import foreign_names
-from greedy_distill_jax.export.pipeline import saved_codec
-from greedy_distill_jax.export.source import Source, open_source, summary, wan_of
-from greedy_distill_jax.export.write import SHARD_BYTES, WRITABLE, architecture_json, replacing, write
-from greedy_distill_jax.mesh import make_mesh
-from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
-from greedy_distill_jax.run import architecture
-from greedy_distill_jax.sharding import shardings
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax import cli
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.distribution.mesh import make_mesh
+from greedy_distill_jax.distribution.sharding import shardings
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.students.config import StudentConfig
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.runs.run import architecture
+from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.weights.files import PARTS
+from greedy_distill_jax.weights.load import DTYPES, compare, load
+from greedy_distill_jax.weights.names import foreign_names
+from greedy_distill_jax.weights.pipeline import saved_codec
+from greedy_distill_jax.weights.source import Source, open_source, summary, wan_of
+from greedy_distill_jax.weights.write import SHARD_BYTES, WRITABLE, architecture_json, replacing, write
 
 WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832 pixels
 

@@ -14,19 +14,19 @@ import numpy as np
 from tqdm import tqdm
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.checkpoint import source_commit, versions
 from greedy_distill_jax.data.loader import is_shapes, videos_of
-from greedy_distill_jax.diffusion import schedules
+from greedy_distill_jax.diffusion import noise_levels
+from greedy_distill_jax.distribution.mesh import use_compile_cache
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import gates, oracle
 from greedy_distill_jax.eval.metrics import evaluate_videos
 from greedy_distill_jax.eval.next_frame import next_frame_psnr
 from greedy_distill_jax.eval.report import ROW_KEYS, write_report
-from greedy_distill_jax.eval.timing import kind_of, time_per_frame
-from greedy_distill_jax.logging import read_scalars
-from greedy_distill_jax.mesh import use_compile_cache
-from greedy_distill_jax.run import Run, data_source
-from greedy_distill_jax.stream import cache_bytes
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.eval.time_per_frame import kind_of, time_per_frame
+from greedy_distill_jax.runs.run import Run, data_source
+from greedy_distill_jax.storage.checkpoint import source_commit, versions
+from greedy_distill_jax.streaming.loop import cache_bytes
+from greedy_distill_jax.training.metrics import read_scalars
 
 HORIZON = 8  # rollouts are this many times longer than training videos
 SHOWN = 6  # captions in the report's grid
@@ -193,7 +193,7 @@ def evaluate(
     lengths = lengths or (32, 256, *((1024,) if tokens <= 4 else ()))
     s = teacher.config.sample
     times = time_per_frame(
-        teacher.model, teacher.params, schedules.uniform_steps(few, s.shift), streamer, student.params, text,
+        teacher.model, teacher.params, noise_levels.uniform_steps(few, s.shift), streamer, student.params, text,
         student.latent_shape[1:], frames=lengths,
     )  # fmt: skip
     gate_list.append(gates.cost_gate(times, min(lengths), 256 if 256 in lengths else max(lengths)))

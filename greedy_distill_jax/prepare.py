@@ -11,19 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from greedy_distill_jax import cli, config as configuration
-from greedy_distill_jax.config_cli import read_config
-from greedy_distill_jax.data.clips import Cutting, prepare_clips, read_captions
-from greedy_distill_jax.data.latents import prepare_latents
-from greedy_distill_jax.data.records import fingerprint
-from greedy_distill_jax.data.text import WAN_NEGATIVE_PROMPT, read_prompts, write_text_store
-from greedy_distill_jax.data.trajectories import write_trajectories
-from greedy_distill_jax.export.pipeline import CODEC, load_codec
-from greedy_distill_jax.export.umt5 import TEXT_LEN, UMT5Encoder, encoder_plan
-from greedy_distill_jax.mesh import join_hosts
-from greedy_distill_jax.models.codec import PatchCodec, VideoCodec
-from greedy_distill_jax.run import Run
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax import cli
+from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.codecs.patch import PatchCodec
+from greedy_distill_jax.codecs.protocol import VideoCodec
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.data.sources.clips import Cutting, prepare_clips, read_captions
+from greedy_distill_jax.data.sources.latents import prepare_latents
+from greedy_distill_jax.data.sources.trajectories import write_trajectories
+from greedy_distill_jax.distribution.mesh import join_hosts
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.records import fingerprint
+from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT, read_prompts, write_text_store
+from greedy_distill_jax.text.umt5 import TEXT_LEN, UMT5Encoder, encoder_plan
+from greedy_distill_jax.weights.pipeline import CODEC, load_codec
 
 _MOST_IN_MEMORY = 128  # prompts; one has 8 MiB of rows at Wan's size
 

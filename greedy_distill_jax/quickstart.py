@@ -13,13 +13,14 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from greedy_distill_jax import cli, config as configuration, prepare, sample
-from greedy_distill_jax.checkpoint import load_meta
-from greedy_distill_jax.config_cli import read_config
+from greedy_distill_jax import cli, prepare, sample
+from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.data.loader import load_source
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.evaluate import evaluate, print_table
+from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.train import train
-from greedy_distill_jax.types import UserError
 
 CLIP_FRAMES = 16
 # At 12 frames per second things move between frames; a third is held out, so that short clips have a window there too;

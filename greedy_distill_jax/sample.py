@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.errors import UserError
 
 # What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
 
@@ -62,7 +62,7 @@ def stream_videos(run, prompts: list[str], frames: int, *, seed: int = 0, switch
 def _stream(run, prompts, frames, seed, switches, steps, first_steps):
     import jax
 
-    from greedy_distill_jax.models.codec import stream_decoder
+    from greedy_distill_jax.codecs.protocol import stream_decoder
 
     state, step = run.open_stream(run.text(prompts), jax.random.key(seed), steps, first_steps)
     switch, decode = jax.jit(run.streamer(steps, first_steps).switch_prompt), stream_decoder(run.codec)
@@ -145,9 +145,9 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
 
 def _load(args: argparse.Namespace):
     """The run or the model folder, with what the command line says about a teacher; sets ``args.frames``."""
-    from greedy_distill_jax.data.text import WAN_NEGATIVE_PROMPT
-    from greedy_distill_jax.export.pipeline import load_codec, transformer_config
-    from greedy_distill_jax.run import Run, latent_frames
+    from greedy_distill_jax.runs.run import Run, latent_frames
+    from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT
+    from greedy_distill_jax.weights.pipeline import load_codec, transformer_config
 
     with contextlib.ExitStack() as stack:
         for name in ("checkpoint", "model", "codec", "text"):
@@ -208,7 +208,7 @@ def _video_frames(run, latents: int) -> int:
 
 def _latents(run, option: str, frame: int) -> int:
     """Latent frames of so many frames of a student's video, whole chunks."""
-    from greedy_distill_jax.run import latent_frames
+    from greedy_distill_jax.runs.run import latent_frames
 
     count, chunk = latent_frames(run.codec, frame, option), run.model.cfg.chunk
     if count % chunk:
@@ -244,7 +244,7 @@ def _sample_teacher(run, args: argparse.Namespace):
     """The whole video of a teacher, uint8 [B, T, H, W, 3]."""
     import jax
 
-    from greedy_distill_jax.run import latent_frames
+    from greedy_distill_jax.runs.run import latent_frames
 
     length = latent_frames(run.codec, args.frames)
     try:
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from greedy_distill_jax.data.video_io import VideoWriter
-    from greedy_distill_jax.mesh import use_compile_cache
+    from greedy_distill_jax.distribution.mesh import use_compile_cache
 
     paths = output_paths(args.output, len(args.prompt))
     with contextlib.ExitStack() as stack:

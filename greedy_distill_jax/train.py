@@ -24,20 +24,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from greedy_distill_jax import cli, config as configuration
-from greedy_distill_jax.checkpoint import Checkpointer, has_checkpoint
-from greedy_distill_jax.config_cli import load_config
+from greedy_distill_jax import cli
+from greedy_distill_jax.cli.config_flags import load_config
+from greedy_distill_jax.cli.progress import progress
+from greedy_distill_jax.codecs.protocol import VideoCodec
+from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.data.augment import augmented
 from greedy_distill_jax.data.loader import SkipBadRecords, captions_of, latents_of, make_loader
-from greedy_distill_jax.data.text import TextEncoder, check_captions, load_text_encoder
-from greedy_distill_jax.export.pipeline import load_codec, save_codec
-from greedy_distill_jax.logging import MetricWriter, progress
-from greedy_distill_jax.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
-from greedy_distill_jax.models.codec import VideoCodec
-from greedy_distill_jax.parallel import check_columns, check_heads, on_mesh
-from greedy_distill_jax.run import Run, architecture, data_source
-from greedy_distill_jax.sharding import shardings
-from greedy_distill_jax.stages import (
+from greedy_distill_jax.distribution.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
+from greedy_distill_jax.distribution.parallel import check_columns, check_heads, on_mesh
+from greedy_distill_jax.distribution.sharding import shardings
+from greedy_distill_jax.errors import Diverged, Stopped, UserError
+from greedy_distill_jax.runs.run import Run, architecture, data_source
+from greedy_distill_jax.storage.checkpoint import Checkpointer, has_checkpoint
+from greedy_distill_jax.text.encoders import TextEncoder, check_captions, load_text_encoder
+from greedy_distill_jax.training.metrics import MetricWriter
+from greedy_distill_jax.training.stages.build import (
     Part,
     Sources,
     Stage,
@@ -47,9 +49,9 @@ from greedy_distill_jax.stages import (
     initial_params,
     load_sources,
     source_fingerprints,
-)  # fmt: skip
-from greedy_distill_jax.state import TrainState
-from greedy_distill_jax.types import Diverged, Stopped, UserError
+)
+from greedy_distill_jax.training.state import TrainState
+from greedy_distill_jax.weights.pipeline import load_codec, save_codec
 
 # --- Chapter 1: everything that can be refused, before anything is written -----------------------------------------
 
@@ -277,7 +279,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     """Trains (or resumes) a run and returns its final state.
 
     Args:
-      config: see ``greedy_distill_jax.config.base``.
+      config: see ``greedy_distill_jax.config.keys.base``.
       workdir: directory of the run: checkpoints, TensorBoard events, scalars.jsonl, codec.npz.
       show_progress: a progress bar with ETA on process 0.
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the test suite (the linters are among the tests) on the CPU. Arguments go to pytest: bash launch/test.sh tests/test_cli.py -k help
+# Runs the test suite (the linters are among the tests) on the CPU. Arguments go to pytest: bash launch/test.sh tests/cli -k help
 # TEST_WORKERS=N sets the number of processes (default 2; 0 runs everything in one). TEST_EXTRAS=dev leaves out torch and
-# what else tests/parity and tests/export compare with.
+# what else tests/parity, tests/weights and tests/text compare with.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 

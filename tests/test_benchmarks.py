@@ -7,14 +7,14 @@ import json
 import pytest
 from conftest import ROOT, exit_code
 
-from greedy_distill_jax import profiling
+from greedy_distill_jax.measure import timing
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
     """Imports ``benchmarks/NAME.py``; the test's process keeps its threads and cores."""
     monkeypatch.syspath_prepend(f"{ROOT}/benchmarks")
-    monkeypatch.setattr(profiling, "one_thread", lambda: None)
+    monkeypatch.setattr(timing, "one_thread", lambda: None)
 
     def load(name):
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", f"{ROOT}/benchmarks/{name}.py")

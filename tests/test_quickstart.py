@@ -21,18 +21,19 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from greedy_distill_jax import convert, evaluate as evaluation, quickstart, sample
-from greedy_distill_jax.checkpoint import load_meta
+from greedy_distill_jax.codecs.patch import PatchCodec
+from greedy_distill_jax.codecs.vae_codec import VAECodec
+from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
 from greedy_distill_jax.data.video_io import VideoWriter, probe, read_frames
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.report import ROW_KEYS, TIME_KEYS, validate_metrics
 from greedy_distill_jax.evaluate import evaluate
-from greedy_distill_jax.models.codec import PatchCodec
-from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.models.vae_codec import VAECodec
-from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
-from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig
-from greedy_distill_jax.run import Run
+from greedy_distill_jax.models.students.config import StudentConfig
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a red square moving left", "a blue circle moving up")

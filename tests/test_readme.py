@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from greedy_distill_jax import train as module
-from greedy_distill_jax.logging import read_scalars
+from greedy_distill_jax.training.metrics import read_scalars
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_attention():
 
 def test_files_named_in_prose_are_there():
     named = set(re.findall(r"`((?:[\w*.-]+/)*[\w*.-]+\.(?:py|sh|ipynb)|[\w*.-]+/[\w*./-]+\.(?:json|md|png))`", README))
-    assert {"greedy_distill_jax/sharding.py", "tests/test_stream.py"} <= named
+    assert {"greedy_distill_jax/distribution/sharding.py", "tests/streaming/test_stream.py"} <= named
     missing = {name for name in named if not list(ROOT.glob(name))}
     assert missing == {"torch_student.py"}  # lies in an exported folder
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax import config as configuration
-from greedy_distill_jax.config_cli import read_config
-from greedy_distill_jax.models.dit import Teacher
+from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.testing import tiny
 
 LATENT = (3, 4, 4, 16)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.errors import UserError
 
 AUGMENTATIONS = ("none", "labelled")
 COPIES = 128  # variants of a video in one pass over the data

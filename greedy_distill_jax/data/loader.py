@@ -13,13 +13,14 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 import grain
 import numpy as np
 
-from greedy_distill_jax.data.clips import ClipWindows
-from greedy_distill_jax.data.latents import LatentWindows
-from greedy_distill_jax.data.moving_shapes import MovingShapes
-from greedy_distill_jax.data.text import TextEncoder
-from greedy_distill_jax.export.pipeline import load_codec
-from greedy_distill_jax.models.codec import PatchCodec, VideoCodec
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.codecs.patch import PatchCodec
+from greedy_distill_jax.codecs.protocol import VideoCodec
+from greedy_distill_jax.data.sources.clips import ClipWindows
+from greedy_distill_jax.data.sources.latents import LatentWindows
+from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.text.encoders import TextEncoder
+from greedy_distill_jax.weights.pipeline import load_codec
 
 _CODEC_SEED, _CODEC_VIDEOS = 0, 512
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv")
 WRITER_SUFFIXES = (".mp4", ".webm", ".gif")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from greedy_distill_jax.diffusion import schedules
+from greedy_distill_jax.diffusion import noise_levels
 
 SOLVERS = ("euler", "unipc")
 _ONE = 1e-6  # distance to sigma 1, where the signal-to-noise ratio has no logarithm, that UniPC keeps
@@ -26,9 +26,9 @@ def solve(name: str, velocity, noise, *, steps: int, shift: float):
       x at sigma 0, float32.
     """
     if name == "euler":
-        return euler(velocity, noise, schedules.uniform_steps(steps, shift))
+        return euler(velocity, noise, noise_levels.uniform_steps(steps, shift))
     if name == "unipc":
-        return unipc(velocity, noise, schedules.wan_steps(steps, shift))
+        return unipc(velocity, noise, noise_levels.wan_steps(steps, shift))
     raise ValueError(f"solver {name!r} is unknown; choose from {', '.join(SOLVERS)}.")
 
 
@@ -113,7 +113,7 @@ def _unipc_tables(sigmas: tuple[float, ...]) -> tuple[np.ndarray, ...]:
     of 1 - sigma would feel the difference.
     """
     exact = np.minimum(np.asarray(sigmas, np.float64), 1 - _ONE)
-    told = np.floor(exact * schedules.TABLE_SIZE) / schedules.TABLE_SIZE
+    told = np.floor(exact * noise_levels.TABLE_SIZE) / noise_levels.TABLE_SIZE
     s = exact.astype(np.float32).astype(np.float64)
     lam, count = np.log1p(-s) - np.log(s), len(s)
     correct, predict = np.zeros((count, 5)), np.zeros((count, 3))

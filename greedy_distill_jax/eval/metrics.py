@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 
-from greedy_distill_jax.data import moving_shapes as ms
+from greedy_distill_jax.data.sources import moving_shapes as ms
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import oracle
-from greedy_distill_jax.types import UserError
 
 _LEAST_DISPLACEMENT = 0.5 / 16  # in the captioned direction, as a fraction of the frame
 _CONV_CHANNELS = (24, 64)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.diffusion import flow
-from greedy_distill_jax.models.codec import PatchCodec
-from greedy_distill_jax.models.student import History, StreamingModel
+from greedy_distill_jax.models.students.base import History, StreamingModel
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
-from greedy_distill_jax.data import moving_shapes as ms
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.data.sources import moving_shapes as ms
+from greedy_distill_jax.errors import UserError
 
 IOU_THRESHOLD = 0.7
 MASS_RANGE = (0.7, 1.4)  # of the template's mass

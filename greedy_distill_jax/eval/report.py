@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from PIL import Image
 
 from greedy_distill_jax.data.video_io import encode_gif
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.errors import UserError
 
 VIDEO_PIXELS = 128  # width that a small video is scaled up to, so that each of its pixels can be seen
 NOT_MEASURED = "not yet measured"

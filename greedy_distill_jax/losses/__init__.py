@@ -17,9 +17,9 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
-from greedy_distill_jax.types import UserError
 
 _LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching}
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax.diffusion import flow, schedules
+from greedy_distill_jax.diffusion import flow, noise_levels
 
 NORMALIZERS = ("real", "none")
 
@@ -61,7 +61,7 @@ def dmd(
     def direction(key):
         key_sigma, key_noise = jax.random.split(key)
         levels = (x.shape[0], x.shape[1] // group if per_frame else 1)
-        sigma = jnp.clip(schedules.draw_sigma(key_sigma, levels, shift=shift), low, high)
+        sigma = jnp.clip(noise_levels.draw_sigma(key_sigma, levels, shift=shift), low, high)
         sigma = jnp.repeat(sigma, group, axis=1) if per_frame else sigma
         x_sigma = flow.add_noise(x, jax.random.normal(key_noise, x.shape, jnp.float32), sigma)
         x0_real, x0_fake = (flow.x0_from_velocity(x_sigma, s(x_sigma, sigma, batch), sigma) for s in (real, fake))

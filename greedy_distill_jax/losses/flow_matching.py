@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax.diffusion import flow, schedules
+from greedy_distill_jax.diffusion import flow, noise_levels
 
 
 def flow_matching(
@@ -26,7 +26,7 @@ def flow_matching(
       net: ``velocity = net(x, sigma, batch)``; gradients flow through it.
       batch: "latents" [B, T, H, W, C] is x0.
       key: PRNG key.
-      shift, distribution: how noise levels are drawn, see ``schedules.draw_sigma``.
+      shift, distribution: how noise levels are drawn, see ``noise_levels.draw_sigma``.
       per_frame: one noise level per group of frames instead of one per video.
       group: frames that share a level when ``per_frame`` (the student's chunk).
       draws: noise draws per example, laid out along the frames: ``net`` gets [B, draws * T, ...].
@@ -47,21 +47,21 @@ def flow_matching(
         )
     key_sigma, key_noise = jax.random.split(key)
     shape = (count, frames // group if per_frame else 1)
-    sigma = schedules.draw_sigma(key_sigma, shape, distribution=distribution, shift=shift)
+    sigma = noise_levels.draw_sigma(key_sigma, shape, distribution=distribution, shift=shift)
     sigma = jnp.clip(sigma, low, high)
     sigma = jnp.broadcast_to(jnp.repeat(sigma, group if per_frame else 1, axis=1), (count, frames))
     noise = jax.random.normal(key_noise, x0.shape, jnp.float32)
     v = net(flow.add_noise(x0, noise, sigma), sigma if per_frame else sigma[:, :1], batch)
     error = jnp.mean(jnp.square(v - flow.velocity(x0, noise)), axis=(2, 3, 4))
     if weighting == "bell":
-        weight = schedules.bell_weight(sigma, shift)
+        weight = noise_levels.bell_weight(sigma, shift)
     elif weighting == "x0":
         weight = jnp.square(sigma)
     elif weighting == "none":
         weight = jnp.ones_like(sigma)
     else:
         raise ValueError(f"flow_matching: weighting is {weighting!r}; choose 'none', 'bell' or 'x0'.")
-    middle = float(schedules.shift_sigma(0.5, shift))
+    middle = float(noise_levels.shift_sigma(0.5, shift))
     is_low = (sigma < middle).astype(jnp.float32)
     metrics = {
         "low_noise": (jnp.sum(error * is_low), jnp.sum(is_low)),

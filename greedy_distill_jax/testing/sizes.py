@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax.config_cli import read_config
-from greedy_distill_jax.models.vae import VAEConfig, WanVAE
-from greedy_distill_jax.models.vae_codec import VAECodec
-from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
-from greedy_distill_jax.run import Run
-from greedy_distill_jax.stages import build_model
+from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
+from greedy_distill_jax.codecs.vae_codec import VAECodec
+from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import vae as random_vae
+from greedy_distill_jax.training.stages.build import build_model
 
 # What is streamed, and trained, by configuration file.
 CONFIGS = {

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from greedy_distill_jax.config import base
-from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import StreamingModel
-from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, StudentConfig, WanConfig
-from greedy_distill_jax.stages import Sources, build_model, build_stage, initial_params
+from greedy_distill_jax.config.keys import base
+from greedy_distill_jax.models.students.base import StreamingModel
+from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.training.stages.build import Sources, build_model, build_stage, initial_params
 
 BASE = WanConfig(
     **{**WAN_SIZES["tiny"], "dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 3, "freq_dim": 8, "channels": 4,

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from greedy_distill_jax.export.source import TreeSource
-from greedy_distill_jax.export.write import tensors_of
-from greedy_distill_jax.models.wan_config import CausalConfig
-from greedy_distill_jax.stream import initial_noise
+from greedy_distill_jax.models.students.config import CausalConfig
+from greedy_distill_jax.streaming.loop import initial_noise
+from greedy_distill_jax.weights.source import TreeSource
+from greedy_distill_jax.weights.write import tensors_of
 
 THETA = 10_000.0
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from greedy_distill_jax.models.vae import VAEConfig, WanVAE
-from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
+from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
+from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
 
 STATISTICS = dict(channels=4, mean=(0.1, 0.2, -0.3, 0.4), std=(1.0, 2.0, 0.5, 1.5))
 WAN = WanVAE(VAEConfig(dim=8))  # Wan2.1's but for the width

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax import cli, prepare
-from greedy_distill_jax.data import clips
-from greedy_distill_jax.data.clips import ClipWindows, decode_record, encode_record, fit_frame
+from greedy_distill_jax.codecs.patch import PatchCodec
+from greedy_distill_jax.data.sources import clips
+from greedy_distill_jax.data.sources.clips import ClipWindows, decode_record, encode_record, fit_frame
 from greedy_distill_jax.data.video_io import VideoWriter
-from greedy_distill_jax.models.codec import PatchCodec
 
 
 def _write_clip(path, frames, fps=10, size=(48, 64)):
@@ -210,7 +210,7 @@ def test_records_describe_themselves():
 
 
 def test_damaged_folders_are_named(folder, prepared, tmp_path):
-    from greedy_distill_jax.types import UserError
+    from greedy_distill_jax.errors import UserError
 
     for path in prepared.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

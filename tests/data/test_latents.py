@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax import cli, prepare
-from greedy_distill_jax.data import latents
-from greedy_distill_jax.data.clips import Cutting, cut
-from greedy_distill_jax.data.latents import LatentWindows
+from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.data.loader import captions_of, load_source, make_loader, videos_of
-from greedy_distill_jax.data.text import HashWordEncoder
+from greedy_distill_jax.data.sources import latents
+from greedy_distill_jax.data.sources.clips import Cutting, cut
+from greedy_distill_jax.data.sources.latents import LatentWindows
 from greedy_distill_jax.data.video_io import VideoWriter
-from greedy_distill_jax.models.codec import PatchCodec
-from greedy_distill_jax.run import Run
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.text.encoders import HashWordEncoder
 from greedy_distill_jax.train import train
-from greedy_distill_jax.types import UserError
 
 CUTTING = Cutting(width=16, height=16, frames=4, fps=None, stride=2)
 OPTIONS = ("--size", "16x16", "--frames", "4", "--stride", "2", "--group", "2")
@@ -230,8 +230,8 @@ def test_other_settings_need_another_folder(prepared, folder, capsys):
 
 def test_captions_go_into_a_store_beside_the_latents(folder, tmp_path):
     pytest.importorskip("transformers", reason="needs transformers: pip install 'greedy_distill_jax[torch]'")
-    from greedy_distill_jax.data.text import TextStore
     from greedy_distill_jax.testing import wan_folder
+    from greedy_distill_jax.text.encoders import TextStore
 
     model = wan_folder.write_text_folder(tmp_path / "model")
     more = ("--text-model", model, "--text-len", 9, "--negative", "worst quality")

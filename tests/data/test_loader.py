@@ -6,10 +6,10 @@ import warnings
 import numpy as np
 import pytest
 
-from greedy_distill_jax.data.clips import encode_record
 from greedy_distill_jax.data.loader import load_source, make_loader
-from greedy_distill_jax.data.text import HashWordEncoder
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.data.sources.clips import encode_record
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.text.encoders import HashWordEncoder
 
 
 class Listed:

@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from greedy_distill_jax.data import moving_shapes as ms
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.data.sources import moving_shapes as ms
+from greedy_distill_jax.errors import UserError
 
 
 def test_video_depends_on_seed_split_and_index_alone():

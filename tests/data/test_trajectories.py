@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax import cli, config as configuration, prepare
-from greedy_distill_jax.config_cli import read_config
-from greedy_distill_jax.data.text import HashWordEncoder
-from greedy_distill_jax.data.trajectories import Trajectories, write_trajectories
-from greedy_distill_jax.diffusion import schedules, solvers
-from greedy_distill_jax.run import Run
+from greedy_distill_jax import cli, prepare
+from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.data.sources.trajectories import Trajectories, write_trajectories
+from greedy_distill_jax.diffusion import noise_levels, solvers
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.text.encoders import HashWordEncoder
 from greedy_distill_jax.train import train
-from greedy_distill_jax.types import UserError
 
-SIGMAS = schedules.uniform_steps(3, 5.0)
+SIGMAS = noise_levels.uniform_steps(3, 5.0)
 SHAPE = (2, 3, 3, 4)
 PROMPTS = ["a red square", "a blue circle", "a green triangle"]
 
@@ -27,7 +28,7 @@ def follow(noise, text):
         data = jnp.mean(text, axis=(1, 2)).reshape(-1, 1, 1, 1, 1)
         return (x - data) / jnp.maximum(sigma, 1e-3)[..., None, None, None]
 
-    return solvers.euler_states(velocity, noise, schedules.uniform_steps(6, 5.0), SIGMAS)
+    return solvers.euler_states(velocity, noise, noise_levels.uniform_steps(6, 5.0), SIGMAS)
 
 
 def write(output, **options):
@@ -133,7 +134,7 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     lists = configuration.sampling(student).sigmas
     source, loaded = Trajectories(tmp_path / "out"), Run.load(teacher)
     assert source.sigmas == tuple(sorted({s for row in lists for s in row}, reverse=True))
-    levels = tuple(sorted({*schedules.uniform_steps(8, student.sample.shift), *source.sigmas}, reverse=True))
+    levels = tuple(sorted({*noise_levels.uniform_steps(8, student.sample.shift), *source.sigmas}, reverse=True))
     text, null = loaded.text([PROMPTS[1]]), loaded.text([""])
 
     def velocity(x, sigma):

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from greedy_distill_jax.data import video_io
-from greedy_distill_jax.data.moving_shapes import MovingShapes
+from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
 from greedy_distill_jax.data.video_io import VideoWriter, encode_gif, probe, read_frames
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.diffusion import flow, guidance, schedules, solvers
+from greedy_distill_jax.diffusion import flow, guidance, noise_levels, solvers
 
 SHAPE = (3, 4, 2, 2, 5)
 
@@ -52,27 +52,27 @@ def test_flow_arithmetic_is_float32():
     ],
 )
 def test_warped_step_lists_are_the_published_ones(shift, raw, expected):
-    np.testing.assert_allclose(1000 * np.asarray(schedules.warp_steps(raw, shift)), expected, atol=1e-3)
+    np.testing.assert_allclose(1000 * np.asarray(noise_levels.warp_steps(raw, shift)), expected, atol=1e-3)
 
 
 def test_the_table_runs_from_one_down_to_its_published_end_without_a_zero():
-    table = schedules.sigma_table(5.0)
+    table = noise_levels.sigma_table(5.0)
     assert table.shape == (1000,) and table[0] == 1.0 and (np.diff(table) < 0).all()
     assert 1000 * table[-1] == pytest.approx(4.98, abs=5e-3)
-    np.testing.assert_allclose(table[[0, 250, 500, 750]], schedules.warp_steps((1000, 750, 500, 250), 5.0))
+    np.testing.assert_allclose(table[[0, 250, 500, 750]], noise_levels.warp_steps((1000, 750, 500, 250), 5.0))
 
 
 def test_uniform_steps():
-    np.testing.assert_allclose(schedules.uniform_steps(4, 5.0), schedules.warp_steps((1000, 750, 500, 250), 5.0))
-    assert schedules.uniform_steps(1, 8.0) == (1.0,)
+    np.testing.assert_allclose(noise_levels.uniform_steps(4, 5.0), noise_levels.warp_steps((1000, 750, 500, 250), 5.0))
+    assert noise_levels.uniform_steps(1, 8.0) == (1.0,)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        schedules.uniform_steps(0, 5.0)
+        noise_levels.uniform_steps(0, 5.0)
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
 def test_the_bell_weight_has_mean_one_and_its_peak_at_half(shift):
-    table = schedules.sigma_table(shift)
-    weight = np.asarray(schedules.bell_weight(jnp.asarray(table, jnp.float32), shift))
+    table = noise_levels.sigma_table(shift)
+    weight = np.asarray(noise_levels.bell_weight(jnp.asarray(table, jnp.float32), shift))
     assert weight.mean() == pytest.approx(1.0, rel=1e-4) and weight.min() == pytest.approx(0.0, abs=1e-4)
     assert table[weight.argmax()] == pytest.approx(0.5, abs=0.01)
 
@@ -84,7 +84,7 @@ def _unshifted(sigma, shift):
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_uniform_draws_are_uniform_over_the_table(shift):
-    sigma = schedules.draw_sigma(jax.random.key(0), (200, 100), shift=shift)
+    sigma = noise_levels.draw_sigma(jax.random.key(0), (200, 100), shift=shift)
     assert sigma.shape == (200, 100) and sigma.dtype == jnp.float32
     steps = 1000 * _unshifted(sigma, shift)
     np.testing.assert_allclose(steps, np.rint(steps), atol=0.02)
@@ -94,7 +94,7 @@ def test_uniform_draws_are_uniform_over_the_table(shift):
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_logit_normal_draws_are_normal_before_the_shift(shift):
-    sigma = schedules.draw_sigma(jax.random.key(0), (20000,), distribution="logit_normal", shift=shift)
+    sigma = noise_levels.draw_sigma(jax.random.key(0), (20000,), distribution="logit_normal", shift=shift)
     assert sigma.dtype == jnp.float32 and sigma.min() > 0 and sigma.max() <= 1
     raw = _unshifted(sigma, shift)
     logit = np.log(raw / (1 - raw))
@@ -103,7 +103,7 @@ def test_logit_normal_draws_are_normal_before_the_shift(shift):
 
 def test_an_unknown_distribution_names_itself():
     with pytest.raises(ValueError, match="'cauchy' is unknown"):
-        schedules.draw_sigma(jax.random.key(0), (2,), distribution="cauchy")
+        noise_levels.draw_sigma(jax.random.key(0), (2,), distribution="cauchy")
 
 
 def test_guidance_is_the_standard_formula_in_one_call():
@@ -151,7 +151,7 @@ def test_euler_transports_noise_to_gaussian_data():
     mean, spread, noise = 1.5, 0.4, _normal(0, (64, 8))
 
     def error(steps):
-        x = solvers.euler(_gaussian_velocity(mean, spread), noise, schedules.uniform_steps(steps, 1.0))
+        x = solvers.euler(_gaussian_velocity(mean, spread), noise, noise_levels.uniform_steps(steps, 1.0))
         return float(jnp.abs(x - (mean + spread * noise)).max())
 
     coarse, fine = error(200), error(400)
@@ -160,7 +160,7 @@ def test_euler_transports_noise_to_gaussian_data():
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_euler_is_exact_when_the_data_is_one_point(steps):
-    x = solvers.euler(_gaussian_velocity(1.5, 0.0), _normal(0, (4, 8)), schedules.uniform_steps(steps, 8.0))
+    x = solvers.euler(_gaussian_velocity(1.5, 0.0), _normal(0, (4, 8)), noise_levels.uniform_steps(steps, 8.0))
     np.testing.assert_allclose(x, np.full((4, 8), 1.5), atol=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_unipc_comes_closer_than_euler_with_the_same_number_of_calls():
         return float(jnp.abs(x - (mean + spread * noise)).max())
 
     assert error("unipc", 20) < 0.5 * error("euler", 20)
-    point = solvers.unipc(_gaussian_velocity(1.5, 0.0), noise, schedules.wan_steps(1, 5.0))
+    point = solvers.unipc(_gaussian_velocity(1.5, 0.0), noise, noise_levels.wan_steps(1, 5.0))
     np.testing.assert_allclose(point, noise - (1 - 1e-6) * (noise - 1.5) / 0.999, atol=1e-4)
 
 
@@ -225,13 +225,13 @@ def test_unknown_solvers_and_bad_step_counts_name_themselves():
     with pytest.raises(ValueError, match="'heun' is unknown; choose from euler, unipc"):
         solvers.solve("heun", None, jnp.zeros((1, 2)), steps=2, shift=1.0)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        schedules.wan_steps(0, 5.0)
+        noise_levels.wan_steps(0, 5.0)
 
 
 def test_states_of_euler_are_those_it_passes():
     mean, spread, noise = 1.5, 0.4, _normal(0, (4, 8))
-    levels = schedules.uniform_steps(12, 5.0)
-    kept = schedules.uniform_steps(4, 5.0)
+    levels = noise_levels.uniform_steps(12, 5.0)
+    kept = noise_levels.uniform_steps(4, 5.0)
     net = _gaussian_velocity(mean, spread)
     end, states = jax.jit(lambda noise: solvers.euler_states(net, noise, levels, kept))(noise)
     np.testing.assert_array_equal(states[0], noise)

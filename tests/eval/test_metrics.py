@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from greedy_distill_jax.data.moving_shapes import MovingShapes
+from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import metrics
-from greedy_distill_jax.types import UserError
 
 KEYS = {"direction", "valid_first", "valid_last", "valid_by_frame", "caption", "fd_first", "fd_last"}
 KEYS |= {"step_std", "step_std_last", "flicker", "wobble", "colour_change_by_frame"}

@@ -6,7 +6,7 @@ import pytest
 
 from greedy_distill_jax.data.loader import load_source
 from greedy_distill_jax.eval.next_frame import next_frame_psnr, psnr
-from greedy_distill_jax.models.student import Student
+from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.testing import tiny
 
 FRAMES, COUNT = 8, 11  # a last batch that is not full

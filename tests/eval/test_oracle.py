@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from greedy_distill_jax.data.moving_shapes import COLOUR_RGB, MovingShapes, draw
+from greedy_distill_jax.codecs.patch import PatchCodec
+from greedy_distill_jax.data.sources.moving_shapes import COLOUR_RGB, MovingShapes, draw
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import oracle
-from greedy_distill_jax.models.codec import PatchCodec
-from greedy_distill_jax.types import UserError
 
 
 def _sample(count, frames, size=16, split="held_out", seed=1):

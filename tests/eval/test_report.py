@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import report
 from greedy_distill_jax.eval.report import validate_metrics, write_report
-from greedy_distill_jax.types import UserError
 
 COLUMNS = ("data", "teacher", "student (16 steps)", "student (2 steps)")
 

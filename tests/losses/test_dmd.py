@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.diffusion import flow, schedules
+from greedy_distill_jax.diffusion import flow, noise_levels
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import check_options, resolve
 from greedy_distill_jax.losses.dmd import dmd
-from greedy_distill_jax.types import UserError
 
 SHAPE = (3, 4, 2, 2, 5)  # B T H W C
 
@@ -36,7 +36,7 @@ def action_gradient(action, key, **options):
 def noised(action, key, **draw):
     """The noise levels and inputs that ``dmd`` draws from this key."""
     key_sigma, key_noise = jax.random.split(key)
-    sigma = jnp.clip(schedules.draw_sigma(key_sigma, (action.shape[0], 1), **draw), 0.02, 0.98)
+    sigma = jnp.clip(noise_levels.draw_sigma(key_sigma, (action.shape[0], 1), **draw), 0.02, 0.98)
     return sigma, flow.add_noise(action, jax.random.normal(key_noise, action.shape), sigma)
 
 

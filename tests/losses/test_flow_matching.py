@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.diffusion import flow, schedules
+from greedy_distill_jax.diffusion import flow, noise_levels
 from greedy_distill_jax.losses import resolve
 from greedy_distill_jax.losses.flow_matching import flow_matching
 
@@ -49,11 +49,11 @@ def test_a_constant_error_costs_its_square_times_the_weight(weighting, per_frame
     sigma = np.asarray(net.sigma)
     weight = {
         "none": np.ones_like(sigma),
-        "bell": np.asarray(schedules.bell_weight(net.sigma, 5.0)),
+        "bell": np.asarray(noise_levels.bell_weight(net.sigma, 5.0)),
         "x0": sigma**2,
     }[weighting]
     np.testing.assert_allclose(loss, 0.25 * weight.mean(1), rtol=1e-3)
-    half = schedules.shift_sigma(0.5, 5.0)
+    half = noise_levels.shift_sigma(0.5, 5.0)
     for name, some in (("low_noise", (sigma < half).any()), ("high_noise", (sigma >= half).any())):
         total, count = map(float, metrics[name])
         assert total == pytest.approx(0.25 * count, rel=1e-3) and (count > 0) == some  # not weighted

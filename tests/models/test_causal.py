@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.models import layouts
-from greedy_distill_jax.models.causal import CausalStudent
-from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.student import History
-from greedy_distill_jax.models.wan_config import WAN_SIZES, CausalConfig, WanConfig
-from greedy_distill_jax.ops.sliding_window import Schedule
-from greedy_distill_jax.stream import Sampling, cache_bytes, initial_noise
-from greedy_distill_jax.stream_causal import CausalStreamer
+from greedy_distill_jax.models.students import patterns
+from greedy_distill_jax.models.students.base import History
+from greedy_distill_jax.models.students.causal import CausalStudent
+from greedy_distill_jax.models.students.config import CausalConfig
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.ops.attention import Schedule
+from greedy_distill_jax.streaming.causal import CausalStreamer
+from greedy_distill_jax.streaming.loop import Sampling, cache_bytes, initial_noise
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
 
@@ -185,7 +186,7 @@ def test_who_sees_whom(one_layer):
 
 def test_the_layout_is_the_sliding_window_of_the_op():
     cfg = tiny.causal_config(chunk=3, window=12, sink=3)
-    pattern = layouts.causal_parallel(cfg, 8, 5)
+    pattern = patterns.causal_parallel(cfg, 8, 5)
     picked = [[pattern.layout.source[p] for p in row] for row in pattern.layout.table]
     expected = Schedule.sliding_window(8, 5, window=3, sink=1).table  # its sink is on top of the window
     assert [tuple(sorted(row)) for row in picked[:7]] == list(expected[:7])
@@ -196,9 +197,9 @@ def test_the_layout_is_the_sliding_window_of_the_op():
 
 def test_relative_positions_stay_within_the_window():
     cfg = tiny.causal_config(window=5, sink=2, rope_mode="relative")
-    assert [int(layouts.causal_positions(cfg, np.asarray(i), i)) for i in range(9)] == [0, 1, 2, 3, 4, 4, 4, 4, 4]
-    assert layouts.causal_positions(cfg, np.asarray([0, 1, 18, 19, 20]), 20).tolist() == [0, 1, 2, 3, 4]
-    traced = jax.jit(lambda i: layouts.causal_positions(cfg, jnp.asarray([0, 1, 18, 19, 20]), i))(20)
+    assert [int(patterns.causal_positions(cfg, np.asarray(i), i)) for i in range(9)] == [0, 1, 2, 3, 4, 4, 4, 4, 4]
+    assert patterns.causal_positions(cfg, np.asarray([0, 1, 18, 19, 20]), 20).tolist() == [0, 1, 2, 3, 4]
+    traced = jax.jit(lambda i: patterns.causal_positions(cfg, jnp.asarray([0, 1, 18, 19, 20]), i))(20)
     assert traced.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -266,7 +267,7 @@ def test_recached_keys_are_the_teachers_of_those_frames(switching):
     cache = streamer.switch_prompt(params, state, b).cache
     whole = dataclasses.replace(student.cfg, chunk=3, window=3, max_frames=3)  # the three frames as one chunk
     one = CausalStudent(whole)
-    own = one.dit(layouts.causal_step(whole, 12), emit=("own",)).apply(
+    own = one.dit(patterns.causal_step(whole, 12), emit=("own",)).apply(
         {"params": params}, frames, jnp.zeros((1, 1)), b,
         rope_q=one.rope(np.zeros(1, np.int32), (2, 2)), rope_k=one.rope(np.zeros(1, np.int32), (2, 2)),
     )[1].own  # fmt: skip

@@ -12,7 +12,7 @@ import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from greedy_distill_jax import mesh, parallel, topology
 from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.wan_config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 
 sizes = WAN_SIZES["wan1_3b"] | dict(dim=256, ffn_dim=512, num_heads=2, num_layers=1)
 devices, latents = topology.devices("v5p:2x2x1")[:1], (21, 60, 104, 16)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.models import rope
-from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.layers import sinusoid
-from greedy_distill_jax.models.student import Student
-from greedy_distill_jax.models.wan_config import WAN_SIZES, StudentConfig, WanConfig, split_layers
+from greedy_distill_jax.models.students.config import StudentConfig, split_layers
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.wan import rope
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.layers import sinusoid
 from greedy_distill_jax.testing import tiny
 
 WAN = [("wan1_3b", 1_418_996_800, 46_440_704), ("wan14b", 14_288_491_584, 351_394_304)]

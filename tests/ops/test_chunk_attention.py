@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention, cudnn, xla
-from greedy_distill_jax.ops.sliding_window.tuning import Blocks
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ops.attention import Schedule, chunk_attention, cudnn, xla
+from greedy_distill_jax.ops.attention.tuning import Blocks
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
-from greedy_distill_jax.types import UserError
 
 SCALE = 0.3
 
@@ -170,7 +170,7 @@ def test_what_cannot_run_says_why(call, message):
 
 
 def test_the_best_implementation_depends_on_the_platform(monkeypatch):
-    from greedy_distill_jax.ops.sliding_window import select
+    from greedy_distill_jax.ops.attention import select
 
     q = jnp.zeros((1, 2, 1, 128), jnp.bfloat16)
     mask = jnp.ones((1, 1), bool)

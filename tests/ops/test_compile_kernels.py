@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from greedy_distill_jax.ops.sliding_window import arg_specs, sweep, tuning
-from greedy_distill_jax.ops.sliding_window.tuning import Blocks
+from greedy_distill_jax.ops.attention import arg_specs, sweep, tuning
+from greedy_distill_jax.ops.attention.tuning import Blocks
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec as P
 
-from greedy_distill_jax.ops.sliding_window import Schedule
-from greedy_distill_jax.ops.sliding_window.context import context_attention, plan
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ops.attention import Schedule
+from greedy_distill_jax.ops.attention.context import context_attention, plan
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
-from greedy_distill_jax.types import UserError
 
 
 @pytest.mark.parametrize(

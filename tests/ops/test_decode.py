@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.ops.sliding_window import decode, decode_attention
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ops.attention import decode, decode_attention
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
-from greedy_distill_jax.types import UserError
 
 SLOTS = 24
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention, xla
+from greedy_distill_jax.ops.attention import Schedule, chunk_attention, xla
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
 
 SCHEDULE = Schedule.from_table([(0,), (), (0, 2)], q_chunk=4, num_k_chunks=3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from greedy_distill_jax.ops.sliding_window.schedule import VOID, Schedule, largest_divisor
+from greedy_distill_jax.ops.attention.schedule import VOID, Schedule, largest_divisor
 
 
 @st.composite

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax import cli, sample
+from greedy_distill_jax.codecs import vae_codec
+from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.data.loader import load_source
 from greedy_distill_jax.data.video_io import probe, read_frames
-from greedy_distill_jax.export.pipeline import load_codec, load_transformer, read_shift
-from greedy_distill_jax.models import vae_codec
-from greedy_distill_jax.models.codec import PatchCodec
-from greedy_distill_jax.run import Run
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import wan_folder
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.weights.pipeline import load_codec, load_transformer, read_shift
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")

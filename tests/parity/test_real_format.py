@@ -10,7 +10,7 @@ from test_torch_student import from_torch, jax_stream, loaded, to_torch
 
 from greedy_distill_jax import convert, prepare, sample
 from greedy_distill_jax.data.video_io import probe, read_frames
-from greedy_distill_jax.run import Run
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny, wan_folder
 from greedy_distill_jax.train import train
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.diffusion import schedules, solvers
+from greedy_distill_jax.diffusion import noise_levels, solvers
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")
@@ -63,7 +63,7 @@ def test_unipc(noise, steps, shift):
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
     scheduler.set_timesteps(steps)
-    np.testing.assert_allclose(schedules.wan_steps(steps, shift), scheduler.sigmas[:-1], atol=1.1e-6)
+    np.testing.assert_allclose(noise_levels.wan_steps(steps, shift), scheduler.sigmas[:-1], atol=1.1e-6)
     compare(ours("unipc", noise, steps, shift), theirs(scheduler, noise))
 
 
@@ -72,5 +72,5 @@ def test_unipc(noise, steps, shift):
 def test_euler(noise, steps, shift):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
-    np.testing.assert_allclose(schedules.uniform_steps(steps, shift), scheduler.sigmas[:-1], atol=1e-7)
+    np.testing.assert_allclose(noise_levels.uniform_steps(steps, shift), scheduler.sigmas[:-1], atol=1e-7)
     compare(ours("euler", noise, steps, shift), theirs(scheduler, noise))

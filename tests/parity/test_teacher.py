@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.export import names
-from greedy_distill_jax.export.source import TreeSource, open_source
-from greedy_distill_jax.export.write import write
-from greedy_distill_jax.models.dit import Teacher
-from greedy_distill_jax.models.wan_config import WanConfig
-from greedy_distill_jax.sharding import leaf_paths
+from greedy_distill_jax.distribution.sharding import leaf_paths
+from greedy_distill_jax.models.wan.config import WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.weights import names
+from greedy_distill_jax.weights.source import TreeSource, open_source
+from greedy_distill_jax.weights.write import write
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")

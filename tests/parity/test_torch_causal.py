@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.models.causal import CausalStudent
-from greedy_distill_jax.stream import Sampling
-from greedy_distill_jax.stream_causal import CausalStreamer
+from greedy_distill_jax.models.students.causal import CausalStudent
+from greedy_distill_jax.streaming.causal import CausalStreamer
+from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.torch_causal import TorchCausal, step_noise
 

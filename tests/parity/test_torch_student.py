@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.export.source import TreeSource
-from greedy_distill_jax.export.write import write
-from greedy_distill_jax.models.student import History, Student
-from greedy_distill_jax.stream import Sampling, Streamer, initial_noise
+from greedy_distill_jax.models.students.base import History
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.streaming.etm_sdd import Streamer
+from greedy_distill_jax.streaming.loop import Sampling, initial_noise
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
+from greedy_distill_jax.weights.source import TreeSource
+from greedy_distill_jax.weights.write import write
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.export import vae as weights
-from greedy_distill_jax.models.vae import VAEConfig, WanVAE
-from greedy_distill_jax.models.vae_codec import whole
-from greedy_distill_jax.sharding import leaf_paths
+from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
+from greedy_distill_jax.codecs.vae_codec import whole
+from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.testing.vae import SMALL, STATISTICS, WAN, random_params
+from greedy_distill_jax.weights import vae as weights
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")

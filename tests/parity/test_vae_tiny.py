@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.export import vae as weights
-from greedy_distill_jax.models.vae_tiny import TinyVAE, TinyVAEConfig
+from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
 from greedy_distill_jax.testing.vae import TINY, TorchTaehv, random_params
+from greedy_distill_jax.weights import vae as weights
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 

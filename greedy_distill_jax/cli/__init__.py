@@ -1,0 +1,87 @@
+"""How every command ends: 0, one line and 2 for bad input, 4 for a diverged run, 130 for Ctrl-C, else a traceback.
+
+SIGTERM unwinds the stack, so that nothing half-written stays behind, and exits with 143; a training run saves and exits
+with 0 instead.
+"""
+
+import argparse
+import contextlib
+import inspect
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from greedy_distill_jax.errors import Diverged, Stopped, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with the hint where the options are listed."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+@contextlib.contextmanager
+def option(name: str, value: str | Path | None) -> Iterator[None]:
+    """Errors that name the path ``value`` say which option it came from: `error: --codec: latents does not exist; ...`.
+
+    Other errors, and those that begin with an option already, pass as they are.
+    """
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        named = value and re.search(rf"(?<![\w.]){re.escape(str(Path(value).expanduser()))}(?![\w-])", told)
+        if told.startswith("--") or not named:
+            raise
+        raise UserError(f"{name}: {told}") from error
+
+
+def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn:
+    """Calls `main()` (or `main(argv)` if `argv` is given) and exits the process.
+
+    Args:
+      main: returns None or an exit code.
+      argv: arguments without the program's name; None lets `main` read `sys.argv` itself.
+
+    Raises:
+      SystemExit: always, except for an error that is not the user's, which keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if argv is None and not _needs_argument(main):
+            code = main()
+        else:
+            code = main(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        code = 2
+    except Diverged as error:
+        _say(f"error: {error}")
+        code = 4
+    except Stopped as stopped:
+        _say(str(stopped))
+        code = 0
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left, as in `... | head`
+        code = 141
+    sys.exit(code or 0)
+
+
+def _needs_argument(main: Callable[..., Any]) -> bool:
+    return any(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in inspect.signature(main).parameters.values()
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)

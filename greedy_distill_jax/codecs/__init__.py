@@ -1,0 +1,1 @@
+"""Video autoencoders and the embedded linear codec."""

@@ -1,0 +1,1 @@
+"""The configuration of a run: its keys, their checks, and the frozen settings everything below reads."""

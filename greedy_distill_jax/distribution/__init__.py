@@ -1,0 +1,1 @@
+"""Devices and what lies where: mesh, sharding table, stripes of frames."""

@@ -1,0 +1,51 @@
+"""Devices: the other hosts, the mesh, the compilation cache."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from greedy_distill_jax.errors import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+def use_compile_cache(path: str) -> None:
+    """Keeps compiled programs in ``path`` from run to run; "" turns that off."""
+    if path:
+        jax.config.update("jax_compilation_cache_dir", str(Path(path).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def join_hosts() -> None:
+    """Joins the other processes of a job that SLURM started, or one with JAX_COORDINATOR_ADDRESS set."""
+    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
+    if several and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
+    """A mesh with the axes of ``AXES``; one size may be -1 and takes the remaining devices."""
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    described = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise UserError(f"mesh ({described}): sizes must be positive, and at most one may be -1.")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if devices.size % known or (-1 not in sizes and known != devices.size):
+        ways = f"choose sizes whose product is {devices.size}, or set one of them to -1"
+        if -1 in sizes:
+            ways = f"take a multiple of {known} devices, or change config.mesh"
+        raise UserError(
+            f"mesh ({described}) does not fit {devices.size} devices; {ways}. `python -m "
+            "greedy_distill_jax.compile train --config=FILE --topology=v5p --search` finds the smallest TPU slice."
+        )
+    return Mesh(devices.reshape([devices.size // known if s == -1 else s for s in sizes]), AXES)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

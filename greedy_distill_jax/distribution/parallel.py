@@ -1,0 +1,263 @@
+"""What the networks see of the mesh: they are written for one device and traced under ``on_mesh``.
+
+Batch and widths are left to the compiler, which partitions by the shardings of parameters and batch. Two things are
+not:
+- attention kernels cannot be partitioned automatically, so ``attention`` runs them, and only them, under
+  ``shard_map``;
+- the context axis splits every latent frame into stripes of columns (``split_videos``). Each device runs the networks
+  on its stripe of all frames; only ``attention`` looks beyond it, by gathering the keys of whole frames. Nothing is
+  approximated. A stripe of every frame, and not every n-th frame, because 21 latent frames do not divide by 2 or 4
+  (all v5e and v6e slices are powers of two), because windows and causal masks then cost every device the same, and
+  because the rollout, which makes one frame at a time, is split as well. Parameters are split over this axis at rest
+  only: every call gathers its whole stack of them over the axis first, all layers at once. What it saves is memory
+  and work of activations.
+
+Without a mesh, on one device, or under a mesh with none of our axes, all of this is the identity.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from greedy_distill_jax.distribution.sharding import RULES, specs
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ops.attention import Schedule, chunk_attention, select
+
+WIDTH = 3  # axis of the columns in [B, T, H, W, C]
+KERNELS = ("pallas_tpu", "cudnn")  # implementations that the compiler cannot partition
+OURS = tuple({axis for axes in dataclasses.astuple(RULES) for axis in axes})  # mesh axes
+
+
+def on_mesh(call: Callable, mesh: Mesh) -> Callable:
+    """``call`` traced for ``mesh``: for the platform of its devices, too, which need not be this machine's."""
+
+    @functools.wraps(call)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return call(*args, **kwargs)
+
+    return traced
+
+
+def _present(mesh, axes) -> tuple[str, ...]:
+    """Those of the axes that an ambient mesh, which may be another library's, has for the compiler to use."""
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(a for a in axes if a in mesh.axis_names and a not in mesh.manual_axes)
+
+
+def _parts(mesh, axes) -> int:
+    return int(np.prod([mesh.shape[a] for a in _present(mesh, axes)]))
+
+
+def _stripes() -> tuple[int, str | None]:
+    """(stripes of a frame, mesh axis) inside ``split_videos``, else (1, None)."""
+    mesh, (axis,) = jax.sharding.get_abstract_mesh(), RULES.columns
+    return (mesh.shape[axis], axis) if axis in mesh.manual_axes else (1, None)
+
+
+def check_columns(mesh: Mesh, columns: int) -> None:
+    """Raises UserError when a frame of so many columns of patches does not divide over the context axis."""
+    why = "but every latent frame has {size} columns of patches, which do not divide by {parts}"
+    _check_divides(mesh, RULES.columns, columns, why)
+
+
+def check_heads(mesh: Mesh | AbstractMesh, heads: int) -> None:
+    """Raises UserError when so many attention heads do not divide over the tensor axis."""
+    _check_divides(
+        mesh, RULES.heads, heads, "which does not divide the {size} attention heads of a network of this job"
+    )
+
+
+def _check_divides(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], size: int, why: str) -> None:
+    parts = _parts(mesh, axes)
+    if size % parts:
+        choices = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
+        raise UserError(
+            f"config.mesh.{axes[0]} is {parts}, {why.format(size=size, parts=parts)}; choose from {choices}."
+        )
+
+
+def split_videos(call: Callable, *args, whole: int = 0):
+    """``call(*args)`` with videos split over the context axis.
+
+    Args:
+      call: a pure function. It sees arrays [B, T, H, W / parts, C] where it is given [B, T, H, W, C].
+      *args: arrays and trees of them; what has five dimensions is a video and is split, the rest is not.
+      whole: so many arguments, from the first, hold no videos (parameters).
+
+    Returns:
+      ``call``'s result; its arrays with five dimensions are stripes that are put together again.
+    """
+    mesh, (axis,) = jax.sharding.get_abstract_mesh(), RULES.columns
+    if _parts(mesh, axis) == 1:
+        return call(*args)
+
+    def spec(leaf):
+        return PartitionSpec(*[None] * WIDTH, axis) if len(leaf.shape) == 5 else PartitionSpec()
+
+    nothing = PartitionSpec()
+    in_specs = tuple(nothing if i < whole else jax.tree.map(spec, x) for i, x in enumerate(args))
+    out_specs = jax.tree.map(spec, jax.eval_shape(call, *args))
+    return jax.shard_map(call, in_specs=in_specs, out_specs=out_specs, axis_names={axis})(*args)
+
+
+def stripe(x, axis: int):
+    """This device's columns of an array that all devices have whole; its axis ``axis`` are the columns."""
+    parts, name = _stripes()
+    if parts == 1:
+        return x
+    size = x.shape[axis] // parts
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(name) * size, size, axis)
+
+
+def whole_columns(columns: int) -> int:
+    """Columns of the whole frame of which this device sees ``columns``."""
+    return columns * _stripes()[0]
+
+
+def stripe_columns(columns: int) -> int:
+    """Columns of this device's stripe of a frame of ``columns``."""
+    return columns // _stripes()[0]
+
+
+def normal(key, shape) -> jax.Array:
+    """float32 noise for videos: the same numbers, however they are split."""
+    whole = (*shape[:WIDTH], whole_columns(shape[WIDTH]), *shape[WIDTH + 1 :])
+    return stripe(jax.random.normal(key, whole, jnp.float32), WIDTH)
+
+
+def varying(tree):
+    """Constants as a loop's carry needs them where each device has a stripe of its own."""
+    parts, axis = _stripes()
+    if parts == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
+
+
+def settled(x):
+    """``x``, on TPU computed before what follows.
+
+    libtpu 0.0.51 aborts ("Scaled window bound is not full coverage") when it fuses the modulation of every frame by
+    vectors of its own into the head's narrow projection.
+    """
+    return jax.lax.optimization_barrier(x) if select.device()[0] == "tpu" else x
+
+
+MEGACORE = ("TPU v4", "TPU v5")  # device kinds of chips whose two cores share every operation; "TPU v5" is a v5p
+
+
+def settled_on_megacore(x):
+    """``x``, on chips of two cores computed before what follows, and so is its gradient.
+
+    libtpu 0.0.51 and 0.0.52 abort on v5p when a video of 32,760 tokens is whole on a chip: "Scaled dimension has
+    non-zero pad high" when a projection is fused with the modulation or gate of every frame by vectors of its own,
+    "Cannot find a valid window" when both sums in the gradient of an RMSNorm (over a row, over a column) become one
+    fusion. Other chips compile the same without.
+    """
+    return jax.lax.optimization_barrier(x) if select.device()[1] in MEGACORE else x
+
+
+def mean_of_stripes(x):
+    """The mean over all stripes of what this device computed from its own."""
+    parts, axis = _stripes()
+    return x if parts == 1 else jax.lax.pmean(x, axis)
+
+
+def constrain(x, *logical: str | None):
+    """``x`` laid out by the rules; the identity without a mesh.
+
+    A dimension without a rule, or of a size that does not divide, is whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if _parts(mesh, OURS) == 1:
+        return x
+    rules = [_present(mesh, axes) for axes in RULES.spec(logical)]
+    spec = [axes if n % _parts(mesh, axes) == 0 else None for n, axes in zip(x.shape, rules, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def at_rest(tree):
+    """Gradients laid out as the parameters they belong to: sums over devices leave every device its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if _parts(mesh, OURS) == 1 else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
+
+
+def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, text: bool = False):
+    """``chunk_attention`` on the ambient mesh: batch and heads split, keys of whole frames gathered from all stripes.
+
+    Args:
+      q_BLNK, k_BSNK, v_BSNK, visible_QS: see ``chunk_attention``; inside ``split_videos`` this device's.
+      schedule: its table; inside ``split_videos`` with the tokens of a stripe as chunks.
+      text: keys are text rows, which every device has whole.
+
+    Raises:
+      UserError: heads that do not divide by their mesh axis.
+    """
+    parts, axis = _stripes()
+    if parts > 1 and text:
+        k_BSNK, v_BSNK = varying((k_BSNK, v_BSNK))
+    elif parts > 1:  # the order of keys within a chunk is the same to softmax
+        k_BSNK, v_BSNK = (_gather(x, schedule.k_chunk, axis) for x in (k_BSNK, v_BSNK))
+        schedule = Schedule(schedule.q_chunk, schedule.k_chunk * parts, schedule.num_k_chunks, schedule.table)
+    mesh = jax.sharding.get_abstract_mesh()
+    free = _present(mesh, mesh.axis_names)
+    if _parts(mesh, free) == 1:
+        return chunk_attention(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS=visible_QS)
+    check_heads(mesh, q_BLNK.shape[2])
+    if select.choose(None, q_BLNK, visible_QS=visible_QS, function="attention") not in KERNELS:
+        q_BLNK, k_BSNK, v_BSNK = (constrain(x, "batch", None, "heads", None) for x in (q_BLNK, k_BSNK, v_BSNK))
+        out = chunk_attention(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS=visible_QS)
+        return constrain(out, "batch", None, "heads", None)
+    # Parameters are made with one example, which is not split.
+    batch = None if q_BLNK.shape[0] % _parts(mesh, RULES.batch) else _present(mesh, RULES.batch)
+    spec = PartitionSpec(batch, None, _present(mesh, RULES.heads), None)
+
+    call = functools.partial(_local, schedule)
+    visible = () if visible_QS is None else (visible_QS,)
+    specs_in = (spec, spec, spec) + (PartitionSpec(),) * len(visible)
+    forward = jax.shard_map(call, in_specs=specs_in, out_specs=spec, axis_names=set(free))
+    if parts == 1:
+        return forward(q_BLNK, k_BSNK, v_BSNK, *visible)
+    backward = functools.partial(_local_gradient, schedule)
+    backward = jax.shard_map(backward, in_specs=(spec, *specs_in), out_specs=(spec,) * 3, axis_names=set(free))
+    return _nested(forward, backward, q_BLNK, k_BSNK, v_BSNK, *visible)
+
+
+def _local(schedule: Schedule, q, k, v, *visible):
+    return chunk_attention(q, k, v, schedule, visible_QS=visible[0] if visible else None)
+
+
+def _local_gradient(schedule: Schedule, g, q, k, v, *visible):
+    return jax.vjp(lambda *qkv: _local(schedule, *qkv, *visible), q, k, v)[1](g)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nested(forward, backward, *inputs):
+    """``forward(*inputs)`` with ``backward(cotangent, *inputs)`` as its gradient, which repeats the forward pass.
+
+    jax 0.10.2 splits a nested ``shard_map`` under remat into forward and backward pass with residuals laid out over all
+    mesh axes, those of the outer one included, and cannot lower that; so nothing but the inputs goes between them.
+    """
+    return forward(*inputs)
+
+
+def _nested_forward(forward, backward, *inputs):
+    return forward(*inputs), inputs
+
+
+def _nested_backward(forward, backward, inputs, g):
+    return *backward(g, *inputs), *(None for _ in inputs[3:])
+
+
+_nested.defvjp(_nested_forward, _nested_backward)
+
+
+def _gather(x_BSNK, chunk: int, axis: str):
+    chunks = rearrange(x_BSNK, "b (c s) n k -> b c s n k", s=chunk)
+    return rearrange(jax.lax.all_gather(chunks, axis, axis=2, tiled=True), "b c s n k -> b (c s) n k")

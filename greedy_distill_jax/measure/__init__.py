@@ -1,0 +1,1 @@
+"""One clock, one median, memory of a program, and the record that benchmarks write."""

@@ -1,0 +1,76 @@
+"""What every streaming student shares: its history, the stop-gradients of its contexts, its chunks and positions."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from greedy_distill_jax.models.students import patterns
+from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
+from greedy_distill_jax.models.wan.dit import grid_of
+from greedy_distill_jax.models.wan.rope import Rope, rope_table
+
+
+class History(NamedTuple):
+    """Frames a student looks back on, with their noise levels.
+
+    ``frames`` feed ETM and, unless ``sdd_frames`` is given, SDD's keys of frame 0 and the previous frame.
+    ``sdd_frames`` differ in context mode "last_step_kv", where keys come from the last denoising input.
+    """
+
+    frames_BTHWC: jax.Array
+    sigma_BT: jax.Array
+    sdd_frames_BTHWC: jax.Array | None = None
+    sdd_sigma_BT: jax.Array | None = None
+
+
+class ContextGrad(NamedTuple):
+    """Which parameters learn through the contexts of a chunk (DESIGN.md "Rollout without a sequential graph").
+
+    etm: "params", or "none": z is stop-gradient. sdd: "params", or "none": the keys and values of SDD's pass over
+    earlier chunks are stop-gradient.
+    """
+
+    etm: str = "params"
+    sdd: str = "params"
+
+
+class StreamingModel:
+    """What makes a video chunk by chunk: pure functions over the parameters of one frozen config.
+
+    Subclasses add ``init``, ``from_teacher`` and the teacher-forced ``__call__`` with the signatures of ``Student``;
+    ``cfg`` has at least ``base``, ``chunk`` and ``context``.
+    """
+
+    def __init__(self, cfg: StudentConfig | CausalConfig):
+        self.cfg = cfg
+
+    def chunk_tokens(self, x_BTHWC) -> int:
+        """Tokens of one chunk of the given latents."""
+        grid = grid_of(x_BTHWC, self.cfg.base)
+        return grid[0] * grid[1] * self.cfg.chunk
+
+    def chunks_of(self, frames: int) -> int:
+        """Number of chunks in ``frames`` latent frames."""
+        if frames % self.cfg.chunk:
+            raise ValueError(
+                f"{frames} latent frames do not divide into chunks of {self.cfg.chunk}; "
+                f"use a multiple of {self.cfg.chunk} or another chunk size."
+            )
+        return frames // self.cfg.chunk
+
+    def rope(self, position_Q, grid: tuple[int, int]) -> Rope:
+        """Rotation of the tokens of chunks at the given chunk positions."""
+        return rope_table(patterns.frames_at(position_Q, self.cfg.chunk), grid, self.cfg.base.head_dim)
+
+    def clean_and_noisy(self, x_BTHWC, sigma_BT, history: History) -> tuple[jax.Array, jax.Array]:
+        """The own chunks of a teacher-forced call and their noise levels, [history without its last chunk | x]."""
+        frames = history.frames_BTHWC.shape[1]
+        if x_BTHWC.shape[1] % frames:
+            raise ValueError(f"{x_BTHWC.shape[1]} noisy frames are not a multiple of the {frames} history frames.")
+        seen = frames - self.cfg.chunk
+        clean = history.frames_BTHWC if history.sdd_frames_BTHWC is None else history.sdd_frames_BTHWC
+        clean_sigma = history.sigma_BT if history.sdd_sigma_BT is None else history.sdd_sigma_BT
+        clean_sigma = jnp.broadcast_to(clean_sigma, clean.shape[:2])[:, :seen]
+        own = jnp.concatenate([clean[:, :seen].astype(jnp.float32), x_BTHWC.astype(jnp.float32)], axis=1)
+        return own, jnp.concatenate([clean_sigma, jnp.broadcast_to(sigma_BT, x_BTHWC.shape[:2])], axis=1)

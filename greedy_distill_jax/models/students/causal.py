@@ -1,0 +1,76 @@
+"""The causal student: the Wan DiT itself under block-causal sliding-window attention (METHOD_SPEC B).
+
+Self-Forcing and LongLive are this model; its parameters are the teacher's, tree and names, so that a checkpoint of one
+loads into the other. The step-by-step form with caches is ``greedy_distill_jax.streaming.causal``.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from greedy_distill_jax.distribution import parallel
+from greedy_distill_jax.models.students import patterns
+from greedy_distill_jax.models.students.base import ContextGrad, History, StreamingModel
+from greedy_distill_jax.models.wan.dit import Dit, Teacher, grid_of
+from greedy_distill_jax.models.wan.layers import Layout
+
+
+class CausalStudent(StreamingModel):
+    """Pure functions over the teacher's parameter tree and one ``CausalConfig``."""
+
+    def dit(self, layout: Layout | None = None, **kwargs) -> Dit:
+        """The network with this call's layout."""
+        return Dit(self.cfg.base, self.cfg.base.num_layers, layout, **kwargs)
+
+    def init(self, key, latent_shape: tuple[int, int, int, int]):
+        """Fresh parameters; ``latent_shape`` is (T, H, W, C)."""
+        return Teacher(self.cfg.base).init(key, latent_shape)
+
+    def from_teacher(self, key, teacher_params, latent_shape: tuple[int, int, int, int]):
+        """The teacher's parameters as they are; the signature is that of ``Student.from_teacher``."""
+        del key, latent_shape
+        return jax.tree.map(jnp.asarray, teacher_params)
+
+    def __call__(
+        self,
+        params,
+        x_BTHWC,
+        sigma_BT,
+        text_BMC,
+        history: History,
+        grads: ContextGrad = ContextGrad(),  # noqa: B008
+    ):
+        """Teacher-forced velocity: every noisy chunk sees the clean chunks of its window, in one parallel pass.
+
+        Args:
+          params: the teacher's tree.
+          x_BTHWC: noisy latents [B, R * T, H, W, C]: R >= 1 noise draws of T frames share the clean half.
+          sigma_BT: [B, R * T] or [B, 1].
+          text_BMC: encoder rows.
+          history: T frames (the last chunk is not used); ``sdd_frames`` take their place where given, as in context
+            mode "last_step_kv".
+          grads: whether parameters learn through the keys of the clean half (``sdd``; there is no ETM).
+
+        Returns:
+          velocity [B, R * T, H, W, C] float32.
+
+        Raises:
+          ValueError: frames that do not divide into chunks, or noisy frames that are no multiple of the history's.
+        """
+        call = functools.partial(self._velocity, grads=grads)
+        return parallel.split_videos(call, params, x_BTHWC, sigma_BT, text_BMC, history, whole=1)
+
+    def _velocity(self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad):
+        own, sigma = self.clean_and_noisy(x_BTHWC, sigma_BT, history)
+        frames = history.frames_BTHWC.shape[1]
+        pattern = patterns.causal_parallel(
+            self.cfg, self.chunks_of(frames), self.chunk_tokens(x_BTHWC), x_BTHWC.shape[1] // frames,
+            frozen=grads.sdd == "none",
+        )  # fmt: skip
+        grid = grid_of(x_BTHWC, self.cfg.base)
+        velocity, _ = self.dit(pattern.layout).apply(
+            {"params": params}, own, sigma, text_BMC,
+            rope_q=self.rope(pattern.own_position, grid), rope_k=self.rope(pattern.key_position, grid),
+        )  # fmt: skip
+        return velocity[:, frames - self.cfg.chunk :]

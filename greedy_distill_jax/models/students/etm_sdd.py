@@ -1,0 +1,147 @@
+"""The streaming student: ETM + SDD, their initialisation from the teacher and the teacher-forced parallel form.
+
+Parameters are ``{"etm": ..., "sdd": ...}``. Step by step, with caches: ``greedy_distill_jax.streaming.etm_sdd``.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from greedy_distill_jax.distribution import parallel
+from greedy_distill_jax.models.students import patterns
+from greedy_distill_jax.models.students.base import ContextGrad, History, StreamingModel
+from greedy_distill_jax.models.students.etm import ETM
+from greedy_distill_jax.models.wan.dit import Dit, grid_of
+from greedy_distill_jax.models.wan.layers import Layout
+from greedy_distill_jax.models.wan.rope import Rope
+
+
+class Student(StreamingModel):
+    """ETM + SDD of one ``StudentConfig``."""
+
+    # The modules of one call; parameters do not depend on the layout.
+    def etm(self, layout: Layout | None = None, **kwargs) -> ETM:
+        """The ETM module with this call's layout."""
+        return ETM(self.cfg, layout, **kwargs)
+
+    def sdd(self, layout: Layout | None = None, **kwargs) -> Dit:
+        """The SDD module with this call's layout."""
+        cfg = self.cfg
+        return Dit(
+            cfg.base, len(cfg.sdd_layers), layout, fusion=cfg.fusion, z_gate_init=cfg.gate_init, **kwargs
+        )  # fmt: skip
+
+    def spatial_rope(self, chunks: int, grid: tuple[int, int]) -> Rope:
+        """Positions inside the chunk only: aligns z with the own tokens (fusion "xattn2")."""
+        return self.rope(np.zeros(chunks, np.int32), grid)
+
+    def z_ropes(self, own: int, z_chunks: int, z_position_Q, grid: tuple[int, int]) -> dict[str, Rope | None]:
+        """``rope_z`` and ``rope_zq`` of a call with ``own`` chunks conditioned by ``z_chunks``."""
+        if self.cfg.fusion == "xattn2":
+            return dict(rope_z=self.spatial_rope(z_chunks, grid), rope_zq=self.spatial_rope(own, grid))
+        if self.cfg.fusion == "selfkv" and self.cfg.rope_mode == "absolute":
+            return dict(rope_z=self.rope(z_position_Q, grid))
+        return {}
+
+    def init(self, key, latent_shape: tuple[int, int, int, int]):
+        """Fresh parameters; ``latent_shape`` is (T, H, W, C) of a chunk or more."""
+        key_etm, key_sdd = jax.random.split(key)
+        cfg = self.cfg
+        x = jnp.zeros((1, cfg.chunk, *latent_shape[1:]), jnp.float32)
+        text = jnp.zeros((1, cfg.base.text_len, cfg.base.text_dim), jnp.float32)
+        sigma, grid, tokens = jnp.ones((1, 1), jnp.float32), grid_of(x, cfg.base), self.chunk_tokens(x)
+        zero = np.zeros(1, np.int32)
+        rope = self.rope(zero, grid)
+        own = Layout(tokens, (0,), ((0,),), (0,))
+        etm = self.etm(own).init(key_etm, x, jnp.ones(1, bool), sigma, text, rope_q=rope)
+        z = jnp.zeros((1, tokens, cfg.base.dim), jnp.float32)
+        keys = (0, 1) if cfg.fusion == "selfkv" else (0,)
+        sdd = self.sdd(Layout(tokens, keys, (keys,), (0,))).init(
+            key_sdd, x, sigma, text, rope_q=rope, z_BSD=z, **self.z_ropes(1, 1, zero, grid)
+        )
+        return {"etm": etm["params"], "sdd": sdd["params"]}
+
+    def from_teacher(self, key, teacher_params, latent_shape: tuple[int, int, int, int]):
+        """Student parameters cut from the teacher's (METHOD_SPEC E.3 "Layer split and init").
+
+        Embeddings and head are copied, blocks picked by ``etm_layers`` / ``sdd_layers``; the projections of ETM's
+        output start as copies of their block's self-attention k and v; everything else is new.
+        """
+        params = self.init(key, latent_shape)
+
+        def fill(target, source):
+            out = dict(target)
+            for name, value in source.items():
+                if name in out:
+                    is_tree = isinstance(value, dict)  # converted teachers may be stored in bfloat16
+                    out[name] = fill(out[name], value) if is_tree else jnp.asarray(value, out[name].dtype)
+            return out
+
+        def cut(target, layers):
+            picked = jax.tree.map(lambda x: x[np.asarray(layers)], teacher_params["blocks"])
+            for attention in ("self_attn", "cross_attn"):
+                if "z_k" in target["blocks"][attention]:
+                    own = picked["self_attn"]
+                    extra = {"z_k": own["k"], "z_v": own["v"], "norm_z": own["norm_k"]}
+                    picked = {**picked, attention: {**picked[attention], **extra}}
+            return fill(target, {**teacher_params, "blocks": picked})
+
+        return {"etm": cut(params["etm"], self.cfg.etm_layers), "sdd": cut(params["sdd"], self.cfg.sdd_layers)}
+
+    def conditions(self, params, history: History, text_BMC):
+        """ETM over a whole video: z [B, chunks * tokens, D] for every chunk (chunk i from chunks < i)."""
+        frames = history.frames_BTHWC
+        cfg, grid, tokens = self.cfg, grid_of(frames, self.cfg.base), self.chunk_tokens(frames)
+        slots = self.chunks_of(frames.shape[1])
+        pattern = patterns.etm_parallel(cfg, slots, tokens)
+        previous = jnp.pad(frames[:, : -cfg.chunk], ((0, 0), (cfg.chunk, 0)) + ((0, 0),) * 3)
+        sigma = jnp.broadcast_to(history.sigma_BT, frames.shape[:2])[:, : -cfg.chunk]
+        sigma = jnp.pad(sigma, ((0, 0), (cfg.chunk, 0)))
+        z, _ = self.etm(pattern.layout).apply(
+            {"params": params["etm"]}, previous, jnp.arange(slots) == 0, sigma, text_BMC,
+            rope_q=self.rope(pattern.own_position, grid), rope_k=self.rope(pattern.key_position, grid),
+        )  # fmt: skip
+        return z
+
+    def __call__(
+        self,
+        params,
+        x_BTHWC,
+        sigma_BT,
+        text_BMC,
+        history: History,
+        grads: ContextGrad = ContextGrad(),  # noqa: B008
+    ):
+        """Teacher-forced velocity: every noisy chunk i sees the history before it, in one parallel pass.
+
+        Args:
+          params: {"etm", "sdd"}.
+          x_BTHWC: noisy latents [B, R * T, H, W, C]: R >= 1 noise draws of T frames share one ETM pass.
+          sigma_BT: [B, R * T] or [B, 1].
+          text_BMC: encoder rows.
+          history: T frames (the last chunk is not used).
+          grads: what flows through the parameters that read the history.
+
+        Returns:
+          velocity [B, R * T, H, W, C] float32.
+        """
+        call = functools.partial(self._velocity, grads=grads)
+        return parallel.split_videos(call, params, x_BTHWC, sigma_BT, text_BMC, history, whole=1)
+
+    def _velocity(self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad):
+        cfg, frames = self.cfg, history.frames_BTHWC.shape[1]
+        grid, tokens, chunks = grid_of(x_BTHWC, cfg.base), self.chunk_tokens(x_BTHWC), self.chunks_of(frames)
+        own, sigma = self.clean_and_noisy(x_BTHWC, sigma_BT, history)
+        z = self.conditions(params, history, text_BMC)
+        z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
+        draws = x_BTHWC.shape[1] // frames
+        pattern = patterns.sdd_parallel(cfg, chunks, tokens, draws, frozen=grads.sdd == "none")
+        z_position = np.asarray([patterns.sdd_positions(cfg, i)[1] for i in range(chunks)])
+        velocity, _ = self.sdd(pattern.layout).apply(
+            {"params": params["sdd"]}, own, sigma, text_BMC, z_BSD=z,
+            rope_q=self.rope(pattern.own_position, grid), rope_k=self.rope(pattern.key_position, grid),
+            **self.z_ropes(len(pattern.own_position), chunks, z_position, grid),
+        )  # fmt: skip
+        return velocity[:, frames - cfg.chunk :]

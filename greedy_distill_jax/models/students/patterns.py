@@ -1,0 +1,158 @@
+"""Who sees whom, and at which time position: every student's patterns as static tables.
+
+A picked key is (candidate chunk, chunk position). Where one chunk is seen at two positions (clamped RoPE past the
+training length, a sink at a bounded distance, positions within a window) it is picked twice; with absolute positions
+never.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
+from greedy_distill_jax.models.wan.layers import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A layout plus the time position of every own chunk and of every picked key chunk."""
+
+    layout: Layout
+    own_position: np.ndarray
+    key_position: np.ndarray
+
+
+def frames_at(position_Q, chunk: int):
+    """Frame indices of chunks at the given chunk positions (numpy or traced)."""
+    return (position_Q[:, None] * chunk + np.arange(chunk, dtype=np.int32)[None]).reshape(-1)
+
+
+def _build(rows, own_position, tokens: int, z_of=(), *, absolute: bool, frozen: int = 0) -> Pattern:
+    """Rows of (candidate, position) pairs -> Pattern with every distinct pair picked once."""
+    picks = sorted({pair for row in rows for pair in row})
+    where = {pair: i for i, pair in enumerate(picks)}
+    layout = Layout(
+        tokens=tokens,
+        source=tuple(candidate for candidate, _ in picks),
+        table=tuple(tuple(where[pair] for pair in row) for row in rows),
+        z_of=tuple(z_of),
+        rotate_at_use=not absolute,
+        frozen=frozen,
+    )
+    return Pattern(layout, np.asarray(own_position), np.asarray([position for _, position in picks]))
+
+
+def etm_parallel(cfg: StudentConfig, slots: int, tokens: int) -> Pattern:
+    """All slots of a video at once."""
+    absolute, reach = cfg.rope_mode == "absolute", cfg.window - 1
+    rows = []
+    for j in range(slots):
+        row = [(a, a) for a in range(max(0, j - reach), j + 1)]
+        for s in range(min(cfg.sink, max(0, j - reach))):
+            # Outside the window a sink sits right before it, however long the video gets.
+            row.append((s, s if absolute else j - min(j - s, cfg.sink + reach - s)))
+        rows.append(row)
+    return _build(rows, range(slots), tokens, absolute=absolute)
+
+
+def sdd_positions(cfg: StudentConfig, index):
+    """(position of the previous chunk, position of the current one) for chunk ``index`` (int or traced)."""
+    if isinstance(index, int):
+        previous = min(max(index - 1, 0), cfg.max_previous)
+        return previous, previous + 1 if index else 0
+    previous = jnp.clip(index - 1, 0, min(cfg.max_previous, 2**31 - 2))
+    return previous, jnp.where(index > 0, previous + 1, 0)
+
+
+def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Pattern:
+    """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw].
+
+    Noisy chunk i sees clean 0, clean i-1, itself; so does the clean pass of chunk i (DESIGN.md, "What clean frames
+    see"). With fusion "selfkv" both also see z_i, at the position of chunk i. ``frozen``: the keys and values of the
+    clean chunks are stop-gradient.
+    """
+    clean = chunks - 1
+    own = [("clean", i) for i in range(clean)] + [("noisy", i) for _ in range(draws) for i in range(chunks)]
+    first_z = len(own)
+    rows = []
+    for c, (_, i) in enumerate(own):
+        previous, current = sdd_positions(cfg, i)
+        row = [(c, current)]
+        if i >= 1:
+            row.append((i - 1, previous))
+        if i >= 2 and cfg.anchor:
+            row.append((0, 0))
+        if cfg.fusion == "selfkv":
+            row.append((first_z + i, current))
+        rows.append(row)
+    own_position = [sdd_positions(cfg, i)[1] for _, i in own]
+    return _build(
+        rows, own_position, tokens, [i for _, i in own],
+        absolute=cfg.rope_mode == "absolute", frozen=clean if frozen else 0,
+    )  # fmt: skip
+
+
+def sdd_step(cfg: StudentConfig, tokens: int) -> Layout:
+    """One chunk against [frame 0 | previous | itself | z]: denoising and the clean pass."""
+    keys = tuple(range(4 if cfg.fusion == "selfkv" else 3))
+    return Layout(tokens, keys, (keys,), (0,), rotate_at_use=cfg.rope_mode != "absolute")
+
+
+def sdd_fused(cfg: StudentConfig, tokens: int) -> Layout:
+    """Own = [clean previous | noisy current] against [frame 0 | before-previous | own | z of both].
+
+    The clean chunk is picked twice, as itself and as the previous chunk of the noisy one.
+    """
+    source = (0, 1, 2, 2, 3) + ((4, 5) if cfg.fusion == "selfkv" else ())
+    rows = ((0, 1, 2), (0, 3, 4))
+    if cfg.fusion == "selfkv":
+        rows = ((*rows[0], 5), (*rows[1], 6))
+    return Layout(tokens, source, rows, (0, 1), rotate_at_use=cfg.rope_mode != "absolute")
+
+
+def etm_step(cfg: StudentConfig, tokens: int) -> Layout:
+    """One slot against [sink | ring | itself]."""
+    keys = tuple(range(cfg.sink + cfg.window))
+    return Layout(tokens, keys, (keys,), rotate_at_use=cfg.rope_mode != "absolute")
+
+
+def causal_positions(cfg: CausalConfig, chunk_S, index):
+    """Positions at which chunk ``index`` sees the chunks ``chunk_S`` (itself among them); numpy or traced."""
+    if cfg.rope_mode == "absolute":
+        return chunk_S
+    xp = jnp if isinstance(index, jax.Array) else np
+    # The sink keeps its positions, the rest moves up behind it once the window is full.
+    moved = chunk_S - xp.maximum(index - cfg.sink_chunks - cfg.ring_chunks, 0)
+    return xp.where(chunk_S < cfg.sink_chunks, chunk_S, moved)
+
+
+def causal_parallel(cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Pattern:
+    """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw] (METHOD_SPEC B.1).
+
+    Chunk i, clean or noisy, sees the clean sink, the clean chunks of its window and itself. ``frozen`` as in
+    ``sdd_parallel``.
+    """
+    clean = chunks - 1
+    own = [*range(clean)] + [i for _ in range(draws) for i in range(chunks)]
+    rows, own_position = [], []
+    for c, i in enumerate(own):
+        seen = [j for j in range(i) if j < cfg.sink_chunks or j >= i - cfg.ring_chunks]
+        positions = [int(p) for p in causal_positions(cfg, np.asarray([*seen, i]), i)]
+        rows.append(list(zip([*seen, c], positions, strict=True)))
+        own_position.append(positions[-1])
+    absolute, stopped = cfg.rope_mode == "absolute", clean if frozen else 0
+    return _build(rows, own_position, tokens, absolute=absolute, frozen=stopped)
+
+
+def causal_step(cfg: CausalConfig, tokens: int) -> Layout:
+    """One chunk against [sink | ring | itself]."""
+    keys = tuple(range(cfg.sink_chunks + cfg.ring_chunks + 1))
+    return Layout(tokens, keys, (keys,), rotate_at_use=cfg.rope_mode != "absolute")
+
+
+def causal_recache(cfg: CausalConfig, tokens: int) -> Layout:
+    """The ring's chunks at once, each against [sink | ring]: bidirectional, as LongLive's recache (METHOD_SPEC B.4)."""
+    keys = tuple(range(cfg.sink_chunks + cfg.ring_chunks))
+    return Layout(tokens, keys, (keys,) * cfg.ring_chunks, rotate_at_use=cfg.rope_mode != "absolute")

@@ -1,0 +1,369 @@
+"""The Wan2.1 block and its embeddings (METHOD_SPEC A.3-A.6) as thin Linen modules.
+
+A block does not know whether it serves the teacher, ETM or SDD: which keys its self-attention sees is a static
+``Layout``, everything traced comes in ``Shared`` (the same for all layers) and ``Layer`` (one slice per layer).
+Blocks are scanned and rematerialised, their parameters are stacked on a leading "layers" axis.
+Precision: float32 for statistics, modulation, residual stream, RoPE and softmax; matmuls in ``cfg.dtype``.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from greedy_distill_jax.distribution.parallel import attention, constrain, settled, settled_on_megacore
+from greedy_distill_jax.models.wan.config import WanConfig
+from greedy_distill_jax.models.wan.rope import Rope, apply_rope
+from greedy_distill_jax.ops.attention import Schedule
+from greedy_distill_jax.ops.attention.schedule import Table
+
+TIMESTEPS = 1000.0  # t = 1000 sigma
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Static pattern of one self-attention call.
+
+    The candidates for keys are the chunks [cache | own | z] in this order, z only with fusion "selfkv".
+    ``source`` picks from them the key chunks to attend to, so that one chunk can appear at two time positions;
+    ``table`` lists, per own query chunk, the picked chunks it sees; ``z_of`` is the ETM chunk that conditions each
+    own chunk. ``rotate_at_use``: cached keys are un-rotated and every picked chunk is rotated at the positions of
+    ``Shared.rope_k``; otherwise keys are rotated by ``Shared.rope_q`` once, before they are cached. ``frozen``: keys
+    and values of so many own chunks, from the first, pass no gradient.
+    """
+
+    tokens: int
+    source: tuple[int, ...]
+    table: Table
+    z_of: tuple[int, ...] = ()
+    rotate_at_use: bool = False
+    frozen: int = 0
+
+
+class Shared(NamedTuple):
+    """Traced inputs that all layers share."""
+
+    modulation: jax.Array  # [B, T or 1, 6, D] float32
+    rope_q: Rope
+    rope_k: Rope | None = None
+    visible: jax.Array | None = None  # bool [own chunks, picked key chunks]
+    text: jax.Array | None = None  # [B, M, D]; None when Layer.text is given
+    z: jax.Array | None = None  # [B, z chunks * tokens, D]
+    rope_z: Rope | None = None  # selfkv with rotated cache: positions of z; xattn2: 2-D positions of z
+    rope_zq: Rope | None = None  # xattn2: 2-D positions of the own tokens
+
+
+class KeyValue(NamedTuple):
+    """[..., S, N, K] keys and values."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Layer(NamedTuple):
+    """Traced inputs with a leading layers axis."""
+
+    cache: KeyValue | None = None
+    text: KeyValue | None = None
+    z: KeyValue | None = None
+
+
+class Emitted(NamedTuple):
+    """What a layer hands back, when asked: own keys and values, projected text, projected z."""
+
+    own: KeyValue | None = None
+    text: KeyValue | None = None
+    z: KeyValue | None = None
+
+
+def dense(features: int, cfg: WanConfig, kernel_init=None, **kwargs) -> nn.Dense:
+    """Linear layer with float32 master weights and a ``cfg.dtype`` matmul."""
+    kernel_init = kernel_init or nn.initializers.xavier_uniform()
+    return nn.Dense(features, dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32, kernel_init=kernel_init, **kwargs)
+
+
+def layer_norm(eps: float, affine: bool = False, **kwargs) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics and result."""
+    return nn.LayerNorm(eps, dtype=jnp.float32, use_bias=affine, use_scale=affine, use_fast_variance=False, **kwargs)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the full width D, before the head split; weight applied in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BSD):
+        scale = self.param("scale", nn.initializers.ones, (x_BSD.shape[-1],), jnp.float32)
+        x = x_BSD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (settled_on_megacore(x) * scale[None, None]).astype(x_BSD.dtype)
+
+
+def _per_frame(x_BSD, m_BTD, op):
+    """``op(x, m)`` with the T modulation vectors broadcast over the S / T tokens of their frame."""
+    x = rearrange(x_BSD, "b (t l) d -> b t l d", t=m_BTD.shape[1])
+    return rearrange(op(x, m_BTD[:, :, None]), "b t l d -> b (t l) d")
+
+
+def modulate(x_BSD, shift_BTD, scale_BTD):
+    """x (1 + scale) + shift in float32."""
+    return _per_frame(_per_frame(x_BSD, scale_BTD, lambda x, s: x * (1.0 + s)), shift_BTD, jnp.add)
+
+
+def _heads(x_BSD, num_heads: int):
+    return rearrange(x_BSD, "b s (n k) -> b s n k", n=num_heads)
+
+
+def _stop_gradient(x_BSNK, tokens: int):
+    """``x`` whose first ``tokens`` pass no gradient."""
+    return jnp.concatenate([jax.lax.stop_gradient(x_BSNK[:, :tokens]), x_BSNK[:, tokens:]], axis=1)
+
+
+class Attention(nn.Module):
+    """q, k, v, o with bias and full-width RMSNorm on q and k; optionally a second key-value pair from ETM's z."""
+
+    cfg: WanConfig
+    with_z: bool = False
+
+    def setup(self):
+        cfg = self.cfg
+        self.q, self.k, self.v, self.o = (dense(cfg.dim, cfg) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(cfg.eps), RMSNorm(cfg.eps)
+        if self.with_z:
+            self.z_k, self.z_v, self.norm_z = dense(cfg.dim, cfg), dense(cfg.dim, cfg), RMSNorm(cfg.eps)
+
+    def query(self, x_BSD):
+        """[B, S, N, K]"""
+        return _heads(self.norm_q(self.q(x_BSD)), self.cfg.num_heads)
+
+    def key_value(self, x_BSD) -> KeyValue:
+        """Keys (normed, un-rotated) and values."""
+        n = self.cfg.num_heads
+        return KeyValue(_heads(self.norm_k(self.k(x_BSD)), n), _heads(self.v(x_BSD), n))
+
+    def z_key_value(self, z_BSD) -> KeyValue:
+        """The same from ETM's output, by its own linears and norm (as Wan-I2V has for images, METHOD_SPEC A.4)."""
+        n = self.cfg.num_heads
+        return KeyValue(_heads(self.norm_z(self.z_k(z_BSD)), n), _heads(self.z_v(z_BSD), n))
+
+    def out(self, x_BSNK):
+        """Output projection."""
+        return self.o(rearrange(x_BSNK, "b s n k -> b s (n k)"))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU(tanh), Linear."""
+
+    cfg: WanConfig
+
+    @nn.compact
+    def __call__(self, x_BSD):
+        h = nn.gelu(dense(self.cfg.ffn_dim, self.cfg, name="up")(x_BSD), approximate=True)
+        return dense(self.cfg.dim, self.cfg, name="down")(h)
+
+
+def _modulation_init(cfg: WanConfig):
+    def init(key, shape, dtype):
+        value = jax.random.normal(key, shape, dtype) / np.sqrt(cfg.dim).astype(np.float32)
+        return value.at[jnp.array([2, 5])].add(cfg.gate_init)
+
+    return init
+
+
+class Block(nn.Module):
+    """One Wan block: modulated self-attention, cross-attention, modulated FFN (METHOD_SPEC A.4)."""
+
+    cfg: WanConfig
+    layout: Layout | None
+    fusion: str = "none"
+    z_gate_init: float = 0.0
+    emit: tuple[str, ...] = ()
+    project_only: bool = False
+
+    def setup(self):
+        cfg = self.cfg
+        self.modulation = self.param("modulation", _modulation_init(cfg), (6, cfg.dim), jnp.float32)
+        self.self_attn = Attention(cfg, with_z=self.fusion == "selfkv")
+        self.cross_attn = Attention(cfg, with_z=self.fusion == "xattn2")
+        self.ffn = FeedForward(cfg)
+        self.norm1, self.norm2 = layer_norm(cfg.eps), layer_norm(cfg.eps)
+        self.norm3 = layer_norm(cfg.eps, affine=True)
+        if self.fusion == "xattn2":
+            init = nn.initializers.constant(self.z_gate_init)
+            self.z_gate = self.param("z_gate", init, (cfg.num_heads,), jnp.float32)
+
+    def project_text(self, text_BMD) -> KeyValue:
+        """Cross-attention keys and values of the text rows (once per prompt)."""
+        return self.cross_attn.key_value(text_BMD)
+
+    def project_z(self, z_BSD, rope: Rope | None) -> KeyValue | None:
+        """Keys and values of ETM's output (once per frame), for the fusions that attend to it."""
+        if self.fusion == "selfkv":
+            kv = self.self_attn.z_key_value(z_BSD)
+        elif self.fusion == "xattn2":
+            kv = self.cross_attn.z_key_value(z_BSD)
+        elif self.fusion == "replace":
+            return self.cross_attn.key_value(z_BSD)
+        else:
+            return None
+        return kv if rope is None else KeyValue(apply_rope(kv.k, rope), kv.v)
+
+    def _self_attention(self, h, shared: Shared, cache: KeyValue | None, z: KeyValue | None):
+        layout = self.layout
+        q, own = apply_rope(self.self_attn.query(h), shared.rope_q), self.self_attn.key_value(h)
+        if not layout.rotate_at_use:
+            own = KeyValue(apply_rope(own.k, shared.rope_q), own.v)
+        if layout.frozen:
+            own = KeyValue(*(_stop_gradient(x, layout.frozen * layout.tokens) for x in own))
+        parts = [part for part in (cache, own, z if self.fusion == "selfkv" else None) if part is not None]
+        k, v = (jnp.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
+        chunks = k.shape[1] // layout.tokens
+        if layout.source != tuple(range(chunks)):
+            pick = np.asarray(layout.source)
+            k, v = (rearrange(x, "b (c l) n k -> b c l n k", c=chunks)[:, pick] for x in (k, v))
+            k, v = (rearrange(x, "b c l n k -> b (c l) n k") for x in (k, v))
+        if layout.rotate_at_use:
+            k = apply_rope(k, shared.rope_k)
+        schedule = Schedule.from_table(layout.table, q_chunk=layout.tokens, num_k_chunks=len(layout.source))
+        return self.self_attn.out(attention(q, k, v, schedule, visible_QS=shared.visible)), own
+
+    def _over_z(self, q, z: KeyValue):
+        """Every own chunk attends to the z chunk that conditions it."""
+        layout = self.layout
+        table = [(c,) for c in layout.z_of]
+        chunks = z.k.shape[1] // layout.tokens
+        schedule = Schedule.from_table(table, q_chunk=layout.tokens, num_k_chunks=chunks)
+        return attention(q, z.k, z.v, schedule)
+
+    def _cross_attention(self, h, shared: Shared, text: KeyValue | None, z: KeyValue | None):
+        q = self.cross_attn.query(h)
+        if self.fusion == "replace":
+            return self.cross_attn.out(self._over_z(q, z))
+        rows = Schedule.from_table(
+            [(0,)] * (q.shape[1] // self.layout.tokens),
+            q_chunk=self.layout.tokens, k_chunk=text.k.shape[1], num_k_chunks=1,
+        )  # fmt: skip
+        out = attention(q, text.k, text.v, rows, text=True)
+        if self.fusion == "xattn2":
+            second = self._over_z(apply_rope(q, shared.rope_zq), z)
+            out = out + (self.z_gate[None, None, :, None] * second.astype(jnp.float32)).astype(out.dtype)
+        return self.cross_attn.out(out)
+
+    def __call__(self, x_BSD, shared: Shared, layer: Layer):
+        """x [B, S, D] float32 -> (x, Emitted)."""
+        dtype = jnp.dtype(self.cfg.dtype)
+        text, z = layer.text, layer.z
+        if text is None and shared.text is not None and self.fusion != "replace":
+            text = self.project_text(shared.text)
+        if z is None and shared.z is not None:
+            z = self.project_z(shared.z, shared.rope_z)
+        if self.project_only:
+            return x_BSD, Emitted(text=text, z=z)
+        x_BSD = constrain(x_BSD, "batch", None, None)
+        m = self.modulation[None, None] + shared.modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, :, i] for i in range(6))
+
+        h = settled_on_megacore(modulate(self.norm1(x_BSD), shift1, scale1).astype(dtype))
+        h, own = self._self_attention(h, shared, layer.cache, z)
+        x_BSD = x_BSD + _per_frame(settled_on_megacore(h).astype(jnp.float32), gate1, jnp.multiply)
+        h = self._cross_attention(self.norm3(x_BSD).astype(dtype), shared, text, z)
+        x_BSD = x_BSD + h.astype(jnp.float32)
+        h = self.ffn(settled_on_megacore(modulate(self.norm2(x_BSD), shift2, scale2).astype(dtype)))
+        x_BSD = x_BSD + _per_frame(settled_on_megacore(h).astype(jnp.float32), gate2, jnp.multiply)
+        emitted = Emitted(own=own, text=text, z=z)
+        return x_BSD, Emitted(**{name: getattr(emitted, name) for name in self.emit})
+
+
+_REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots}
+
+
+def block_stack(cfg: WanConfig, depth: int, *, layout: Layout | None, name: str | None = None, **block) -> nn.Module:
+    """``depth`` scanned blocks; call as (x, Shared, Layer with leading layers axis) -> (x, stacked Emitted)."""
+    body = Block
+    if cfg.remat != "none":
+        body = nn.remat(Block, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=False)
+    scanned = nn.scan(
+        body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0), length=depth,
+        check_constancy_invariants=False,  # nothing of the body is broadcast: saves one trace of it
+    )  # fmt: skip
+    return scanned(cfg, layout=layout, name=name, **block)
+
+
+def sinusoid(t: jax.Array, dim: int) -> jax.Array:
+    """[..., dim] cos then sin of t * 10000^(-k / (dim / 2)) (METHOD_SPEC A.3), float32.
+
+    The integer part of t goes through a float64-made table: t up to 1000 times a frequency of 1 would cost four
+    digits in float32.
+    """
+    half = dim // 2
+    frequency = 10_000.0 ** (-np.arange(half, dtype=np.float64) / half)
+    whole = np.arange(int(TIMESTEPS) + 1)[:, None] * frequency
+    cos_table, sin_table = (jnp.asarray(f(whole), jnp.float32) for f in (np.cos, np.sin))
+    t = t.astype(jnp.float32)
+    floor = jnp.clip(jnp.floor(jax.lax.stop_gradient(t)), 0.0, TIMESTEPS)
+    index = floor.astype(jnp.int32)
+    angle = (t - floor)[..., None] * jnp.asarray(frequency, jnp.float32).reshape((1,) * t.ndim + (-1,))
+    cos, sin = cos_table[index], sin_table[index]
+    return jnp.concatenate(
+        [cos * jnp.cos(angle) - sin * jnp.sin(angle), sin * jnp.cos(angle) + cos * jnp.sin(angle)], axis=-1
+    )
+
+
+class Embeddings(nn.Module):
+    """Patch, text and time embeddings (METHOD_SPEC A.3)."""
+
+    cfg: WanConfig
+    with_text: bool = True
+
+    def setup(self):
+        cfg = self.cfg
+        text_init, time_init = nn.initializers.normal(cfg.text_init), nn.initializers.normal(cfg.time_init)
+        self.patch = dense(cfg.dim, cfg)
+        if self.with_text:
+            self.text_in, self.text_out = (dense(cfg.dim, cfg, text_init) for _ in range(2))
+        self.time_in, self.time_out = (dense(cfg.dim, cfg, time_init) for _ in range(2))
+        self.time_projection = dense(6 * cfg.dim, cfg)
+
+    def tokens(self, x_BTHWC):
+        """Latents -> [B, T*h*w, D] float32, frame-major."""
+        p, dtype = self.cfg.patch, jnp.dtype(self.cfg.dtype)
+        x = rearrange(x_BTHWC.astype(dtype), "b t (h p) (w q) c -> b (t h w) (p q c)", p=p, q=p)
+        return self.patch(x).astype(jnp.float32)
+
+    def text(self, text_BMC):
+        """Encoder rows -> [B, M, D]; padded rows become the constant MLP(0) and are attended (METHOD_SPEC A.3)."""
+        return self.text_out(nn.gelu(self.text_in(text_BMC.astype(jnp.dtype(self.cfg.dtype))), approximate=True))
+
+    def time(self, sigma_BT, extra_BTD=None):
+        """Noise levels -> (e [B, T, D], e0 [B, T, 6, D]) float32; ``extra`` is added to e (fusion "adaln")."""
+        dtype = jnp.dtype(self.cfg.dtype)
+        e = sinusoid(sigma_BT * TIMESTEPS, self.cfg.freq_dim).astype(dtype)
+        e = self.time_out(nn.silu(self.time_in(e)))
+        if extra_BTD is not None:
+            e = e + extra_BTD.astype(dtype)
+        e0 = rearrange(self.time_projection(nn.silu(e)), "b t (s d) -> b t s d", s=6)
+        return e.astype(jnp.float32), e0.astype(jnp.float32)
+
+
+class Head(nn.Module):
+    """Final modulated LayerNorm and projection to patches; the vector of a patch is (p_h, p_w, c)."""
+
+    cfg: WanConfig
+
+    @nn.compact
+    def __call__(self, x_BSD, e_BTD, frames: int, grid: tuple[int, int]):
+        cfg = self.cfg
+        init = nn.initializers.normal(cfg.dim**-0.5)
+        table = self.param("modulation", init, (2, cfg.dim), jnp.float32)
+        m = table[None, None] + e_BTD[:, :, None]
+        h = settled(modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]).astype(jnp.dtype(cfg.dtype)))
+        out = dense(cfg.patch**2 * cfg.channels, cfg, nn.initializers.zeros, name="projection")(h)
+        return rearrange(
+            out.astype(jnp.float32), "b (t h w) (p q c) -> b t (h p) (w q) c",
+            t=frames, h=grid[0], w=grid[1], p=cfg.patch, q=cfg.patch,
+        )  # fmt: skip

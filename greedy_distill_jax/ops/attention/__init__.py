@@ -1,0 +1,6 @@
+"""Chunk-sparse attention: query chunks attend to short lists of key chunks."""
+
+from greedy_distill_jax.ops.attention.api import chunk_attention, decode_attention
+from greedy_distill_jax.ops.attention.schedule import Schedule
+
+__all__ = ["Schedule", "chunk_attention", "decode_attention"]

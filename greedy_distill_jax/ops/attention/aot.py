@@ -1,0 +1,166 @@
+"""Compiles the TPU kernels for devices that are not there, and counts what the compiler made of them.
+
+libtpu compiles for a described topology on any machine. Its schedule analysis gives the number of VLIW bundles of a
+kernel; the useful work (unmasked pairs only) per bundle ranks block sizes and guards against regressions. It is a
+static figure, not a speed. ``cost_analysis()`` would only echo the estimate that the kernel states itself.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ops.attention import tuning
+from greedy_distill_jax.ops.attention.api import chunk_attention, decode_attention
+from greedy_distill_jax.ops.attention.arg_specs import Spec
+from greedy_distill_jax.ops.attention.tuning import Blocks
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+MATMULS = {"forward_kernel": 2, "dq_kernel": 3, "dkv_kernel": 4, "decode_kernel": 2}
+_BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
+
+
+@contextlib.contextmanager
+def bundle_dump() -> Iterator[Path]:
+    """A folder in which libtpu leaves its schedule analysis. Only before the first use of libtpu in a process."""
+    with tempfile.TemporaryDirectory(prefix="llo") as folder:
+        options = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+            "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+        )
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {options}".strip()
+        yield Path(folder)
+
+
+def target_mesh(target: str) -> Mesh:
+    """A mesh of one described device.
+
+    Raises:
+      UserError: no such target, or libtpu is not installed.
+    """
+    if target not in TOPOLOGIES:
+        raise UserError(f"unknown target {target!r}; choose from {', '.join(TOPOLOGIES)}.")
+    return Mesh(np.array(describe(TOPOLOGIES[target]).devices[:1]), ("device",))
+
+
+def describe(topology: str):
+    """jax's description of a slice such as "v5p:2x2x1", from which its compiler is asked.
+
+    Raises:
+      UserError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for a TPU needs its compiler, which is not installed; pip install libtpu.")
+    # Without these libtpu asks the cloud's metadata server who it is, and locks out other processes as from a device.
+    described = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+    for name, value in (described | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology)
+
+
+def interruptible(work: Callable[[], Any]) -> Any:
+    """``work()`` in a thread of its own: Python acts on no signal while the main thread waits for a compiler."""
+    result: Future = Future()
+
+    def run():
+        try:
+            result.set_result(work())
+        except BaseException as error:  # whatever it is, it is raised where it is waited for
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not result.done():
+        wait([result], timeout=0.5)
+    return result.result()
+
+
+def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: Path | None = None) -> dict:
+    """Compiles forward and backward (forward only for a decode) of one workload.
+
+    Args:
+      spec: the workload.
+      mesh: one described device (``target_mesh``).
+      blocks: block sizes; None takes the tuned ones of the device.
+      dump: the folder of ``bundle_dump``, if bundles are wanted.
+
+    Returns:
+      seconds; memory {arguments, outputs, temporaries, code} in bytes; with ``dump`` bundles {kernel: number} and
+      kflop_per_bundle {kernel: useful kFLOP of one grid step per bundle}.
+    """
+
+    def forward(q, k, v):
+        options = dict(implementation="pallas_tpu")
+        if spec.decode:
+            pair = blocks.forward if blocks else None
+            return decode_attention(q, k, v, k.shape[1], blocks=pair, **options)
+        return chunk_attention(q, k, v, spec.schedule, blocks=blocks, **options)
+
+    def both(q, k, v, g):
+        out, pull = jax.vjp(forward, q, k, v)
+        return out, pull(g)
+
+    shapes = spec.shapes(NamedSharding(mesh, PartitionSpec()))
+    before = set(dump.iterdir()) if dump else set()
+    start = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(forward).lower(*shapes[:3]) if spec.decode else jax.jit(both).lower(*shapes)
+        stats = interruptible(lowered.compile).memory_analysis()
+    result = {
+        "seconds": time.perf_counter() - start,
+        "memory": {
+            "arguments": stats.argument_size_in_bytes,
+            "outputs": stats.output_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+            "code": stats.generated_code_size_in_bytes,
+        },
+    }
+    if dump:
+        result["bundles"] = _bundles(set(dump.iterdir()) - before)
+        result["kflop_per_bundle"] = {
+            name: round(_useful_kflop(spec, name, blocks, mesh) / count, 1) for name, count in result["bundles"].items()
+        }
+    return result
+
+
+def _bundles(files: set[Path]) -> dict[str, int]:
+    found = {}
+    for path in files:
+        for name in MATMULS:
+            if name in path.name and path.name.endswith("schedule-analysis_final_bundles.txt"):
+                found[name] = int(_BUNDLES.search(path.read_text())[1])
+    for path in files:
+        path.unlink()
+    return dict(sorted(found.items()))
+
+
+def _useful_kflop(spec: Spec, kernel: str, blocks: Blocks | None, mesh: Mesh) -> float:
+    """kFLOP of one average grid step, counted on unmasked pairs."""
+    table = spec.schedule
+    kind = mesh.devices.flat[0].device_kind
+    if spec.decode:
+        pair = blocks.forward if blocks else tuning.default_blocks(table.q_chunk, table.num_k_chunks * table.k_chunk)
+        steps = -(-table.q_chunk // pair[0]) * -(-table.num_k_chunks * table.k_chunk // pair[1])
+    else:
+        chosen = blocks or tuning.choose(kind, table.q_chunk, table.k_chunk, spec.dim, spec.dtype)
+        by_query, by_key = table.block_lists(*getattr(chosen, kernel.removesuffix("_kernel")))
+        steps = len((by_key if kernel == "dkv_kernel" else by_query).outer)
+    return 2 * MATMULS[kernel] * spec.dim * table.pairs / steps / 1e3
+
+
+def libtpu_version() -> str:
+    """The installed version."""
+    return importlib.metadata.version("libtpu")

@@ -1,0 +1,34 @@
+"""Chunk attention on NVIDIA GPUs by cuDNN's fused attention on exact slices: the safe default there.
+
+Query chunks with equally long lists are one batch: their keys are gathered side by side and nothing is masked, so no
+pair outside the table is computed. The copies of the keys are what a kernel of our own will save.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from greedy_distill_jax.ops.attention.schedule import Schedule
+
+
+def attend(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, scale: float, inner: str = "cudnn"):
+    """See ``api.chunk_attention``; ``inner`` is the implementation of ``jax.nn.dot_product_attention``."""
+    schedule = schedule.merged()
+    q = rearrange(q_BLNK, "b (c l) n k -> b c l n k", l=schedule.q_chunk)
+    k, v = (rearrange(x, "b (c s) n k -> b c s n k", s=schedule.k_chunk) for x in (k_BSNK, v_BSNK))
+    lengths = np.array([len(row) for row in schedule.table])
+    parts, order = [], []
+    for length in np.unique(lengths):
+        members = np.flatnonzero(lengths == length)
+        order.append(members)
+        if length == 0:
+            parts.append(jnp.zeros_like(q[:, members]))
+            continue
+        index = np.array([sorted(schedule.table[i]) for i in members])
+        keys, values = (rearrange(x[:, index], "b c p s n k -> (b c) (p s) n k") for x in (k, v))
+        queries = rearrange(q[:, members], "b c l n k -> (b c) l n k")
+        out = jax.nn.dot_product_attention(queries, keys, values, scale=scale, implementation=inner)
+        parts.append(rearrange(out, "(b c) l n k -> b c l n k", c=len(members)))
+    back = np.argsort(np.concatenate(order))
+    return rearrange(jnp.concatenate(parts, axis=1)[:, back], "b c l n k -> b (c l) n k")

@@ -1,6 +1,0 @@
-"""Chunk-sparse attention: query chunks attend to short lists of key chunks."""
-
-from greedy_distill_jax.ops.sliding_window.api import chunk_attention, decode_attention
-from greedy_distill_jax.ops.sliding_window.schedule import Schedule
-
-__all__ = ["Schedule", "chunk_attention", "decode_attention"]

@@ -1,0 +1,71 @@
+"""TPU slices that are not there: their sizes, their published figures, and devices to compile for.
+
+FLOPs and links per chip are from the tables of docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e. Those give the
+inter-chip bandwidth of both directions together; here it is halved, as what a chip can send. Memory is what libtpu
+0.0.51 lets a program have, as it says when one asks for more: a little less than the published 16 and 32 GiB.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ops.attention import aot
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Figures of one chip.
+
+    hbm: bytes of memory that a program can have. flops: bfloat16 operations per second. link_rate: bytes per second
+    sent to other chips over all links together. slices: what is compiled here, smallest first.
+    """
+
+    hbm: float
+    flops: float
+    link_rate: float
+    slices: tuple[str, ...]
+
+
+GIB = 2.0**30
+SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CHIPS: dict[str, Chip] = {
+    "v5e": Chip(15.75 * GIB, 197e12, 200e9, SQUARES),
+    "v6e": Chip(31.24 * GIB, 918e12, 400e9, SQUARES),
+    "v5p": Chip(95.73 * GIB, 459e12, 600e9, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")),
+}
+
+
+def check(topology: str) -> tuple[str, str]:
+    """("v5p", "4x4x4") of "v5p:4x4x4"; UserError when it is none of the known slices."""
+    generation, _, size = topology.partition(":")
+    if topology in CHIPS:
+        sizes = ", ".join(f"{topology}:{x}" for x in CHIPS[topology].slices)
+        raise UserError(f"--topology={topology} is a generation of chips; add --search, or a size: {sizes}.")
+    if generation not in CHIPS or size not in CHIPS[generation].slices:
+        known = ", ".join(f"{name}:{'|'.join(chip.slices)}" for name, chip in CHIPS.items())
+        raise UserError(f"unknown topology {topology!r}; choose from {known}.")
+    return generation, size
+
+
+def devices(topology: str) -> np.ndarray:
+    """The described devices of a slice, for ``mesh.make_mesh``.
+
+    Raises:
+      UserError: no such slice, or libtpu is not installed.
+    """
+    check(topology)
+    return np.array(aot.describe(topology).devices)
+
+
+def larger(topology: str) -> list[str]:
+    """The larger slices of the same chips, the next one first."""
+    generation, size = check(topology)
+    slices = CHIPS[generation].slices
+    return [f"{generation}:{other}" for other in slices[slices.index(size) + 1 :]]
+
+
+def chips(topology: str) -> int:
+    """Number of chips of a slice."""
+    return math.prod(map(int, check(topology)[1].split("x")))

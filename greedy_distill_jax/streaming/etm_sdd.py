@@ -1,0 +1,253 @@
+"""Streaming inference: ``init`` / ``step`` / ``switch_prompt``, pure functions with every cache in the state.
+
+Sampling and its loop serve every student; the streamer here is that of ETM + SDD, ``stream_causal`` has the other.
+
+One step makes one chunk: ETM reads the last chunk and gives z; SDD denoises the new chunk from frame 0, the last
+frame and z; a clean pass (or one of its alternatives, ``StudentConfig.context``) leaves the keys the next chunk will
+look at. The state has a fixed size, so does the cost: neither depends on how many frames came before.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from greedy_distill_jax.distribution import parallel
+from greedy_distill_jax.models.students import patterns
+from greedy_distill_jax.models.students.base import ContextGrad
+from greedy_distill_jax.models.students.config import StudentConfig
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.wan.dit import grid_of
+from greedy_distill_jax.models.wan.layers import KeyValue, Layer
+from greedy_distill_jax.streaming.loop import Exit, Sampling, denoise, ring_slot, write_slot
+
+
+class StreamState(NamedTuple):
+    """Everything a stream carries from chunk to chunk; batch-first where it depends on the video."""
+
+    index: jax.Array  # int32: chunks made so far
+    key: jax.Array
+    last: jax.Array  # [B, g, H, W, C] the last chunk, clean
+    etm_cache: KeyValue | None  # [layers, B, (sink + window - 1) * tokens, N, K]
+    etm_slots: jax.Array  # int32 [sink + window - 1]: which slot each cache chunk holds, -1 for none
+    etm_text: KeyValue
+    sdd_cache: KeyValue  # [layers, B, 2 * tokens, N, K]: frame 0, previous frame
+    sdd_text: KeyValue | None
+    z: jax.Array | None  # context "fused": ETM's output for the last chunk, whose clean pass is pending
+
+
+def _past(cfg: StudentConfig, i):
+    """Whether chunk ``i`` sees frame 0 and, where that is another one, the previous chunk."""
+    return (i >= 1) if cfg.anchor else (i == 1), i >= 2
+
+
+class Streamer:
+    """``init``, ``step`` and ``switch_prompt`` of ETM + SDD and one way of sampling."""
+
+    def __init__(self, student: Student, sampling: Sampling):
+        self.student, self.sampling, self.cfg = student, sampling, student.cfg
+
+    def init(self, params, text_BMC, key, latent_shape: tuple[int, int, int]) -> StreamState:
+        """An empty stream for prompts [B, M, C] and latents (H, W, C)."""
+        cfg, base, batch = self.cfg, self.cfg.base, text_BMC.shape[0]
+        last = parallel.varying(jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32))
+        tokens = self.student.chunk_tokens(last)
+        etm_text, sdd_text = self._project_text(params, text_BMC)
+        slots = cfg.sink + cfg.window - 1
+
+        def empty(layers, chunks):
+            shape = (layers, batch, chunks * tokens, base.num_heads, base.head_dim)
+            return parallel.varying(KeyValue(*(jnp.zeros(shape, jnp.dtype(base.dtype)) for _ in KeyValue._fields)))
+
+        return StreamState(
+            index=jnp.int32(0),
+            key=key,
+            last=last,
+            etm_cache=empty(len(cfg.etm_layers), slots) if slots else None,
+            etm_slots=jnp.full((slots,), -1, jnp.int32),
+            etm_text=etm_text,
+            sdd_cache=empty(len(cfg.sdd_layers), 2),
+            sdd_text=sdd_text,
+            z=parallel.varying(jnp.zeros((batch, tokens, base.dim), jnp.float32)) if cfg.context == "fused" else None,
+        )
+
+    def switch_prompt(self, params, state: StreamState, text_BMC) -> StreamState:
+        """The same stream under new prompts: cached text is replaced, the visual history stays."""
+        etm_text, sdd_text = self._project_text(params, text_BMC)
+        return state._replace(etm_text=etm_text, sdd_text=sdd_text)
+
+    def _project_text(self, params, text_BMC):
+        etm = self.student.etm(project_only=True)
+        etm_text = etm.apply({"params": params["etm"]}, text_BMC, method="project").text
+        if self.cfg.fusion == "replace":
+            return etm_text, None
+        sdd = self.student.sdd(project_only=True)
+        return etm_text, sdd.apply({"params": params["sdd"]}, text_BMC, method="project").text
+
+    def step(self, params, state: StreamState) -> tuple[StreamState, jax.Array]:
+        """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
+        if self.cfg.context != "fused":
+            state, x, _ = self.step_to(params, state, self.sampling.ends)
+            return state, x
+        key, key_sample = jax.random.split(state.key)
+        z, state = self._etm(params, state._replace(key=key))
+        x, state = self._denoise_fused(params, state, z, key_sample)
+        return state._replace(z=z, index=state.index + 1, last=x), x
+
+    def step_to(self, params, state: StreamState, exits) -> tuple[StreamState, jax.Array, Exit]:
+        """``step`` that leaves the step list early: the x0 predicted at step ``exits`` (per list) is the chunk.
+
+        Training by self-rollout draws the exit at random (METHOD_SPEC C.3). Context mode "fused" has no such form; its
+        numbers are those of "clean".
+        """
+        key, key_sample = jax.random.split(state.key)
+        z, state = self._etm(params, state._replace(key=key))
+        call = self._caller(params, state, z)
+        emit = ("own",) if self.cfg.context == "last_step_kv" else ()
+        tokens = self.student.chunk_tokens(state.last)
+        own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
+        velocity = functools.partial(call, emit=emit)
+        x, own, exit = denoise(self.sampling, velocity, state.index, state.last.shape, own, key_sample, exits)
+        return self._conclude(call, state, x, own), x, exit
+
+    def replay(self, params, state: StreamState, exit: Exit, grads: ContextGrad, frames: bool):
+        """The chunk of ``step_to`` again, from its exit: differentiable in ``params``.
+
+        Args:
+          params, state: as for ``step``.
+          exit: input and noise level of the step that made the chunk.
+          grads: what flows through the parameters that made the contexts.
+          frames: gradients also flow through the generated frames that later chunks see.
+
+        Returns:
+          (new state, x0 [B, g, H, W, C]).
+        """
+        z, state = self._etm(params, state)
+        z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
+        call = self._caller(params, state, z)
+        last_kv = self.cfg.context == "last_step_kv"
+        v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv else ())
+        x = exit.x - exit.sigma * v
+        seen = x if frames else jax.lax.stop_gradient(x)
+        return self._conclude(call, state, seen, emitted.own, frozen=grads.sdd == "none"), x
+
+    def _conclude(self, call, state: StreamState, x, own: KeyValue | None, frozen: bool = False) -> StreamState:
+        """The state after chunk ``x``: its clean pass (or the keys of its last step) becomes the cache."""
+        if own is None:
+            own = call(x, jnp.float32(0.0), with_head=False, emit=("own",))[1].own
+        own = jax.lax.stop_gradient(own) if frozen else own
+        cache = self._remember(state.sdd_cache, own, state.index == 0)
+        return state._replace(sdd_cache=cache, index=state.index + 1, last=x)
+
+    def _etm(self, params, state: StreamState):
+        """z of the next chunk; the ring takes the new slot's keys and values."""
+        cfg, j = self.cfg, state.index
+        grid, tokens = grid_of(state.last, cfg.base), self.student.chunk_tokens(state.last)
+        layout, ids = patterns.etm_step(cfg, tokens), state.etm_slots
+        visible = jnp.concatenate([ids >= 0, jnp.ones(1, bool)])[None]
+        if layout.rotate_at_use:
+            # Only differences matter: the new slot sits at the end, a sink no further away than just before the ring.
+            own = jnp.int32(cfg.sink + cfg.window - 1)
+            distance = jnp.where(ids < cfg.sink, jnp.minimum(j - ids, own - ids), j - ids)
+            key_position = jnp.concatenate([jnp.where(ids >= 0, own - distance, 0), own[None]])
+            ropes = dict(rope_q=self.student.rope(own[None], grid), rope_k=self.student.rope(key_position, grid))
+        else:
+            ropes = dict(rope_q=self.student.rope(j[None], grid))
+        zero = jnp.zeros((state.last.shape[0], 1), jnp.float32)
+        z, emitted = self.student.etm(layout, emit=("own",)).apply(
+            {"params": params["etm"]}, state.last, (j == 0)[None], zero, visible=visible,
+            layer=Layer(cache=state.etm_cache, text=state.etm_text), **ropes,
+        )  # fmt: skip
+        if state.etm_cache is None:
+            return z, state
+        slot, keep = ring_slot(j, cfg.sink, cfg.window - 1)
+        cache = jax.tree.map(lambda c, own: write_slot(c, own, slot, keep, axis=2), state.etm_cache, emitted.own)
+        return z, state._replace(etm_cache=cache, etm_slots=write_slot(ids, j[None], slot, keep, axis=0))
+
+    def _project_z(self, params, z, rope_z):
+        sdd = self.student.sdd(project_only=True)
+        if self.cfg.fusion not in ("selfkv", "xattn2", "replace"):
+            return None
+        return sdd.apply({"params": params["sdd"]}, z_BSD=z, rope_z=rope_z, method="project").z
+
+    def _caller(self, params, state: StreamState, z):
+        """SDD's call for the next chunk: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
+        cfg, student, i = self.cfg, self.student, state.index
+        grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
+        layout = patterns.sdd_step(cfg, tokens)
+        previous, current = patterns.sdd_positions(cfg, i)
+        keys = jnp.stack([jnp.zeros_like(i), previous] + [current] * (len(layout.source) - 2))
+        visible = jnp.stack([*_past(cfg, i)] + [i >= 0] * (len(layout.source) - 2))[None]
+        ropes = student.z_ropes(1, 1, current[None], grid)
+        layer = Layer(state.sdd_cache, state.sdd_text, self._project_z(params, z, ropes.get("rope_z")))
+        call_args = dict(
+            rope_q=student.rope(current[None], grid), rope_k=student.rope(keys, grid), visible=visible,
+            z_BSD=z, layer=layer, **ropes,
+        )  # fmt: skip
+
+        def call(x, sigma, **module):
+            sigma = jnp.broadcast_to(sigma, (x.shape[0], 1))
+            return student.sdd(layout, **module).apply({"params": params["sdd"]}, x, sigma, **call_args)
+
+        return call
+
+    def _remember(self, cache: KeyValue, own: KeyValue, is_first) -> KeyValue:
+        """Cache [frame 0 | previous] after the clean pass of a chunk."""
+
+        def write(cache, own):
+            tokens = own.shape[2]
+            first = jnp.where(is_first, own, cache[:, :, :tokens])
+            return jnp.concatenate([first, own], axis=2)
+
+        return KeyValue(*(write(c, o) for c, o in zip(cache, own, strict=True)))
+
+    def _denoise_fused(self, params, state: StreamState, z, key):
+        """As ``denoise``, the pending clean pass of the last chunk riding along in the first call."""
+        cfg, student, i = self.cfg, self.student, state.index
+        grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
+        layout = patterns.sdd_fused(cfg, tokens)
+        before, last = patterns.sdd_positions(cfg, jnp.maximum(i - 1, 0))
+        previous, current = patterns.sdd_positions(cfg, i)
+        selfkv = cfg.fusion == "selfkv"
+        zero, yes, no = jnp.zeros_like(i), i >= 0, i < 0
+        keys = jnp.stack([zero, before, last, previous, current] + ([last, current] if selfkv else []))
+        visible = jnp.stack([
+            jnp.stack([*_past(cfg, i - 1), yes, no, no] + ([yes, no] if selfkv else [])),
+            jnp.stack([(i >= 2) & cfg.anchor, no, no, i >= 1, yes] + ([no, yes] if selfkv else [])),
+        ])  # fmt: skip
+        own_position = jnp.stack([last, current])
+        ropes = student.z_ropes(2, 2, own_position, grid)
+        both_z = jnp.concatenate([state.z, z], axis=1)
+        both_kv = self._project_z(params, both_z, ropes.get("rope_z"))
+        fresh: list[KeyValue] = []
+
+        def first(x, sigma):
+            own = jnp.concatenate([state.last, x], axis=1)
+            levels = jnp.repeat(jnp.stack([jnp.zeros_like(sigma), sigma]), cfg.chunk)
+            v, emitted = student.sdd(layout, emit=("own",)).apply(
+                {"params": params["sdd"]}, own, jnp.broadcast_to(levels[None], own.shape[:2]),
+                rope_q=student.rope(own_position, grid), rope_k=student.rope(keys, grid), visible=visible,
+                z_BSD=both_z, layer=Layer(state.sdd_cache, state.sdd_text, both_kv), **ropes,
+            )  # fmt: skip
+            clean = jax.tree.map(lambda y: y[:, :, :tokens], emitted.own)
+            cache = self._remember(state.sdd_cache, clean, i == 1)
+            fresh.append(jax.tree.map(lambda new, old: jnp.where(i >= 1, new, old), cache, state.sdd_cache))
+            return v[:, cfg.chunk :]
+
+        step_layout = patterns.sdd_step(cfg, tokens)
+        extra = len(step_layout.source) - 2
+        z_ropes = student.z_ropes(1, 1, current[None], grid)
+        z_kv = None if both_kv is None else jax.tree.map(lambda y: y[:, :, tokens:], both_kv)
+
+        def velocity(x, sigma):
+            return student.sdd(step_layout).apply(
+                {"params": params["sdd"]}, x, jnp.broadcast_to(sigma, (x.shape[0], 1)),
+                rope_q=student.rope(current[None], grid),
+                rope_k=student.rope(jnp.stack([zero, previous] + [current] * extra), grid),
+                visible=jnp.stack([*_past(cfg, i)] + [yes] * extra)[None],
+                z_BSD=z, layer=Layer(fresh[0], state.sdd_text, z_kv), **z_ropes,
+            )  # fmt: skip
+
+        x, _, _ = denoise(self.sampling, velocity, i, state.last.shape, None, key, self.sampling.ends, first)
+        return x, state._replace(sdd_cache=fresh[0])

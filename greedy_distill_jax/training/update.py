@@ -1,0 +1,161 @@
+"""Pure step functions; ``train.py`` jits them with shardings."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from greedy_distill_jax.distribution import parallel
+from greedy_distill_jax.losses import option_names
+from greedy_distill_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One weighted loss of the sum ``train.py`` minimises."""
+
+    name: str
+    loss: Callable
+    weight: float
+    options: Mapping[str, object]
+
+
+def drop_text(text_BMC, null_MC, key, rate: float):
+    """Replaces the text of a fraction ``rate`` of the examples by the unconditional rows."""
+    drop = jax.random.uniform(key, (text_BMC.shape[0], 1, 1)) < rate
+    return jnp.where(drop, null_MC[None], text_BMC)
+
+
+def total_loss(terms: Sequence[Term], net, batch, key, scores: Mapping[str, Callable] | None = None):
+    """(sum of weight * mean(loss_B), metrics by term, see ``logged``); ``net`` is called with x, sigma, batch.
+
+    ``scores``: networks that a loss may ask for by the keyword-only arguments "real" and "fake".
+    """
+    total, metrics = jnp.float32(0.0), {}
+    for i, term in enumerate(terms):
+        asked = {name: score for name, score in (scores or {}).items() if name in option_names(term.loss)}
+        loss_B, extra = term.loss(net, batch, jax.random.fold_in(key, i), **asked, **term.options)
+        value = jnp.mean(loss_B)
+        total = total + term.weight * value
+        metrics[term.name] = value
+        metrics.update({f"{term.name}/{name}": x for name, x in extra.items()})
+    return total, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How gradients become parameters.
+
+    optimizer: of the trained parameters.
+    ema_decay, ema_start: the average follows the parameters exactly until step ``ema_start``.
+    rate_scale: ``rate_scale(params) -> tree`` of factors on the update of each leaf (new parameters learn faster).
+    """
+
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    ema_start: int
+    rate_scale: Callable | None = None
+
+    def params(self, params, opt_state, grads):
+        """(new parameters, new optimiser state)."""
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes dtypes and ranks
+            updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        if self.rate_scale is not None:
+            updates = jax.tree.map(lambda u, s: u * s, updates, self.rate_scale(params))
+        return optax.apply_updates(params, updates), opt_state
+
+    def ema(self, ema, params, step):
+        """The average after update ``step``."""
+        return jax.tree.map(
+            lambda old, new: jnp.where(step <= self.ema_start, new, old + (1.0 - self.ema_decay) * (new - old)),
+            ema, params,
+        )  # fmt: skip
+
+
+def value_and_gradients(objective: Callable, params):
+    """((value, auxiliary values), gradients) of ``objective(params)``."""
+    value, grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return value, parallel.at_rest(grads)
+
+
+def accumulate(gradients: Callable, batch: Mapping[str, jax.Array], keys, count: int):
+    """Mean of ``gradients(part of the batch, keys)`` over ``count`` microbatches, one after the other.
+
+    Args:
+      gradients: returns a tree of float32 arrays, each a mean over the examples it is given.
+      batch: examples along the first axis of every array.
+      keys: PRNG keys [n], from which each of several microbatches makes its own.
+      count: divides the number of examples. Microbatch i takes every ``count``-th example from i on: each device group
+        computes its own examples of it, and none move.
+    """
+    if count == 1:
+        return gradients(batch, keys)
+
+    def part(total, xs):
+        index, microbatch = xs
+        own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        return jax.tree.map(jnp.add, total, gradients(microbatch, own)), None
+
+    parts = {name: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1) for name, x in batch.items()}
+    shapes = jax.eval_shape(lambda b: gradients(b, keys), {name: x[0] for name, x in parts.items()})
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(part, start, (jnp.arange(count), parts))
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    *,
+    seed: int,
+    null_MC,
+    make_net: Callable,
+    terms: Sequence[Term],
+    update: Update,
+    text_dropout: float,
+    microbatches: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of a network trained on data.
+
+    Args:
+      state: donated by the caller.
+      batch: "latents" [B, T, H, W, C] and "text" [B, M, C].
+      seed, null_MC: randomness is a function of (seed, state.step); null_MC are the unconditional text rows.
+      make_net: ``make_net(params, key) -> net``.
+      terms: weighted losses.
+      update: optimiser and average.
+      text_dropout: fraction of examples trained without text.
+      microbatches: parts of the batch that are computed one after the other, see ``accumulate``.
+
+    Returns:
+      (state, metrics): every loss term, their weighted sum "loss", "grad_norm", and "param_norm" after the update.
+    """
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 3)
+    batch = {**batch, "text": drop_text(batch["text"], null_MC, keys[0], text_dropout)}
+
+    def gradients(batch, keys):
+        def objective(params):
+            return total_loss(terms, make_net(params, keys[0]), batch, keys[1])
+
+        return value_and_gradients(objective, state.params)
+
+    (loss, metrics), grads = accumulate(gradients, batch, keys[1:], microbatches)
+    params, opt_state = update.params(state.params, state.opt_state, grads)
+    step = state.step + 1
+    state = state._replace(step=step, params=params, ema=update.ema(state.ema, params, step), opt_state=opt_state)
+    return state, {"loss": loss, **logged(metrics), **norms(grads, params)}
+
+
+def logged(metrics) -> dict[str, jax.Array]:
+    """Metrics as scalars: the mean behind every (sum, count), 0 where nothing was counted.
+
+    After ``accumulate``, because the mean of microbatches' means would not be that of the batch.
+    """
+    return {k: x[0] / jnp.maximum(x[1], 1e-6) if isinstance(x, tuple) else x for k, x in metrics.items()}
+
+
+def norms(grads, params) -> dict[str, jax.Array]:
+    """Global norms of the gradient and of the parameters after the update."""
+    return {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}

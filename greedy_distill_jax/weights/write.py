@@ -1,0 +1,187 @@
+"""The other formats written: safetensors in shards, `.pt`, and the folder with the PyTorch student.
+
+Everything is written under a temporary name beside the target and renamed at the end.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.students.config import StudentConfig
+from greedy_distill_jax.weights import names
+from greedy_distill_jax.weights.files import PARTS, import_torch, to_torch
+from greedy_distill_jax.weights.load import stored_dtype
+from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, Source, wan_of
+
+WRITABLE = ("original", "diffusers", "causal-pt", "torch-student")
+SHARD_BYTES = 5 * 10**9
+STUDENT_FILE = "torch_student.py"
+
+
+@contextlib.contextmanager
+def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``target`` for a file or folder; renamed to it at the end, removed on any error.
+
+    Raises:
+      UserError: ``target`` exists (and ``overwrite`` is off), or its place cannot be written.
+    """
+    target = Path(target).expanduser()
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; choose another name or pass --overwrite.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}); choose another place.") from error
+    try:
+        partial = temporary / target.name
+        try:
+            yield partial
+        except OSError as error:
+            raise UserError(f"{target} cannot be written ({error.strerror or error}).") from error
+        if target.exists():
+            os.replace(target, temporary / "replaced")
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tensors_of(source: Source, naming: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(foreign name, tensor), leaf by leaf: no more than one leaf of ours is in memory.
+
+    Raises:
+      UserError: a parameter that has no name there (a student's, in Wan's formats).
+    """
+    for path, shape in source.shapes.items():
+        whole = (slice(None),) * len(names.layer_shape(path, shape))
+        wanted = stored_dtype(source, path, dtype)
+        for layer, name in enumerate(names.foreign_names(path, shape, naming)):
+            value = np.asarray(source.read_layer(path, layer, whole), wanted)
+            yield name, names.to_foreign(path, value, patch=wan_of(source.cfg).patch)
+
+
+def write(
+    source: Source,
+    target: str | os.PathLike,
+    form: str,
+    *,
+    dtype: str = "keep",
+    shard_bytes: int = SHARD_BYTES,
+    student: Mapping[str, Any] | None = None,
+    codec: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a source in another format.
+
+    Args:
+      source: from `open_source`.
+      target: a folder; for "causal-pt" a file.
+      form: one of `WRITABLE`.
+      dtype: of the written tensors, "keep" or a name.
+      shard_bytes: largest safetensors file; more than one get an index.json.
+      student: for "torch-student": "sampling" and "latent_shape" for config.json.
+      codec: for "torch-student": the codec of a run, copied along.
+      overwrite: replace the target.
+
+    Raises:
+      UserError: a student in a format of Wan's or the other way round, or a place that cannot be written.
+    """
+    is_student = isinstance(source.cfg, StudentConfig)
+    if form not in WRITABLE:
+        raise UserError(f"--format {form!r} is unknown; choose from {', '.join(WRITABLE)}.")
+    if is_student != (form == "torch-student"):
+        fits = "torch-student" if is_student else "original, diffusers or causal-pt"
+        holds = "ETM + SDD" if is_student else "a Wan DiT"
+        raise UserError(f"{source.path} holds {holds}, which --format {form} cannot; use {fits}.")
+    stored_dtype(source, next(iter(source.shapes)), dtype)
+    if form == "causal-pt" and Path(target).suffix not in (".pt", ".pth"):
+        raise UserError(f"{target} is no .pt file; name the output such as {target}.pt")
+    with replacing(target, overwrite=overwrite) as partial:
+        if form == "causal-pt":
+            _write_pt(source, partial, dtype)
+            return
+        partial.mkdir()
+        stem = "model" if is_student else "diffusion_pytorch_model"
+        naming = "diffusers" if form == "diffusers" else "original"
+        _write_safetensors(source, partial, stem, naming, dtype, shard_bytes)
+        config = _student_config(source, dict(student or {})) if is_student else _wan_config(source, form)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if is_student:
+            shutil.copyfile(Path(__file__).with_name(STUDENT_FILE), partial / STUDENT_FILE)
+            if codec is not None:
+                shutil.copyfile(codec, partial / codec.name)
+
+
+def architecture_json(source: Source) -> dict[str, Any]:
+    """The architecture as JSON, with its kind."""
+    kind = "student" if isinstance(source.cfg, StudentConfig) else "teacher"
+    return {"kind": kind, **dataclasses.asdict(source.cfg)}
+
+
+def _write_safetensors(source: Source, folder: Path, stem: str, naming: str, dtype: str, shard_bytes: int) -> None:
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "pt", METADATA: json.dumps(architecture_json(source))}
+    shards, shard, size, total = [], {}, 0, 0  # names per written shard; the one being filled
+
+    def flush():
+        nonlocal shard, size
+        file = folder / f"shard-{len(shards)}"
+        save_file(shard, file, metadata=metadata)
+        file.chmod(folder.stat().st_mode & 0o666)  # the library makes it readable for the owner alone
+        shards.append((file, list(shard)))
+        shard, size = {}, 0
+
+    for name, tensor in tensors_of(source, naming, dtype):
+        if shard and size + tensor.nbytes > shard_bytes:
+            flush()
+        shard[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    weight_map = {}
+    for number, (file, written) in enumerate(shards, 1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        final = f"{stem}{part}.safetensors"
+        file.rename(folder / final)
+        weight_map.update(dict.fromkeys(written, final))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_pt(source: Source, file: Path, dtype: str) -> None:
+    torch = import_torch("writing a .pt file")
+    part = source.meta.get("part") or source.meta.get("source", {}).get("part") or PARTS[0]
+    state = {f"model.{name}": to_torch(tensor) for name, tensor in tensors_of(source, "original", dtype)}
+    torch.save({part: state, METADATA: json.dumps(architecture_json(source))}, file)
+
+
+def _wan_config(source: Source, form: str) -> dict[str, Any]:
+    """config.json as Wan's repository and diffusers write it."""
+    cfg = wan_of(source.cfg)
+    if form == "original":
+        return dict(
+            _class_name="WanModel", model_type="t2v", dim=cfg.dim, ffn_dim=cfg.ffn_dim, freq_dim=cfg.freq_dim,
+            num_heads=cfg.num_heads, num_layers=cfg.num_layers, in_dim=cfg.channels, out_dim=cfg.channels,
+            text_len=cfg.text_len, eps=cfg.eps,
+        )  # fmt: skip
+    return dict(
+        _class_name="WanTransformer3DModel", patch_size=[1, cfg.patch, cfg.patch], num_attention_heads=cfg.num_heads,
+        attention_head_dim=cfg.head_dim, in_channels=cfg.channels, out_channels=cfg.channels, text_dim=cfg.text_dim,
+        freq_dim=cfg.freq_dim, ffn_dim=cfg.ffn_dim, num_layers=cfg.num_layers, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", eps=cfg.eps, image_dim=None, added_kv_proj_dim=None, rope_max_seq_len=1024,
+    )  # fmt: skip
+
+
+def _student_config(source: Source, student: dict[str, Any]) -> dict[str, Any]:
+    known = {k: source.meta[k] for k in ("sampling", "latent_shape") if k in source.meta}
+    return {"format": STUDENT_FORMAT, "architecture": architecture_json(source), **known, **student}

@@ -1,0 +1,282 @@
+"""Command lines: overrides, one line for mistakes, exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from greedy_distill_jax import cli, prepare, sample
+from greedy_distill_jax.cli.config_flags import key_paths, load_config, read_config
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.diffusion import solvers
+from greedy_distill_jax.errors import UserError
+
+CONFIG = """
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(size="small"):
+    if size not in ("small", "large"):
+        raise ValueError(f"size {size!r} is unknown; choose small or large")
+    c = ConfigDict()
+    c.steps = 10
+    c.rate = 1.0
+    c.flag = True
+    c.name = size
+    c.width = placeholder(int)
+    c.optimizer = ConfigDict({"clip": 1.0, "betas": (0.9, 0.99)})
+    c.losses = ConfigDict({"mse": ConfigDict({"weight": 1.0, "options": ConfigDict()})})
+    return c.lock()
+"""
+FLAGS = {
+    "workdir": (str, None, "directory of the run"),
+    "count": (int, 3, "how many"),
+    "prompt": (list, [], "may be repeated"),
+    "fast": (bool, False, "less of everything"),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "a_config.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_overrides_have_the_type_of_the_default(file):
+    config, flags = load_config(
+        [
+            f"--config={file}:large",
+            "--config.steps=5",
+            "--config.rate=2",
+            "--noconfig.flag",
+            "--config.width=64",
+            "--config.optimizer.betas=(0.5, 0.6)",
+            "--config.losses.mine.weight=0.5",
+            "--config.losses.mine.loss=my_losses.py:mine",
+            "--config.losses.mse.options.power=2",
+            "--workdir",
+            "runs/a",
+            "--prompt=one",
+            "--prompt=two, three",
+            "--fast",
+        ],
+        FLAGS,
+    )
+    assert (config.steps, config.rate, config.flag, config.width, config.name) == (5, 2.0, False, 64, "large")
+    assert isinstance(config.rate, float) and config.optimizer.betas == (0.5, 0.6)
+    assert config.losses.mine.to_dict() == {"weight": 0.5, "loss": "my_losses.py:mine"}
+    assert config.losses.mse.options.power == 2
+    assert flags == {"workdir": "runs/a", "count": 3, "prompt": ["one", "two, three"], "fast": True}
+    with pytest.raises(AttributeError):
+        config.unknown = 1
+
+
+def test_two_command_lines_in_one_process_do_not_meet(file):
+    first, _ = load_config(["--config", file, "--config.steps=5"], FLAGS)
+    second, _ = load_config([], FLAGS, default=file)
+    assert (first.steps, second.steps) == (5, 10)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--config.stps=5", "--config.stps is not a configuration key; did you mean --config.steps?"),
+        ("--config.optim.clip=5", "did you mean --config.optimizer.clip?"),
+        ("--config.clip=5", "did you mean --config.optimizer.clip?"),
+        ("--config.steps.more=5", "--config.steps.more is not a configuration key"),
+        ("--config.zzz=5", "the keys are"),
+        ("--config.steps=1.5", "--config.steps=1.5 is not of type int; it is 10"),
+        ("--config.steps=many", "--config.steps=many is not of type int; it is 10"),
+        ("--config.width=x", "--config.width=x is not of type int"),
+        ("--config.flag=perhaps", "--config.flag=perhaps is not of type bool"),
+        ("--config.optimizer=adam", "is a group of keys; set one of them: optimizer.betas, optimizer.clip"),
+        ("--config.losses.mse.weight.x=1", "is a value and has no keys"),
+        ("--config.steps", "--config.steps"),
+        ("--wrkdir=x", "--wrkdir is not an option; did you mean --workdir?"),
+        ("--count=x", "count"),
+        ("stray", "'stray' is not understood"),
+        ("--config", "--config needs a value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_remedy(file, argument, expected):
+    with pytest.raises(UserError) as error:
+        load_config([f"--config={file}", argument], FLAGS)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "expected"),
+    [
+        (None, "", "no such file"),
+        ("x = 1", "", "defines no get_config"),
+        ("def get_config(): return 1", "", "not a ConfigDict"),
+        (CONFIG, ":medium", "choose small or large"),
+        ("def get_config(): return None", ":x", "get_config() takes 0 positional arguments"),
+    ],
+)
+def test_a_bad_configuration_file(tmp_path, content, suffix, expected):
+    path = tmp_path / "c.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match="c.py") as error:
+        read_config(f"{path}{suffix}")
+    assert expected in str(error.value)
+
+
+def test_an_argument_that_the_configuration_below_refuses_is_one_line():
+    with pytest.raises(UserError, match="--config=configs/wan14b/dmd.py:paper: 'paper' is not one of critic"):
+        read_config("configs/wan14b/dmd.py:paper")
+
+
+def test_a_folder_is_no_configuration_file(tmp_path):
+    with pytest.raises(UserError, match=f"--student={tmp_path}: is a folder, not a configuration file"):
+        read_config(str(tmp_path), "--student")
+
+
+def test_a_bug_in_a_configuration_file_keeps_its_traceback(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("def inner():\n    return {}['missing']\n\ndef get_config():\n    return inner()\n")
+    with pytest.raises(KeyError):
+        read_config(str(path))
+
+
+def test_a_configuration_is_found_from_anywhere_in_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(read_config("configs/base.py"), ConfigDict)
+
+
+def test_a_configuration_imports_its_siblings(tmp_path):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "sibling_of_a_test.py").write_text("steps = 7\n")
+    (folder / "c.py").write_text(
+        "from ml_collections import ConfigDict\nfrom configs import sibling_of_a_test as s\n"
+        "def get_config():\n    return ConfigDict({'steps': s.steps})\n"
+    )
+    before = list(sys.path)
+    assert read_config(str(folder / "c.py")).steps == 7
+    assert sys.path == before
+
+
+def test_key_paths():
+    config = ConfigDict({"a": 1, "b": {"c": 2}})
+    assert sorted(key_paths(config)) == ["a", "b", "b.c"]
+
+
+def test_help_lists_the_options(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        load_config(["--help"], FLAGS, default="configs/base.py")
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert all(f"--{name}" in out for name in FLAGS) and "configs/base.py" in out
+
+
+def _raise(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "err"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 4, 4, ""),
+        (_raise(UserError("a bad\nvalue")), 2, "error: a bad value\n"),
+        (_raise(KeyboardInterrupt()), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(main, code, err, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    assert exit_.value.code == code
+    assert capsys.readouterr().err == err
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+
+
+def test_arguments_are_handed_on():
+    seen = []
+    with pytest.raises(SystemExit):
+        cli.run(seen.append, ["--a"])
+    with pytest.raises(SystemExit):
+        cli.run(lambda argv=None: seen.append(argv))
+    assert seen == [["--a"], None]
+
+
+@pytest.mark.subprocesses
+def test_a_process_ends_with_one_line(subprocess_env):
+    code = (
+        "from greedy_distill_jax import cli\nfrom greedy_distill_jax.errors import UserError\n"
+        "def main():\n    raise UserError('too few frames')\ncli.run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=subprocess_env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: too few frames\n")
+
+
+@pytest.mark.parametrize("file", ["wan1_3b/dmd.py", "quickstart.py"])
+def test_the_published_stage_2_has_no_critic(file):
+    config = read_config(f"configs/{file}:greedy_distill_paper").lock()
+    config.student_from = config.teacher_from = "a run"
+    configuration.validate(config)
+    d = config.distill
+    assert (d.real, d.fake, d.pg, d.generator_every) == ("joint", "self_sg", "rollout_trunc", 1)
+
+
+@pytest.mark.parametrize("command", ["clips", "text", "latents", "ode"])
+def test_help_of_prepare(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        prepare.main([command, "--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and "--output DIR" in told and len(told) > 500
+
+
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        ("data/x does not exist; give another", "--codec: data/x does not exist; give another"),
+        ("file data/x/codec.npz is damaged", "--codec: file data/x/codec.npz is damaged"),
+        ("--frames 3: too few in data/x", "--frames 3: too few in data/x"),
+        ("data/xy does not exist", "data/xy does not exist"),
+        ("the codec has 3 channels", "the codec has 3 channels"),
+    ],
+)
+def test_errors_about_a_value_name_its_option(message, told):
+    with pytest.raises(UserError) as error, cli.option("--text", None), cli.option("--codec", "data/x/"):
+        raise UserError(message)
+    assert str(error.value) == told
+
+
+@pytest.mark.subprocesses
+@pytest.mark.parametrize("argument, code", [("--help", 0), ("--frames=x", 2), ("--checkpoint=none", 2)])
+def test_sample_answers_before_it_imports(argument, code, subprocess_env):
+    source = (
+        "import sys\nfrom greedy_distill_jax import cli, sample\n"
+        "try:\n    cli.run(sample.main, sys.argv[1:])\n"
+        "finally:\n    print([m for m in ('jax', 'numpy', 'tqdm', 'av') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", source, "--prompt", "a", argument]
+    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True)
+    assert done.returncode == code and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_solvers_of_sample_are_all():
+    (action,) = (action for action in sample._parser()._actions if action.dest == "solver")
+    assert action.choices == solvers.SOLVERS
+
+
+def test_help_of_sample(capsys):
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and all(
+        f"--{name}" in told for name in ("checkpoint", "model", "solver", "negative-prompt")
+    )

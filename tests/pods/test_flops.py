@@ -1,0 +1,152 @@
+"""Closed-form FLOPs against matmuls counted in the jaxpr, and against METHOD_SPEC A.10 at 1.3B."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from greedy_distill_jax.models.students.base import History
+from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
+from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.ops.attention import select
+from greedy_distill_jax.pods import costs, flops
+from greedy_distill_jax.streaming.loop import Sampling
+from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.matmuls import count_matmuls
+from greedy_distill_jax.training import rollout
+
+# 64 tokens a frame: chunk pairs are above the op's area for gathering, so that it computes visible pairs only.
+BASE = WanConfig(
+    dim=48, ffn_dim=160, num_heads=2, num_layers=4, channels=4, freq_dim=16, text_dim=24, text_len=32, dtype="float32",
+    remat="none",
+)  # fmt: skip
+FRAMES, LATENT, TOKENS = 4, (16, 16, 4), 64
+STUDENT = StudentConfig(base=BASE, etm_layers=(0, 2), sdd_layers=(1, 3), window=2, rope_frames=FRAMES)
+
+
+def _shape(*dims):
+    return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+
+def _params(model):
+    return jax.eval_shape(lambda key: model.init(key, (1, *LATENT)), jax.random.key(0))
+
+
+VIDEO, TEXT = _shape(1, FRAMES, *LATENT), _shape(1, BASE.text_len, BASE.text_dim)
+
+
+def test_the_teacher():
+    net = Teacher(BASE)
+    args = _params(net), VIDEO, _shape(1, 1), TEXT
+    expected = flops.teacher(BASE, FRAMES, TOKENS)
+    assert count_matmuls(net, *args) == pytest.approx(expected.total, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [*(dataclasses.replace(STUDENT, fusion=f) for f in ("selfkv", "xattn2", "replace", "add", "concat", "adaln")),
+     dataclasses.replace(STUDENT, chunk=2, rope_mode="absolute", sink=1),
+     CausalConfig(base=BASE, chunk=1, window=3, sink=1, max_frames=FRAMES)],
+    ids=lambda cfg: getattr(cfg, "fusion", "causal"),
+)  # fmt: skip
+def test_the_students(cfg):
+    student = make_student(cfg)
+    params = _params(student)
+    expected = flops.student(cfg, FRAMES, TOKENS)
+    counted = count_matmuls(student, params, VIDEO, _shape(1, FRAMES), TEXT, History(VIDEO, _shape(1, 1)))
+    assert counted == pytest.approx(expected.total, rel=0.001)
+    sampling = Sampling(((1.0, 0.7, 0.4),), "renoise")
+    streamer = make_streamer(student, sampling)
+
+    def self_made(params, text, key):
+        return rollout.roll_out(streamer, params, text, key, (FRAMES, *LATENT), "last")
+
+    counted = count_matmuls(self_made, params, TEXT, jax.random.key(0), while_trips=3.0)
+    expected = flops.rollout(cfg, FRAMES, TOKENS, sampling, "last")
+    assert counted == pytest.approx(expected.total, rel=0.02)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_an_update_with_what_it_recomputes(remat):
+    cfg = dataclasses.replace(BASE, remat=remat)
+    net = Teacher(cfg)
+
+    def loss(params, x, sigma, text):
+        return jnp.sum(net(params, x, sigma, text))
+
+    counted = count_matmuls(jax.grad(loss), _params(net), VIDEO, _shape(1, 1), TEXT)
+    assert counted == pytest.approx(flops.teacher(cfg, FRAMES, TOKENS).executed(remat).total, rel=0.02)
+
+
+@pytest.mark.parametrize("fusion", ["selfkv", "xattn2", "add"])
+@pytest.mark.parametrize("context", ["clean", "last_step_kv", "fused"])
+def test_a_step_of_a_stream(fusion, context):
+    cfg = dataclasses.replace(STUDENT, fusion=fusion, context=context)
+    streamer = make_streamer(make_student(cfg), Sampling(((1.0, 0.7, 0.4),), "renoise"))
+    params = _params(streamer.student)
+    state = jax.eval_shape(lambda p, text, key: streamer.init(p, text, key, LATENT), params, TEXT, jax.random.key(0))
+    loop = 2.0 if context == "fused" else 3.0
+    counted = count_matmuls(streamer.step, params, state, while_trips=loop)
+    assert counted == pytest.approx(flops.stream_step(cfg, TOKENS, 3).total, rel=0.001)
+
+
+UPDATES = {
+    "teacher": dict(stage="teacher"),
+    "stage 1, two draws": dict(stage="teacher_forcing", losses__flow_matching__options=dict(draws=2)),
+    "joint teacher, critic": dict(stage="dmd", losses__dmd__options=dict(draws=2)),
+    "causal, stage 1's score": dict(
+        stage="dmd", student__kind="causal", distill__real="autoregressive", distill__fake="stage1"
+    ),
+    "per-frame teacher": dict(stage="dmd", distill__real="per_frame", distill__fake="self_sg", distill__guidance=1.0),
+    "through the contexts": dict(stage="dmd", distill__pg="rollout_full", distill__context_grad_sdd="params"),
+    "three epochs": dict(stage="dmd", distill__pg="actor_critic", distill__epochs=3),
+    "three epochs and a second term": dict(
+        stage="dmd",
+        distill__pg="actor_critic",
+        distill__epochs=3,
+        distill__fake="self_fm",
+        losses__own=dict(loss="flow_matching", weight=1.0, options={}),
+    ),
+}
+
+
+@pytest.mark.parametrize("changes", UPDATES.values(), ids=UPDATES)
+def test_an_update_of_every_stage(changes):
+    size = {f"model__{name}": getattr(BASE, name) for name in ("dim", "ffn_dim", "num_layers", "text_len")}
+    size |= dict(optimizer__name="adamw", critic__optimizer__name="adamw", model__remat="full")
+    changes = size | changes
+    if changes.get("distill__fake", "critic") != "critic":
+        changes |= dict(distill__generator_every=1, distill__critic_warmup=0)
+    config = tiny.train_config(changes.pop("stage"), data__batch=2, **changes)
+    latent = (FRAMES, 16, 16, 16)
+    stage, params, critic = tiny.stage_of(config, latent)
+    text = _shape(2, config.model.text_len, config.model.text_dim)
+    state, expected = stage.state(params, critic), costs.part_costs(config, stage, latent)
+    for part in stage.parts:
+        mean_steps = (config.sample.steps + 1) / 2
+        batch = {"latents": _shape(2, *latent), "text": text}
+        counted = count_matmuls(part.call, state, stage.frozen, batch, while_trips=mean_steps)
+        assert counted == pytest.approx(expected[part.name].executed.total, rel=0.02), part.name
+
+
+def test_the_published_sizes():
+    """METHOD_SPEC A.10: one block and one frame of 1560 tokens; 30 blocks."""
+    wan = WanConfig(**WAN_SIZES["wan1_3b"])
+    one = flops.blocks(wan, 1, 1560, 1560**2)
+    assert one.linear == pytest.approx(130.0e9, rel=0.001)
+    assert one.attention == pytest.approx((4.9 + 14.95) * 1e9, rel=0.003)
+    everything = flops.blocks(wan, 30, 1560, 12 * 1560**2)
+    assert everything.total == pytest.approx((3.90 + 0.147 + 0.449 * 12) * 1e12, rel=0.002)
+    student = CausalConfig(base=wan, chunk=1, window=0, sink=0, max_frames=24)
+    # Self-Forcing: five passes at a mean context of about 12 frames are about 47 TF.
+    passes = 5 * everything
+    assert passes.total == pytest.approx(47e12, rel=0.02)
+    assert flops.stream_step(student, 1560, 4).total > 0
+
+
+def test_every_implementation_that_is_chosen_has_a_backward_pass():
+    assert flops.BACKWARD.keys() >= {name for names in select.BEST.values() for name in names}

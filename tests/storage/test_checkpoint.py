@@ -1,0 +1,265 @@
+"""Checkpoints: bit-exact round trips, other device counts, kills, messages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta, load_params
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    ema: dict
+    opt_state: tuple
+    key: jax.Array
+
+
+def make_state(seed=0, width=16):
+    k1, k2 = jax.random.split(jax.random.key(seed))
+    params = {
+        "blocks": {"q": jax.random.normal(k1, (2, width, 8)), "bias": jnp.full((2, 8), 0.1, jnp.bfloat16)},
+        "head": jax.random.normal(k2, (width, 4)).at[0, 0].set(jnp.nan),
+    }
+    labels = {"blocks": {"q": "adam", "bias": "sgd"}, "head": "adam"}
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.partition({"adam": optax.adam(1e-3), "sgd": optax.sgd(0.1)}, labels)
+    )
+    opt_state = optimizer.init(params)
+    assert any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(opt_state, is_leaf=_is_masked))
+    return State(jnp.int32(seed), params, jax.tree.map(jnp.copy, params), opt_state, jax.random.split(k1, 3))
+
+
+def _is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
+
+def shapes_of(state, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def meta(step, **more):
+    return {"data_position": step * 32, "stage": "teacher", "config": {"lr": 0.1}, **more}
+
+
+def test_a_round_trip_is_bit_exact(workdir):
+    states = {step: make_state(step) for step in (1, 2, 5)}
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step() is None
+        for step, state in states.items():
+            assert checkpointer.save(step, state, meta(step))
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 2, 5]
+        for step in (1, 5):
+            assert_same_bits(checkpointer.restore(step, shapes_of(states[5])), states[step])
+        assert_same_bits(checkpointer.restore(None, states[1]), states[5])  # arrays do as a target
+        stored = checkpointer.meta()
+    assert stored["data_position"] == 160 and stored["versions"]["jax"] == jax.__version__
+    restored_key = Checkpointer(workdir / "checkpoints", read_only=True).restore(1, shapes_of(states[1])).key
+    assert jax.random.key_impl(restored_key) == jax.random.key_impl(states[1].key)
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_a_saved_state_may_be_donated(workdir, async_save):
+    update = jax.jit(lambda x: x + 1.0, donate_argnums=0)
+    x = update(jnp.zeros((512, 1024)))
+    with Checkpointer(workdir, async_save=async_save) as checkpointer:
+        for step in range(1, 4):
+            checkpointer.save(step, {"x": x}, meta(step))
+            x = update(x)
+        checkpointer.wait()
+        for step in range(1, 4):
+            back = checkpointer.restore(step, {"x": jax.ShapeDtypeStruct((512, 1024), jnp.float32)})["x"]
+            assert (np.asarray(back) == step).all()
+
+
+def test_eight_devices_to_one_and_back(workdir):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    state = make_state(3)
+
+    def shard(x):
+        divides = x.ndim >= 2 and x.shape[-2] % 2 == 0
+        return NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 2), "a", "b") if divides else PartitionSpec())
+
+    wide = jax.tree.map(lambda x: jax.device_put(x, shard(x)), state)
+    target_8 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wide)
+    target_1 = shapes_of(state, SingleDeviceSharding(jax.devices()[0]))
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.save(1, wide, meta(1))
+        narrow = checkpointer.restore(1, target_1)
+        assert_same_bits(narrow, state)
+        assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(narrow))
+        checkpointer.save(2, narrow, meta(2))
+        again = checkpointer.restore(2, target_8)
+    assert_same_bits(again, state)
+    for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(wide), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_a_part_is_read_without_the_rest(workdir):
+    state = make_state(4)
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.save(9, state, meta(9))
+    assert_same_bits(load_params(workdir, "ema"), state.ema)
+    assert_same_bits(load_params(workdir, "params/blocks", step=9), state.params["blocks"])
+    assert_same_bits(load_params(workdir, "params/head"), state.params["head"])
+    low = load_params(workdir, "ema", dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(low)} == {jnp.dtype(jnp.bfloat16)}
+    everywhere = NamedSharding(jax.make_mesh((8,), ("a",)), PartitionSpec())
+    assert load_params(workdir, "ema", sharding=everywhere)["head"].sharding == everywhere
+    by_tree = load_params(workdir, "ema", sharding=lambda tree: jax.tree.map(lambda _: everywhere, tree))
+    assert by_tree["blocks"]["q"].sharding == everywhere
+    assert load_meta(workdir)["data_position"] == 288
+    with pytest.raises(UserError, match="holds no 'nothing'; it holds ema, key, opt_state, params, step"):
+        load_params(workdir, "nothing")
+
+
+def test_old_steps_go_and_existing_ones_stay(workdir):
+    with Checkpointer(workdir, max_to_keep=2) as checkpointer:
+        for step in (1, 2, 3, 4):
+            checkpointer.save(step, make_state(step), meta(step))
+        checkpointer.wait()
+        assert checkpointer.steps() == [3, 4]
+        assert not checkpointer.save(4, make_state(0), meta(0))
+        assert checkpointer.meta(4)["data_position"] == 128
+        assert checkpointer.save(4, make_state(0), meta(0), force=True)
+        assert checkpointer.meta(4)["data_position"] == 0
+
+
+def test_a_reader_sees_what_a_writer_adds(workdir):
+    with Checkpointer(workdir) as writer:
+        writer.save(1, make_state(1), meta(1))
+        writer.wait()
+        with Checkpointer(workdir, read_only=True) as reader:
+            assert reader.latest_step() == 1
+            writer.save(2, make_state(2), meta(2))
+            writer.wait()
+            assert reader.latest_step() == 2
+
+
+@pytest.mark.parametrize("damage", ["no_state", "no_meta", "empty", "temporary"])
+def test_a_half_written_step_is_skipped_and_written_again(workdir, damage):
+    state = make_state(1)
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.save(1, state, meta(1))
+        checkpointer.save(2, state, meta(2))
+    broken = workdir / "2"
+    if damage == "temporary":
+        broken.rename(workdir / "2.orbax-checkpoint-tmp-1700000000")
+    else:
+        remove = {"no_state": [broken / "state"], "no_meta": [broken / "meta"], "empty": list(broken.iterdir())}[damage]
+        for path in remove:
+            subprocess.run(["rm", "-rf", path], check=True)
+    assert load_meta(workdir)["data_position"] == 32
+    with Checkpointer(workdir) as checkpointer:
+        assert checkpointer.latest_step() == 1
+        assert_same_bits(checkpointer.restore(None, shapes_of(state)), state)
+        assert checkpointer.save(2, state, meta(2))
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 2]
+
+
+KILLED = """
+import sys
+import jax.numpy as jnp
+from greedy_distill_jax.checkpoint import Checkpointer
+checkpointer = Checkpointer(sys.argv[1], max_to_keep=3)
+start = (checkpointer.latest_step() or 0) + 1
+for step in range(start, 100_000):
+    state = {"big": [jnp.full((64, 1024), step, jnp.float32) for _ in range(16)], "step": jnp.int32(step)}
+    checkpointer.save(step, state, {"data_position": step})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.subprocesses
+def test_kill_9_during_saves_leaves_only_complete_steps(workdir, subprocess_env):
+    rng, last = np.random.default_rng(0), 0
+    for _ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(workdir)], env=subprocess_env, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3):
+            assert child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.2))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        with Checkpointer(workdir, read_only=True) as checkpointer:
+            step = checkpointer.latest_step()
+            assert step > last
+            target = {
+                "big": [jax.ShapeDtypeStruct((64, 1024), jnp.float32) for _ in range(16)],
+                "step": jax.ShapeDtypeStruct((), jnp.int32),
+            }
+            for complete in checkpointer.steps():
+                state = checkpointer.restore(complete, target)
+                assert int(state["step"]) == complete == checkpointer.meta(complete)["data_position"]
+                assert all((np.asarray(x) == complete).all() for x in state["big"])
+        last = step
+    with Checkpointer(workdir) as checkpointer:  # the next writer clears the remains
+        assert checkpointer.latest_step() == last
+        checkpointer.save(last + 1, {"step": jnp.int32(0)}, {})
+    assert all(name.isdigit() for name in os.listdir(workdir))
+
+
+def test_another_architecture_names_the_leaves(workdir):
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.save(3, make_state(0, width=16), meta(3, architecture={"dim": 16, "layers": 2}))
+        with pytest.raises(UserError, match=r"step 3 holds another architecture: .* is float32\[2, 16, 8\], not") as e:
+            checkpointer.restore(3, shapes_of(make_state(0, width=32)))
+        assert "and 5 more" in str(e.value) and "\n" not in str(e.value)
+        with pytest.raises(UserError, match=r"another architecture: a is absent, not int32\[\]"):
+            checkpointer.restore(3, {"a": jnp.int32(0)})
+        with pytest.raises(UserError, match="another architecture: dim 16, not 32; use"):
+            checkpointer.restore(3, shapes_of(make_state(0)), architecture={"dim": 32, "layers": 2})
+        checkpointer.restore(3, shapes_of(make_state(0)), architecture={"layers": 2, "dim": 16})
+
+
+def test_no_checkpoint_is_a_user_error(workdir):
+    for read in (load_params, load_meta):
+        with pytest.raises(UserError, match="nowhere holds no complete checkpoint"):
+            read(workdir / "nowhere")
+    assert not (workdir / "nowhere").exists()
+    with Checkpointer(workdir) as checkpointer:
+        with pytest.raises(UserError, match="holds no complete checkpoint"):
+            checkpointer.restore(None, make_state())
+        checkpointer.save(2, make_state(), meta(2))
+        with pytest.raises(UserError, match="has no checkpoint of step 7; it has 2"):
+            checkpointer.restore(7, make_state())
+
+
+def test_an_unwritable_directory_is_a_user_error(workdir):
+    (workdir / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/checkpoints cannot be written \(Not a directory\)"):
+        Checkpointer(workdir / "file" / "checkpoints")
+
+
+def test_meta_must_be_json(workdir):
+    with Checkpointer(workdir) as checkpointer:
+        with pytest.raises(TypeError):
+            checkpointer.save(1, make_state(), {"array": jnp.ones(2)})
+        assert checkpointer.latest_step() is None
+        checkpointer.save(1, make_state(), {"list": [1, {"a": None}], "text": "é"})
+        assert json.dumps(checkpointer.meta(1)["list"]) == '[1, {"a": null}]'

@@ -1,0 +1,136 @@
+"""Jobs that are killed and go on: nothing twice, nothing missing, nothing half-written."""
+
+import json
+import pickle
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.records import (
+    RecordJob,
+    decode_record,
+    encode_record,
+    fingerprint,
+    open_shards,
+    read_dataset,
+)
+
+KIND = "numbers"
+
+
+def job(folder, items=7, group=2, **plan):
+    return RecordJob(folder, KIND, {"size": 3, **plan}, items=items, group=group)
+
+
+def run(job, share=(0, 1), stop_at=None):
+    """Item n becomes a record in a split by parity; an exception comes at item `stop_at`."""
+    for number in job.pending(*share):
+        with job.part(number) as part:
+            for item in job.items_of(number):
+                if item == stop_at:
+                    raise KeyboardInterrupt
+                part.write("odd" if item % 2 else "even", encode_record({"x": np.full(3, item, np.float32)}, item=item))
+                part.notes.append(item)
+    return job.finish(items=list)
+
+
+def stored(folder):
+    info = read_dataset(folder, KIND, "make it")
+    out = {}
+    for split in info["shards"]:
+        shards = pickle.loads(pickle.dumps(open_shards(folder, info, split, "make it")))
+        out[split] = [decode_record(shards[i])["item"] for i in range(len(shards))]
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_records_hold_what_was_written(dtype):
+    x = np.arange(6).reshape(2, 3).astype(jnp.dtype(dtype))
+    record = encode_record({"x": x, "none": x[:0]}, caption="ein Käse", number=3)
+    found = decode_record(record)
+    assert (found["caption"], found["number"]) == ("ein Käse", 3) and found["none"].shape == (0, 3)
+    assert found["x"].dtype == x.dtype
+    np.testing.assert_array_equal(found["x"].astype(np.float32), x.astype(np.float32))
+    for damaged in (record[:-1], record + b"x", b"GDJ1" + record[4:]):
+        with pytest.raises(ValueError):
+            decode_record(damaged)
+
+
+def test_a_job_goes_on_where_it_was_interrupted(tmp_path):
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(job(folder), stop_at=5)
+    assert not list(folder.glob("*.partial")) and not list(folder.glob(".*")), "a half-written part was left behind"
+    with pytest.raises(UserError, match="not finished: run the same command again"):
+        read_dataset(folder, KIND, "make it")
+    (folder / ".even-00002-of-00004.array_record.abcd.partial").write_bytes(b"left by kill -9")
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.array_record")}
+    assert job(folder).pending() == [2, 3]
+    info = run(job(folder))
+    assert info["counts"] == {"even": 4, "odd": 3} and info["items"] == list(range(7))
+    assert stored(folder) == {"even": [0, 2, 4, 6], "odd": [1, 3, 5]}
+    assert all(p.stat().st_mtime_ns == time for p, time in before.items()), "a finished part was written again"
+    assert not list(folder.glob(".*")) and run(job(folder)) == info
+
+
+def test_a_part_without_its_mark_is_written_again(tmp_path):
+    """The kill may fall between the shards of a part and the file that says it is done."""
+    run(job(tmp_path / "out"))
+    (tmp_path / "out" / "parts" / "00001.json").unlink()
+    assert job(tmp_path / "out").pending() == [1]
+    run(job(tmp_path / "out"))
+    assert stored(tmp_path / "out") == {"even": [0, 2, 4, 6], "odd": [1, 3, 5]}
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_processes_share_the_parts(tmp_path, count):
+    folder = tmp_path / "out"
+    jobs = [job(folder) for _ in range(count)]
+    infos = [run(one, (index, count)) for index, one in reversed(list(enumerate(jobs)))]
+    assert infos[0] is None and infos[-1]["items"] == list(range(7))
+    assert stored(folder) == {"even": [0, 2, 4, 6], "odd": [1, 3, 5]}
+
+
+def test_another_job_is_refused(tmp_path):
+    folder = tmp_path / "out"
+    run(job(folder))
+    with pytest.raises(UserError, match=r"begun with size = 3, not 4; go on with the same input"):
+        job(folder, size=4)
+    with pytest.raises(UserError, match=r"begun with kind = 'numbers', not 'other'; .* choose another folder$"):
+        RecordJob(folder, "other", {"size": 3}, items=7, group=2, overwrite=True)
+    again = RecordJob(folder, KIND, {"size": 4}, items=3, group=2, overwrite=True)
+    assert again.pending() == [0, 1] and not list(folder.glob("*.array_record"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").touch()
+    with pytest.raises(UserError, match="other files: not touched"):
+        RecordJob(tmp_path / "photos", KIND, {}, items=1, group=1, overwrite=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        job(tmp_path / "file")
+    with pytest.raises(UserError, match="--shard-index 2 of --num-shards 2"):
+        again.pending(2, 2)
+    with pytest.raises(UserError, match="0 items"):
+        job(tmp_path / "x", items=0)
+
+
+def test_damage_names_the_file(tmp_path):
+    folder = tmp_path / "out"
+    info = run(job(folder))
+    shard = folder / info["shards"]["odd"][1]["file"]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(UserError, match=rf"{shard.name}.*; make it"):
+        open_shards(folder, info, "odd", "make it")
+    with pytest.raises(IndexError):
+        open_shards(folder, info, "even", "make it")[4]
+    assert len(open_shards(folder, info, "none", "make it")) == 0
+    (folder / "dataset.json").write_text(json.dumps({**info, "format": 9}))
+    with pytest.raises(UserError, match="format 9"):
+        read_dataset(folder, KIND, "make it")
+    with pytest.raises(UserError, match="holds no numbers: make it"):
+        read_dataset(tmp_path / "nowhere", KIND, "make it")
+
+
+def test_fingerprints_tell_lists_apart():
+    assert len({fingerprint(x) for x in (["ab", "c"], ["a", "bc"], ["abc"], ["ab", "c", ""], [])}) == 5

@@ -1,0 +1,328 @@
+"""Stage 2: every choice of scores and gradients, alone and through the training command."""
+
+import collections
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from greedy_distill_jax import losses
+from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.distribution.mesh import make_mesh
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.losses.dmd import dmd
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.checkpoint import load_meta
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.train import prepare_job, train
+from greedy_distill_jax.training import nets, policy_gradient
+from greedy_distill_jax.training.metrics import read_scalars
+from greedy_distill_jax.training.stages import build
+
+LATENT = (4, 4, 4, 16)
+OWN = dict(loss="flow_matching", weight=0.3, options={})
+
+
+def config_of(**changes):
+    own = changes.pop("own", False)
+    still = dict(optimizer__warmup=0, critic__optimizer__warmup=0)
+    config = tiny.train_config("dmd", sample__sampler="renoise", **still, **changes)
+    if config.distill.fake != "critic":
+        config.distill.generator_every = 1
+    if own:
+        config.losses.own = OWN
+    configuration.validate(config)
+    return config
+
+
+def batch_of(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "latents": jnp.asarray(rng.standard_normal((2, *LATENT)), jnp.float32),
+        "text": jnp.asarray(rng.standard_normal((2, 6, 8)), jnp.float32),
+    }
+
+
+def changed(before, after):
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return [float(jnp.abs(a - b).max()) > 0 for a, b in pairs]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(distill__real="autoregressive", distill__fake="self_fm", own=True, distill__pg="actor_critic",
+             distill__epochs=2, distill__anchor=1.0, student__context="last_step_kv"),
+        dict(distill__real="per_frame", distill__fake="stage1", distill__pg="rollout_full", distill__exit="last",
+             distill__context_grad_sdd="params", student__context="fused", student__chunk=2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_trains_what_it_should(changes):
+    stage, params, critic = tiny.stage_of(config_of(**changes), LATENT)
+    assert [part.name for part in stage.parts] == (["", "critic"] if critic is not None else [""])
+    start = jax.jit(stage.state)(params, critic)
+    state, metrics = jax.jit(stage.parts[0].call)(start, stage.frozen, batch_of())
+    assert all(np.isfinite(float(x)) for x in metrics.values()) and float(metrics["grad_norm"]) > 0
+    assert {"loss", "dmd", "dmd/gradient", "dmd/distance", "grad_norm", "param_norm"} <= set(metrics)
+    assert np.mean(changed(start.params, state.params)) > 0.9
+    if critic is None:
+        assert int(state.step) == 1
+        return
+    assert int(state.step) == 0 and not any(changed(start.critic, state.critic))
+    after, metrics = jax.jit(stage.parts[1].call)(state, stage.frozen, batch_of())
+    assert int(after.step) == 1 and not any(changed(state.params, after.params))
+    assert np.mean(changed(state.critic, after.critic)) > 0.9
+    assert all(name.startswith("critic/") for name in metrics)
+
+
+def test_actor_critic_is_the_truncated_gradient_with_epochs_and_an_anchor(monkeypatch):
+    monkeypatch.setattr(build, "make_optimizer", lambda *args, **kwargs: optax.sgd(1e-2))
+    moves = []
+    for pg, epochs, anchor in (
+        ("rollout_trunc", 1, 0.0),
+        *(("actor_critic", *x) for x in ((1, 3.0), (3, 0.0), (3, 50.0))),
+    ):
+        config = config_of(
+            distill__pg=pg, distill__epochs=epochs, distill__anchor=anchor, distill__fake="self_fm", own=True
+        )
+        stage, params, critic = tiny.stage_of(config, LATENT)
+        state = jax.jit(stage.parts[0].call)(stage.state(params, critic), stage.frozen, batch_of())[0]
+        moves.append(jax.tree.map(jnp.subtract, state.params, params))
+    truncated, once, thrice, held = moves
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, truncated, once))
+    assert float(difference / optax.tree.norm(truncated)) < 1e-5  # in the first epoch the action is the rollout's
+    assert float(optax.tree.norm(thrice)) > 1.5 * float(optax.tree.norm(once))
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, held, thrice)) / optax.tree.norm(thrice)) > 0.05
+
+
+def gaussian(mean, std):
+    def velocity(x, sigma, batch):
+        s = flow.expand(sigma, x)
+        x0 = mean + (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2) * (x - (1 - s) * mean)
+        return flow.velocity_from_x0(x, x0, sigma)
+
+    return velocity
+
+
+@pytest.mark.parametrize("fake", configuration.FAKE)
+def test_every_fake_is_the_reverse_kl_gradient_at_a_perfect_score(fake, monkeypatch):
+    # The student's distribution is N(.3, .7^2) whatever network is asked for it, the teacher's N(-.5, .7^2): the two
+    # scores differ by a constant, so that one draw is the expectation.
+    m, mean, std, sigma = 0.3, -0.5, 0.7, 0.5
+    asked = []
+
+    def net_of(which):
+        return lambda *args, **options: asked.append(which) or gaussian(m if which != "teacher" else mean, std)
+
+    def teacher_net(teacher, params, key):
+        return net_of("teacher" if params == "teacher" else "fake")()
+
+    monkeypatch.setattr(nets, "teacher_net", teacher_net)
+    monkeypatch.setattr(nets, "student_net", lambda student, params, key, **options: net_of(params)())
+    config = config_of(distill__fake=fake, own=fake == "self_fm")
+    make_scores = build.score_nets(config, build.build_model(config), jnp.zeros((6, 8)))
+    state = build.TrainState(0, "params", "ema", None, "critic", None)
+    scores = make_scores(state, {"teacher": "teacher", "stage1": "stage1"}, jax.random.key(0))
+    expected = {"critic": "fake", "self_ema": "ema", "stage1": "stage1"}.get(fake, "params")
+    assert asked == ["teacher", expected]
+
+    action = m + std * jax.random.normal(jax.random.key(1), (2, *LATENT))
+    options = dict(normalizer="none", weighting="score", low=sigma, high=sigma)
+
+    def loss(action):
+        videos = {"action": action, "text": jnp.zeros((2, 6, 8))}
+        return jnp.sum(dmd(None, videos, jax.random.key(2), **scores, **options)[0])
+
+    g = jax.grad(loss)(action) * action[0].size
+    kl = jax.grad(lambda m: (1 - sigma) ** 2 * (m - mean) ** 2 / (2 * ((1 - sigma) ** 2 * std**2 + sigma**2)))(m)
+    np.testing.assert_allclose(jnp.mean(g), kl, rtol=1e-4)
+
+
+def test_the_per_frame_teacher_sees_clean_frames_before_and_noise_after():
+    teacher = Teacher(tiny.BASE)
+    params = tiny.random_params(teacher)
+    shape = (1, 4, 4, 4, 4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, frames = (jax.random.normal(k, shape) for k in keys[:2])
+    batch = {"latents": frames, "text": tiny.text_rows(1, keys[2])}
+    sigma = jnp.asarray([[0.9, 0.7, 0.5, 0.3]])
+    v = nets.clean_history_net(teacher, 1, params, keys[0])(x, sigma, batch)
+    noise = jax.random.normal(keys[0], shape)
+    for i in range(4):
+        inputs = jnp.concatenate([frames[:, :i], x[:, i : i + 1], noise[:, i + 1 :]], axis=1)
+        levels = jnp.concatenate([jnp.zeros((1, i)), sigma[:, i : i + 1], jnp.ones((1, 3 - i))], axis=1)
+        np.testing.assert_allclose(v[:, i], teacher(params, inputs, levels, batch["text"])[:, i], atol=1e-5)
+    two = nets.clean_history_net(teacher, 2, params, keys[0])(x, sigma, batch)
+    assert two.shape == shape and float(jnp.abs(two - v).max()) > 1e-3
+
+
+# --- through the command ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    config = tiny.train_config(steps=2)
+    train(config, root / "teacher", show_progress=False)
+    config = tiny.train_config("teacher_forcing", steps=2, teacher_from=str(root / "teacher"))
+    train(config, root / "student", show_progress=False)
+    return root
+
+
+def run_config(sources, **changes):
+    names = {"teacher_from": str(sources / "teacher"), "student_from": str(sources / "student")}
+    config = tiny.train_config("dmd", **{**names, "steps": 4, "checkpoint__every": 2, **changes})
+    if config.distill.fake != "critic":
+        config.distill.generator_every = 1
+    return config
+
+
+@pytest.mark.slow
+def test_a_run_resumes_bit_identically_and_samples(sources, tmp_path):
+    config = run_config(sources, distill__critic_warmup=1, optimizer__warmup=0)
+    whole = train(config, tmp_path / "whole", show_progress=False)
+    with config.unlocked():
+        config.steps = 2
+    train(config, tmp_path / "halves", show_progress=False)
+    config.steps = 4
+    halves = train(config, tmp_path / "halves", show_progress=False)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = read_scalars(tmp_path / "whole")
+    # One warm-up step, then the student is updated in every second one.
+    assert ["dmd/loss" in line for line in lines] == [False, True, False, True]
+    assert all("dmd/critic/loss" in line for line in lines)
+    assert load_meta(tmp_path / "whole" / "checkpoints")["stage"] == "dmd"
+    run = Run.load(tmp_path / "whole")
+    assert run.sample_videos(["a red square moving left"], frames=5, steps=2).shape == (1, 5, 16, 16, 3)
+    with pytest.raises(UserError, match=r"was started with config.distill.fake = 'critic', not 'self_sg'"):
+        train(run_config(sources, distill__fake="self_sg", steps=6), tmp_path / "whole", show_progress=False)
+    shutil.copytree(sources / "teacher", tmp_path / "another")
+    train(tiny.train_config(steps=3), tmp_path / "another", show_progress=False)
+    config = run_config(sources, distill__critic_warmup=1, teacher_from=str(tmp_path / "another"), steps=6)
+    with pytest.raises(UserError, match=r"started with another network than the one now in config\.teacher_from"):
+        train(config, tmp_path / "whole", show_progress=False)
+
+
+def test_a_teacher_of_another_size_and_a_critic_of_the_students(sources, tmp_path):
+    size = dict(model__dim=96, model__ffn_dim=480, model__num_layers=4, model__freq_dim=64)  # "tiny", but for the text
+    train(tiny.train_config(steps=1, **size), tmp_path / "large", show_progress=False)
+    changes = dict(teacher_from=str(tmp_path / "large"), distill__teacher_size="tiny", steps=1)
+    with pytest.raises(UserError, match=r"config\.critic_from is empty, and the critic cannot start"):
+        train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
+    changes["critic_from"] = str(sources / "teacher")
+    config = run_config(sources, **changes, optimizer__warmup=5, critic__optimizer__warmup=5)
+    state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
+    start = Run.load(sources / "teacher").params
+    for a, b in zip(jax.tree.leaves(state.critic), jax.tree.leaves(start), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # What it started from is not needed to go on; the teacher is.
+    changes |= dict(student_from="gone", critic_from="gone", steps=2)
+    state = train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
+    assert int(state.step) == 2
+
+
+def test_no_device_holds_a_whole_network(sources, tmp_path):
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    job = prepare_job(run_config(sources), tmp_path, mesh)
+    networks = [job.sources.teacher.params, job.sources.student.params, job.stage.frozen["teacher"]]
+    for network in networks:
+        held = collections.Counter()
+        for x in jax.tree.leaves(network):
+            held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
+        whole = sum(x.nbytes for x in jax.tree.leaves(network))
+        assert len(held) == 8 and max(held.values()) < whole / 4  # biases and norms are whole on every device
+
+
+def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
+    config = tiny.train_config("teacher_forcing", steps=1, student_from=str(sources / "student"), optimizer__warmup=5)
+    state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(Run.load(sources / "student").params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(student_from=""), "config.student_from is empty"),
+        (dict(teacher_from=""), "config.teacher_from is empty, but real 'joint' with fake 'critic' needs"),
+        (dict(student__window=3), "has another architecture: window 2 against 3"),
+        (dict(student__kind="causal", student__window=4), "holds another kind of student"),
+        (dict(distill__real="bidirectional"), "config.distill.real is 'bidirectional'; choose from joint"),
+        (dict(distill__pg="ppo"), "config.distill.pg is 'ppo'; choose from rollout_trunc"),
+        (dict(distill__pg="rollout_full"), "differentiates through the contexts"),
+        (dict(distill__epochs=0), "config.distill.epochs is 0; it must be at least 1"),
+        (dict(distill__frames=3), "config.distill.frames is 3; it must be 0 or a multiple"),
+        (dict(distill__frames=8, distill__fake="self_sg"), "only real 'joint' and fake 'critic' can judge a window"),
+        (dict(distill__segment=3, distill__pg="rollout_full", distill__context_grad_sdd="params"),
+         "config.distill.segment is 3, which does not divide the 4 chunks"),
+        (dict(distill__segment=2), "only config.distill.pg = 'rollout_full' uses it, not 'rollout_trunc'"),
+        (dict(distill__anchor=1.0), "only config.distill.pg = 'actor_critic' uses it"),
+        (dict(student__context_noise=0.1), "bidirectional scores see no history"),
+        (dict(distill__real="per_frame"), "was trained with one noise level per video"),
+        (dict(distill__fake="self_fm"), "nothing keeps the student a score of its own videos"),
+        (dict(distill__fake="stage1", distill__real="autoregressive"), "are the same network"),
+        (dict(distill__fake="self_sg", distill__critic_warmup=3), "there is no critic to update"),
+        (dict(distill__critic_warmup=4), "would never be updated"),
+        (dict(critic_from="a run", distill__fake="self_sg"), "only stage dmd with fake 'critic' and real 'joint' uses"),
+        (dict(distill__teacher_size="wan14b", distill__real="autoregressive"), "only stage dmd with a teacher uses it"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_refused(sources, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_are_for_stage_dmd_alone(sources, tmp_path):
+    for changes in (dict(critic_from="a run"), dict(distill__teacher_size="wan14b")):
+        with pytest.raises(UserError, match=r"but only stage dmd .* uses it, not stage teacher_forcing"):
+            train(tiny.train_config("teacher_forcing", **changes), tmp_path / "run", show_progress=False)
+    config = run_config(sources)
+    config.stage = "teacher_forcing"
+    with pytest.raises(UserError, match=r"config\.losses\.dmd: 'dmd' asks for scores"):
+        configuration.validate(config)
+
+
+def test_every_config_choice_is_named():
+    assert set(policy_gradient.PG) == {"rollout_trunc", "rollout_full", "actor_critic"}
+    with pytest.raises(UserError, match=r"config\.losses has no loss that asks for scores"):
+        config = tiny.train_config("dmd")
+        config.losses = {"flow_matching": dict(loss="flow_matching", weight=1.0, options={})}
+        configuration.validate(config)
+
+
+def test_long_rollouts_are_scored_in_random_windows():
+    seen = []
+
+    def loss(net, batch, key, *, real, fake):
+        seen.append({name: x.shape for name, x in batch.items()})
+        return jnp.mean(batch["action"], axis=(1, 2, 3, 4)), {}
+
+    losses.register("sees", loss)
+    config = config_of(distill__frames=12, student__chunk=2)
+    config.losses.dmd.loss = "sees"
+    stage, params, critic = tiny.stage_of(config, LATENT)
+    own = stage.parts[0].call.keywords["own"]
+    text = jnp.zeros((2, 6, 8))
+    draw = jax.jit(lambda key: own.draw(params, text, key, own.exits(key)))
+    starts = set()
+    for i in range(12):
+        drawn = draw(jax.random.key(i))
+        starts.add(int(drawn.start))
+        assert drawn.rollout.x0_BTHWC.shape[1] == 12
+        window = drawn.rollout.x0_BTHWC[:, int(drawn.start) : int(drawn.start) + 4]
+        np.testing.assert_array_equal(drawn.video_BTHWC, window)
+    assert starts <= {0, 2, 4, 6, 8} and len(starts) >= 3
+    action = jax.jit(lambda p: own.act(p, text, drawn))(params)
+    np.testing.assert_allclose(action, drawn.video_BTHWC, atol=1e-5 * float(jnp.abs(action).max()))
+    state, metrics = jax.jit(stage.parts[0].call)(stage.state(params, critic), stage.frozen, batch_of())
+    assert seen[0]["action"] == seen[0]["latents"] == (2, *LATENT) and float(metrics["grad_norm"]) > 0

@@ -1,0 +1,118 @@
+"""Scalars and GIFs reach TensorBoard and scalars.jsonl, also across a kill; progress is readable in a file."""
+
+import io
+import json
+import re
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from greedy_distill_jax.cli.progress import _Lines, progress
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.training import metrics
+from greedy_distill_jax.training.metrics import SCALARS, MetricWriter, read_scalars
+
+
+def video(frames=5, height=8, width=12):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 255, (frames, height, width, 3), dtype=np.uint8)
+
+
+def test_tensorboard_reads_back_scalars_and_gifs(workdir):
+    with MetricWriter(workdir) as writer:
+        writer.scalars(1, {"loss": np.float32(0.5), "teacher/rate": 2})
+        writer.scalars(2, {"loss": 0.25})
+        writer.gif(2, "samples/a red square", video())
+        writer.flush()
+    events = EventAccumulator(str(workdir)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    image = events.Images("samples/a red square")[0]
+    assert (image.step, image.width, image.height) == (2, 12, 8)
+    decoded = Image.open(io.BytesIO(image.encoded_image_string))
+    assert decoded.n_frames == 5 and decoded.size == (12, 8)
+
+
+def test_scalars_jsonl(workdir):
+    before = time.time()
+    with MetricWriter(workdir / "new" / "folder") as writer:
+        writer.scalars(7, {"loss": float("nan"), "a": 1})
+    (line,) = read_scalars(workdir / "new" / "folder")
+    assert line["step"] == 7 and line["loss"] == "nan" and line["a"] == 1.0 and line["time"] >= before - 1
+    assert read_scalars(workdir / "nothing") == []
+
+
+def test_a_resumed_run_drops_what_the_killed_one_wrote_after_its_checkpoint(workdir):
+    with MetricWriter(workdir) as writer:
+        for step in range(1, 9):
+            writer.scalars(step, {"loss": step})
+    with (workdir / SCALARS).open("a") as file:
+        file.write('{"step": 9, "loss"')  # torn by a kill
+    with MetricWriter(workdir, resume_step=5) as writer:
+        writer.scalars(6, {"loss": -6})
+    lines = read_scalars(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[-1]["loss"] == -6
+    assert len([json.loads(line) for line in (workdir / SCALARS).read_text().splitlines()]) == 6
+    events = EventAccumulator(str(workdir)).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_processes_write_nothing(workdir):
+    writer = MetricWriter(workdir / "a", enabled=False)
+    writer.scalars(1, {"loss": 1})
+    writer.gif(1, "x", video())
+    writer.flush()
+    writer.close()
+    assert not (workdir / "a").exists()
+
+
+def test_an_unwritable_directory_is_a_user_error(workdir):
+    (workdir / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        MetricWriter(workdir / "file" / "run")
+
+
+def test_progress_without_a_terminal_is_lines(capsys):
+    with progress(100, 40, "teacher") as bar:
+        for _ in range(60):
+            bar.update(1)
+        bar.set_postfix(loss="0.1")
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    (line,) = err.splitlines()
+    assert line.startswith("teacher: 100/100") and line.endswith("loss=0.1")
+
+
+def test_progress_lines_have_an_eta(capsys):
+    with _Lines(10, 0, "x", "step", every=0.0) as bar:
+        time.sleep(0.01)
+        bar.update(5)
+    assert "left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_first_step_is_no_part_of_the_rate(terminal, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with progress(101, 0, "teacher") as bar:
+        bar._time = lambda: now[0]  # tqdm's clock
+        now[0] += 100.0
+        bar.update(1, restart=True)
+        first = capsys.readouterr().err
+        for _ in range(20):
+            now[0] += 1.0
+            bar.update(1)
+        said = re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1]
+    assert "1/101" in first and ("?step/s" in first if terminal else "left" not in first and "/s" not in first)
+    assert "21/101" in said and ("<01:20" in said if terminal else "after 02:00, 01:20 left, 1 step/s" in said)
+
+
+def test_progress_can_be_off(capsys):
+    with progress(10, enabled=False) as bar:
+        bar.update(1)
+        bar.set_postfix(loss=1)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,141 @@
+"""Self-rollout: the parallel and the sequential form are the same video and the same gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from greedy_distill_jax.models.students.base import ContextGrad
+from greedy_distill_jax.models.students.causal import CausalStudent
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.streaming.loop import Sampling
+from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.pairwise import pairwise
+from greedy_distill_jax.training import rollout as rollouts
+
+FRAMES, LATENT = 6, (4, 4, 4)
+SIGMAS = ((1.0, 0.8, 0.5), (1.0, 0.6))
+OPTIONS = {
+    "fusion": ("selfkv", "xattn2", "add"), "rope_mode": ("clamped", "absolute"), "context": ("clean", "last_step_kv"),
+    "anchor": (True, False), "chunk": (1, 2), "sink": (0, 1), "etm": ("params", "none"), "sdd": ("none", "params"),
+}  # fmt: skip
+CAUSAL = [
+    dict(causal=True, window=3, sink=1, rope_mode="absolute", context="clean", sdd="none"),
+    dict(causal=True, chunk=2, window=4, sink=0, rope_mode="relative", context="last_step_kv", sdd="params"),
+]
+
+
+@functools.cache
+def _setup(how="random", seed=1, **changes):
+    if changes.pop("causal", False):
+        student = CausalStudent(tiny.causal_config(**changes))
+    else:
+        student = Student(tiny.student_config(rope_frames=4, **changes))
+    streamer = make_streamer(student, Sampling(SIGMAS, "renoise"))
+    params, text = tiny.random_params(student), tiny.text_rows(2, jax.random.key(3))
+    drawn = jax.jit(
+        lambda p: rollouts.roll_out(streamer, p, text, jax.random.key(seed), (FRAMES, *LATENT), how)
+    )(params)  # fmt: skip
+    return student, streamer, params, text, drawn
+
+
+def _gradient(act, params):
+    weights = jax.random.normal(jax.random.key(9), (2, FRAMES, *LATENT))
+
+    @jax.jit
+    def both(params):
+        def value(params):
+            action = act(params)
+            return jnp.sum(weights * action), action
+
+        (_, action), grads = jax.value_and_grad(value, has_aux=True)(params)
+        return action, grads
+
+    return both(params)
+
+
+def _distance(a, b):
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(b))
+
+
+@pytest.mark.parametrize("case", [*pairwise(OPTIONS), *CAUSAL], ids=lambda c: "-".join(map(str, c.values())))
+def test_parallel_and_sequential_forms_agree(case):
+    case = dict(case)
+    grads = ContextGrad(case.pop("etm", "params"), case.pop("sdd"))
+    student, streamer, params, text, drawn = _setup(**case)
+    x, parallel = _gradient(lambda p: rollouts.recompute(student, p, text, drawn, grads), params)
+    np.testing.assert_allclose(x, drawn.x0_BTHWC, atol=1e-5 * float(jnp.abs(x).max()))
+    x, sequential = _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, grads), params)
+    np.testing.assert_allclose(x, drawn.x0_BTHWC, atol=1e-5 * float(jnp.abs(x).max()))
+    assert _distance(parallel, sequential) < 1e-5
+    if "etm" in parallel:
+        assert (float(optax.tree.norm(parallel["etm"])) == 0) == (grads.etm == "none")
+
+
+def test_every_stop_changes_the_gradient():
+    student, _, params, text, drawn = _setup()
+    found = [
+        _gradient(lambda p, g=g: rollouts.recompute(student, p, text, drawn, g), params)[1]["sdd"]
+        for g in (ContextGrad(), ContextGrad("params", "none"))
+    ]
+    assert _distance(*found) > 1e-2
+
+
+def test_gradient_through_frames_is_the_whole_derivative():
+    # Against the change of the replayed video itself when the parameters move a little.
+    _, streamer, params, text, drawn = _setup()
+    weights = jax.random.normal(jax.random.key(9), (2, FRAMES, *LATENT))
+
+    @jax.jit
+    def value(params):
+        action = rollouts.replay(streamer, params, text, drawn, ContextGrad(), frames=True)
+        return jnp.sum(weights * action)
+
+    grads = jax.jit(jax.grad(value))(params)
+    _, stopped = _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, ContextGrad()), params)
+    assert _distance(stopped, grads) > 1e-2
+    step = 1e-2
+    for direction in (grads, stopped):  # the second has parts across the gradient
+        unit = optax.tree.scale(1 / optax.tree.norm(direction), direction)
+        ahead, behind = (value(jax.tree.map(lambda p, d, s=s: p + s * d, params, unit)) for s in (step, -step))
+        np.testing.assert_allclose((ahead - behind) / (2 * step), optax.tree.vdot(grads, unit), rtol=2e-2)
+
+
+def test_segments_cut_the_flow_between_them():
+    _, streamer, params, text, drawn = _setup()
+    flow = {
+        n: _gradient(
+            lambda p, n=n: rollouts.replay(streamer, p, text, drawn, ContextGrad(), frames=True, segment=n), params
+        )[1]
+        for n in (0, 2)
+    }
+    assert _distance(flow[2], flow[0]) > 1e-3
+    with pytest.raises(ValueError, match="segment is 4 chunks, which does not divide the 6"):
+        rollouts.replay(streamer, params, text, drawn, ContextGrad(), segment=4)
+
+
+def test_exits():
+    lengths = np.asarray([4, 2])
+    np.testing.assert_array_equal(rollouts.draw_exits(jax.random.key(0), lengths, "last"), [3, 1])
+    drawn = np.stack([rollouts.draw_exits(jax.random.key(i), lengths, "random") for i in range(64)])
+    assert set(drawn[:, 0]) == {0, 1, 2, 3} and set(drawn[:, 1]) == {0, 1}
+    with pytest.raises(ValueError, match="exit is 'first'; choose from random, last"):
+        rollouts.draw_exits(jax.random.key(0), lengths, "first")
+    # The same for all chunks of a list: the levels of a rollout are one of the first list, one of the second.
+    levels = np.stack([_setup(seed=s)[4].sigma_T for s in range(1, 5)])
+    assert all(row[0] in np.float32(SIGMAS[0]) and set(row[1:]) <= {np.float32(1.0), np.float32(0.6)} for row in levels)
+    assert all(len(set(row[1:])) == 1 for row in levels)
+
+
+def test_running_every_list_to_its_end_is_the_stream():
+    student, streamer, params, text, drawn = _setup(how="last")
+    state = streamer.init(params, text, jax.random.split(jax.random.key(1))[1], LATENT)
+    step = jax.jit(streamer.step)
+    for i in range(FRAMES):
+        state, x = step(params, state)
+        np.testing.assert_allclose(drawn.x0_BTHWC[:, i : i + 1], x, atol=1e-5 * float(jnp.abs(x).max()))
+    np.testing.assert_allclose(drawn.sigma_T, [0.5] + [0.6] * (FRAMES - 1))

@@ -1,0 +1,55 @@
+"""The command in a job: converted weights start a student, a trained student goes to PyTorch and back."""
+
+import functools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import exit_code
+
+from greedy_distill_jax import convert
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.train import train
+from greedy_distill_jax.weights.load import compare
+from greedy_distill_jax.weights.source import open_source
+
+run = functools.partial(exit_code, convert.main)
+
+
+def test_a_job_with_converted_weights(tmp_path, capsys):
+    options = dict(steps=1, data__batch=8, checkpoint__every=1)
+    train(tiny.train_config(**options), tmp_path / "teacher", show_progress=False)
+    assert run("export", tmp_path / "teacher", tmp_path / "wan", "--format", "original", "--dtype", "bfloat16") == 0
+    assert "predicts x0" in capsys.readouterr().err
+    assert run("import", tmp_path / "wan", tmp_path / "converted") == 0
+    with pytest.raises(UserError, match="teacher_from"):
+        Run.load(tmp_path / "converted")
+
+    config = tiny.train_config("teacher_forcing", teacher_from=str(tmp_path / "converted"), **options)
+    state = train(config, tmp_path / "student", show_progress=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+
+    assert run("export", tmp_path / "student", tmp_path / "torch", "--format", "torch-student") == 0
+    assert {p.name for p in (tmp_path / "torch").iterdir()} == {
+        "codec.npz", "config.json", "model.safetensors", "torch_student.py"
+    }  # fmt: skip
+    assert run("import", tmp_path / "torch", tmp_path / "back") == 0
+    assert compare(open_source(tmp_path / "back"), open_source(tmp_path / "student")) == []
+    trained, back = Run.load(tmp_path / "student"), Run.load(tmp_path / "back")
+    assert back.model.cfg == trained.model.cfg and back.latent_shape == trained.latent_shape
+    assert back.streamer().sampling == trained.streamer().sampling
+    videos = [r.sample_videos(["a red square moving left"], frames=2) for r in (trained, back)]
+    np.testing.assert_array_equal(*videos)
+
+    assert run("export", tmp_path / "student", tmp_path / "raw", "--format", "torch-student", "--part", "params") == 0
+    assert not compare(open_source(tmp_path / "raw"), open_source(tmp_path / "student", part="params"))
+    assert run("export", tmp_path / "student", tmp_path / "no", "--format", "original") == 2
+    assert "torch-student" in capsys.readouterr().err
+    assert run("import", tmp_path / "teacher", tmp_path / "no") == 2
+    assert "in our format already" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "student" / "checkpoints")
+    assert run("export", tmp_path / "student", tmp_path / "no", "--format", "torch-student") == 2
+    assert not (tmp_path / "no").exists()
