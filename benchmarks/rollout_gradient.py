@@ -2,8 +2,8 @@
 
     python benchmarks/rollout_gradient.py --frames 16 --output benchmarks/results/rollout-gradient.json
 
-Both forms give the same gradient (``tests/training/test_rollout.py``; checked here again). Memory is what the compiled program
-allocates besides its arguments and results; time is CPU time of the process on a CPU, median of turns.
+Both forms give the same gradient (``tests/training/test_rollout.py``; checked here again). Memory is what the compiled
+program allocates besides its arguments and results; time is CPU time of the process on a CPU, median of turns.
 ``benchmarks/train_step.py`` does the same at a named size.
 """
 

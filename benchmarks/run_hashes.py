@@ -18,7 +18,8 @@ RUNS = {  # name -> (configuration, overrides with {run} for the folders of earl
     "teacher": ("teacher,smoke", []),
     "student": ("student,smoke", ["--config.teacher_from={teacher}"]),
     "stage2": ("stage2,smoke", ["--config.teacher_from={teacher}", "--config.student_from={student}"]),
-    "stage2_self": ("greedy_distill_paper,smoke", ["--config.teacher_from={teacher}", "--config.student_from={student}"]),
+    "stage2_self": (
+        "greedy_distill_paper,smoke", ["--config.teacher_from={teacher}", "--config.student_from={student}"]),
     "student_last_step": (
         "student,smoke", ["--config.teacher_from={teacher}", "--config.student.context=last_step_kv"]),
     "stage2_last_step": (
