@@ -1,8 +1,26 @@
-"""Types shared by every layer of the package."""
+"""The errors every layer of the package shares."""
+
+from collections.abc import Mapping
 
 
 class UserError(ValueError):
-    """Bad user input: a one-line message naming the value, the place and the remedy. Commands exit with 2."""
+    """Bad user input: one line that names the value, the place and the remedy. Commands exit with 2.
+
+    A library knows the field that holds the value, not where the user wrote it. Whoever knows says so with ``at``:
+    commands put the option in front, the configuration its key.
+
+    Attributes:
+      field: name of the argument or dataclass field, "" where there is none or its place is told already.
+    """
+
+    def __init__(self, message: str, field: str = ""):
+        super().__init__(message)
+        self.field = field
+
+    def at(self, places: Mapping[str, str]) -> "UserError":
+        """The same error with the place of its field in front, if ``places`` (field -> place) has it."""
+        place = places.get(self.field)
+        return UserError(f"{place}: {self}") if place else self
 
 
 class Diverged(RuntimeError):

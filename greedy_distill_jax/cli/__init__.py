@@ -26,6 +26,15 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
+def places(**fields: str) -> Iterator[None]:
+    """A UserError about one of these fields says which option it came from: ``places(frames="--frames")``."""
+    try:
+        yield
+    except UserError as error:
+        raise error.at(fields) from error
+
+
+@contextlib.contextmanager
 def option(name: str, value: str | Path | None) -> Iterator[None]:
     """Errors that name the path ``value`` say which option it came from: `error: --codec: latents does not exist; ...`.
 
