@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import timing
@@ -41,7 +41,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 def _ours(size: Size, student: str, sampling: Sampling):
     """(run, text rows, state and step of a stream); kernels are stored in the dtype that they are used in."""
-    run = size.run(student, configuration.wan_config(size.config(student)).dtype)
+    run = size.run(student, read_settings(size.config(student), imagine_runs=True).wan.dtype)
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
     opened = open_stream(make_streamer(run.model, sampling), run.params, text, jax.random.key(2), run.latent_shape[1:])
     return run, text, *opened
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     timing.one_thread()
     device, peers = _torch_device(), (EAGER, COMPILED) if args.compile else (EAGER,)
     result = {**timing.environment(), "sizes": {}}
-    if any(configuration.wan_config(SIZES[name].config("causal")).dtype != "float32" for name in args.size):
+    if any(read_settings(SIZES[name].config("causal"), imagine_runs=True).wan.dtype != "float32" for name in args.size):
         with jax.default_matmul_precision("highest"):
             result["float32_check"] = measure(SIZES["tiny"], args.steps, 1, peers, device)["largest_difference"]
     for name in args.size:

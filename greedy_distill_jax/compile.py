@@ -66,17 +66,18 @@ DOES_NOT_FIT = 3
 
 def _read_job(argv: Sequence[str], flags):
     from greedy_distill_jax.cli.config_flags import load_config
+    from greedy_distill_jax.config import open_keys, read_settings
     from greedy_distill_jax.errors import UserError
     from greedy_distill_jax.pods import jobs
 
-    config, values = load_config(argv, flags)
+    config, values = load_config(argv, flags, open_keys=open_keys())
     if not values["topology"]:
         such = "v5p" if values.get("search") else "v5p:4x4x4"
         raise UserError(f"--topology is missing; name it, such as --topology={such}.")
     if values["size"] not in jobs.GRID:
         raise UserError(f"--size is {values['size']!r}; choose from {', '.join(jobs.GRID)}.")
     _check_writable(values.get("json", ""))
-    return jobs.imaginary_runs(config), values
+    return read_settings(config, imagine_runs=True), values
 
 
 def _check_writable(path: str) -> None:
@@ -92,12 +93,12 @@ def train(argv: Sequence[str]) -> int:
     """Compiles the steps of a job; returns the exit code."""
     from greedy_distill_jax.pods import report
 
-    config, flags = _read_job(argv, TRAIN_FLAGS)
+    settings, flags = _read_job(argv, TRAIN_FLAGS)
     records = []
     if flags["search"]:
-        found = _search(config, flags)
+        found = _search(settings, flags)
     else:
-        found = [report.report(config, flags["topology"], flags["size"], flags["only"], _say)]
+        found = [report.report(settings, flags["topology"], flags["size"], flags["only"], _say)]
     for record in found:
         records.append(record)
         if flags["json"]:  # what is known stays, whatever the compiler makes of the next slice
@@ -109,7 +110,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _search(config, flags) -> Iterator[dict]:
+def _search(settings, flags) -> Iterator[dict]:
     """Records of the slices of a generation, the smallest first, up to the first that fits."""
     from greedy_distill_jax.errors import UserError
     from greedy_distill_jax.pods import jobs, report, topologies
@@ -119,12 +120,12 @@ def _search(config, flags) -> Iterator[dict]:
         raise UserError(
             f"--topology is {generation!r}; --search takes a generation without a size: {', '.join(topologies.CHIPS)}."
         )
-    jobs.build_networks(config, flags["size"], flags["only"])  # what no slice could mend is said once
-    _say(f"global batch {config.data.batch}, on every slice one video at a time per group of devices")
+    jobs.build_networks(settings, flags["size"], flags["only"])  # what no slice could mend is said once
+    _say(f"global batch {settings.data.batch}, on every slice one video at a time per group of devices")
     for size in topologies.CHIPS[generation].slices:
         name = f"{generation}:{size}"
         try:
-            record = report.report(config, name, flags["size"], flags["only"], _say, search=True)
+            record = report.report(settings, name, flags["size"], flags["only"], _say, search=True)
         except jobs.Misfit as error:
             _say(f"{name}: {error}")
             continue
@@ -143,8 +144,8 @@ def sharding(argv: Sequence[str]) -> int:
     from greedy_distill_jax.distribution.sharding import leaf_paths
     from greedy_distill_jax.pods import jobs, topologies
 
-    config, flags = _read_job(argv, JOB_FLAGS)
-    job = jobs.build_job(config, topologies.devices(flags["topology"]), flags["size"])
+    settings, flags = _read_job(argv, JOB_FLAGS)
+    job = jobs.build_job(settings, topologies.devices(flags["topology"]), flags["size"])
     print(f"{flags['topology']}: {job.mesh.size} chips, mesh {dict(job.mesh.shape)}")
     for tree, (shapes, layout) in job.trees.items():
         leaves = zip(leaf_paths(shapes), leaf_paths(layout), strict=True)

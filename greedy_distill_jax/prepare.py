@@ -15,7 +15,7 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.codecs.protocol import VideoCodec
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.clips import Cutting, prepare_clips, read_captions
 from greedy_distill_jax.data.sources.latents import prepare_latents
 from greedy_distill_jax.data.sources.trajectories import write_trajectories
@@ -212,11 +212,11 @@ def _add_ode(commands: argparse._SubParsersAction) -> None:
 def _ode(args: argparse.Namespace) -> None:
     for name in ("steps", "per_prompt", "batch", "group", "frames"):
         _at_least(args, name, 1)
-    student = read_config(args.student, "--student")
-    if student.stage == "teacher":
+    student = read_settings(read_config(args.student, "--student"), imagine_runs=True)
+    if not student.is_student:
         raise UserError(f"--student {args.student} configures a teacher; name the configuration of a student")
     share, prompts = _share(args), read_prompts(args.prompts)
-    sigmas = tuple(sorted({sigma for row in configuration.sampling(student).sigmas for sigma in row}, reverse=True))
+    sigmas = tuple(sorted({sigma for row in student.sampling.sigmas for sigma in row}, reverse=True))
     if args.teacher:
         with cli.option("--teacher", args.teacher), cli.option("--text", args.text):
             run = Run.load(args.teacher, text=args.text)
@@ -235,15 +235,12 @@ def _ode(args: argparse.Namespace) -> None:
                 args.model, load_codec(args.model), prompts, height=height, width=width, frames=args.frames,
                 negative=WAN_NEGATIVE_PROMPT if args.negative is None else args.negative, text=args.text,
             )  # fmt: skip
-        run.config.sample.guidance, source = 6.0, Path(args.model).name
-    if args.guidance is not None:
-        run.config.sample.guidance = args.guidance
-    if args.negative is not None:
-        run.config.data.negative_prompt = args.negative
+        run, source = run.sampled_with(guidance=6.0), Path(args.model).name
+    run = run.sampled_with(guidance=args.guidance, negative_prompt=args.negative)
     shift = student.sample.shift
     plan = {
-        "teacher": source, "steps": args.steps, "shift": shift, "guidance": run.config.sample.guidance,
-        "negative": run.config.data.negative_prompt,
+        "teacher": source, "steps": args.steps, "shift": shift, "guidance": run.settings.sample.guidance,
+        "negative": run.settings.data.negative_prompt,
     }  # fmt: skip
     info = write_trajectories(
         prompts, args.output,

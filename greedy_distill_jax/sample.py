@@ -7,7 +7,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import math
 import os
 import sys
@@ -175,13 +174,9 @@ def _load(args: argparse.Namespace):
         trained = 1 + (run.latent_shape[0] - 1) * run.codec.temporal_stride
         args.frames = args.frames or trained
         _check_length(args, run.model.cfg, (latent_frames(run.codec, args.frames), *run.latent_shape[1:]), trained)
-    config = run.config.copy_and_resolve_references()
-    for key, name in (("sampler", "solver"), ("shift", "shift"), ("guidance", "guidance")):
-        if getattr(args, name) is not None:
-            config.sample[key] = getattr(args, name)
-    if args.negative_prompt is not None:
-        config.data.negative_prompt = args.negative_prompt
-    return dataclasses.replace(run, config=config)
+    return run.sampled_with(
+        sampler=args.solver, shift=args.shift, guidance=args.guidance, negative_prompt=args.negative_prompt
+    )
 
 
 def _check_length(args: argparse.Namespace, cfg, latent_shape: tuple[int, ...], trained: int) -> None:
@@ -274,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         options = dict(fps=1 if args.fps is None else args.fps, upscale=args.upscale or 1)
         writers = [stack.enter_context(VideoWriter(path, **options)) for path in paths]
         run = _load(args)
-        use_compile_cache(run.config.compile_cache)
+        use_compile_cache(run.settings.compile_cache)
         if run.is_student:
             switches = dict(parse_switch(value) for value in args.switch)
             _check_switches(switches, args.frames)
@@ -287,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         bar = stack.enter_context(tqdm(total=args.frames, unit="frame", desc="sample"))
         for chunk in chunks:  # [B, g, H, W, 3]
             for writer, frames in zip(writers, chunk, strict=True):
-                writer.fps = args.fps or run.config.log.fps
+                writer.fps = args.fps or run.settings.log.fps
                 writer.upscale = args.upscale or max(1, 128 // chunk.shape[3])
                 for frame in frames:
                     writer.write(frame)

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
-
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import Settings, base, read_settings
+from greedy_distill_jax.config.tree import loads
 from greedy_distill_jax.storage.checkpoint import load_meta, load_params
 from greedy_distill_jax.data.loader import is_shapes, load_source
 from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT, TextEncoder, TextStore, TextTable, load_text_encoder
@@ -43,10 +42,10 @@ def architecture(model: Teacher | StreamingModel) -> dict[str, Any]:
     return {"kind": type(model).__name__.lower(), **fields}
 
 
-def data_source(config: ConfigDict, split: str, *, frames: int, seed: int):
+def data_source(settings: Settings, split: str, *, frames: int, seed: int):
     """(source, codec) of ``config.data``; clips have a size of their own."""
-    size = config.data.size if is_shapes(config.data.source) else None
-    return load_source(config.data.source, split, size=size, frames=frames, seed=seed)
+    size = settings.data.size if is_shapes(settings.data.source) else None
+    return load_source(settings.data.source, split, size=size, frames=frames, seed=seed)
 
 
 @dataclasses.dataclass
@@ -57,7 +56,7 @@ class Run:
     for (``needs_codec=False``) and the text is not embedded here.
     """
 
-    config: ConfigDict
+    settings: Settings
     model: Teacher | StreamingModel
     params: Any
     codec: VideoCodec | None
@@ -92,15 +91,11 @@ class Run:
                 f"weights."
             )
         meta = load_meta(directory / "checkpoints", step=step)
-        config = configuration.base()
-        with config.unlocked():
-            stored = json.loads(meta["config"])
-            config.losses, config.critic.losses = ConfigDict(), ConfigDict()  # the run's, not beside the defaults
-            config.update(ConfigDict(stored))
-        wan = configuration.wan_config(config)
-        model = Teacher(wan) if config.stage == "teacher" else make_student(configuration.student_config(config))
-        params = load_params(directory / "checkpoints", "ema", step=step, sharding=sharding)
-        spec, encoder = config.data.text if text is None else text, None
+        settings = read_settings(loads(meta["config"]), imagine_runs=True)
+        wan = settings.wan
+        model = make_student(settings.student_config) if settings.is_student else Teacher(wan)
+        params = load_params(directory / "checkpoints", f"nets/{meta['network']}/ema", step=step, sharding=sharding)
+        spec, encoder = settings.data.text if text is None else text, None
         if needs_codec or not spec:
             encoder = load_text_encoder(spec, text_len=wan.text_len, text_dim=wan.text_dim)
         if codec is not None:
@@ -113,7 +108,7 @@ class Run:
                 f"them (config.teacher_from), give the --workdir of a training command, or name a codec to the command "
                 f"sample with --codec."
             )
-        return cls(config, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
+        return cls(settings, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
 
     @classmethod
     def from_model_folder(
@@ -150,11 +145,19 @@ class Run:
         if not isinstance(encoder, TextStore):
             encoder = TextTable(encoder, [*prompts, negative])
         cfg, params = pipeline.load_transformer(folder, dtype=dtype)
-        config = configuration.base()
+        config = base()
         config.model.update(dataclasses.asdict(cfg))
         config.data.frames, config.data.negative_prompt, config.log.fps = latent_shape[0], negative, 16
         config.sample.update(sampler="unipc", steps=50, shift=pipeline.read_shift(folder), guidance=5.0)
-        return cls(config, Teacher(cfg), params, codec, encoder, latent_shape, {})
+        return cls(read_settings(config), Teacher(cfg), params, codec, encoder, latent_shape, {})
+
+    def sampled_with(self, *, negative_prompt: str | None = None, **changes: Any) -> "Run":
+        """The same run with other values of ``settings.sample``, and another unconditional prompt; None changes nothing."""
+        sample = dataclasses.replace(self.settings.sample, **{k: v for k, v in changes.items() if v is not None})
+        data = self.settings.data
+        if negative_prompt is not None:
+            data = dataclasses.replace(data, negative_prompt=negative_prompt)
+        return dataclasses.replace(self, settings=self.settings.replace(sample=sample, data=data))
 
     @property
     def fingerprint(self) -> str:
@@ -174,7 +177,7 @@ class Run:
         """The student's streaming functions with this run's sampling."""
         if not self.is_student:
             raise UserError("A teacher makes whole videos and cannot stream; give a student's run directory.")
-        chosen, trained = configuration.sampling(self.config, steps, first_steps), configuration.sampling(self.config)
+        chosen, trained = self.settings.sampled_with(steps, first_steps), self.settings.sampling
         last = [(s.sigmas[0][-1], s.sigmas[-1][-1]) for s in (chosen, trained)]
         if self.model.cfg.context == "last_step_kv" and last[0] != last[1]:
             raise UserError(
@@ -198,8 +201,8 @@ class Run:
         Solver, shift and guidance are those of ``config.sample``, the unconditional prompt is
         ``config.data.negative_prompt``; ``steps`` overrides the number of steps.
         """
-        s = self.config.sample
-        null = jnp.broadcast_to(self.text([self.config.data.negative_prompt]), text.shape)
+        s = self.settings.sample
+        null = jnp.broadcast_to(self.text([self.settings.data.negative_prompt]), text.shape)
         return self._teacher_sampler(
             self.params, noise, text, null, solver=s.sampler, steps=steps or s.steps, shift=s.shift, scale=s.guidance
         )
@@ -211,8 +214,8 @@ class Run:
         ``shift``, with ``kept`` in between.
         """
         levels = tuple(sorted({*noise_levels.uniform_steps(steps, shift), *kept}, reverse=True))
-        null = jnp.broadcast_to(self.text([self.config.data.negative_prompt]), text.shape)
-        return self._ode(self.params, noise, text, null, levels=levels, kept=kept, scale=self.config.sample.guidance)
+        null = jnp.broadcast_to(self.text([self.settings.data.negative_prompt]), text.shape)
+        return self._ode(self.params, noise, text, null, levels=levels, kept=kept, scale=self.settings.sample.guidance)
 
     @functools.cached_property
     def _ode(self):

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from greedy_distill_jax.training.stages.build import build_model
 
 from greedy_distill_jax import sample
 from greedy_distill_jax.cli.config_flags import read_config
@@ -18,7 +19,6 @@ from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
-from greedy_distill_jax.training.stages.build import build_model
 
 
 def _config(**changes):
