@@ -269,9 +269,10 @@ def test_a_teacher_makes_whole_videos(finished, tmp_path):
 def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
     options = ["--solver", "unipc", "--shift", "3", "--guidance", "4", "--negative-prompt", PROMPTS[1]]
     args = sample._parser().parse_args(["--checkpoint", str(finished / "teacher"), "--prompt", "a", *options])
-    config = sample._load(args).config
-    assert (config.sample.sampler, config.sample.shift, config.sample.guidance) == ("unipc", 3.0, 4.0)
-    assert config.data.negative_prompt == PROMPTS[1] and Run.load(finished / "teacher").config.sample.sampler == "euler"
+    settings = sample._load(args).settings
+    assert (settings.sample.sampler, settings.sample.shift, settings.sample.guidance) == ("unipc", 3.0, 4.0)
+    assert settings.data.negative_prompt == PROMPTS[1]
+    assert Run.load(finished / "teacher").settings.sample.sampler == "euler"
 
 
 @pytest.mark.parametrize(

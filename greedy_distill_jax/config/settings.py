@@ -104,6 +104,20 @@ def read_settings(config: ConfigDict, *, imagine_runs: bool = False) -> Settings
     Raises:
       UserError: a key that is unknown, missing or of another stage or kind, or a value that no stage can run with.
     """
+    settings = _unchecked(config)
+    if imagine_runs:
+        wanted = {want.key for want in settings.kind.wanted(settings).values()}
+        settings = settings.replace(**{key: "not loaded" for key in wanted if not getattr(settings, key)})
+    check(settings)
+    return settings
+
+
+def stored_settings(text: str) -> Settings:
+    """The settings of a run, from the JSON in its checkpoint; they were checked when it ran."""
+    return _unchecked(tree.loads(text))
+
+
+def _unchecked(config: ConfigDict) -> Settings:
     stage = config.get("stage", "teacher")
     kind, groups = stages.kind_of(stage), stages.groups()
     values = tree.read(keys.Keys, config, "config", besides=groups)
@@ -117,12 +131,7 @@ def read_settings(config: ConfigDict, *, imagine_runs: bool = False) -> Settings
         else:
             _refuse_changes(read, group(), f"config.{name}", stage)
     fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(keys.Keys)}
-    settings = Settings(**fields, own=own, text=config.to_json_best_effort())
-    if imagine_runs:
-        wanted = {want.key for want in kind.wanted(settings).values()}
-        settings = settings.replace(**{key: "not loaded" for key in wanted if not getattr(settings, key)})
-    check(settings)
-    return settings
+    return Settings(**fields, own=own, text=config.to_json_best_effort())
 
 
 def _refuse_changes(read: Any, default: Any, path: str, stage: str) -> None:

@@ -117,6 +117,7 @@ def loads(text: str) -> ConfigDict:
     config = base()
     with config.unlocked():
         for losses in _losses_in(config):
-            losses.clear()  # the run's alone, not beside the defaults
+            for name in list(losses):
+                del losses[name]  # the run's alone, not beside the defaults
         config.update(ConfigDict(json.loads(text)))
     return config

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from greedy_distill_jax.config import Settings, base, read_settings
-from greedy_distill_jax.config.tree import loads
+from greedy_distill_jax.config.settings import stored_settings
 from greedy_distill_jax.storage.checkpoint import load_meta, load_params
 from greedy_distill_jax.data.loader import is_shapes, load_source
 from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT, TextEncoder, TextStore, TextTable, load_text_encoder
@@ -91,7 +91,7 @@ class Run:
                 f"weights."
             )
         meta = load_meta(directory / "checkpoints", step=step)
-        settings = read_settings(loads(meta["config"]), imagine_runs=True)
+        settings = stored_settings(meta["config"])
         wan = settings.wan
         model = make_student(settings.student_config) if settings.is_student else Teacher(wan)
         params = load_params(directory / "checkpoints", f"nets/{meta['network']}/ema", step=step, sharding=sharding)

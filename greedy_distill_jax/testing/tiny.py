@@ -6,11 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.training.stages import base as stage_base, dmd as stage_dmd
 from greedy_distill_jax.training.stages.base import Inputs
 
 BASE = WanConfig(
@@ -93,6 +95,17 @@ def stage_of(config, latent_shape: tuple[int, int, int, int], seed: int = 0):
     if not settings.is_student:
         given = {"teacher": random_params(stage.model, seed, latent_shape)}
     return stage, stage.initial_params(jax.random.key(seed), latent_shape, given)
+
+
+def descend(monkeypatch, rate: float) -> None:
+    """Plain gradient descent in every stage: the update is the gradient times ``rate``."""
+    for module in (stage_base, stage_dmd):
+        monkeypatch.setattr(module, "make_optimizer", lambda *args, **kwargs: optax.sgd(rate))
+
+
+def call_of(part):
+    """A part that neither takes nor hands on anything: ``call(state, frozen, batch) -> (state, metrics)``."""
+    return lambda state, frozen, batch: part.call(state, frozen, batch, {})[:2]
 
 
 def text_rows(batch: int, key, base: WanConfig = BASE):

@@ -94,8 +94,8 @@ class Progress:
                 kept = self.checkpointer.latest_step()
                 kept = f"step {kept} is kept in {self.checkpointer.directory}" if kept else "there is no checkpoint yet"
                 raise Diverged(
-                    f"stage {settings.stage}, step {step}: {', '.join(named)} is not finite ({found[named[0]]}); {kept}. "
-                    f"Lower the learning rate or look at the data."
+                    f"stage {settings.stage}, step {step}: {', '.join(named)} is not finite ({found[named[0]]}); "
+                    f"{kept}. Lower the learning rate or look at the data."
                 )
             values.append(found)
         self._pending = []

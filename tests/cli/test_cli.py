@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, prepare, sample
 from greedy_distill_jax.cli.config_flags import key_paths, load_config, read_config
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import solvers
 from greedy_distill_jax.errors import UserError
 
@@ -226,7 +226,7 @@ def test_a_process_ends_with_one_line(subprocess_env):
 def test_the_published_stage_2_has_no_critic(file):
     config = read_config(f"configs/{file}:greedy_distill_paper").lock()
     config.student_from = config.teacher_from = "a run"
-    configuration.validate(config)
+    read_settings(config, imagine_runs=True)
     d = config.distill
     assert (d.real, d.fake, d.pg, d.generator_every) == ("joint", "self_sg", "rollout_trunc", 1)
 

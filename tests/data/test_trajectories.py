@@ -7,7 +7,7 @@ import pytest
 
 from greedy_distill_jax import cli, prepare
 from greedy_distill_jax.cli.config_flags import read_config
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.trajectories import Trajectories, write_trajectories
 from greedy_distill_jax.diffusion import noise_levels, solvers
 from greedy_distill_jax.errors import UserError
@@ -131,7 +131,7 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     options = ["--teacher", teacher, "--student", STUDENT, "--prompts", prompts, "--output", tmp_path / "out"]
     assert run(*options, "--steps", 8, "--guidance", 3, "--batch", 2, "--seed", 7) == 0
     student = read_config(STUDENT)
-    lists = configuration.sampling(student).sigmas
+    lists = read_settings(student, imagine_runs=True).sampling.sigmas
     source, loaded = Trajectories(tmp_path / "out"), Run.load(teacher)
     assert source.sigmas == tuple(sorted({s for row in lists for s in row}, reverse=True))
     levels = tuple(sorted({*noise_levels.uniform_steps(8, student.sample.shift), *source.sigmas}, reverse=True))
