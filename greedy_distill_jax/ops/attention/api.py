@@ -58,8 +58,7 @@ def chunk_attention(
         raise ValueError(
             f"chunk_attention: q has {q_BLNK.shape[1]} tokens and k {k_BSNK.shape[1]}, but the pattern has "
             f"{pattern.num_q_chunks} query chunks of {pattern.q_chunk} and {pattern.num_k_chunks} key chunks of "
-            f"{pattern.k_chunk} (so {pattern.q_tokens} and {pattern.k_tokens}). Build the pattern from the tokens of one "
-            f"chunk."
+            f"{pattern.k_chunk} (so {pattern.q_tokens} and {pattern.k_tokens}); build it from the tokens of one chunk."
         )
     if derivative not in ("vjp", "jvp"):
         raise UserError(f'chunk_attention: derivative must be "vjp" or "jvp", got {derivative!r}.')
