@@ -42,8 +42,11 @@ def watching() -> Iterator[list[Finding]]:
         _FOUND.reset(token)
 
 
-def note(objective: Callable, params: Any) -> None:
-    """Called where a gradient is taken of ``objective(params) -> (value, metrics by term or None)``."""
+def note(objective: Callable, params: Any, *, leaves: bool = True) -> None:
+    """Called where a gradient is taken of ``objective(params) -> (value, metrics by term or None)``.
+
+    ``leaves``: ``params`` are those of a network; False where other arrays are among them.
+    """
     found = _FOUND.get()
     if found is None:
         return
@@ -60,7 +63,7 @@ def note(objective: Callable, params: Any) -> None:
         zeros = zero_outputs(program.jaxpr, program.consts, [False] * len(program.jaxpr.invars))
         paths = [path for path, _ in leaf_paths(shapes)]
         reached[term] = {path for path, is_zero in zip(paths, zeros, strict=True) if not is_zero}
-    found.append(Finding(reached, {path for path, _ in leaf_paths(params)}))
+    found.append(Finding(reached, {path for path, _ in leaf_paths(params)} if leaves else set()))
 
 
 def idle_terms(found: Sequence[Finding]) -> list[str]:
@@ -86,7 +89,7 @@ _KEEPS_ZERO = {  # zero where their first operand is
 }
 _ANY_ZERO = {"mul", "dot_general", "conv_general_dilated"}
 _ALL_ZERO = {
-    *("add", "sub", "add_any", "concatenate", "dynamic_update_slice", "scatter-add", "scatter_add", "pad", "max", "min"),
+    *("add", "sub", "add_any", "concatenate", "dynamic_update_slice", "scatter-add", "pad", "max", "min"),
 }
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # of pjit, remat, custom derivatives, shard_map
 
@@ -113,7 +116,9 @@ def zero_outputs(jaxpr: core.Jaxpr, consts: Sequence[Any], zero_in: Sequence[boo
 
 
 def _is_zero(value: Any) -> bool:
-    if isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype") and not isinstance(value, int | float | bool):
+    if isinstance(value, jax.core.Tracer):
+        return False
+    if not hasattr(value, "dtype") and not isinstance(value, int | float | bool):
         return False
     if jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended):
         return False
@@ -125,8 +130,8 @@ def _zeros_of(equation, inputs: list[bool]) -> list[bool]:
     if name in _ANY_ZERO:
         return [any(inputs[:2])]
     if name in _ALL_ZERO:
-        values = inputs[:1] + inputs[2:] if name.startswith("scatter") else inputs[:2] if name[:7] == "dynamic" else inputs
-        return [all(values)]
+        without_indices = {"scatter-add": inputs[::2], "dynamic_update_slice": inputs[:2]}
+        return [all(without_indices.get(name, inputs))]
     if name == "select_n":
         return [all(inputs[1:])]
     if name == "optimization_barrier":

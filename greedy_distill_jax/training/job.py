@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
@@ -18,14 +19,18 @@ from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.config.tree import default_text
 from greedy_distill_jax.data.augment import augmented
-from greedy_distill_jax.data.loader import SkipBadRecords, captions_of, latents_of
+from greedy_distill_jax.data.loader import SkipBadRecords, latents_of
+from greedy_distill_jax.data.sources.protocol import captions_of
 from greedy_distill_jax.distribution.mesh import batch_parts
 from greedy_distill_jax.distribution.parallel import check_columns, check_heads, on_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import architecture, data_source
 from greedy_distill_jax.storage.checkpoint import has_checkpoint
-from greedy_distill_jax.text.encoders import TextEncoder, check_captions, load_text_encoder
+from greedy_distill_jax.text.load import load_text_encoder
+from greedy_distill_jax.text.protocol import TextEncoder
+from greedy_distill_jax.text.store import check_captions
+from greedy_distill_jax.training import audit
 from greedy_distill_jax.training.sources import fingerprints, frozen_runs, load_sources
 from greedy_distill_jax.training.stages.base import Inputs, Part, Stage
 from greedy_distill_jax.training.state import TrainState
@@ -108,7 +113,8 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     with one_line():
         state_shape = state_shapes(stage, latent_shape)
         jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
-        check_metrics(jitted, state_shape, stage.frozen, batch_shape)
+        for warning in trace_parts(jitted, state_shape, stage.frozen, batch_shape):
+            print(f"warning: {warning}", file=sys.stderr)
     return Job(
         settings,
         stage,
@@ -216,13 +222,30 @@ def _counting(call):
     return counted
 
 
-def check_metrics(parts: tuple[Part, ...], state, frozen, batch) -> None:
-    """Traces every part; UserError for a metric that is no scalar."""
-    carry: Any = {}
+def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
+    """Traces every jitted part and audits its gradients (``training.audit``).
+
+    Returns:
+      Warnings about parameters that no loss trains.
+
+    Raises:
+      UserError: a term without a gradient, or a metric that is no scalar.
+    """
+    carry, warnings = {}, []
     for part in parts:
         if part.host:
-            return  # what it hands on is known only when it runs
-        _, metrics, carry = part.call.eval_shape(state, frozen, batch, carry)
+            break  # what it hands on is known only when it runs
+        with audit.watching() as found:
+            _, metrics, carry = part.call.eval_shape(state, frozen, batch, carry)
+        for term in audit.idle_terms(found):
+            raise UserError(
+                f"{part.losses}.{term} has no gradient: it cannot train anything; remove it, or look for what stops its "
+                f"gradient."
+            )
+        idle = audit.idle_leaves(found)
+        if idle:
+            more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+            warnings.append(f"part {part.name}: no loss trains {', '.join(idle[:5])}{more}")
         for name, metric in metrics.items():
             if metric.shape:
                 raise UserError(f"The metric {name} has shape {metric.shape}; a loss must return scalars as metrics.")

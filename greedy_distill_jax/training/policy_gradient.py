@@ -19,7 +19,7 @@ from greedy_distill_jax.losses import Term
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.training import rollout as rollouts
+from greedy_distill_jax.training import audit, rollout as rollouts
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.training.update import (
     Update,
@@ -150,6 +150,7 @@ def generator_step(
 
     if own.pg == "actor_critic":
         drawn, objective = episode(text, keys[1:-1])
+        audit.note(lambda both: objective(*both), (drawn.video_BTHWC, net.params), leaves=False)
         (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.video_BTHWC, net.params)
 
         def actor(params):

@@ -9,6 +9,7 @@ import optax
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.losses import Term, asked
+from greedy_distill_jax.training import audit
 from greedy_distill_jax.training.state import Net, TrainState
 
 
@@ -65,7 +66,8 @@ class Update:
 
 
 def value_and_gradients(objective: Callable, params):
-    """((value, auxiliary values), gradients) of ``objective(params)``."""
+    """((value, metrics by term or None), gradients) of ``objective(params)``."""
+    audit.note(objective, params)
     value, grads = jax.value_and_grad(objective, has_aux=True)(params)
     return value, parallel.at_rest(grads)
 

@@ -15,11 +15,11 @@ import pytest
 
 from greedy_distill_jax import losses, train as training
 from greedy_distill_jax.config import read_settings
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.errors import Diverged, UserError
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.train import Diverged, train
+from greedy_distill_jax.train import train
 from greedy_distill_jax.training import loop
 from greedy_distill_jax.training.metrics import read_scalars
 

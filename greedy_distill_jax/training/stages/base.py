@@ -31,6 +31,7 @@ class Part(NamedTuple):
     due: Callable[[int], bool]
     call: Callable
     host: bool = False
+    losses: str = "config.losses"  # where its terms stand, for errors
 
 
 class Network(NamedTuple):

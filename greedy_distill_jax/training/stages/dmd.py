@@ -153,7 +153,7 @@ class Dmd(StageKind):
             step = functools.partial(
                 policy_gradient.critic_step, make_net=critic_net, terms=critic_terms(settings), update=update, **shared
             )
-            parts.append(_part("critic", always, step))
+            parts.append(_part("critic", always, step)._replace(losses="config.critic.losses"))
         frozen = {name: _compute_precision(tree, student.cfg.base.dtype) for name, tree in inputs.frozen.items()}
         return Stage(networks, frozen, tuple(parts))
 
