@@ -239,8 +239,8 @@ def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
             _, metrics, carry = part.call.eval_shape(state, frozen, batch, carry)
         for term in audit.idle_terms(found):
             raise UserError(
-                f"{part.losses}.{term} has no gradient: it cannot train anything; remove it, or look for what stops its "
-                f"gradient."
+                f"{part.losses}.{term} has no gradient: it cannot train anything; remove it, or look for what stops "
+                f"its gradient."
             )
         idle = audit.idle_leaves(found)
         if idle:
