@@ -17,7 +17,6 @@ from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.metrics import read_scalars
 
 
-
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     """A run directory of a student, after one update: text and latents of the quickstart's sizes, narrow networks."""
@@ -57,7 +56,9 @@ def _a_student(block, tmp_path, monkeypatch, request):
 def _an_exported_student(block, tmp_path, monkeypatch, request):
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
     folder = tmp_path / "exported"
-    assert exit_code(convert.main, "export", request.getfixturevalue("student"), folder, "--format", "torch-student") == 0
+    assert (
+        exit_code(convert.main, "export", request.getfixturevalue("student"), folder, "--format", "torch-student") == 0
+    )
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "torch_student", raising=False)

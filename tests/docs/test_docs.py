@@ -43,7 +43,9 @@ def test_files_named_in_prose_are_there(page):
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_prose_has_at_most_120_columns(page):
     lines = page.read_text(encoding="utf-8").splitlines()
-    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]  # rows of tables cannot be wrapped
+    assert not [
+        line for line in lines if len(line) > 120 and not line.startswith("|")
+    ]  # rows of tables cannot be wrapped
 
 
 def test_readme_is_short():
