@@ -73,7 +73,8 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
+# What stands on two pages runs once.
+@pytest.mark.parametrize("block", list({block.code: block for block in blocks("python")}.values()), ids=str)
 def test_python(block, tmp_path, monkeypatch, request):
     assert block.setup in SETUPS, f"choose from {list(SETUPS)}"
     names = SETUPS[block.setup](block, tmp_path, monkeypatch, request)
