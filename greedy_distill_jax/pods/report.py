@@ -22,7 +22,7 @@ from greedy_distill_jax.ops.attention import aot
 from greedy_distill_jax.pods import costs, hlo, topologies
 from greedy_distill_jax.pods.flops import Flops
 from greedy_distill_jax.pods.jobs import STREAM, Job, Step, attention_of, build_job, device_bytes, hosts
-from greedy_distill_jax.train import one_line
+from greedy_distill_jax.training.job import one_line
 
 GIB = topologies.GIB
 
