@@ -249,6 +249,7 @@ def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
         for name, metric in metrics.items():
             if metric.shape:
                 raise UserError(f"The metric {name} has shape {metric.shape}; a loss must return scalars as metrics.")
+    return warnings
 
 
 def initial_state(job: Job) -> TrainState:

@@ -64,6 +64,7 @@ def test_overrides_have_the_type_of_the_default(file):
             "--fast",
         ],
         FLAGS,
+        open_keys=("losses",),
     )
     assert (config.steps, config.rate, config.flag, config.width, config.name) == (5, 2.0, False, 64, "large")
     assert isinstance(config.rate, float) and config.optimizer.betas == (0.5, 0.6)
@@ -103,7 +104,7 @@ def test_two_command_lines_in_one_process_do_not_meet(file):
 )
 def test_a_mistake_is_one_line_that_names_the_remedy(file, argument, expected):
     with pytest.raises(UserError) as error:
-        load_config([f"--config={file}", argument], FLAGS)
+        load_config([f"--config={file}", argument], FLAGS, open_keys=("losses",))
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
