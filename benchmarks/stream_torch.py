@@ -26,9 +26,9 @@ from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import timing
-from greedy_distill_jax.runs.run import open_stream
 from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.sizes import SIZES, Size
 from greedy_distill_jax.testing.torch_causal import TorchCausal, step_noise
@@ -43,8 +43,8 @@ def _ours(size: Size, student: str, sampling: Sampling):
     """(run, text rows, state and step of a stream); kernels are stored in the dtype that they are used in."""
     run = size.run(student, configuration.wan_config(size.config(student)).dtype)
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    opened = open_stream(make_streamer(run.model, sampling), run.params, text, jax.random.key(2), run.latent_shape[1:])
-    return run, text, *opened
+    init, step, _ = programs(make_streamer(run.model, sampling))
+    return run, text, init(run.params, text, jax.random.key(2), run.latent_shape[1:]), step
 
 
 def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: str) -> dict:

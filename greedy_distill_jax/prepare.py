@@ -21,6 +21,7 @@ from greedy_distill_jax.data.sources.latents import prepare_latents
 from greedy_distill_jax.data.sources.trajectories import write_trajectories
 from greedy_distill_jax.distribution.mesh import join_hosts
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.model_folder import load_model_folder
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.records import fingerprint
 from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT, read_prompts, write_text_store
@@ -231,9 +232,9 @@ def _ode(args: argparse.Namespace) -> None:
                 "them with python -m greedy_distill_jax.prepare text, and name the store with --text"
             )
         with cli.option("--model", args.model), cli.option("--text", args.text):
-            run = Run.from_model_folder(
-                args.model, load_codec(args.model), prompts, height=height, width=width, frames=args.frames,
-                negative=WAN_NEGATIVE_PROMPT if args.negative is None else args.negative, text=args.text,
+            run = load_model_folder(
+                args.model, prompts, height=height, width=width, frames=args.frames, negative=args.negative,
+                text=args.text,
             )  # fmt: skip
         run.config.sample.guidance, source = 6.0, Path(args.model).name
     if args.guidance is not None:
@@ -245,9 +246,10 @@ def _ode(args: argparse.Namespace) -> None:
         "teacher": source, "steps": args.steps, "shift": shift, "guidance": run.config.sample.guidance,
         "negative": run.config.data.negative_prompt,
     }  # fmt: skip
+    teacher = run.teacher_sampler(steps=args.steps, shift=shift)
     info = write_trajectories(
         prompts, args.output,
-        lambda noise, text: run.trajectories(noise, text, sigmas, args.steps, shift), run.encoder,
+        lambda noise, text: teacher.trajectories(noise, text, sigmas), run.encoder,
         sigmas=sigmas, latent_shape=run.latent_shape, plan=plan, per_prompt=args.per_prompt, seed=args.seed,
         batch=args.batch, group=args.group, dtype=args.dtype, share=share, overwrite=args.overwrite,
     )  # fmt: skip

@@ -49,3 +49,14 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def memory_bytes() -> int:
+    """Bytes of memory of the first device, or of this machine where it computes itself; 0 where nobody says."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
