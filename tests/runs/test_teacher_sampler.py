@@ -33,7 +33,7 @@ def test_what_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(teacher_sampler, "memory_bytes", lambda: 2**30)
     check_memory(cfg, (6, 60, 104, 16), videos=1, frames=21)
     with pytest.raises(UserError, match="81 frames need more than 2 GiB at this size, and there are 1; use") as error:
-        check_memory(cfg, (21, 60, 104, 16), videos=2, frames=81)
+        check_memory(cfg, (21, 60, 104, 16), videos=3, frames=81)
     assert error.value.field == "frames"
 
 

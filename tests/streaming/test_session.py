@@ -49,17 +49,18 @@ def test_a_seed_and_a_prompt_are_a_video():
     assert (first[1] != latents(session("ac"), 3)[1]).any()
 
 
-def test_a_session_is_the_streamer_called_by_hand():
+def test_a_session_is_its_programs_called_by_hand():
     stream = session()
-    streamer = make_streamer(Student(tiny.student_config(chunk=1)), Sampling(((1.0, 0.5),)))
-    params = tiny.random_params(streamer.student)
-    state = streamer.init(params, text("ab"), jax.random.key(0), SHAPE)
+    model = Student(tiny.student_config(chunk=1))
+    init, step, switch_prompt = programs(make_streamer(model, Sampling(((1.0, 0.5),))))
+    params = tiny.random_params(model)
+    state = init(params, text("ab"), jax.random.key(0), SHAPE)
     for number in range(3):
         if number == 2:
             stream.switch_prompts(["c", "d"])
-            state = streamer.switch_prompt(params, state, text("cd"))
-        state, expected = jax.jit(streamer.step)(params, state)
-        np.testing.assert_allclose(stream.next_latents(), expected, atol=1e-5)
+            state = switch_prompt(params, state, text("cd"))
+        state, expected = step(params, state)
+        np.testing.assert_array_equal(stream.next_latents(), expected)
 
 
 @pytest.mark.parametrize("model", [Student(tiny.student_config()), CausalStudent(tiny.causal_config())])
