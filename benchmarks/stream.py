@@ -31,6 +31,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sizes import SIZES, Size
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.codecs.vae_codec import VAECodec
@@ -46,7 +47,6 @@ from greedy_distill_jax.streaming.loop import Sampling, cache_bytes
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.testing.sizes import SIZES, Size
 from greedy_distill_jax.training.rollout import recompute, roll_out
 
 STUDENTS = ("etm_sdd", "causal")

@@ -24,7 +24,6 @@ from greedy_distill_jax.ops.attention import aot
 from greedy_distill_jax.pods import hlo, jobs, report, topologies
 from greedy_distill_jax.pods.costs import Cost
 from greedy_distill_jax.pods.flops import Flops
-from greedy_distill_jax.testing import published_sizes
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -279,6 +278,11 @@ def test_every_leaf_has_a_layout(capsys):
 # --- The published sizes --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def published_sizes(benchmarks):
+    return benchmarks("published_sizes")
+
+
 def record_of(config, only=""):
     job = jobs.build_job(config, topologies.devices("v5e:4x4"), only=only)
     steps = [{"step": step.name, "collectives": {}, "attention": ""} for step in job.steps]
@@ -302,7 +306,7 @@ def record_of(config, only=""):
         ({"optimizer.name": "muon"}, ["the optimiser keeps"]),
     ],
 )
-def test_a_job_that_was_shrunk_is_found(overrides, said):
+def test_a_job_that_was_shrunk_is_found(published_sizes, overrides, said):
     config = jobs.imaginary_runs(read_config(DMD))
     with config.unlocked():
         config.update_from_flattened_dict(overrides)
@@ -313,7 +317,7 @@ def test_a_job_that_was_shrunk_is_found(overrides, said):
 
 
 @needs_libtpu
-def test_part_of_a_job_is_not_the_job():
+def test_part_of_a_job_is_not_the_job(published_sizes):
     record = record_of(jobs.imaginary_runs(read_config(DMD)), only="critic")
     wanted = dict(stage="dmd", size="wan1_3b", teacher="wan1_3b")
     assert any("--only='critic'" in line for line in published_sizes.differences(record, **wanted))
@@ -340,11 +344,9 @@ def test_trips_of_a_rollout():
 # --- The benchmark --------------------------------------------------------------------------------------------------
 
 
-def load_benchmark():
-    spec = importlib.util.spec_from_file_location("benchmarks_pods", ROOT / "benchmarks" / "pods.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def benchmark(benchmarks):
+    return benchmarks("pods")
 
 
 def fake_command(benchmark, monkeypatch, code=0, overrides=None):
@@ -374,8 +376,7 @@ def fake_command(benchmark, monkeypatch, code=0, overrides=None):
 
 
 @needs_libtpu
-def test_the_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
-    benchmark = load_benchmark()
+def test_the_benchmark_goes_on_where_it_stopped(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "JOBS", {"one": benchmark.Row(DMD, "v5e:4x4", "dmd")})
     monkeypatch.setattr(benchmark, "SCALING", {})
     asked = fake_command(benchmark, monkeypatch)
@@ -399,8 +400,7 @@ def test_the_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
         (dict(overrides={"data.frames": 5}), "not the published job: frames is 5, not 21"),
     ],
 )
-def test_the_benchmark_takes_no_other_job(monkeypatch, options, message):
-    benchmark = load_benchmark()
+def test_the_benchmark_takes_no_other_job(benchmark, monkeypatch, options, message):
     fake_command(benchmark, monkeypatch, **options)
     with pytest.raises(RuntimeError, match=message):
         benchmark.compiled(benchmark.JOBS["1.3B stage 2, v5e:4x4"], "dmd")
@@ -427,7 +427,7 @@ def compiled(config, slice_, only, folder):
 @pytest.mark.slow
 @pytest.mark.subprocesses
 @needs_libtpu
-def test_streaming_at_1_3b_compiles_for_one_chip_each(tmp_path):
+def test_streaming_at_1_3b_compiles_for_one_chip_each(published_sizes, tmp_path):
     record = compiled("configs/wan1_3b/sample.py", "v5e:2x2", "stream", tmp_path)
     wanted = dict(stage="dmd", size="wan1_3b", teacher="wan1_3b", only="stream")
     assert not published_sizes.differences(record, **wanted)
