@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
-    """Makes UserErrors from inside, where the argument has another name or none, errors of the caller's ``field``."""
+    """Errors of a library that is handed one of our arguments are about that argument: ``about("codec")``."""
     try:
         yield
     except UserError as error:

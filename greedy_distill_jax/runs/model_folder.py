@@ -11,7 +11,10 @@ from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.runs.teacher_sampler import check_memory
 from greedy_distill_jax.streaming.timeline import Timeline
-from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT, TextStore, TextTable, load_text_encoder
+from greedy_distill_jax.text.load import load_text_encoder
+from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
+from greedy_distill_jax.text.store import TextStore
+from greedy_distill_jax.text.table import TextTable
 from greedy_distill_jax.weights import pipeline
 
 

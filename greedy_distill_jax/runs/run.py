@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config import keys as configuration
-from greedy_distill_jax.data.loader import is_shapes, load_source
+from greedy_distill_jax.data.sources.moving_shapes import is_shapes
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
@@ -26,7 +27,8 @@ from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.session import Session
-from greedy_distill_jax.text.encoders import TextEncoder, load_text_encoder
+from greedy_distill_jax.text.load import load_text_encoder
+from greedy_distill_jax.text.protocol import TextEncoder
 from greedy_distill_jax.weights import pipeline
 
 NOT_ARCHITECTURE = ("dtype", "remat", "gate_init", "text_init", "time_init")
@@ -88,7 +90,7 @@ class Run:
           step: None for the newest.
           needs_codec: False accepts converted weights without a codec (nothing can be decoded then) and opens no text
             store.
-          text: what encodes prompts, see ``text.encoders.load_text_encoder``; None for what the run was trained with.
+          text: what encodes prompts, see ``text.load.load_text_encoder``; None for what the run was trained with.
           codec: path of the codec, see ``weights.pipeline.load_codec``; None for the run's own.
           sharding: of the parameters, as for ``checkpoint.load_params``; None for the default device.
 
