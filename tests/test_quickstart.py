@@ -280,7 +280,7 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
         ("teacher", ["--height", "16"], "--height belongs to --model"),
         ("student", ["--solver", "unipc"], "--solver needs a teacher"),
         ("student", ["--negative-prompt", ""], "--negative-prompt needs a teacher"),
-        ("student", ["--text", "/nowhere"], "--text: text /nowhere is neither"),
+        ("student", ["--text", "/nowhere"], "--text: /nowhere is neither"),
         ("student", ["--codec", "/nowhere"], "--codec: /nowhere does not exist; give a codec.npz, .* vae/"),
         ("pupil", [], "--checkpoint: .*/pupil: no such folder; give the --workdir of a training command"),
         (".", [], "--checkpoint: .* holds no run"),
@@ -325,7 +325,7 @@ def test_a_codec_that_moved_is_named_with_the_file_that_wants_it(finished, tmp_p
     shutil.move(run / "codec.npz", tmp_path / "codec.npz")
     (run / "codec.json").write_text(json.dumps({"vae": str(wanted), "dtype": "float32"}))
     options = ["--frames", 3, "--output", tmp_path / "out.mp4"]
-    with pytest.raises(UserError, match=r'^--checkpoint: .*run/codec.json names the VAE .*gone/vae.* "vae" .* --codec'):
+    with pytest.raises(UserError, match=r'^--checkpoint: .*run/codec.json names the VAE .*gone/vae.* "vae" .* as the codec'):
         _sample(run, *options)
     _sample(run, *options, "--codec", tmp_path / "codec.npz")
     assert len(list(read_frames(tmp_path / "out.mp4"))) == 3
