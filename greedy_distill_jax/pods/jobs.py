@@ -18,13 +18,14 @@ from jax.sharding import Mesh, NamedSharding
 from greedy_distill_jax.config import Settings
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.distribution.mesh import batch_parts, make_mesh
-from greedy_distill_jax.distribution.parallel import KERNELS, on_mesh
+from greedy_distill_jax.distribution.parallel import on_mesh
 from greedy_distill_jax.distribution.sharding import RULES, leaf_paths, shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ops.attention import select
+from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.pods import costs, flops
 from greedy_distill_jax.pods.costs import Cost, tokens_per_frame
 from greedy_distill_jax.streaming.make import make_streamer
@@ -166,6 +167,8 @@ def build_networks(settings: Settings, size: str | tuple[int, int] = "480p", onl
     Raises:
       UserError: a config that cannot be, on any devices.
     """
+    if isinstance(size, str) and size not in GRID:
+        raise UserError(f"frames of {size!r} are not known; choose from {', '.join(GRID)}", "size")
     with one_line():
         model, wan = settings.kind.model(settings), settings.wan
         latent_shape = (settings.data.frames, *(GRID[size] if isinstance(size, str) else size), wan.channels)
@@ -179,14 +182,15 @@ def build_networks(settings: Settings, size: str | tuple[int, int] = "480p", onl
     asked = tuple(name for name in names if only in name)
     if not asked:
         raise UserError(
-            f"--only is {only!r}, and no step of this job has that in its name; choose from {', '.join(names)}."
+            f"no step of this job has {only!r} in its name; choose from {', '.join(names)}",
+            "only",
         )
     return Networks(stage, latent_shape, state, batch_shapes(settings, latent_shape), asked)
 
 
 def build_job(
     settings: Settings, devices, size: str | tuple[int, int] = "480p", only: str = "", one_video: bool = False
-) -> Job:  # fmt: skip
+) -> Job:
     """The job that ``train.py`` would run with this config on these devices, with its streaming step.
 
     Args:
@@ -218,14 +222,14 @@ def build_job(
             )
     stage, latent_shape, state, batch, names = build_networks(settings, size, only)
     try:
-        check_mesh(settings, stage, mesh, latent_shape, hosts(mesh))
+        check_mesh(settings, mesh, latent_shape, hosts(mesh))
         parts, of_state, of_frozen, of_batch = jit_parts(stage, mesh, state, batch)
     except UserError as error:
         raise Misfit(f"{error}{_accumulate_instead(settings, mesh)}") from error
     trees = {"state": (state, of_state), "frozen": (stage.frozen, of_frozen), "batch": (batch, of_batch)}
     attention = attention_of(settings, mesh)
     # Inside stripes the kernels' backward pass repeats their forward pass (parallel.py).
-    backward = flops.BACKWARD[attention] + (attention in KERNELS and mesh.shape[RULES.columns[0]] > 1)
+    backward = attention.backward_flops + (not attention.partitionable and mesh.shape[RULES.columns[0]] > 1)
     cost, steps = costs.part_costs(settings, stage, latent_shape, backward=backward), []
     trips = rollout_trips(settings, stage.model.cfg.chunk, latent_shape[0]) if settings.stage == "dmd" else None
     for part in parts:
@@ -252,20 +256,16 @@ def _accumulate_instead(settings: Settings, mesh: Mesh) -> str:
 
 
 def _imagined(settings: Settings, model, latent_shape) -> dict[str, Any]:
-    """The runs that the stage starts from or asks, as shapes; those that only some jobs name are left out."""
+    """The runs that the stage starts from or asks, as shapes."""
 
     def run(network):
         shapes = jax.eval_shape(lambda key: network.init(key, latent_shape), jax.random.key(0))
         return SimpleNamespace(params=shapes)
 
-    if not isinstance(model, StreamingModel):
-        return {}
-    out = {}
-    for name, want in settings.kind.wanted(settings).items():
-        network = Teacher(want.architecture) if isinstance(want.architecture, WanConfig) else model
-        if want.frozen or name == "teacher" or settings.stage == "dmd":
-            out[name] = run(network)
-    return out
+    return {
+        name: run(Teacher(want.architecture) if isinstance(want.architecture, WanConfig) else model)
+        for name, want in settings.kind.wanted(settings).items()
+    }
 
 
 def _stream(settings: Settings, model: StreamingModel, mesh: Mesh, latent_shape, params, of_params):
@@ -301,8 +301,8 @@ def rollout_trips(settings: Settings, chunk: int, frames: int) -> float:
     return float(np.mean([(n + 1) / 2 if d.exit == "random" else n for n in lengths]))
 
 
-def attention_of(settings: Settings, mesh: Mesh) -> str:
-    """The implementation that self-attention takes on these devices."""
+def attention_of(settings: Settings, mesh: Mesh) -> Backend:
+    """The backend that self-attention takes on these devices."""
     wan = settings.wan
     q = jax.ShapeDtypeStruct((1, 8, wan.num_heads, wan.head_dim), jnp.dtype(wan.dtype))
     return on_mesh(lambda: select.choose(None, q, function="chunk_attention"), mesh)()

@@ -108,7 +108,7 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     with one_line():
         inputs = Inputs(frozen, encoder([settings.data.negative_prompt])[0], latent_shape)
         stage = settings.kind.build(settings, inputs)
-    check_mesh(settings, stage, mesh, latent_shape, jax.process_count())
+    check_mesh(settings, mesh, latent_shape, jax.process_count())
     batch_shape = batch_shapes(settings, latent_shape)
     with one_line():
         state_shape = state_shapes(stage, latent_shape)
@@ -157,7 +157,7 @@ def _passed_through_users_code(error: BaseException) -> bool:
     return any(not file.startswith(known) for file in files)
 
 
-def check_mesh(settings: Settings, stage: Stage, mesh: Mesh, latent_shape, processes: int = 1) -> None:
+def check_mesh(settings: Settings, mesh: Mesh, latent_shape, processes: int = 1) -> None:
     """Raises UserError when batch, microbatches, frames or heads do not divide over the mesh."""
     check_columns(mesh, latent_shape[2] // settings.wan.patch)
     for wan in settings.kind.sizes(settings):
