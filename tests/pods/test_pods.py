@@ -163,7 +163,7 @@ def test_the_critic_keeps_the_teacher_in_memory():
 @needs_libtpu
 def test_attention_that_is_no_kernel_is_not_called_one():
     job = toy_job(config=TEACHER)
-    with pytest.raises(RuntimeError, match="said to be pallas_tpu, but no kernel"):
+    with pytest.raises(RuntimeError, match="said to be mosaic_tpu, but no kernel"):
         report.compile_step(job, job.steps[0], GIB)
 
 
