@@ -163,6 +163,8 @@ def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "")
     Raises:
       UserError: a config that cannot be, on any devices.
     """
+    if isinstance(size, str) and size not in GRID:
+        raise UserError(f"frames of {size!r} are not known; choose from {', '.join(GRID)}", "size")
     configuration.validate(config)
     with one_line():
         model, wan = build_model(config), configuration.wan_config(config)
@@ -176,7 +178,8 @@ def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "")
     asked = tuple(name for name in names if only in name)
     if not asked:
         raise UserError(
-            f"--only is {only!r}, and no step of this job has that in its name; choose from {', '.join(names)}."
+            f"no step of this job has {only!r} in its name; choose from {', '.join(names)}",
+            "only",
         )
     return Networks(stage, latent_shape, state, batch_shapes(config, latent_shape), asked)
 
