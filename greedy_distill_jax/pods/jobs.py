@@ -30,7 +30,7 @@ from greedy_distill_jax.pods import costs, flops
 from greedy_distill_jax.pods.costs import Cost, tokens_per_frame
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
-from greedy_distill_jax.training.job import batch_shapes, check_mesh, jit_parts, one_line, state_shapes
+from greedy_distill_jax.training.job import check_mesh, jit_parts, one_line, state_shapes
 from greedy_distill_jax.training.sources import frozen_runs
 from greedy_distill_jax.training.stages.base import Inputs, Stage
 
@@ -84,7 +84,7 @@ class Job:
         state, frozen, batch = (self.trees[name][0] for name in ("state", "frozen", "batch"))
         own, critic = state.nets[self.stage.name], state.nets.get("critic")
         params, critic = own.params, critic and critic.params
-        count, frames, height, width, channels = batch["latents"].shape
+        count, (frames, height, width, channels) = len(batch["text"]), self.latent_shape
         (kernel,) = {x.shape[0] for path, x in leaf_paths(params) if path.endswith("embed/patch/kernel")}
         tokens = height * width * channels // kernel
         facts = {
@@ -185,7 +185,7 @@ def build_networks(settings: Settings, size: str | tuple[int, int] = "480p", onl
             f"no step of this job has {only!r} in its name; choose from {', '.join(names)}",
             "only",
         )
-    return Networks(stage, latent_shape, state, batch_shapes(settings, latent_shape), asked)
+    return Networks(stage, latent_shape, state, settings.kind.batch_shapes(settings, latent_shape), asked)
 
 
 def build_job(

@@ -109,12 +109,14 @@ class Inputs(NamedTuple):
     """What a stage is built of besides its settings.
 
     frozen: parameters (or their shapes) of the networks that ``StageKind.wanted`` calls frozen, by name.
-    null_MC: the unconditional text rows. latent_shape: (T, H, W, C) of an example.
+    null_MC: the unconditional text rows. latent_shape: (T, H, W, C) of an example. source: of the data, None for a job
+    that is only compiled.
     """
 
     frozen: Mapping[str, Any]
     null_MC: Any
     latent_shape: tuple[int, int, int, int]
+    source: Any = None
 
 
 class StageKind(abc.ABC):
@@ -151,6 +153,21 @@ class StageKind(abc.ABC):
     def wanted(self, settings: Settings) -> dict[str, Wanted]:
         """The runs that it starts from or asks, by the names that ``Network.start_from`` uses."""
 
+    def check_source(self, settings: Settings, source: Any) -> None:  # noqa: B027 (most accept all)
+        """Raises UserError when the data is not what it trains on."""
+
+    def batch_shapes(self, settings: Settings, latent_shape, source: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """What it takes of a batch: the examples' latents [B, T, H, W, C] and text rows [B, M, D].
+
+        Args:
+          latent_shape: (T, H, W, C) of an example.
+          source: of the data; None for a job that is only compiled.
+        """
+        return {
+            "latents": jax.ShapeDtypeStruct((settings.data.batch, *latent_shape), jnp.float32),
+            **text_shape(settings),
+        }
+
     def sizes(self, settings: Settings) -> tuple[WanConfig, ...]:
         """Of all networks that it runs."""
         return (settings.wan,)
@@ -161,6 +178,12 @@ class StageKind(abc.ABC):
     @abc.abstractmethod
     def build(self, settings: Settings, inputs: Inputs) -> Stage:
         """The stage: networks, frozen parameters, parts."""
+
+
+def text_shape(settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of text rows, which is all that a stage without data takes."""
+    shape = (settings.data.batch, settings.wan.text_len, settings.wan.text_dim)
+    return {"text": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
 def always(step: int) -> bool:

@@ -24,7 +24,7 @@ from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import nets, policy_gradient, rollout
 from greedy_distill_jax.training.optimizer import make_optimizer
 from greedy_distill_jax.training.sources import Wanted
-from greedy_distill_jax.training.stages.base import Inputs, Network, Part, Stage, StageKind, always, own_update
+from greedy_distill_jax.training.stages.base import Inputs, Network, Part, Stage, StageKind, always, own_update, text_shape
 from greedy_distill_jax.training.stages.teacher_forcing import student_net
 from greedy_distill_jax.training.update import Update
 
@@ -101,6 +101,10 @@ class Dmd(StageKind):
         if (d.fake, d.real) == ("critic", "joint"):
             out["critic"] = Wanted("critic_from", settings.wan)
         return out
+
+    def batch_shapes(self, settings: Settings, latent_shape, source: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Text rows alone: the student makes its own videos."""
+        return text_shape(settings)
 
     def sizes(self, settings: Settings) -> tuple[WanConfig, ...]:
         """Student and critic have one size, the teacher may have another."""
