@@ -24,10 +24,10 @@ import numpy as np
 from greedy_distill_jax import cli
 from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.diffusion import noise_levels
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import timing
 from greedy_distill_jax.runs.run import open_stream
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.sizes import SIZES, Size
@@ -39,11 +39,11 @@ CAUSAL, ETM_SDD = "ours, causal", "ours, ETM + SDD (another model)"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
-def _ours(size: Size, student: str, sampling: Sampling):
+def _ours(size: Size, student: str, plan: StepPlan):
     """(run, text rows, state and step of a stream); kernels are stored in the dtype that they are used in."""
     run = size.run(student, configuration.wan_config(size.config(student)).dtype)
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    opened = open_stream(make_streamer(run.model, sampling), run.params, text, jax.random.key(2), run.latent_shape[1:])
+    opened = open_stream(make_streamer(run.model, plan), run.params, text, jax.random.key(2), run.latent_shape[1:])
     return run, text, *opened
 
 
@@ -60,12 +60,12 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
     Raises:
       RuntimeError: the frames of a peer are not ours.
     """
-    sampling = Sampling((noise_levels.uniform_steps(steps, 5.0),), "renoise")
-    run, text, state, step = _ours(size, "causal", sampling)
-    etm_run, _, etm_state, etm_step = _ours(size, "etm_sdd", sampling)
+    plan = StepPlan((noise_levels.uniform_steps(steps, 5.0),), "renoise")
+    run, text, state, step = _ours(size, "causal", plan)
+    etm_run, _, etm_state, etm_step = _ours(size, "etm_sdd", plan)
     cfg = run.model.cfg
     options = dict(device=device, dtype=cfg.base.dtype)
-    inputs = run.params, cfg, np.asarray(text, np.float32), sampling.sigmas[0], run.latent_shape[1:3]
+    inputs = run.params, cfg, np.asarray(text, np.float32), plan.sigmas[0], run.latent_shape[1:3]
     others = {name: TorchCausal(*inputs, **options, compiled=name == COMPILED) for name in peers}
     etm_chunk = etm_run.model.cfg.chunk
     times, worst = {name: [] for name in (*peers, CAUSAL, ETM_SDD)}, 0.0

@@ -190,7 +190,7 @@ def _add_ode(commands: argparse._SubParsersAction) -> None:
     teacher.add_argument("--model", metavar="DIR", help="model folder in the layout of diffusers")
     parser.add_argument(
         "--student", required=True, metavar="CONFIG", help="configuration file of the student, such as "
-        "configs/quickstart.py:student; its sample.steps, first_steps and shift say the noise levels",
+        "configs/quickstart.py:student; its sample.steps and shift say the noise levels",
     )  # fmt: skip
     parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt or .csv, as for the command text")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
@@ -216,7 +216,7 @@ def _ode(args: argparse.Namespace) -> None:
     if student.stage == "teacher":
         raise UserError(f"--student {args.student} configures a teacher; name the configuration of a student")
     share, prompts = _share(args), read_prompts(args.prompts)
-    sigmas = tuple(sorted({sigma for row in configuration.sampling(student).sigmas for sigma in row}, reverse=True))
+    sigmas = tuple(sorted({sigma for row in configuration.step_plan(student).sigmas for sigma in row}, reverse=True))
     if args.teacher:
         with cli.option("--teacher", args.teacher), cli.option("--text", args.text):
             run = Run.load(args.teacher, text=args.text)

@@ -30,6 +30,14 @@ def parse_switch(value: str) -> tuple[int, str]:
     return int(frame), prompt
 
 
+def _steps(value: str) -> int | str:
+    """One number, or what the step plan of a student reads."""
+    try:
+        return int(value)
+    except ValueError:
+        return value
+
+
 def output_paths(output: str, prompts: int) -> list[Path]:
     """One file per prompt: out.mp4, or out-0.mp4, out-1.mp4, ..."""
     path = Path(output)
@@ -37,7 +45,7 @@ def output_paths(output: str, prompts: int) -> list[Path]:
 
 
 def stream_videos(run, prompts: list[str], frames: int, *, seed: int = 0, switches: dict[int, str] | None = None,
-                  steps: int | None = None, first_steps: int | None = None) -> Iterator:  # fmt: skip
+                  steps: int | str | None = None) -> Iterator:  # fmt: skip
     """Yields uint8 [B, frames, H, W, 3], chunk by chunk, for any number of frames at constant memory.
 
     Args:
@@ -46,7 +54,7 @@ def stream_videos(run, prompts: list[str], frames: int, *, seed: int = 0, switch
       frames: latent frames to make, a multiple of the student's chunk.
       seed: noise.
       switches: latent frame -> prompt that all videos follow from there on; a multiple of the chunk.
-      steps, first_steps: network evaluations per chunk and of the first chunk; None for the run's own.
+      steps: of a chunk, or of every chunk, see ``StepPlan.parse``; None for the run's own.
 
     Raises:
       UserError: frames that do not fit, before anything is made.
@@ -56,16 +64,17 @@ def stream_videos(run, prompts: list[str], frames: int, *, seed: int = 0, switch
         if frame % chunk:
             raise UserError(f"{what} {frame} does not fit the student's chunk of {chunk} frames; use a multiple of it.")
     _check_switches(switches, frames)
-    return _stream(run, prompts, frames, seed, switches, steps, first_steps)
+    return _stream(run, prompts, frames, seed, switches, steps)
 
 
-def _stream(run, prompts, frames, seed, switches, steps, first_steps):
+def _stream(run, prompts, frames, seed, switches, steps):
     import jax
 
     from greedy_distill_jax.codecs.protocol import stream_decoder
 
-    state, step = run.open_stream(run.text(prompts), jax.random.key(seed), steps, first_steps)
-    switch, decode = jax.jit(run.streamer(steps, first_steps).switch_prompt), stream_decoder(run.codec)
+    with cli.places(steps="--steps"):
+        state, step = run.open_stream(run.text(prompts), jax.random.key(seed), steps)
+    switch, decode = jax.jit(run.streamer(steps).switch_prompt), stream_decoder(run.codec)
     for frame in range(0, frames, run.model.cfg.chunk):
         if frame in switches:
             state = switch(run.params, state, run.text([switches[frame]] * len(prompts)))
@@ -96,7 +105,10 @@ def _parser() -> cli.Parser:
         "--frames", type=int, help=f"of the video (default: {FRAMES}, or the next number that fits; a teacher's "
         f"training length, with --model {WAN_FRAMES})",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, help="evaluations per chunk or video (default: the run's, or 50)")
+    parser.add_argument(
+        "--steps", type=_steps, metavar="N[,N...]", help="evaluations per video, or per chunk of a student: 4,2 is "
+        "four for the first chunk and two for all others (default: the run's, or 50)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, help="default: the run's, with --model 16")
     parser.add_argument("--upscale", type=int, default=0, help="pixels per pixel; 0 makes small videos about 128 wide")
@@ -105,7 +117,6 @@ def _parser() -> cli.Parser:
     student.add_argument(
         "--switch", action="append", default=[], metavar='FRAME:"PROMPT"', help="new prompt from a frame on"
     )
-    student.add_argument("--first-steps", type=int, help="of the first chunk")
     teacher = parser.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
     teacher.add_argument("--negative-prompt", metavar="TEXT", help="unconditional branch (Wan2.1's own)")
     teacher.add_argument("--solver", choices=("euler", "unipc"), help="(unipc)")
@@ -119,9 +130,9 @@ def _parser() -> cli.Parser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("frames", "steps", "first_steps", "height", "width"):
+    for name in ("frames", "steps", "height", "width"):
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     if args.shift is not None and not args.shift > 0:
         raise UserError(f"--shift is {args.shift}; it must be positive.")
@@ -129,7 +140,8 @@ def _check(args: argparse.Namespace) -> None:
         _refuse(args, ("height", "width", "dtype"), "belongs to --model; a run has its own")
         what, remedy = "checkpoint", "give the --workdir of a training command"
     else:
-        _refuse(args, ("switch", "first_steps"), "needs a streaming student (--checkpoint); --model makes whole videos")
+        _refuse(args, ("switch",), "needs a streaming student (--checkpoint); --model makes whole videos")
+        _refuse_chunks(args)
         what, remedy = "model", "give a model folder in the layout of diffusers (transformer/, vae/, ...)"
     if not Path(getattr(args, what)).expanduser().is_dir():
         raise UserError(f"--{what} {getattr(args, what)}: no such folder; {remedy}.")
@@ -141,6 +153,11 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
     for name in names:
         if getattr(args, name) not in (None, []):
             raise UserError(f"--{name.replace('_', '-')} {why}.")
+
+
+def _refuse_chunks(args: argparse.Namespace) -> None:
+    if isinstance(args.steps, str):
+        raise UserError(f"--steps {args.steps} is not one number; a teacher makes the whole video at once.")
 
 
 def _load(args: argparse.Namespace):
@@ -170,7 +187,8 @@ def _load(args: argparse.Namespace):
         if args.frames is None:
             args.frames = _video_frames(run, 1 + math.ceil((FRAMES - 1) / run.codec.temporal_stride))
         return run
-    _refuse(args, ("switch", "first_steps"), "needs a streaming student; a teacher makes the whole video at once")
+    _refuse(args, ("switch",), "needs a streaming student; a teacher makes the whole video at once")
+    _refuse_chunks(args)
     if args.checkpoint:
         trained = 1 + (run.latent_shape[0] - 1) * run.codec.temporal_stride
         args.frames = args.frames or trained
@@ -280,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
             _check_switches(switches, args.frames)
             switches = {_latents(run, "--switch", frame): prompt for frame, prompt in switches.items()}
             chunks = stream_videos(run, args.prompt, _latents(run, "--frames", args.frames), seed=args.seed,
-                                   switches=switches, steps=args.steps, first_steps=args.first_steps)  # fmt: skip
+                                   switches=switches, steps=args.steps)  # fmt: skip
         else:
             video = _sample_teacher(run, args)
             chunks = (video[:, t : t + 1] for t in range(video.shape[1]))

@@ -6,16 +6,17 @@ module, ``train.py`` and the commands see a ConfigDict.
 
 import dataclasses
 import difflib
+from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
-from greedy_distill_jax.diffusion import noise_levels, solvers
+from greedy_distill_jax.diffusion import solvers
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import asks_scores, check_options, option_names, resolve
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig, split_layers
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.training import policy_gradient, rollout
 from greedy_distill_jax.training.update import Term
 
@@ -25,6 +26,9 @@ REAL = ("joint", "autoregressive", "per_frame")
 FAKE = ("critic", "self_sg", "self_fm", "self_ema", "stage1")
 OPEN_KEYS = ("losses", "critic.losses")  # below these, keys may be added
 KINDS = ("etm_sdd", "causal")
+GONE = {
+    "config.sample.first_steps": "write it into config.sample.steps: 4,2 is four steps for the first chunk, then two"
+}
 SHARED_BY_KINDS = ("kind", "chunk", "context", "context_noise")  # the other keys of config.student are of one kind
 
 
@@ -103,8 +107,12 @@ def base() -> ConfigDict:
     c.ema.start = 100  # updates until which the average follows the parameters
 
     c.sample = ConfigDict()  # how samples are drawn during training, and the default of `sample`
-    c.sample.steps = 16  # network evaluations per video (teacher) or per chunk (student)
-    c.sample.first_steps = 0  # evaluations of the student's first chunk; 0 = as the others
+    # Network evaluations per video (teacher) or per chunk (student). A student takes one entry per chunk, too, of which
+    # the last repeats: (4, 3, 2); an entry may list noise levels: ((1.0, 0.93, 0.36), (1.0, 0.36)).
+    c.sample.steps = FieldReference(16, field_type=object)
+    # Noise level at which the student's finished chunks are kept for later ones, 0 = clean. The first chunk stays
+    # clean, unless there is one level per chunk, of which the last repeats.
+    c.sample.context_sigma = FieldReference(0.0, field_type=object)
     c.sample.shift = 8.0
     c.sample.sampler = "euler"  # euler | unipc (teachers; Wan's default) | renoise (students)
     c.sample.guidance = 2.0  # CFG scale of the teacher; 1 = off
@@ -158,7 +166,7 @@ def validate(config: ConfigDict) -> None:
     if config.model.size not in WAN_SIZES:
         raise UserError(f"config.model.size is {config.model.size!r}; choose from {', '.join(WAN_SIZES)}.")
     positive = ("steps", "data.batch", "data.frames", "checkpoint.every", "checkpoint.keep", "log.every", "log.fps")
-    for key in (*positive, "sample.steps"):
+    for key in positive:
         value = config
         for part in key.split("."):
             value = value[part]
@@ -174,6 +182,13 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"config.sample.sampler is {config.sample.sampler!r}; a teacher's are {', '.join(solvers.SOLVERS)}."
             )
+        if not isinstance(config.sample.steps, int) or config.sample.steps < 1:
+            raise UserError(f"config.sample.steps is {config.sample.steps!r}; a teacher takes a number of at least 1.")
+        if config.sample.context_sigma:
+            raise UserError(
+                f"config.sample.context_sigma is {config.sample.context_sigma}, but a teacher makes whole videos; "
+                "leave it at 0."
+            )
     else:
         student = student_config(config)
         if config.data.frames % student.chunk:
@@ -181,7 +196,12 @@ def validate(config: ConfigDict) -> None:
                 f"config.data.frames is {config.data.frames}, which does not divide into chunks of "
                 f"config.student.chunk = {student.chunk}; choose a multiple of {student.chunk}."
             )
-        sampling(config)
+        plan = step_plan(config)
+        if config.student.context_noise and not plan.keeps_clean:
+            raise UserError(
+                f"config.student.context_noise is {config.student.context_noise}, but config.sample.context_sigma = "
+                f"{config.sample.context_sigma} says the history's noise level; set one of them to 0."
+            )
     if config.data.accumulate < 1 or config.data.batch % config.data.accumulate:
         raise UserError(
             f"config.data.accumulate is {config.data.accumulate}, which does not divide config.data.batch = "
@@ -300,6 +320,7 @@ def _compare(config, reference, path: str) -> None:
     if unknown:
         close = difflib.get_close_matches(unknown[0], list(reference), 1)
         hint = f"did you mean {path}.{close[0]}?" if close else f"known keys: {', '.join(reference)}."
+        hint = GONE.get(f"{path}.{unknown[0]}", hint)
         raise UserError(f"{path}.{unknown[0]} is not a configuration key; {hint}")
     if not free:
         missing = [key for key in reference if key not in config]
@@ -382,17 +403,18 @@ def student_config(config: ConfigDict) -> StudentConfig | CausalConfig:
     return _user_errors(make)
 
 
-def sampling(config: ConfigDict, steps: int | None = None, first_steps: int | None = None) -> Sampling:
-    """How the student denoises a chunk; arguments override ``config.sample``."""
+def step_plan(config: ConfigDict, steps: Any = None) -> StepPlan:
+    """How the student denoises its chunks and keeps them; ``steps`` takes the place of ``config.sample.steps``."""
     s = config.sample
-    steps = steps or s.steps
-    first = first_steps or s.first_steps or steps
-
-    def make():
-        lists = [noise_levels.uniform_steps(n, s.shift) for n in ((first, steps) if first != steps else (steps,))]
-        return Sampling(tuple(lists), s.sampler)
-
-    return _user_errors(make)
+    try:
+        plan = StepPlan.parse(
+            s.steps if steps is None else steps, shift=s.shift, sampler=s.sampler, context_sigma=s.context_sigma
+        )
+        plan.check_context(config.student.context)
+    except UserError as error:
+        keys = ("sampler", "context_sigma") if steps is not None else ("steps", "sampler", "context_sigma")
+        raise error.at({key: f"config.sample.{key}" for key in keys}) from error
+    return plan
 
 
 def terms(config: ConfigDict) -> list[Term]:

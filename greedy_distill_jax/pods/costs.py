@@ -68,8 +68,8 @@ def part_costs(
     if config.stage == "teacher_forcing":
         return {"": cost(total(map(student, _draws(terms, None))))}
     d = config.distill
-    length, sampling = d.frames or frames, configuration.sampling(config)
-    own = flops.rollout(cfg, length, tokens, sampling, d.exit)
+    length, plan = d.frames or frames, configuration.step_plan(config)
+    own = flops.rollout(cfg, length, tokens, plan, d.exit)
     teacher = configuration.teacher_config(config)
     real = {
         "joint": lambda: flops.teacher(teacher, frames, tokens),

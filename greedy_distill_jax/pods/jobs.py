@@ -113,7 +113,7 @@ class Job:
                 "streams": last.shape[0],
                 "frames_per_step": last.shape[1],
                 "latents": f"{last.shape[2]}x{last.shape[3]}",
-                "denoising_calls": len(configuration.sampling(c).sigmas[-1]),
+                "denoising_calls": int(configuration.step_plan(c).lengths[-1]),
             }
         return facts
 
@@ -262,8 +262,8 @@ def _imagined(config, model, latent_shape) -> Sources:
 
 def _stream(config, model: StreamingModel, mesh: Mesh, latent_shape, params, of_params):
     """(streaming inference of one chunk for one stream per device group, shapes of its state, their shardings)."""
-    wan, sampling = model.cfg.base, configuration.sampling(config)
-    streamer, count = make_streamer(model, sampling), batch_parts(mesh)
+    wan, plan = model.cfg.base, configuration.step_plan(config)
+    streamer, count = make_streamer(model, plan), batch_parts(mesh)
     text = jax.ShapeDtypeStruct((count, wan.text_len, wan.text_dim), jnp.float32)
     init = on_mesh(lambda params, text, key: streamer.init(params, text, key, latent_shape[1:]), mesh)
     with one_line():
@@ -274,7 +274,7 @@ def _stream(config, model: StreamingModel, mesh: Mesh, latent_shape, params, of_
         on_mesh(streamer.step, mesh), in_shardings=(of_params, of_state), out_shardings=(of_state, batch),
         donate_argnums=1,
     )  # fmt: skip
-    calls = len(sampling.sigmas[-1])
+    calls = int(plan.lengths[-1])
     cost = flops.stream_step(model.cfg, tokens_per_frame(latent_shape, wan), calls) * count
     looped = float(calls - (model.cfg.context == "fused"))  # there the first call is outside of the loop
     whole = Cost(cost, cost * mesh.shape[RULES.columns[0]])  # streams are not split into stripes: all do the same
@@ -288,8 +288,8 @@ def rollout_trips(config, chunk: int, frames: int) -> float:
       chunk: latent frames made together.
       frames: latent frames of an example.
     """
-    lists, d = configuration.sampling(config).sigmas, config.distill
-    lengths = [len(lists[min(i, len(lists) - 1)]) for i in range((d.frames or frames) // chunk)]
+    plan, d = configuration.step_plan(config), config.distill
+    lengths = [len(plan.steps_of(i)) for i in range((d.frames or frames) // chunk)]
     return float(np.mean([(n + 1) / 2 if d.exit == "random" else n for n in lengths]))
 
 

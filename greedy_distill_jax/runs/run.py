@@ -20,13 +20,13 @@ from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT, TextEncoder, T
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.diffusion import solvers
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.weights import pipeline
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.errors import UserError
@@ -170,12 +170,13 @@ class Run:
         """Encoder rows [B, M, C]."""
         return jnp.asarray(self.encoder(list(prompts)))
 
-    def streamer(self, steps: int | None = None, first_steps: int | None = None) -> Streamer | CausalStreamer:
-        """The student's streaming functions with this run's sampling."""
+    def streamer(self, steps: Any = None) -> Streamer | CausalStreamer:
+        """The student's streaming functions with this run's step plan; ``steps`` changes it, see ``StepPlan.parse``."""
         if not self.is_student:
             raise UserError("A teacher makes whole videos and cannot stream; give a student's run directory.")
-        chosen, trained = configuration.sampling(self.config, steps, first_steps), configuration.sampling(self.config)
-        last = [(s.sigmas[0][-1], s.sigmas[-1][-1]) for s in (chosen, trained)]
+        chosen, trained = configuration.step_plan(self.config, steps), configuration.step_plan(self.config)
+        chunks = max(len(chosen.sigmas), len(trained.sigmas))
+        last = [plan.last_sigmas(chunks).tolist() for plan in (chosen, trained)]
         if self.model.cfg.context == "last_step_kv" and last[0] != last[1]:
             raise UserError(
                 f"This student keeps the keys of its last denoising step and was trained for last noise levels "
@@ -223,8 +224,9 @@ class Run:
 
         return follow
 
-    def sample_latents(self, prompts: Sequence[str], *, frames: int | None = None, steps: int | None = None,
-                       first_steps: int | None = None, seed: int = 0) -> np.ndarray:  # fmt: skip
+    def sample_latents(
+        self, prompts: Sequence[str], *, frames: int | None = None, steps: Any = None, seed: int = 0
+    ) -> np.ndarray:
         """Latents [B, frames, H, W, C]; the teacher denoises all frames together, the student streams them."""
         frames = frames or self.latent_shape[0]
         key = jax.random.key(seed)
@@ -233,15 +235,15 @@ class Run:
             noise = jax.random.normal(key, (len(prompts), frames, *self.latent_shape[1:]), jnp.float32)
             return np.asarray(self.denoise(noise, text, steps))
         self.model.chunks_of(frames)
-        out, (state, step) = [], self.open_stream(text, key, steps, first_steps)
+        out, (state, step) = [], self.open_stream(text, key, steps)
         for _ in range(frames // self.model.cfg.chunk):
             state, x = step(self.params, state)
             out.append(np.asarray(x))
         return np.concatenate(out, axis=1)
 
-    def open_stream(self, text, key, steps: int | None = None, first_steps: int | None = None):
+    def open_stream(self, text, key, steps: Any = None):
         """(initial state, jitted step with a donated state) of a student's stream."""
-        return open_stream(self.streamer(steps, first_steps), self.params, text, key, self.latent_shape[1:])
+        return open_stream(self.streamer(steps), self.params, text, key, self.latent_shape[1:])
 
     def sample_videos(self, prompts: Sequence[str], **options) -> np.ndarray:
         """uint8 videos [B, T, H, W, 3]; options as for ``sample_latents``."""
@@ -262,13 +264,13 @@ def open_stream(
 ):  # fmt: skip
     """(initial state, jitted step with a donated state) of a stream of latents (H, W, C) for prompts [B, M, C].
 
-    Streams of the same student and sampling share their programs.
+    Streams of the same student and plan share their programs.
     """
-    init, step = _jitted_stream(streamer.cfg, streamer.sampling)
+    init, step = _jitted_stream(streamer.cfg, streamer.plan)
     return init(params, text_BMC, key, tuple(latent_shape)), step
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted_stream(student_config, sampling: Sampling):
-    streamer = make_streamer(make_student(student_config), sampling)
+def _jitted_stream(student_config, plan: StepPlan):
+    streamer = make_streamer(make_student(student_config), plan)
     return jax.jit(streamer.init, static_argnums=3), jax.jit(streamer.step, donate_argnums=1)

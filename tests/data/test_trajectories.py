@@ -131,7 +131,7 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     options = ["--teacher", teacher, "--student", STUDENT, "--prompts", prompts, "--output", tmp_path / "out"]
     assert run(*options, "--steps", 8, "--guidance", 3, "--batch", 2, "--seed", 7) == 0
     student = read_config(STUDENT)
-    lists = configuration.sampling(student).sigmas
+    lists = configuration.step_plan(student).sigmas
     source, loaded = Trajectories(tmp_path / "out"), Run.load(teacher)
     assert source.sigmas == tuple(sorted({s for row in lists for s in row}, reverse=True))
     levels = tuple(sorted({*noise_levels.uniform_steps(8, student.sample.shift), *source.sigmas}, reverse=True))

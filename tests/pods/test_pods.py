@@ -333,7 +333,7 @@ def test_trips_of_a_rollout():
     assert jobs.rollout_trips(config, 1, 21) == 2.5  # four steps, each exit as likely
     config.distill.exit = "last"
     assert jobs.rollout_trips(config, 1, 21) == 4.0
-    config.sample.first_steps, config.distill.frames = 8, 4
+    config.sample.steps, config.distill.frames = (8, 4), 4
     assert jobs.rollout_trips(config, 2, 21) == (8 + 4) / 2
 
 

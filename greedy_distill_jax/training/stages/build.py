@@ -178,8 +178,8 @@ def _distillation(config: ConfigDict, student: StreamingModel, sources: Sources,
     fused = student.cfg.context == "fused"
     rolled = make_student(dataclasses.replace(student.cfg, context="clean")) if fused else student
     own = policy_gradient.SelfRollout(
-        make_streamer(rolled, configuration.sampling(config)), tuple(latent_shape), d.frames or latent_shape[0], d.exit,
-        ContextGrad(d.context_grad_etm, d.context_grad_sdd), d.pg, d.segment, d.epochs, d.anchor,
+        make_streamer(rolled, configuration.step_plan(config)), tuple(latent_shape), d.frames or latent_shape[0],
+        d.exit, ContextGrad(d.context_grad_etm, d.context_grad_sdd), d.pg, d.segment, d.epochs, d.anchor,
     )  # fmt: skip
     asked = configuration.frozen_networks(config)
     loaded = {"teacher": sources.teacher, "stage1": sources.student}
@@ -283,11 +283,8 @@ def initial_params(stage: Stage, key, latent_shape, given: Mapping[str, Any]):
 
 
 def _student_net(config: ConfigDict, student: StreamingModel):
-    lists = configuration.sampling(config).sigmas
-    last = (lists[0][-1], lists[-1][-1]) if student.cfg.context == "last_step_kv" else None
-    return functools.partial(
-        nets.student_net, student, context_noise=config.student.context_noise, last_sigmas=last
-    )  # fmt: skip
+    plan = configuration.step_plan(config)
+    return functools.partial(nets.student_net, student, plan=plan, context_noise=config.student.context_noise)
 
 
 def _compute_precision(params, dtype: str):
