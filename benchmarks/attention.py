@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.measure import timing
+from greedy_distill_jax.measure import clock, record
 
 
 def torch_slices():
@@ -95,7 +95,7 @@ def _cpu(bench, base, growth) -> dict:
 
 def main() -> None:
     """Command line."""
-    timing.one_thread()
+    clock.one_thread()
     import jax
 
     from greedy_distill_jax.ops.attention import arg_specs, bench
@@ -111,7 +111,7 @@ def main() -> None:
             result["milliseconds"][spec.name] = bench.measure(spec, bench.default_peers())
             _print(spec, result["milliseconds"][spec.name])
     result |= {"device": jax.devices()[0].device_kind, "versions": versions(), "commit": commit()}
-    timing.write_json(args.output, result)
+    record.write_json(args.output, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,9 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.convert import export_weights, import_weights
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.sharding import leaf_paths, shardings
+from greedy_distill_jax.measure import environment, record
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
-from greedy_distill_jax.storage.checkpoint import Checkpointer, source_commit, versions
+from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.weights.load import compare, load
 from greedy_distill_jax.weights.source import Source, open_source, parameter_shapes
 from greedy_distill_jax.weights.write import write
@@ -134,11 +134,7 @@ def main() -> None:
     if args.phase:
         print(json.dumps(run_phase(args.phase, cfg, Path(args.folder), args.dtype)))
         return
-    result = dict(
-        size=args.size, dtype=args.dtype, device=f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        commit=source_commit(),
-        versions=versions(),
-    )  # fmt: skip
+    result = dict(size=args.size, dtype=args.dtype, **environment.environment())
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for phase in PHASES:
             flags = " --xla_force_host_platform_device_count=4" if phase.endswith("fsdp4") else ""
@@ -151,9 +147,7 @@ def main() -> None:
     assert result["verify"]["tensors_that_differ"] == 0
     over = [p for p in ("load", "load_fsdp4") if result[p]["beyond_over_shard"] > LIMIT]
     print(f"streaming stays under {LIMIT} x the largest shard: {'no, ' + ', '.join(over) if over else 'yes'}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    record.write_json(args.output, result)
 
 
 if __name__ == "__main__":

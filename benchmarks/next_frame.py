@@ -5,13 +5,13 @@
 Prints PSNR on the held-out windows of the data the student was trained on, overall and per caption.
 """
 
-import json
 from pathlib import Path
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.config.keys import step_plan
 from greedy_distill_jax.eval.next_frame import next_frame_psnr
 from greedy_distill_jax.evaluate import held_out_videos
+from greedy_distill_jax.measure import record
 from greedy_distill_jax.runs.run import Run
 
 
@@ -32,9 +32,7 @@ def main() -> None:
         result[name] = next_frame_psnr(run.model, run.params, run.codec, videos[members], text, step_plan(run.config))
         figures = "  ".join(f"{key} {value:.2f}" for key, value in result[name].items())
         print(f"{name} ({len(members)} windows), PSNR in dB: {figures}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1))
+    record.write_json(args.output, result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ program allocates besides its arguments and results; time is CPU time of the pro
 """
 
 import dataclasses
-import statistics
 from pathlib import Path
 
 import jax
@@ -17,7 +16,7 @@ import optax
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.diffusion.step_plan import StepPlan
-from greedy_distill_jax.measure import timing
+from greedy_distill_jax.measure import clock, environment, memory, record
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.students.etm_sdd import Student
@@ -45,21 +44,21 @@ def gradients(streamer: Streamer, params, text, shape: tuple[int, int, int, int]
     }
     out, found, compiled = {}, {}, {}
     for name, act in forms.items():
-        begin = timing.clock()
+        begin = clock.now()
         gradient = jax.jit(jax.grad(lambda p, drawn, w, act=act: jnp.sum(w * act(p, drawn))))
         compiled[name] = gradient.lower(params, drawn, weights).compile()
-        memory = timing.program_bytes(compiled[name])["temporaries"]
-        out[name] = {"compile_s": timing.clock() - begin, "temporary_MiB": memory / 2**20}
+        out[name] = {"compile_s": clock.now() - begin}
+        out[name]["temporary_MiB"] = memory.program_bytes(compiled[name])["temporaries"] / 2**20
         found[name] = jax.block_until_ready(compiled[name](params, drawn, weights))
     difference = jax.jit(lambda a, b: optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(a))
     out["relative_difference"] = float(difference(*found.values()))
     del found
-    turns = {name: [] for name in forms}
+    laps = clock.Laps()
     for _ in range(repeats):
         for name, run in compiled.items():
-            turns[name].append(1e3 * timing.seconds(lambda run=run: run(params, drawn, weights)))
-    for name, times in turns.items():
-        out[name]["ms"] = statistics.median(times)
+            laps.time(name, run, params, drawn, weights)
+    for name in forms:
+        out[name]["ms"] = laps.median_ms(name)
     return out
 
 
@@ -84,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
-    timing.one_thread()
+    clock.one_thread()
     rows = {}
     for frames in args.frames:
         rows[frames] = measure(frames, args.batch, args.latent, args.dim, args.remat, args.repeats)
@@ -93,7 +92,7 @@ def main() -> None:
             print(f"{frames:>3} frames  {name:<10}  {figures}", flush=True)
         print(f"            gradients differ by {rows[frames]['relative_difference']:.1e}")
     settings = {key: value for key, value in vars(args).items() if key != "output"}
-    timing.write_json(args.output, {"settings": settings, "rows": rows, **timing.environment()})
+    record.write_json(args.output, {"settings": settings, "rows": rows, **environment.environment()})
 
 
 if __name__ == "__main__":

@@ -33,9 +33,11 @@ from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos, frechet_distance, random_conv_features
 from greedy_distill_jax.evaluate import held_out_videos, sampled
+from greedy_distill_jax.measure.environment import environment
+from greedy_distill_jax.measure.record import write_json
 from greedy_distill_jax.quickstart import control_config
 from greedy_distill_jax.runs.run import Run
-from greedy_distill_jax.storage.checkpoint import has_checkpoint, load_meta, source_commit, versions
+from greedy_distill_jax.storage.checkpoint import has_checkpoint, load_meta
 from greedy_distill_jax.train import train
 
 WINDOW, FRAMES = 8, 64
@@ -369,16 +371,14 @@ def main() -> None:
             task: {name: summary([bench.tried(task, name, row, 1.0)]) for name, row in (headline | MORE).items()}
             for task in args.tasks
         } if args.explore else {},
-        "versions": versions(), "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "commit": source_commit(), "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
+        **environment(), "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
     }  # fmt: skip
     if "plain" in table:
         result["controls_fail"] = {
             name: not passes(per_seed["plain"][name][0], table["plain"]["stage1"])
             for name in ("frame 0 repeated", "untrained")
         }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=1))
+    write_json(args.output.with_suffix(".json"), result)
     args.output.with_suffix(".md").write_text(markdown(result))
     plot(result, args.output.with_suffix(".png"))
     print(markdown(result))

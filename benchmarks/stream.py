@@ -24,7 +24,6 @@ masked form. The file is rewritten after every row.
 """
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.measure import timing
+from greedy_distill_jax.measure import clock, environment, memory, record
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.pods import flops
@@ -59,6 +58,7 @@ SCHEDULES = {
 CONTEXTS = {"model": "last_step_kv", "clean": "clean", "fused": "fused"}
 EARLY = 20  # frame from which the steady state is timed
 SPAN = 16  # chunks timed there, and at the end
+LATE = "late"  # name of those at the end
 TOLERANCE = 1e-4  # of streamed against parallel frames in float32, relative to their standard deviation
 
 
@@ -70,9 +70,9 @@ class Stream:
         self.params, self.text, self.shape = run.params, text, run.latent_shape[1:]
         self.streamer, self.chunk = make_streamer(make_student(cfg), plan), cfg.chunk
         state, step = open_stream(self.streamer, self.params, text, jax.random.key(0), self.shape)
-        start = timing.clock()
+        start = clock.now()
         self.step = step.lower(self.params, state).compile()
-        self.compile_s, self.cache_bytes = timing.clock() - start, cache_bytes(state)
+        self.compile_s, self.cache_bytes = clock.now() - start, cache_bytes(state)
 
     def open(self, seed: int = 0):
         """The state of a new stream."""
@@ -89,12 +89,10 @@ class Stream:
             state, _ = self.step(self.params, state)
         return jax.block_until_ready(state)
 
-    def timed(self, state, decode=None):
-        """(state after one chunk, milliseconds per frame, latents or what ``decode`` makes of them)."""
-        start = timing.clock()
+    def chunk_of(self, state, decode=None):
+        """(state after one chunk, its latents or what ``decode`` makes of them)."""
         state, out = self.step(self.params, state)
-        out = jax.block_until_ready((state, decode(out) if decode else out))[1]
-        return state, 1e3 * (timing.clock() - start) / self.chunk, out
+        return state, decode(out) if decode else out
 
 
 class Decoder:
@@ -175,35 +173,30 @@ def measure(
     """
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
     names = [name for name in CONTEXTS if name != "fused" or run.config.student.kind == "etm_sdd"]
-    first, per_frame, compile_s, memory = {}, {}, {}, {}
+    first, compile_s, needed, laps = {}, {}, {}, clock.Laps()
     for name in names:
         stream = Stream(run, CONTEXTS[name], plan, text)
-        compile_s[name], memory[name] = stream.compile_s, timing.program_bytes(stream.step)
-        state, times = stream.at(EARLY), []
+        compile_s[name], needed[name] = stream.compile_s, memory.program_bytes(stream.step)
+        state = stream.at(EARLY)
         if name != "clean":
             for _ in range(SPAN):
-                state, spent, _ = stream.timed(state)
-                times.append(spent)
-            per_frame[name] = statistics.median(times)
+                state, _ = laps.time(name, stream.chunk_of, state, per=stream.chunk)
             continue
-        kept, late, late_times = stream, stream.at(frames - SPAN * stream.chunk), []
+        kept, late = stream, stream.at(frames - SPAN * stream.chunk)
         for _ in range(SPAN):
-            state, spent, _ = stream.timed(state)
-            times.append(spent)
-            late, spent, x = stream.timed(late)
-            late_times.append(spent)
-        per_frame[name] = statistics.median(times)
-        first["latents"] = timing.median_ms(stream.first, repeats)
+            state, _ = laps.time(name, stream.chunk_of, state, per=stream.chunk)
+            late, x = laps.time(LATE, stream.chunk_of, late, per=stream.chunk)
+        first["latents"] = clock.median_ms(stream.first, repeats)
     if not np.isfinite(x).all():
         raise RuntimeError(f"frame {frames} of a stream is not finite; random weights of scale one should not do that")
     for name, decoder in decoders.items():
-        decode, state, times = decoder.open(), kept.at(EARLY), []
+        decode, state = decoder.open(), kept.at(EARLY)
         decode(x)
         for _ in range(SPAN):
-            state, spent, _ = kept.timed(state, decode)
-            times.append(spent)
-        per_frame[name] = statistics.median(times)
-        first[name] = timing.median_ms(lambda d=decoder: d.open()(kept.first()), repeats)
+            state, _ = laps.time(name, kept.chunk_of, state, decode, per=kept.chunk)
+        first[name] = clock.median_ms(lambda d=decoder: d.open()(kept.first()), repeats)
+    per_frame = laps.medians_ms()
+    late_ms = per_frame.pop(LATE)
     switch = jax.jit(kept.streamer.switch_prompt)
     stride, patch = next(iter(decoders.values())).codec.temporal_stride, run.model.cfg.base.patch
     tokens = run.latent_shape[1] * run.latent_shape[2] // patch**2
@@ -211,19 +204,18 @@ def measure(
     return {
         "chunk": kept.chunk,
         "steps": [len(row) for row in plan.sigmas],
-        "text_ms": timing.median_ms(kept.open, repeats),
-        "switch_ms": timing.median_ms(lambda: switch(kept.params, state, text), repeats),
+        "text_ms": clock.median_ms(kept.open, repeats),
+        "switch_ms": clock.median_ms(lambda: switch(kept.params, state, text), repeats),
         "first_chunk_ms": first,
         "ms_per_latent_frame": per_frame,
         "model_flops_per_latent_frame": work,
         "mfu": 1e3 * work / per_frame["clean"] / ceiling,
         "pixel_fps": {name: stride * 1e3 / ms for name, ms in per_frame.items()},
-        "late": {"frame": frames, "ms": statistics.median(late_times), "over_early":
-                 statistics.median(late_times) / per_frame["clean"]},
+        "late": {"frame": frames, "ms": late_ms, "over_early": late_ms / per_frame["clean"]},
         "compile_s": compile_s,
-        "program_bytes": memory,
+        "program_bytes": needed,
         "cache_bytes": kept.cache_bytes,
-        "peak": timing.peak_bytes(),
+        "peak": memory.peak_bytes(),
     }  # fmt: skip
 
 
@@ -242,7 +234,7 @@ def show(rows: list[dict]) -> str:
             row["mfu"],
             row["program_bytes"]["clean"]["total"] / 2**20,
         ])  # fmt: skip
-    return timing.table(header, cells)
+    return record.table(header, cells)
 
 
 def _parser() -> cli.Parser:
@@ -266,19 +258,19 @@ def main(argv: list[str]) -> None:
     least = EARLY + SPAN * max(config.student.chunk for config in configs.values())
     if args.frames < least or args.repeats < 1:
         raise UserError(f"--frames {args.frames} --repeats {args.repeats}: use at least {least} frames and 1 repeat.")
-    timing.one_thread()
+    clock.one_thread()
     dtype = configuration.wan_config(configs[args.student[0]]).dtype
     result = {
         "size": args.size, "video": [size.height, size.width], "latents": list(size.latent_shape), "batch": 1,
         "dtype": dtype, "weights": args.weights, "schedules": {name: SCHEDULES[name] for name in args.steps},
         "text": "the students' projection of the text rows; the text encoder is not measured",
-        **timing.environment(), "ceilings": timing.ceilings(dtype), "checks": check(args.size, args.student),
+        **environment.environment(), "ceilings": environment.ceilings(dtype), "checks": check(args.size, args.student),
         "rows": [],
     }  # fmt: skip
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     decoders = {name: Decoder(codec, size) for name, codec in size.codecs().items()}
     result["decoder_program_bytes"] = {
-        name: timing.program_bytes(decoder.programs[1]) for name, decoder in decoders.items()
+        name: memory.program_bytes(decoder.programs[1]) for name, decoder in decoders.items()
     }
     for student in args.student:
         run = size.run(student, args.weights)
@@ -287,9 +279,10 @@ def main(argv: list[str]) -> None:
             row = measure(run, StepPlan(SCHEDULES[name], "renoise"), decoders, ceiling, args.frames, args.repeats)
             result["rows"].append({"student": student, "schedule": name, **row})
             result["wall_s"] = time.perf_counter() - begin
-            timing.write_json(args.output, result)
+            record.write_json(args.output, result)
             print(f"{student}, {name} steps: {row['ms_per_latent_frame']['clean']:.3g} ms per frame", flush=True)
-    print(f"{result['device']}, {result['clock']}; {size.width}x{size.height}, {result['wall_s']:.0f} s in all")
+    print(f"{result['device']} ({result['cpu']}), {result['clock']}")
+    print(f"{size.width}x{size.height}, {result['wall_s']:.0f} s in all")
     for what, difference in result["checks"].items():
         print(f"{what} frames against the rollout's: {difference:.1e} of their standard deviation")
     peak = result["rows"][-1]["peak"]

@@ -14,19 +14,19 @@ GPU's memory.
 """
 
 import os
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from torch_rate import matmul_rates
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.measure import timing
+from greedy_distill_jax.measure import clock, environment, record
 from greedy_distill_jax.runs.run import open_stream
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
@@ -68,29 +68,24 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
     inputs = run.params, cfg, np.asarray(text, np.float32), plan.sigmas[0], run.latent_shape[1:3]
     others = {name: TorchCausal(*inputs, **options, compiled=name == COMPILED) for name in peers}
     etm_chunk = etm_run.model.cfg.chunk
-    times, worst = {name: [] for name in (*peers, CAUSAL, ETM_SDD)}, 0.0
+    laps, worst = clock.Laps(), 0.0
     # Chunks until every slot is filled, and one more with the shapes that stay, which compiles.
     warm = cfg.sink_chunks + cfg.ring_chunks + 2
 
-    def spent(name, chunk, work, *args):
-        start = timing.clock()
-        result = jax.block_until_ready(work(*args))
-        if number >= warm:
-            times[name].append(1e3 * (timing.clock() - start) / chunk)
-        return result
-
     for number in range(warm + repeats):
         noise = step_noise(state, steps)
-        state, ours = spent(CAUSAL, cfg.chunk, step, run.params, state)
+        counts = number >= warm
+        state, ours = laps.time(CAUSAL, step, run.params, state, per=cfg.chunk, counts=counts)
         ours = np.asarray(ours, np.float32)
         for name, peer in others.items():
-            theirs = spent(name, cfg.chunk, peer.step, [peer.tensor(x) for x in noise]).float().cpu().numpy()
+            theirs = laps.time(name, peer.step, [peer.tensor(x) for x in noise], per=cfg.chunk, counts=counts)
+            theirs = theirs.float().cpu().numpy()
             difference = float(np.abs(theirs - ours).max() / ours.std())
             if not difference < TOLERANCE[cfg.base.dtype]:  # not a number is no pass either
                 raise RuntimeError(f"chunk {number}: {name} differs by {difference:.1e}; no times of unlike work")
             worst = max(worst, difference)
-        etm_state, _ = spent(ETM_SDD, etm_chunk, etm_step, etm_run.params, etm_state)
-    ms = {name: statistics.median(found) for name, found in times.items()}
+        etm_state, _ = laps.time(ETM_SDD, etm_step, etm_run.params, etm_state, per=etm_chunk, counts=counts)
+    ms = {name: laps.median_ms(name) for name in (*peers, CAUSAL, ETM_SDD)}
     return {
         "ms_per_latent_frame": ms,
         "ratios": {f"{peer} / {name}": ms[peer] / ms[name] for peer in peers for name in (CAUSAL, ETM_SDD)},
@@ -131,24 +126,31 @@ def main(argv: list[str]) -> None:
     if args.steps < 1 or args.repeats < 1:
         raise UserError(f"--steps {args.steps} --repeats {args.repeats}: both must be at least 1.")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch memory on a GPU
-    timing.one_thread()
+    clock.one_thread()
     device, peers = _torch_device(), (EAGER, COMPILED) if args.compile else (EAGER,)
-    result = {**timing.environment(), "sizes": {}}
-    if any(configuration.wan_config(SIZES[name].config("causal")).dtype != "float32" for name in args.size):
+    dtypes = {configuration.wan_config(SIZES[name].config("causal")).dtype for name in args.size}
+    result = {
+        **environment.environment(),
+        "matmul_flops_per_s": {dtype: matmul_rates(dtype) for dtype in sorted(dtypes)},
+        "sizes": {},
+    }
+    if dtypes != {"float32"}:
         with jax.default_matmul_precision("highest"):
             result["float32_check"] = measure(SIZES["tiny"], args.steps, 1, peers, device)["largest_difference"]
     for name in args.size:
         result["sizes"][name] = measure(SIZES[name], args.steps, args.repeats, peers, device)
-        timing.write_json(args.output, result)
+        record.write_json(args.output, result)
     rows = [
         [name, f"{row['config']['latents'][0]}x{row['config']['latents'][1]}", row["config"]["dim"],
          *row["ms_per_latent_frame"].values(), *row["ratios"].values(), f"{row['largest_difference']:.0e}"]
         for name, row in result["sizes"].items()
     ]  # fmt: skip
-    print(f"{result['device']}, {result['clock']}")
+    print(f"{result['device']} ({result['cpu']}), {result['clock']}")
+    for dtype, rates in result["matmul_flops_per_s"].items():
+        print(f"matmul, {dtype}: {', '.join(f'{name} {rate / 1e9:.0f} GFLOP/s' for name, rate in rates.items())}")
     header = ["size", "latents", "width", *(f"{name}, ms/frame" for name in (*peers, CAUSAL, ETM_SDD)),
               *next(iter(result["sizes"].values()))["ratios"], "causal frames differ by"]  # fmt: skip
-    print(timing.table(header, rows))
+    print(record.table(header, rows))
 
 
 if __name__ == "__main__":

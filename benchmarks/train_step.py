@@ -13,7 +13,6 @@ one parallel pass against the chunk-by-chunk loop (`rollout_gradient.py`), whose
 Times are synchronised medians; on a CPU they are CPU time of one pinned thread. The file is rewritten after every row.
 """
 
-import statistics
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from rollout_gradient import gradients
 from greedy_distill_jax import cli
 from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.measure import timing
+from greedy_distill_jax.measure import clock, environment, memory, record
 from greedy_distill_jax.pods.jobs import STREAM, Job, Step, build_job, imaginary_runs
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
@@ -70,28 +69,25 @@ def measure(job: Job, step: Step, repeats: int, ceiling: float) -> dict:
     state, frozen, batch = arrays(job)
     trained = "critic" if step.name == "critic" else "params"
     before = jax.tree.map(jnp.copy, jax.tree.leaves(getattr(state, trained))[0])
-    start = timing.clock()
+    start = clock.now()
     compiled = step.call.lower(state, frozen, batch).compile()
-    compile_s, times = timing.clock() - start, []
+    compile_s, laps = clock.now() - start, clock.Laps()
     for number in range(repeats + 1):
-        start = timing.clock()
-        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
-        if number:
-            times.append(timing.clock() - start)
+        state, metrics = laps.time(step.name, compiled, state, frozen, batch, counts=number > 0)
         bad = [name for name, value in metrics.items() if not np.isfinite(value)]
         if bad:
             raise RuntimeError(f"{step.name}, update {number}: {', '.join(bad)} is not finite; its time says nothing")
     if bool(jnp.all(before == jax.tree.leaves(getattr(state, trained))[0])):
         raise RuntimeError(f"{step.name}: {repeats + 1} updates changed nothing; its time says nothing")
-    spent, model, executed = statistics.median(times), step.cost.model.total, step.cost.executed.total
+    ms, model, executed = laps.median_ms(step.name), step.cost.model.total, step.cost.executed.total
     return {
-        "ms": 1e3 * spent,
+        "ms": ms,
         "model_flops": model,
         "executed_flops": executed,
-        "mfu": model / spent / ceiling,
-        "hfu": executed / spent / ceiling,
-        "program_bytes": timing.program_bytes(compiled),
-        "peak": timing.peak_bytes(),
+        "mfu": 1e3 * model / ms / ceiling,
+        "hfu": 1e3 * executed / ms / ceiling,
+        "program_bytes": memory.program_bytes(compiled),
+        "peak": memory.peak_bytes(),
         "compile_s": compile_s,
         "facts": job.facts(),
         "metrics": {name: float(value) for name, value in metrics.items()},
@@ -124,11 +120,11 @@ def main(argv: list[str]) -> None:
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1.")
     size, begin = SIZES[args.size], time.perf_counter()
-    timing.one_thread()
+    clock.one_thread()
     dtype = configuration.wan_config(size.config("dmd")).dtype
     result = {
         "size": args.size, "latents": [size.frames, *size.latent_shape], "batch": 1, "dtype": dtype, "exit": "last",
-        **timing.environment(), "ceilings": timing.ceilings(dtype), "steps": {},
+        **environment.environment(), "ceilings": environment.ceilings(dtype), "steps": {},
     }  # fmt: skip
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     for name in [n for n in STEPS if n in args.only]:
@@ -137,21 +133,23 @@ def main(argv: list[str]) -> None:
         (step,) = [s for s in job.steps if s.name != STREAM]
         row = measure(job, step, args.repeats, ceiling)
         result["steps"][name] = row
-        timing.write_json(args.output, result)
+        record.write_json(args.output, result)
         print(f"{name}: {row['ms']:.0f} ms, compiled in {row['compile_s']:.0f} s", flush=True)
     try:
         if GRADIENT in args.only:
             result["rollout_gradient"] = measure_gradient(size, args.repeats)
     finally:  # what was measured is shown even if the gradients are not the same
         result["wall_s"] = time.perf_counter() - begin
-        timing.write_json(args.output, result)
+        record.write_json(args.output, result)
         show(result)
 
 
 def show(result: dict) -> None:
     """Prints the figures, the tables last."""
-    peak, ceilings = timing.peak_bytes(), result["ceilings"]
-    print(f"{result['device']}, {result['clock']}; {result['dtype']}, {result['wall_s']:.0f} s in all")
+    peak, ceilings = memory.peak_bytes(), result["ceilings"]
+    print(
+        f"{result['device']} ({result['cpu']}), {result['clock']}; {result['dtype']}, {result['wall_s']:.0f} s in all"
+    )
     matmul, copy = ceilings["matmul_flops_per_s"] / 1e12, ceilings["copy_bytes_per_s"] / 1e9
     print(f"ceilings: matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} GB/s")
     print(f"peak memory {peak['bytes'] / 2**20:.0f} MiB: {peak['source']}")
@@ -159,14 +157,14 @@ def show(result: dict) -> None:
         forms = dict(result["rollout_gradient"])
         print(f"the two gradients differ by {forms.pop('relative_difference'):.1e} of their norm")
         cells = [[name, row["ms"], row["temporary_MiB"], row["compile_s"]] for name, row in forms.items()]
-        print(timing.table(["rollout gradient", "ms", "temporary MiB", "compile s"], cells))
+        print(record.table(["rollout gradient", "ms", "temporary MiB", "compile s"], cells))
     cells = [
         [name, row["ms"], row["model_flops"] / 1e12, row["executed_flops"] / 1e12, row["mfu"], row["hfu"],
          row["program_bytes"]["total"] / 2**20, row["compile_s"]]
         for name, row in result["steps"].items()
     ]  # fmt: skip
     header = ["step", "ms", "TFLOP, model", "executed", "MFU", "HFU", "program MiB", "compile s"]
-    print(timing.table(header, cells))
+    print(record.table(header, cells))
 
 
 if __name__ == "__main__":

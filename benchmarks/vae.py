@@ -5,30 +5,30 @@
 On CPU: process CPU time in one pinned thread, float32, Wan's decoder at half its width with the same random
 weights on both sides. Both go through the video one latent frame at a time; ours as a stream, of which the caller gets
 every frame at once. Results are compared before anything is timed. Prints medians and their ratio, writes them with
-device, versions and commit. Much smaller sizes say little: torch's convolutions of small inputs are slow in one thread.
+the record of the environment and both sides' matmul rate. Much smaller sizes say little: torch's convolutions of small
+inputs are slow in one thread.
 """
 
 import functools
-import importlib.metadata
 from pathlib import Path
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.measure import timing
+from greedy_distill_jax.measure import clock, environment, record
 
 
 def main() -> None:
     """Command line."""
-    timing.one_thread()
+    clock.one_thread()
     # torch reads the environment when it is imported, here.
     import diffusers
     import jax
     import jax.numpy as jnp
     import numpy as np
     import torch
+    from torch_rate import matmul_rates
 
     from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
     from greedy_distill_jax.errors import UserError
-    from greedy_distill_jax.storage.checkpoint import source_commit, versions
     from greedy_distill_jax.testing.vae import random_params
     from greedy_distill_jax.weights.vae import diffusers_config, foreign_tensors
 
@@ -75,19 +75,19 @@ def main() -> None:
         "ours, first latent frame": functools.partial(step, params, None, first),
         "ours, every other latent frame": functools.partial(step, params, cache, later),
     }
-    times = {name: timing.median_ms(run, args.repeats) for name, run in parts.items()}
+    times = {name: clock.median_ms(run, args.repeats) for name, run in parts.items()}
     for name, milliseconds in times.items():
         print(f"{name:32s} {milliseconds:9.1f} ms")
     ratio = times["diffusers, whole video"] / times["ours, whole video"]
     print(f"diffusers / ours: {ratio:.2f}   largest difference of a pixel in [-1, 1]: {difference:.1e}")
+    rates = matmul_rates("float32")
+    print(f"matmul: {', '.join(f'{name} {rate / 1e9:.0f} GFLOP/s' for name, rate in rates.items())}")
     result = {
         "milliseconds": times, "ratios": {"diffusers / ours": ratio}, "largest_difference": difference,
         "config": {"dim": args.dim, "latents": shape, "dtype": "float32"},
-        "device": "CPU, one thread, process CPU time",
-        "versions": versions() | {name: importlib.metadata.version(name) for name in ("jaxlib", "torch", "diffusers")},
-        "commit": source_commit(),
+        "matmul_flops_per_s": rates, **environment.environment(),
     }  # fmt: skip
-    timing.write_json(args.output, result)
+    record.write_json(args.output, result)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ import json
 import pytest
 from conftest import ROOT, exit_code
 
-from greedy_distill_jax.measure import timing
+from greedy_distill_jax.measure import clock
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
     """Imports ``benchmarks/NAME.py``; the test's process keeps its threads and cores."""
     monkeypatch.syspath_prepend(f"{ROOT}/benchmarks")
-    monkeypatch.setattr(timing, "one_thread", lambda: None)
+    monkeypatch.setattr(clock, "one_thread", lambda: None)
 
     def load(name):
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", f"{ROOT}/benchmarks/{name}.py")
@@ -25,7 +25,7 @@ def benchmark(monkeypatch):
     return load
 
 
-ENVIRONMENT = {"device", "clock", "versions", "commit"}
+ENVIRONMENT = {"device", "cpu", "clock", "versions", "commit"}
 
 
 def test_stream(benchmark, tmp_path, capsys):

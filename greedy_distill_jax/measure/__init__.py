@@ -1,1 +1,1 @@
-"""One clock, one median, memory of a program, and the record that benchmarks write."""
+"""How figures are taken: one clock and one median, memory of a program, one record of the environment."""

@@ -1,5 +1,7 @@
 """Plans with a step list and a context level per chunk: streams against the parallel form, for every student."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,7 @@ def _all_at_once(streamer, params, text, history, keys):
         return student(params, x, sigma[None], text, history)
 
     x = noise(initial_noise)
-    for n, (sigma, after) in enumerate(zip(table, table[1:], strict=False)):
+    for n, (sigma, after) in enumerate(itertools.pairwise(table)):
         s, a = (y[None, :, None, None, None] for y in (sigma, after))
         v = call(x, sigma)
         if plan.sampler == "euler":
