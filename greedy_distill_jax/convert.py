@@ -118,8 +118,9 @@ def _plan(source: Source) -> dict[str, Any]:
 
 def _sample_keys(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Values of ``config.sample`` that say the plan of an exported student; ``shift`` spaces other numbers of steps."""
-    steps = StepPlan(plan["sigmas"], plan["sampler"], plan["context_sigmas"])
-    return {"shift": plan["shift"], **steps.values(plan["shift"])}
+    shift, context = plan["shift"], plan["context_sigmas"]
+    steps = StepPlan.parse(plan["sigmas"], shift=shift, sampler=plan["sampler"], context_sigma=context)
+    return {"shift": shift, **steps.values(shift)}
 
 
 def _parse_mesh(value: str) -> dict[str, int]:

@@ -41,9 +41,8 @@ def test_values_read_back_are_the_same_plan(context_sigma):
 
 def test_the_last_entry_repeats():
     plan = StepPlan((*LISTS, LISTS[-1]), "renoise", (0.0, 0.357, 0.357))
-    assert plan == StepPlan(LISTS, "renoise", (0.0, 0.357)) and hash(plan) == hash(
-        StepPlan(LISTS, "renoise", (0, 0.357))
-    )
+    same = StepPlan(LISTS, "renoise", (0.0, 0.357))
+    assert plan == same and hash(plan) == hash(same)
     assert plan.steps_of(1) == LISTS[1] and plan.steps_of(9) == LISTS[2]
     np.testing.assert_array_equal(plan.ends, [3, 2, 1])
     np.testing.assert_allclose(plan.table[2], [1.0, 0.357, 0.0, 0.0, 0.0])
