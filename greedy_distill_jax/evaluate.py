@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.config.keys import step_plan
-from greedy_distill_jax.data.loader import is_shapes, videos_of
+from greedy_distill_jax.data.loader import videos_of
+from greedy_distill_jax.data.sources.moving_shapes import is_shapes
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.errors import UserError

@@ -34,7 +34,7 @@ class Dit(nn.Module):
 
     Attributes:
       layout: pattern of this call's self-attention; None with ``project`` only.
-      fusion: how ETM's output z enters ("none" for the teacher; METHOD_SPEC E.3).
+      fusion: how ETM's output z enters ("none" for the teacher; docs/method.md, section 3.4).
       emit: per-layer results to return, fields of ``Emitted``.
       with_head: False for passes that only write keys and values.
     """
@@ -141,8 +141,7 @@ class Teacher:
     def _call(self, x_BTHWC):
         grid = grid_of(x_BTHWC, self.cfg)
         frames, tokens = x_BTHWC.shape[1], grid[0] * grid[1]
-        every = tuple(range(frames))
-        module = Dit(self.cfg, self.cfg.num_layers, Layout(tokens, every, (every,) * frames))
+        module = Dit(self.cfg, self.cfg.num_layers, Layout.full(frames, tokens))
         return module, rope_table(np.arange(frames), grid, self.cfg.head_dim)
 
     def init(self, key, latent_shape: tuple[int, int, int, int]):
