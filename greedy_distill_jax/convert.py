@@ -85,7 +85,8 @@ def _meta(source: Source) -> dict[str, Any]:
         for name in config.student:
             if hasattr(cfg, name):
                 config.student[name] = getattr(cfg, name)
-        config.sample.update(_sample_keys(source.meta["plan"]))
+        if plan := source.meta.get("plan"):
+            config.sample.update(_sample_keys({"shift": config.sample.shift, **plan}))
     model = Student(cfg) if isinstance(cfg, StudentConfig) else Teacher(cfg)
     return dict(
         stage=config.stage, data_position=0, config=config.to_json_best_effort(), architecture=architecture(model),
