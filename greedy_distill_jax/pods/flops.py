@@ -1,4 +1,4 @@
-"""Floating-point operations of every network and step, in closed form (METHOD_SPEC A.10).
+"""Floating-point operations of every network and step, in closed form (docs/method.md, section 11).
 
 Counted are matmuls, two operations per multiply-add; attention on visible pairs only. Normalisation, rotation and
 activations are left out. ``cost_analysis()`` of a compiled step cannot give these numbers: it counts the body of a scan
@@ -13,11 +13,9 @@ from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.layers import Layout
+from greedy_distill_jax.ops.attention.backends.record import FLASH_BACKWARD
 
 TRAINED = 3.0  # forward, and backward twice: with respect to inputs and to parameters
-# Attention's backward pass over its forward pass of two matmuls. Flash attention computes its logits again: five in
-# all. The TPU kernels make logits and their gradient once for queries and once for keys: seven.
-BACKWARD = {"xla": 2.5, "cudnn": 2.5, "pallas_tpu": 3.5}
 
 
 class Flops(NamedTuple):
@@ -39,12 +37,12 @@ class Flops(NamedTuple):
 
     __rmul__ = __mul__
 
-    def executed(self, remat: str, backward: float = BACKWARD["xla"]) -> "Flops":
+    def executed(self, remat: str, backward: float = FLASH_BACKWARD) -> "Flops":
         """What one update makes of this forward pass, recomputation included.
 
         Args:
           remat: "full" repeats the forward pass of every block, "dots" keeps its matmuls and repeats the attention.
-          backward: attention's backward pass over its forward pass, see ``BACKWARD``.
+          backward: attention's backward pass over its forward pass, see ``Backend.backward_flops``.
         """
         again = {"none": (0, 0), "dots": (0, 1), "full": (1, 1)}[remat]
         return Flops(self.linear * (TRAINED + again[0]), self.attention * (1 + backward + again[1]))
