@@ -276,7 +276,7 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
         ("student", ["--fps", "0"], "fps=0"),
         ("student", ["--upscale", "-2"], "upscale=-2"),
         ("teacher", ["--switch", "3:a red square moving up"], "needs a streaming student"),
-        ("teacher", ["--steps", "4,2"], "--steps 4,2 is not one number"),
+        ("teacher", ["--steps", "4,2"], "--steps: 4,2 is not one number"),
         ("teacher", ["--height", "16"], "--height belongs to --model"),
         ("student", ["--solver", "unipc"], "--solver needs a teacher"),
         ("student", ["--negative-prompt", ""], "--negative-prompt needs a teacher"),
