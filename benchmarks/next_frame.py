@@ -8,7 +8,6 @@ Prints PSNR on the held-out windows of the data the student was trained on, over
 from pathlib import Path
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.config.keys import step_plan
 from greedy_distill_jax.eval.next_frame import next_frame_psnr
 from greedy_distill_jax.evaluate import held_out_videos
 from greedy_distill_jax.measure import record
@@ -29,7 +28,7 @@ def main() -> None:
     for name, members in groups.items():
         members = list(members)
         text = run.text([captions[i] for i in members])
-        result[name] = next_frame_psnr(run.model, run.params, run.codec, videos[members], text, step_plan(run.config))
+        result[name] = next_frame_psnr(run.model, run.params, run.codec, videos[members], text, run.settings.plan)
         figures = "  ".join(f"{key} {value:.2f}" for key, value in result[name].items())
         print(f"{name} ({len(members)} windows), PSNR in dB: {figures}")
     record.write_json(args.output, result)

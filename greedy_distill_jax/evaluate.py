@@ -3,6 +3,7 @@
 python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/student --output runs/report
 """
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.config.keys import step_plan
 from greedy_distill_jax.data.loader import videos_of
 from greedy_distill_jax.data.sources.moving_shapes import is_shapes
 from greedy_distill_jax.diffusion import noise_levels
@@ -36,11 +36,11 @@ SHOWN = 6  # captions in the report's grid
 
 def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     """Real videos [V, T, H, W, 3] of captions the run was not trained on, and the captions."""
-    source, codec = data_source(run.config, "held_out", frames=frames, seed=seed)
+    source, codec = data_source(run.settings, "held_out", frames=frames, seed=seed)
     if not len(source):
         raise UserError(
-            f"{run.config.data.source}, which --teacher was trained on, has no held-out windows; prepare it again with "
-            "--held-out above 0."
+            f"{run.settings.data.source}, which --teacher was trained on, has no held-out windows; prepare it again "
+            "with --held-out above 0."
         )
     examples = [source[i] for i in range(min(count, len(source)))]
     return videos_of(examples, codec), [e["caption"] for e in examples]
@@ -58,19 +58,19 @@ def _load(option: str, directory: str | Path, is_student: bool) -> Run:
 
 def data_of(run: Run) -> str:
     """What a run was trained on, in words: source and latent shape."""
-    return f"{run.config.data.source} ({'x'.join(map(str, run.latent_shape))})"
+    return f"{run.settings.data.source} ({'x'.join(map(str, run.latent_shape))})"
 
 
 def few_steps(run: Run) -> Any:
     """The few-step setting shown beside the many-step one, see ``StepPlan.parse``."""
     if run.model.cfg.context == "last_step_kv":
-        return run.config.sample.steps
-    return min(2, int(step_plan(run.config).lengths[-1]))
+        return run.settings.sample.steps
+    return min(2, int(run.settings.plan.lengths[-1]))
 
 
 def shown_steps(run: Run, steps: Any) -> int | str:
     """Numbers of steps as a row shows them: 16, or "4,2" where chunks differ."""
-    lengths = step_plan(run.config, steps).lengths.tolist() if run.is_student else [steps]
+    lengths = run.settings.plan_with(steps).lengths.tolist() if run.is_student else [steps]
     return lengths[0] if len(lengths) == 1 else ",".join(map(str, lengths))
 
 
@@ -96,9 +96,9 @@ def rows_of(
 
 def loss_curves(run: Run, directory: str | Path) -> dict[str, list[float | int]]:
     """{"step": [...], term: [...]} of every loss term in the run's scalars.jsonl, from its first update on."""
-    stage = run.config.stage
+    stage = run.settings.stage
     lines = [line for line in read_scalars(directory) if f"{stage}/loss" in line]
-    terms = [t for t in run.config.losses if lines and f"{stage}/{t}" in lines[0]]
+    terms = [t for t in run.settings.losses if lines and f"{stage}/{t}" in lines[0]]
     return {"step": [line["step"] for line in lines]} | {t: [line[f"{stage}/{t}"] for line in lines] for t in terms}
 
 
@@ -151,20 +151,20 @@ def evaluate(
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another folder.") from error
-    use_compile_cache(teacher.config.compile_cache)
+    use_compile_cache(teacher.settings.compile_cache)
     frames = teacher.latent_shape[0]
-    shapes = is_shapes(teacher.config.data.source)
+    shapes = is_shapes(teacher.settings.data.source)
     long = HORIZON * frames
     real, captions = held_out_videos(teacher, long if shapes else frames, videos, seed)
     few = few_steps(student)
     if others:
-        fewest = min(others.values(), key=lambda run: int(step_plan(run.config).lengths[-1]))
-        few = fewest.config.sample.steps
+        fewest = min(others.values(), key=lambda run: int(run.settings.plan.lengths[-1]))
+        few = fewest.settings.sample.steps
 
     announce(f"evaluate: {len(captions)} held-out videos per model, students to {long} frames")
     todo: list[tuple[str, Run, int, dict[str, Any]]] = [
-        ("teacher", teacher, frames, dict(steps=teacher.config.sample.steps)),
-        ("stage1", student, long, dict(steps=student.config.sample.steps)),
+        ("teacher", teacher, frames, dict(steps=teacher.settings.sample.steps)),
+        ("stage1", student, long, dict(steps=student.settings.sample.steps)),
         ("stage1_few_steps", student, long, dict(steps=few)),
         *((name, run, long, dict(steps=few)) for name, run in others.items()),
     ]
@@ -172,14 +172,8 @@ def evaluate(
     made: dict[str, tuple[np.ndarray, dict[str, Any]]] = {"data": (real, nothing)}
     for name, run, length, options in tqdm(todo, desc="sampling", disable=not sys.stderr.isatty()):
         video = sampled(run, captions, frames=length, seed=seed, **options)
-        made[name] = (
-            video,
-            {
-                "steps": shown_steps(run, **options),
-                "train_cpu_s": run.meta["train_cpu_s"],
-                "seeds": [run.config.seed, seed],
-            },
-        )
+        fixed = {"train_cpu_s": run.meta["train_cpu_s"], "seeds": [run.settings.seed, seed]}
+        made[name] = (video, {"steps": shown_steps(run, **options)} | fixed)
 
     extra: dict[str, Any] = {"commands": list(commands), "videos": len(captions)}
     extra["held_out_captions"] = sorted(set(captions))
@@ -197,7 +191,7 @@ def evaluate(
         rows = [{key: fixed.get(key) for key in ROW_KEYS} | {"name": name} for name, (_, fixed) in made.items()]
         by_frame = {}
         scores = next_frame_psnr(
-            student.model, student.params, student.codec, real, student.text(captions), step_plan(student.config)
+            student.model, student.params, student.codec, real, student.text(captions), student.settings.plan
         )
         extra["next_frame_psnr_db"] = scores
         gate_list = [{"name": "next frame, PSNR in dB: the student against repeating the last frame",
@@ -209,7 +203,7 @@ def evaluate(
     few = int(streamer.plan.lengths[-1])
     tokens = int(np.prod(student.latent_shape[1:3])) // teacher.model.cfg.patch**2
     lengths = lengths or (32, 256, *((1024,) if tokens <= 4 else ()))
-    s = teacher.config.sample
+    s = teacher.settings.sample
     times = time_per_frame(
         teacher.model, teacher.params, noise_levels.uniform_steps(few, s.shift), streamer, student.params, text,
         student.latent_shape[1:], frames=lengths,
@@ -232,7 +226,7 @@ def evaluate(
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "commit": source_commit(),
         "gates": gate_list,
-        "config": {"teacher": teacher.config.to_dict(), "student": student.config.to_dict()},
+        "config": {name: json.loads(run.settings.text) for name, run in (("teacher", teacher), ("student", student))},
         "training_frames": frames,
         "extra": extra,
     }  # fmt: skip
@@ -246,7 +240,7 @@ def evaluate(
     }  # fmt: skip
     path = write_report(
         output, metrics=metrics, videos=columns, captions=captions[:SHOWN], curves=curves, by_frame=by_frame,
-        fps=float(teacher.config.log.fps),
+        fps=float(teacher.settings.log.fps),
     )  # fmt: skip
     announce(f"evaluate: {path}")
     return metrics

@@ -17,7 +17,6 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from greedy_distill_jax.config.keys import GONE, OPEN_KEYS
 from greedy_distill_jax.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -28,7 +27,7 @@ def load_config(
     extra_flags: dict[str, tuple[type, Any, str]],
     *,
     default: str | None = None,
-    open_keys: Sequence[str] = OPEN_KEYS,
+    open_keys: Sequence[str] = (),
 ) -> tuple[ConfigDict, dict[str, Any]]:
     """Reads a configuration file, its overrides and a few more flags from a command line.
 
@@ -216,8 +215,6 @@ def _suggest(config: ConfigDict, path: str) -> str:
     known = list(key_paths(config))
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     close = difflib.get_close_matches(path, known, 1, 0.7) or same_name[:1] or difflib.get_close_matches(path, known, 1)
-    if f"config.{path}" in GONE:
-        return f"{GONE[f'config.{path}']}."
     if close:
         return f"did you mean --config.{close[0]}?"
     return f"the keys are {', '.join(config)}."

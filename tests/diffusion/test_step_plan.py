@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config.settings import read_settings
 from greedy_distill_jax.diffusion.noise_levels import uniform_steps
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
@@ -106,4 +106,4 @@ def test_refused_sampler():
 )  # fmt: skip
 def test_refused_configurations(stage, changes, message):
     with pytest.raises(UserError, match=message):
-        configuration.validate(tiny.train_config(stage, **changes))
+        read_settings(tiny.train_config(stage, **changes), imagine_runs=True)
