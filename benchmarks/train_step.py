@@ -98,7 +98,7 @@ def measure_gradient(size: Size, repeats: int) -> dict:
     """Both forms of a rollout's gradient, see ``rollout_gradient.gradients``."""
     run = size.run("dmd")
     base = run.model.cfg.base
-    streamer = make_streamer(run.model, run.settings.sampling)
+    streamer = make_streamer(run.model, run.settings.plan)
     text = tiny.text_rows(1, jax.random.key(3), base)
     out = gradients(streamer, run.params, text, run.latent_shape, repeats)
     if not out["relative_difference"] < TOLERANCE[base.dtype]:  # not a number is no pass either

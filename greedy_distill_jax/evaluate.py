@@ -61,10 +61,17 @@ def data_of(run: Run) -> str:
     return f"{run.settings.data.source} ({'x'.join(map(str, run.latent_shape))})"
 
 
-def few_steps(run: Run) -> int:
-    """The few-step setting shown beside the many-step one."""
-    steps = run.settings.sample.steps
-    return steps if run.model.cfg.context == "last_step_kv" else min(2, steps)
+def few_steps(run: Run) -> Any:
+    """The few-step setting shown beside the many-step one, see ``StepPlan.parse``."""
+    if run.model.cfg.context == "last_step_kv":
+        return run.settings.sample.steps
+    return min(2, int(run.settings.plan.lengths[-1]))
+
+
+def shown_steps(run: Run, steps: Any) -> int | str:
+    """Numbers of steps as a row shows them: 16, or "4,2" where chunks differ."""
+    lengths = run.settings.plan_with(steps).lengths.tolist() if run.is_student else [steps]
+    return lengths[0] if len(lengths) == 1 else ",".join(map(str, lengths))
 
 
 def sampled(run: Run, captions: Sequence[str], *, batch: int = 256, **options) -> np.ndarray:
@@ -149,24 +156,24 @@ def evaluate(
     shapes = is_shapes(teacher.settings.data.source)
     long = HORIZON * frames
     real, captions = held_out_videos(teacher, long if shapes else frames, videos, seed)
-    few, many = few_steps(student), student.settings.sample.steps
-    first = few
+    few = few_steps(student)
     if others:
-        sample = min((run.settings.sample for run in others.values()), key=lambda sample: sample.steps)
-        few, first = sample.steps, sample.first_steps or sample.steps
+        fewest = min(others.values(), key=lambda run: int(run.settings.plan.lengths[-1]))
+        few = fewest.settings.sample.steps
 
     announce(f"evaluate: {len(captions)} held-out videos per model, students to {long} frames")
     todo: list[tuple[str, Run, int, dict[str, Any]]] = [
         ("teacher", teacher, frames, dict(steps=teacher.settings.sample.steps)),
-        ("stage1", student, long, dict(steps=many)),
-        ("stage1_few_steps", student, long, dict(steps=few, first_steps=first)),
-        *((name, run, long, dict(steps=few, first_steps=first)) for name, run in others.items()),
+        ("stage1", student, long, dict(steps=student.settings.sample.steps)),
+        ("stage1_few_steps", student, long, dict(steps=few)),
+        *((name, run, long, dict(steps=few)) for name, run in others.items()),
     ]
     nothing = {"steps": "\N{EN DASH}", "train_cpu_s": 0.0, "seeds": [seed]}
     made: dict[str, tuple[np.ndarray, dict[str, Any]]] = {"data": (real, nothing)}
     for name, run, length, options in tqdm(todo, desc="sampling", disable=not sys.stderr.isatty()):
         video = sampled(run, captions, frames=length, seed=seed, **options)
-        made[name] = (video, options | {"train_cpu_s": run.meta["train_cpu_s"], "seeds": [run.settings.seed, seed]})
+        fixed = {"train_cpu_s": run.meta["train_cpu_s"], "seeds": [run.settings.seed, seed]}
+        made[name] = (video, {"steps": shown_steps(run, **options)} | fixed)
 
     extra: dict[str, Any] = {"commands": list(commands), "videos": len(captions)}
     extra["held_out_captions"] = sorted(set(captions))
@@ -183,14 +190,17 @@ def evaluate(
     else:
         rows = [{key: fixed.get(key) for key in ROW_KEYS} | {"name": name} for name, (_, fixed) in made.items()]
         by_frame = {}
-        scores = next_frame_psnr(student.model, student.params, student.codec, real, student.text(captions))
+        scores = next_frame_psnr(
+            student.model, student.params, student.codec, real, student.text(captions), student.settings.plan
+        )
         extra["next_frame_psnr_db"] = scores
         gate_list = [{"name": "next frame, PSNR in dB: the student against repeating the last frame",
                       "value": round(scores["student"], 2), "threshold": f"> {scores['repeat']:.2f}",
                       "passed": scores["student"] > scores["repeat"]}]  # fmt: skip
 
     announce("evaluate: time per frame against video length, all models in this process")
-    streamer, text = student.streamer(few, few), student.text(captions[:1])
+    streamer, text = student.streamer(few), student.text(captions[:1])
+    few = int(streamer.plan.lengths[-1])
     tokens = int(np.prod(student.latent_shape[1:3])) // teacher.model.cfg.patch**2
     lengths = lengths or (32, 256, *((1024,) if tokens <= 4 else ()))
     s = teacher.settings.sample

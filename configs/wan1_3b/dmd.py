@@ -42,7 +42,7 @@ def get_config(arg: str = "critic"):
         optimizer.weight_decay, optimizer.clip, optimizer.warmup, optimizer.final = 0.01, 10.0, 0, 1.0
     config.optimizer.new_scale = 1.0
     config.ema.decay, config.ema.start = 0.99, 200
-    config.sample.steps, config.sample.first_steps, config.sample.shift = 4, 4, 5.0
+    config.sample.steps, config.sample.shift = 4, 5.0
     config.sample.sampler = "renoise"
     if arg == "teacher_14b":
         config.distill.teacher_size = "wan14b"

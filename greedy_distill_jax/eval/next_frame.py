@@ -10,6 +10,7 @@ import numpy as np
 
 from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import History, StreamingModel
 
 
@@ -25,11 +26,12 @@ def next_frame_psnr(
     codec: PatchCodec,
     videos_VTHWC: np.ndarray,
     text_BMC,
+    plan: StepPlan,
     *,
     batch: int = 8,
     seed: int = 0,
 ) -> dict[str, float]:
-    """PSNR in dB over chunks 2.. of real videos.
+    """PSNR in dB over chunks 2.. of real videos, which the student sees as its stream of ``plan`` keeps its own.
 
     Returns:
       student: predicted frame, decoded, against the real one.
@@ -42,8 +44,12 @@ def next_frame_psnr(
     @jax.jit
     def predict(params, latents, text, key):
         noise = jax.random.normal(key, latents.shape, jnp.float32)
-        one, zero = (jnp.full((len(latents), 1), level, jnp.float32) for level in (1.0, 0.0))
-        velocity = student(params, noise, one, text, History(latents, zero))
+        one, chunks = jnp.ones((len(latents), 1), jnp.float32), student.chunks_of(latents.shape[1])
+        level = jnp.repeat(plan.context_sigma(jnp.arange(chunks)), chunk)[None]
+        seen = latents
+        if not plan.keeps_clean:
+            seen = flow.add_noise(latents, jax.random.normal(jax.random.fold_in(key, 1), latents.shape), level)
+        velocity = student(params, noise, one, text, History(seen, level))
         return flow.x0_from_velocity(noise, velocity, one)
 
     predicted, decoded = [], []

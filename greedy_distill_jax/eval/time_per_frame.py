@@ -74,7 +74,7 @@ def time_per_frame(
     key = jax.random.key(0)
     init = jax.jit(streamer.init, static_argnums=3)
     step = jax.jit(streamer.step, donate_argnums=1)
-    sigmas, name = streamer.sampling.sigmas[-1], kind_of(streamer)
+    sigmas, name = streamer.plan.sigmas[-1], kind_of(streamer)
     noise = jax.random.normal(key, (1, 1, *latent_shape), jnp.float32)
     causal = {n: causal_frame(teacher, teacher_params, n, sigmas, latent_shape, text_BMC) for n in frames}
     whole = jax.jit(

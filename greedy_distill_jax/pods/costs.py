@@ -69,8 +69,8 @@ def part_costs(
     if settings.stage == "teacher_forcing":
         return {"teacher_forcing": cost(total(map(student, _draws(terms, None))))}
     d = settings.own["distill"]
-    length, sampling = d.frames or frames, settings.sampling
-    own = flops.rollout(cfg, length, tokens, sampling, d.exit)
+    length, plan = d.frames or frames, settings.plan
+    own = flops.rollout(cfg, length, tokens, plan, d.exit)
     teacher = teacher_config(settings)
     real = {
         "joint": lambda: flops.teacher(teacher, frames, tokens),

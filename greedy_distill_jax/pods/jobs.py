@@ -118,7 +118,7 @@ class Job:
                 "streams": last.shape[0],
                 "frames_per_step": last.shape[1],
                 "latents": f"{last.shape[2]}x{last.shape[3]}",
-                "denoising_calls": len(c.sampling.sigmas[-1]),
+                "denoising_calls": int(c.plan.lengths[-1]),
             }
         return facts
 
@@ -270,8 +270,8 @@ def _imagined(settings: Settings, model, latent_shape) -> dict[str, Any]:
 
 def _stream(settings: Settings, model: StreamingModel, mesh: Mesh, latent_shape, params, of_params):
     """(streaming inference of one chunk for one stream per device group, shapes of its state, their shardings)."""
-    wan, sampling = model.cfg.base, settings.sampling
-    streamer, count = make_streamer(model, sampling), batch_parts(mesh)
+    wan, plan = model.cfg.base, settings.plan
+    streamer, count = make_streamer(model, plan), batch_parts(mesh)
     text = jax.ShapeDtypeStruct((count, wan.text_len, wan.text_dim), jnp.float32)
     init = on_mesh(lambda params, text, key: streamer.init(params, text, key, latent_shape[1:]), mesh)
     with one_line():
@@ -282,7 +282,7 @@ def _stream(settings: Settings, model: StreamingModel, mesh: Mesh, latent_shape,
         on_mesh(streamer.step, mesh), in_shardings=(of_params, of_state), out_shardings=(of_state, batch),
         donate_argnums=1,
     )  # fmt: skip
-    calls = len(sampling.sigmas[-1])
+    calls = int(plan.lengths[-1])
     cost = flops.stream_step(model.cfg, tokens_per_frame(latent_shape, wan), calls) * count
     looped = float(calls - (model.cfg.context == "fused"))  # there the first call is outside of the loop
     whole = Cost(cost, cost * mesh.shape[RULES.columns[0]])  # streams are not split into stripes: all do the same
@@ -296,8 +296,8 @@ def rollout_trips(settings: Settings, chunk: int, frames: int) -> float:
       chunk: latent frames made together.
       frames: latent frames of an example.
     """
-    lists, d = settings.sampling.sigmas, settings.own["distill"]
-    lengths = [len(lists[min(i, len(lists) - 1)]) for i in range((d.frames or frames) // chunk)]
+    plan, d = settings.plan, settings.own["distill"]
+    lengths = [len(plan.steps_of(i)) for i in range((d.frames or frames) // chunk)]
     return float(np.mean([(n + 1) / 2 if d.exit == "random" else n for n in lengths]))
 
 

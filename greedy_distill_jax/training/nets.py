@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import History, StreamingModel
 from greedy_distill_jax.models.wan.dit import Teacher
 
@@ -20,32 +21,39 @@ def student_net(
     params,
     key,
     *,
+    plan: StepPlan,
     context_noise: float = 0.0,
-    last_sigmas: tuple[float, float] | None = None,
 ):
     """Teacher-forced ``net(x, sigma, batch)``: every chunk sees the batch's own frames before it.
+
+    They are at the noise levels at which the stream of ``plan`` keeps them. With context mode "last_step_kv" the
+    history behind the keys (of ETM + SDD: SDD's) is at the level of every chunk's last step.
 
     Args:
       student, params: any student.
       key: for the noise on the history.
+      plan: the steps and context levels of the student's streams.
       context_noise: the history is noised to a level drawn from U(0, context_noise) per video, and the networks
-        are told the level (METHOD_SPEC E.4, robustness to their own errors).
-      last_sigmas: with context mode "last_step_kv" the history behind the keys (of ETM + SDD: SDD's) is at these
-        levels (of the first chunk, of the others), as it will be when streaming.
+        are told the level (METHOD_SPEC E.4, robustness to their own errors); for plans that keep chunks clean.
     """
     key_level, key_noise, key_last = jax.random.split(key, 3)
 
     def net(x, sigma, batch):
         frames = batch["latents"].astype(jnp.float32)
-        level = context_noise * jax.random.uniform(key_level, (frames.shape[0], 1), jnp.float32)
-        clean = frames
-        if context_noise:
+        chunks, clean = student.chunks_of(frames.shape[1]), frames
+
+        def per_frame(sigma_of_chunk):
+            return jnp.broadcast_to(jnp.repeat(sigma_of_chunk, student.cfg.chunk)[None], frames.shape[:2])
+
+        if plan.keeps_clean:
+            level = context_noise * jax.random.uniform(key_level, (frames.shape[0], 1), jnp.float32)
+        else:
+            level = per_frame(plan.context_sigma(jnp.arange(chunks)))
+        if context_noise or not plan.keeps_clean:
             frames = flow.add_noise(clean, jax.random.normal(key_noise, clean.shape, jnp.float32), level)
         history = History(frames, level)
-        if last_sigmas is not None:
-            is_first = jnp.arange(frames.shape[1]) < student.cfg.chunk
-            last = jnp.where(is_first, *(jnp.float32(x) for x in last_sigmas))
-            last = jnp.broadcast_to(last[None], frames.shape[:2])
+        if student.cfg.context == "last_step_kv":
+            last = per_frame(plan.last_sigmas(chunks))
             noisy = flow.add_noise(clean, jax.random.normal(key_last, clean.shape, jnp.float32), last)
             history = history._replace(sdd_frames_BTHWC=noisy, sdd_sigma_BT=last)
         return student(params, x, sigma, batch["text"], history)

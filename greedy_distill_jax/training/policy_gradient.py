@@ -64,7 +64,7 @@ class SelfRollout:
 
     def exits(self, key):
         """What all rollouts of one update share, see ``rollout.draw_exits``."""
-        return rollouts.draw_exits(key, self.streamer.sampling.ends + 1, self.exit)
+        return rollouts.draw_exits(key, self.streamer.plan.lengths, self.exit)
 
     def draw(self, params, text_BMC, key, exits) -> "Drawn":
         """A rollout without gradient, and the window of it that the losses see."""

@@ -344,7 +344,7 @@ def test_cfg_branches_of_every_real_score():
 def test_trips_of_a_rollout():
     assert jobs.rollout_trips(settings_of(DMD), 1, 21) == 2.5  # four steps, each exit as likely
     assert jobs.rollout_trips(settings_of(DMD, distill__exit="last"), 1, 21) == 4.0
-    changes = dict(distill__exit="last", sample__first_steps=8, data__frames=2, distill__frames=4)
+    changes = dict(distill__exit="last", sample__steps=(8, 4), data__frames=2, distill__frames=4)
     assert jobs.rollout_trips(settings_of(DMD, **changes), 2, 21) == (8 + 4) / 2
 
 

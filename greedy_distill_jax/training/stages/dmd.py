@@ -194,7 +194,7 @@ def self_rollout(settings: Settings, student: StreamingModel, latent_shape) -> p
     fused = student.cfg.context == "fused"
     rolled = make_student(dataclasses.replace(student.cfg, context="clean")) if fused else student
     return policy_gradient.SelfRollout(
-        make_streamer(rolled, settings.sampling),
+        make_streamer(rolled, settings.plan),
         tuple(latent_shape),
         d.frames or latent_shape[0],
         d.exit,

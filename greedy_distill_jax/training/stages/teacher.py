@@ -19,10 +19,17 @@ class Teacher(StageKind):
     trains = "teacher"
 
     def check(self, settings: Settings) -> None:
-        """Raises UserError for a sampler that teachers do not have."""
+        """Raises UserError for a sampler that teachers do not have, and for what only students take."""
         if settings.sample.sampler not in SOLVERS:
             raise UserError(
                 f"config.sample.sampler is {settings.sample.sampler!r}; a teacher's are {', '.join(SOLVERS)}."
+            )
+        if not isinstance(settings.sample.steps, int) or settings.sample.steps < 1:
+            raise UserError(f"config.sample.steps is {settings.sample.steps}; a teacher takes a number of at least 1.")
+        if settings.sample.context_sigma:
+            raise UserError(
+                f"config.sample.context_sigma is {settings.sample.context_sigma}, but a teacher makes whole videos; "
+                "leave it at 0."
             )
 
     def terms(self, settings: Settings) -> tuple[Term, ...]:

@@ -41,11 +41,9 @@ class TeacherForcing(StageKind):
 
 def student_net(settings: Settings, student: StreamingModel):
     """``make_net(params, key)`` of the teacher-forced student, its history as the settings have it."""
-    lists = settings.sampling.sigmas
-    last = (lists[0][-1], lists[-1][-1]) if student.cfg.context == "last_step_kv" else None
     return functools.partial(
-        nets.student_net, student, context_noise=settings.student.context_noise, last_sigmas=last
-    )  # fmt: skip
+        nets.student_net, student, plan=settings.plan, context_noise=settings.student.context_noise
+    )
 
 
 STAGE = TeacherForcing()
