@@ -56,7 +56,7 @@ def _with_levels(call, levels, state, frozen: Mapping, batch, carry):
 
 def _levels_of(settings: Settings, source: Any = None) -> tuple[float, ...]:
     """Noise levels of the source's states, else those that the student is asked at, decreasing."""
-    own = {sigma for row in settings.plan.steps for sigma in row}
+    own = {sigma for row in settings.plan.sigmas for sigma in row}
     return tuple(sorted(own, reverse=True)) if source is None else tuple(source.levels)
 
 
