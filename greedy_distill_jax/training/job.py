@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -143,17 +142,15 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     )
 
 
-def _agreed_codec(
-    settings: Settings, codec: VideoCodec | None, stored: Mapping[str, VideoCodec | None]
-) -> VideoCodec:
+def _agreed_codec(settings: Settings, codec: VideoCodec | None, stored: Mapping[str, VideoCodec | None]) -> VideoCodec:
     """The codec of the data and of runs by folder, which are one; UserError where they differ or nothing has one."""
     for directory, other in stored.items():
         if other is not None:
             codec = _same_codec(codec, other, directory)
     if codec is None:
         raise UserError(
-            f"config.data.source {settings.data.source} holds prompts alone, and no run that this one starts from comes "
-            f"with a codec; start from a run that was trained on videos."
+            f"config.data.source {settings.data.source} holds prompts alone, and no run that this one starts from "
+            f"comes with a codec; start from a run that was trained on videos."
         )
     return codec
 

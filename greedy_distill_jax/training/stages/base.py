@@ -196,3 +196,16 @@ def own_update(settings: Settings, updates: int) -> Update:
     o = settings.optimizer
     scale = None if o.new_scale == 1.0 else new_parameter_scale(o.new_scale)
     return Update(make_optimizer(o, steps=updates), settings.ema.decay, settings.ema.start, scale)
+
+
+def compute_precision(params, dtype: str):
+    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
+
+    def cast(path, leaf):
+        kernel = getattr(path[-1], "key", None) == "kernel"
+        wanted = jnp.dtype(dtype) if kernel else leaf.dtype
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, wanted)
+        return leaf.astype(wanted)  # where it is
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -25,8 +25,8 @@ class Ode(TeacherForcing):
         levels = getattr(source, "levels", None)
         if levels is None:
             raise UserError(
-                f"config.data.source is {settings.data.source!r}, which holds no trajectories; make some with python -m "
-                f"greedy_distill_jax.prepare ode, and name them as ode:DIR."
+                f"config.data.source is {settings.data.source!r}, which holds no trajectories; make some with "
+                f"python -m greedy_distill_jax.prepare ode, and name them as ode:DIR."
             )
         missing = sorted(set(_levels_of(settings)) - set(levels), reverse=True)
         if missing:
@@ -46,7 +46,7 @@ class Ode(TeacherForcing):
         stage = super().build(settings, inputs)
         (part,) = stage.parts
         levels = jnp.asarray(_levels_of(settings, inputs.source), jnp.float32)
-        return stage._replace(parts=(part._replace(name="ode", call=functools.partial(_with_levels, part.call, levels)),))
+        return stage._replace(parts=(part._replace(call=functools.partial(_with_levels, part.call, levels)),))
 
 
 def _with_levels(call, levels, state, frozen: Mapping, batch, carry):
