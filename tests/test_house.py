@@ -151,7 +151,8 @@ def test_setup_lists_what_the_package_imports(monkeypatch):
 def test_setup_has_no_torch_in_the_base(monkeypatch):
     arguments = setup_arguments(monkeypatch)
     assert not [r for r in arguments["install_requires"] if re.match("torch|transformers|tensorflow|diffusers", r)]
-    assert {"cuda", "tpu", "torch", "parity", "eval", "notebook", "dev", "test"} <= set(arguments["extras_require"])
+    extras = {"cuda", "tpu", "torch", "parity", "eval", "docs", "notebook", "dev", "test"}
+    assert extras <= set(arguments["extras_require"])
     assert not [r for rs in arguments["extras_require"].values() for r in rs if "<" in r.split(";")[0]]
 
 
