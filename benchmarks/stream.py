@@ -3,7 +3,7 @@
     python benchmarks/stream.py --size wan1_3b --output benchmarks/results/stream.json
     JAX_PLATFORMS=cpu python benchmarks/stream.py --size small
 
-Runs the programs that `sample` runs (`run.open_stream`, `VideoCodec.decode_next`), one video at a time, for two
+Runs the programs that `sample` runs (`session.programs`, `VideoCodec.decode_next`), one video at a time, for two
 students, ETM + SDD and the causal one (LongLive's setting), and four schedules of denoising steps. Speed does not
 depend on the weights. Columns of the table, from the text's rows on the device to what is named:
 
@@ -31,27 +31,28 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sizes import SIZES, Size
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.codecs.vae_codec import VAECodec
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.pods import flops
-from greedy_distill_jax.runs.run import Run, open_stream
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.streaming.loop import Sampling, cache_bytes
 from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.testing.sizes import SIZES, Size
 from greedy_distill_jax.training.rollout import recompute, roll_out
 
 STUDENTS = ("etm_sdd", "causal")
 SCHEDULES = {
     **{str(n): (noise_levels.uniform_steps(n, 5.0),) for n in (4, 2, 1)},
-    # Diagonal Distillation's 4, 3, 2, 2, ... (METHOD_SPEC D.4).
+    # Diagonal Distillation's 4, 3, 2, 2, ... (arXiv 2603.09488).
     "diagonal": ((1.0, 0.9333, 0.8333, 0.357), (1.0, 0.9333, 0.357), (1.0, 0.357)),
 }
 CONTEXTS = {"model": "last_step_kv", "clean": "clean", "fused": "fused"}
@@ -68,14 +69,14 @@ class Stream:
         cfg = dataclasses.replace(run.model.cfg, context=context)
         self.params, self.text, self.shape = run.params, text, run.latent_shape[1:]
         self.streamer, self.chunk = make_streamer(make_student(cfg), sampling), cfg.chunk
-        state, step = open_stream(self.streamer, self.params, text, jax.random.key(0), self.shape)
+        self.programs, state = programs(self.streamer), self.open()
         start = clock.now()
-        self.step = step.lower(self.params, state).compile()
+        self.step = self.programs.step.lower(self.params, state).compile()
         self.compile_s, self.cache_bytes = clock.now() - start, cache_bytes(state)
 
     def open(self, seed: int = 0):
         """The state of a new stream."""
-        return open_stream(self.streamer, self.params, self.text, jax.random.key(seed), self.shape)[0]
+        return self.programs.init(self.params, self.text, jax.random.key(seed), self.shape)
 
     def first(self):
         """The first chunk of a new stream."""
@@ -144,7 +145,8 @@ def check(name: str, students: Sequence[str]) -> dict[str, float]:
             shape = (frames, *run.latent_shape[1:])
             drawn = jax.jit(lambda p, s=streamer, t=text, k=key, d=shape: roll_out(s, p, t, k, d, "last"))(run.params)
             again = jax.jit(lambda p, m=run.model, t=text, d=drawn: recompute(m, p, t, d, ContextGrad()))(run.params)
-            state, step = open_stream(streamer, run.params, text, jax.random.split(key)[1], shape[1:])
+            init, step, _ = programs(streamer)
+            state = init(run.params, text, jax.random.split(key)[1], shape[1:])
             streamed = []
             for _ in range(frames // chunk):
                 state, x = step(run.params, state)
@@ -171,7 +173,7 @@ def measure(
       repeats: first chunks that are timed.
     """
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    names = [name for name in CONTEXTS if name != "fused" or run.config.student.kind == "etm_sdd"]
+    names = [name for name in CONTEXTS if name != "fused" or run.settings.student.kind == "etm_sdd"]
     first, compile_s, needed, laps = {}, {}, {}, clock.Laps()
     for name in names:
         stream = Stream(run, CONTEXTS[name], sampling, text)
@@ -258,7 +260,7 @@ def main(argv: list[str]) -> None:
     if args.frames < least or args.repeats < 1:
         raise UserError(f"--frames {args.frames} --repeats {args.repeats}: use at least {least} frames and 1 repeat.")
     clock.one_thread()
-    dtype = configuration.wan_config(configs[args.student[0]]).dtype
+    dtype = read_settings(configs[args.student[0]], imagine_runs=True).wan.dtype
     result = {
         "size": args.size, "video": [size.height, size.width], "latents": list(size.latent_shape), "batch": 1,
         "dtype": dtype, "weights": args.weights, "schedules": {name: SCHEDULES[name] for name in args.steps},

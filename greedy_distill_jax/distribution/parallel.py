@@ -1,4 +1,4 @@
-"""What the networks see of the mesh: they are written for one device and traced under ``on_mesh``.
+"""The mesh as networks see it: they are written for one device and traced under ``on_mesh``.
 
 Batch and widths are left to the compiler, which partitions by the shardings of parameters and batch. Two things are
 not:
@@ -35,7 +35,7 @@ OURS = tuple({axis for axes in dataclasses.astuple(RULES) for axis in axes})  # 
 
 
 def on_mesh(call: Callable, mesh: Mesh) -> Callable:
-    """``call`` traced for ``mesh``: for the platform of its devices, too, which need not be this machine's."""
+    """Returns ``call`` traced for ``mesh``: for the platform of its devices, too, which need not be this machine's."""
 
     @functools.wraps(call)
     def traced(*args, **kwargs):
@@ -79,12 +79,13 @@ def _check_divides(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], size: int, 
     if size % parts:
         choices = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
         raise UserError(
-            f"config.mesh.{axes[0]} is {parts}, {why.format(size=size, parts=parts)}; choose from {choices}."
+            f"the mesh axis {axes[0]} is {parts}, {why.format(size=size, parts=parts)}; choose from {choices}",
+            f"mesh.{axes[0]}",
         )
 
 
 def split_videos(call: Callable, *args, whole: int = 0):
-    """``call(*args)`` with videos split over the context axis.
+    """Calls ``call(*args)`` with videos split over the context axis.
 
     Args:
       call: a pure function. It sees arrays [B, T, H, W / parts, C] where it is given [B, T, H, W, C].
@@ -108,7 +109,7 @@ def split_videos(call: Callable, *args, whole: int = 0):
 
 
 def stripe(x, axis: int):
-    """This device's columns of an array that all devices have whole; its axis ``axis`` are the columns."""
+    """Returns this device's columns of an array that all devices have whole; its axis ``axis`` are the columns."""
     parts, name = _stripes()
     if parts == 1:
         return x
@@ -117,23 +118,23 @@ def stripe(x, axis: int):
 
 
 def whole_columns(columns: int) -> int:
-    """Columns of the whole frame of which this device sees ``columns``."""
+    """Returns the columns of the whole frame of which this device sees ``columns``."""
     return columns * _stripes()[0]
 
 
 def stripe_columns(columns: int) -> int:
-    """Columns of this device's stripe of a frame of ``columns``."""
+    """Returns the columns of this device's stripe of a frame of ``columns``."""
     return columns // _stripes()[0]
 
 
 def normal(key, shape) -> jax.Array:
-    """float32 noise for videos: the same numbers, however they are split."""
+    """Draws float32 noise for videos: the same numbers, however they are split."""
     whole = (*shape[:WIDTH], whole_columns(shape[WIDTH]), *shape[WIDTH + 1 :])
     return stripe(jax.random.normal(key, whole, jnp.float32), WIDTH)
 
 
 def varying(tree):
-    """Constants as a loop's carry needs them where each device has a stripe of its own."""
+    """Marks constants as different on every device, as a loop's carry needs them where each has a stripe of its own."""
     parts, axis = _stripes()
     if parts == 1:
         return tree
@@ -141,7 +142,7 @@ def varying(tree):
 
 
 def settled(x):
-    """``x``, on TPU computed before what follows.
+    """Returns ``x``, on TPU computed before what follows.
 
     libtpu 0.0.51 aborts ("Scaled window bound is not full coverage") when it fuses the modulation of every frame by
     vectors of its own into the head's narrow projection.
@@ -153,7 +154,7 @@ MEGACORE = ("TPU v4", "TPU v5")  # device kinds of chips whose two cores share e
 
 
 def settled_on_megacore(x):
-    """``x``, on chips of two cores computed before what follows, and so is its gradient.
+    """Returns ``x``, on chips of two cores computed before what follows, and so is its gradient.
 
     libtpu 0.0.51 and 0.0.52 abort on v5p when a video of 32,760 tokens is whole on a chip: "Scaled dimension has
     non-zero pad high" when a projection is fused with the modulation or gate of every frame by vectors of its own,
@@ -164,13 +165,13 @@ def settled_on_megacore(x):
 
 
 def mean_of_stripes(x):
-    """The mean over all stripes of what this device computed from its own."""
+    """Returns the mean over all stripes of what this device computed from its own."""
     parts, axis = _stripes()
     return x if parts == 1 else jax.lax.pmean(x, axis)
 
 
 def constrain(x, *logical: str | None):
-    """``x`` laid out by the rules; the identity without a mesh.
+    """Lays ``x`` out by the rules; the identity without a mesh.
 
     A dimension without a rule, or of a size that does not divide, is whole on every device.
     """
@@ -183,7 +184,7 @@ def constrain(x, *logical: str | None):
 
 
 def at_rest(tree):
-    """Gradients laid out as the parameters they belong to: sums over devices leave every device its own part."""
+    """Lays gradients out as the parameters they belong to: sums over devices leave every device its own part."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if _parts(mesh, OURS) == 1 else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
@@ -198,7 +199,7 @@ def attention(
     text: bool = False,
     derivative: str = "vjp",
 ) -> Float[Array, "B L N K"]:
-    """``chunk_attention`` on the ambient mesh: batch and heads split, keys of whole frames gathered from all stripes.
+    """Computes ``chunk_attention`` on the ambient mesh: batch and heads split, keys of whole frames gathered.
 
     Args:
       q_BLNK, k_BSNK, v_BSNK, visible_QS: see ``chunk_attention``; inside ``split_videos`` this device's.

@@ -99,7 +99,7 @@ def test_every_fusion_in_stripes(fusion):
 
 def test_heads_that_do_not_divide_are_named():
     mesh, q = make_mesh({"tensor": 8}), jnp.zeros((1, 4, 2, 8))
-    with pytest.raises(UserError, match="config.mesh.tensor is 8, which does not divide the 2 attention heads"):
+    with pytest.raises(UserError, match="mesh axis tensor is 8, which does not divide the 2 attention heads"):
         on_mesh(lambda: attention(q, q, q, Pattern.full(2, 2)), mesh)()
 
 

@@ -18,13 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from greedy_distill_jax import compile as command
 from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import aot
 from greedy_distill_jax.pods import hlo, jobs, report, topologies
 from greedy_distill_jax.pods.costs import Cost
 from greedy_distill_jax.pods.flops import Flops
-from greedy_distill_jax.testing import published_sizes
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,33 +35,36 @@ TEACHER, DMD = "configs/wan1_3b/teacher.py", "configs/wan1_3b/dmd.py"
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--topology=v9:2x2"], "unknown topology 'v9:2x2'; choose from v5e:2x2|2x4"),
+        (["--topology=v9:2x2"], "--topology: unknown topology 'v9:2x2'; choose from v5e:2x2|2x4"),
         (["--topology=v5e:3x3"], "unknown topology"),
-        (["--topology=v5e"], "is a generation of chips; add --search, or a size: v5e:2x2, v5e:2x4"),
+        (["--topology=v5e"], "--topology: v5e is a generation of chips; search it for a slice, or name one: v5e:2x2"),
         (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "does not fit 16 devices; choose sizes whose product is 16"),
         (["--topology=v5e:2x2", "--config.mesh.context=13"], "does not fit 4 devices; take a multiple of 13 devices"),
         (["--topology=v5e:4x4", "--config.mesh.context=8"], "52 columns of patches, which do not divide by 8; choose"),
         (["--topology=v5e:4x4", "--config.data.accumulate=64"], "it must divide over the 4 data and fsdp parts"),
         (["--topology=v5e:8x8"], "Here config.data.accumulate=4 gives every group of devices one video at a time"),
-        (["--topology=v5e:4x4", "--only=nothing"], "no step of this job has that in its name; choose from teacher"),
+        (
+            ["--topology=v5e:4x4", "--only=nothing"],
+            "--only: no step of this job has 'nothing' in its name; choose",
+        ),
         (
             ["--topology=v5e:4x4", "--config.mesh.context=1", "--config.mesh.tensor=8", "--config.data.accumulate=1"],
-            "config.mesh.tensor is 8, which does not divide the 12 attention heads",
+            "the mesh axis tensor is 8, which does not divide the 12 attention heads",
         ),
         # Four machines of four chips: each feeds whole groups.
         (
             ["--topology=v5e:4x4", "--config.mesh.tensor=4", "--config.data.accumulate=64"],
             "the mesh has 1 data and fsdp parts, which do not divide over the 4 processes",
         ),
-        (["--topology=v5e", "--search", "--only=nothing"], "no step of this job has that in its name"),
+        (["--topology=v5e", "--search", "--only=nothing"], "--only: no step of this job has 'nothing' in its name"),
         (["--topology=v5e", "--search", "--config.optimizer.name=none"], "optimizer 'none' is unknown"),
         (["--topology=v5e", "--search", "--config.model.num_heads=7"], "num_heads"),
         (
             ["--topology=v9", "--search"],
-            "--topology is 'v9'; --search takes a generation without a size: v5e,",
+            "--topology: 'v9' is no generation of chips; a search takes one of v5e,",
         ),
-        (["--topology=v5e:4x4", "--search"], "--topology is 'v5e:4x4'; --search takes a generation without a size"),
-        (["--topology=v5e:4x4", "--size=1080p"], "--size is '1080p'; choose from 480p, 720p"),
+        (["--topology=v5e:4x4", "--search"], "--topology: 'v5e:4x4' is no generation of chips"),
+        (["--topology=v5e:4x4", "--size=1080p"], "--size: frames of '1080p' are not known; choose from 480p, 720p"),
         (["--topology=v5e:4x4", "--json=/not/there/x.json"], "--json: /not/there/x.json cannot be written"),
         ([], "--topology is missing"),
     ],
@@ -126,6 +129,14 @@ class ToyProgram:
         return "HloModule toy\n\nENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"
 
 
+def settings_of(path, **changes):
+    """The settings of a configuration file, ``changes`` with "__" for "."."""
+    config = read_config(path)
+    with config.unlocked():
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return read_settings(config, imagine_runs=True)
+
+
 def toy_job(unused=0, config="configs/quickstart.py:teacher", error=None):
     """A job of one step that uses one tree of 4 MiB, and keeps another of ``unused`` MiB beside it, on 4 chips."""
     mesh = make_mesh({"fsdp": 4}, topologies.devices("v5e:2x2"))
@@ -134,9 +145,9 @@ def toy_job(unused=0, config="configs/quickstart.py:teacher", error=None):
         name: (jax.ShapeDtypeStruct((size, 2**18), jnp.float32), whole)
         for name, size in (("used", 4), ("unused", unused))
     }
-    cost, stage = Cost(Flops(1.0), Flops(1.0)), jobs.build_networks(read_config("configs/quickstart.py:teacher")).stage
+    cost, stage = Cost(Flops(1.0), Flops(1.0)), jobs.build_networks(settings_of("configs/quickstart.py:teacher")).stage
     step = jobs.Step("toy", ToyProgram(error), (), cost, ("used", "unused"))
-    return jobs.Job(read_config(config), mesh, stage, (21, 60, 104, 16), trees, (step,))
+    return jobs.Job(settings_of(config), mesh, stage, (21, 60, 104, 16), trees, (step,))
 
 
 @needs_libtpu
@@ -154,7 +165,7 @@ def test_what_a_step_does_not_use_is_still_in_memory():
 
 @needs_libtpu
 def test_the_critic_keeps_the_teacher_in_memory():
-    job = jobs.build_job(jobs.imaginary_runs(read_config(DMD)), topologies.devices("v5e:4x4"), only="critic")
+    job = jobs.build_job(settings_of(DMD), topologies.devices("v5e:4x4"), only="critic")
     (step,) = job.steps
     assert step.holds == ("state", "frozen", "batch")
     assert jobs.device_bytes(*job.trees["frozen"]) > 0.1 * GIB
@@ -279,8 +290,13 @@ def test_every_leaf_has_a_layout(capsys):
 # --- The published sizes --------------------------------------------------------------------------------------------
 
 
-def record_of(config, only=""):
-    job = jobs.build_job(config, topologies.devices("v5e:4x4"), only=only)
+@pytest.fixture
+def published_sizes(benchmarks):
+    return benchmarks("published_sizes")
+
+
+def record_of(settings, only=""):
+    job = jobs.build_job(settings, topologies.devices("v5e:4x4"), only=only)
     steps = [{"step": step.name, "collectives": {}, "attention": ""} for step in job.steps]
     return {"facts": job.facts(), "steps": steps, "only": only}
 
@@ -302,49 +318,42 @@ def record_of(config, only=""):
         ({"optimizer.name": "muon"}, ["the optimiser keeps"]),
     ],
 )
-def test_a_job_that_was_shrunk_is_found(overrides, said):
-    config = jobs.imaginary_runs(read_config(DMD))
-    with config.unlocked():
-        config.update_from_flattened_dict(overrides)
-    found = published_sizes.differences(record_of(config), stage="dmd", size="wan1_3b", teacher="wan1_3b")
+def test_a_job_that_was_shrunk_is_found(published_sizes, overrides, said):
+    settings = settings_of(DMD, **overrides)
+    found = published_sizes.differences(record_of(settings), stage="dmd", size="wan1_3b", teacher="wan1_3b")
     assert bool(found) == bool(said)
     for part in said:
         assert any(part in line for line in found), found
 
 
 @needs_libtpu
-def test_part_of_a_job_is_not_the_job():
-    record = record_of(jobs.imaginary_runs(read_config(DMD)), only="critic")
+def test_part_of_a_job_is_not_the_job(published_sizes):
+    record = record_of(settings_of(DMD), only="critic")
     wanted = dict(stage="dmd", size="wan1_3b", teacher="wan1_3b")
     assert any("--only='critic'" in line for line in published_sizes.differences(record, **wanted))
     assert not published_sizes.differences(record, **wanted, only="critic")
 
 
 def test_cfg_branches_of_every_real_score():
-    config = read_config(DMD)
-    config.distill.real = config.distill.fake = "autoregressive"
-    assert config.distill.guidance != 1.0 and jobs.cfg_branches(config) == 2
-    config.distill.guidance = 1.0
-    assert jobs.cfg_branches(config) == 1 == jobs.cfg_branches(read_config(TEACHER))
+    settings = settings_of(DMD, distill__real="autoregressive")
+    assert settings.own["distill"].guidance != 1.0 and jobs.cfg_branches(settings) == 2
+    settings = settings_of(DMD, distill__guidance=1.0)
+    assert jobs.cfg_branches(settings) == 1 == jobs.cfg_branches(settings_of(TEACHER))
 
 
 def test_trips_of_a_rollout():
-    config = read_config(DMD)
-    assert jobs.rollout_trips(config, 1, 21) == 2.5  # four steps, each exit as likely
-    config.distill.exit = "last"
-    assert jobs.rollout_trips(config, 1, 21) == 4.0
-    config.sample.first_steps, config.distill.frames = 8, 4
-    assert jobs.rollout_trips(config, 2, 21) == (8 + 4) / 2
+    assert jobs.rollout_trips(settings_of(DMD), 1, 21) == 2.5  # four steps, each exit as likely
+    assert jobs.rollout_trips(settings_of(DMD, distill__exit="last"), 1, 21) == 4.0
+    changes = dict(distill__exit="last", sample__first_steps=8, data__frames=2, distill__frames=4)
+    assert jobs.rollout_trips(settings_of(DMD, **changes), 2, 21) == (8 + 4) / 2
 
 
 # --- The benchmark --------------------------------------------------------------------------------------------------
 
 
-def load_benchmark():
-    spec = importlib.util.spec_from_file_location("benchmarks_pods", ROOT / "benchmarks" / "pods.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def benchmark(benchmarks):
+    return benchmarks("pods")
 
 
 def fake_command(benchmark, monkeypatch, code=0, overrides=None):
@@ -356,10 +365,7 @@ def fake_command(benchmark, monkeypatch, code=0, overrides=None):
             return SimpleNamespace(stdout="0123abc\n")
         asked.append(command[3:])
         given = dict(argument.removeprefix("--").split("=", 1) for argument in command[4:])
-        config = jobs.imaginary_runs(read_config(given["config"]))
-        with config.unlocked():
-            config.update_from_flattened_dict(overrides or {})
-        record = record_of(config, given.get("only", ""))
+        record = record_of(settings_of(given["config"], **(overrides or {})), given.get("only", ""))
         for step in record["steps"]:
             step |= dict(
                 fits=not code, memory={"peak": GIB}, hbm=16 * GIB, model_flops=1.0, model_flops_per_device=1.0,
@@ -374,8 +380,7 @@ def fake_command(benchmark, monkeypatch, code=0, overrides=None):
 
 
 @needs_libtpu
-def test_the_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
-    benchmark = load_benchmark()
+def test_the_benchmark_goes_on_where_it_stopped(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "JOBS", {"one": benchmark.Row(DMD, "v5e:4x4", "dmd")})
     monkeypatch.setattr(benchmark, "SCALING", {})
     asked = fake_command(benchmark, monkeypatch)
@@ -399,8 +404,7 @@ def test_the_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
         (dict(overrides={"data.frames": 5}), "not the published job: frames is 5, not 21"),
     ],
 )
-def test_the_benchmark_takes_no_other_job(monkeypatch, options, message):
-    benchmark = load_benchmark()
+def test_the_benchmark_takes_no_other_job(benchmark, monkeypatch, options, message):
     fake_command(benchmark, monkeypatch, **options)
     with pytest.raises(RuntimeError, match=message):
         benchmark.compiled(benchmark.JOBS["1.3B stage 2, v5e:4x4"], "dmd")
@@ -427,7 +431,7 @@ def compiled(config, slice_, only, folder):
 @pytest.mark.slow
 @pytest.mark.subprocesses
 @needs_libtpu
-def test_streaming_at_1_3b_compiles_for_one_chip_each(tmp_path):
+def test_streaming_at_1_3b_compiles_for_one_chip_each(published_sizes, tmp_path):
     record = compiled("configs/wan1_3b/sample.py", "v5e:2x2", "stream", tmp_path)
     wanted = dict(stage="dmd", size="wan1_3b", teacher="wan1_3b", only="stream")
     assert not published_sizes.differences(record, **wanted)
