@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent))
+sys.path[:0] = [str(DOCS.parent), str(DOCS / "_ext")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the pages import the package, and need no device
 
 import greedy_distill_jax  # noqa: E402
@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "config_keys",
 ]
 
 # Headings get the anchors that a reader of the source would expect, so that links work there and on the pages.

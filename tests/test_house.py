@@ -186,6 +186,16 @@ def test_commands_in_documents_name_files_that_exist(document):
     assert not missing
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_code_cites_only_what_is_shipped(path):
+    unshipped = r"(?:METHOD|FRONTIER|EVAL_RL)_SPEC|TINY_(?:RECIPE)|KERNEL_(?:NOTES)|WEIGHT_(?:NAMES)|DESIGN[.]md"
+    named = re.findall(unshipped, path.read_text(encoding="utf-8"))
+    assert not named, "cite the paper, or a section of docs/method.md"
+    sections = re.findall(r"docs/method\.md,? sections? ([\d.]+\d|\d+)", path.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ ([\d.]+?)\.? ", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert not set(sections) - set(titles)
+
+
 @pytest.mark.parametrize("script", [*sorted(ROOT.glob("launch/*.sh")), ROOT / ".ci" / "run"], ids=relative)
 def test_scripts_parse(script):
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)

@@ -269,7 +269,7 @@ def check_student(settings: Settings) -> None:
             f"config.data.frames is {settings.data.frames}, which does not divide into chunks of "
             f"config.student.chunk = {chunk}; choose a multiple of {chunk}."
         )
-    if settings.student.context_noise and not settings.plan.keeps_clean:
+    if not settings.plan.keeps_clean and settings.student.context_noise:
         raise UserError(
             f"config.student.context_noise is {settings.student.context_noise}, but config.sample.context_sigma = "
             f"{settings.sample.context_sigma} says the history's noise level; set one of them to 0."

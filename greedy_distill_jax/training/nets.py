@@ -28,7 +28,7 @@ def look_back(student: StreamingModel, batch, key, *, plan: StepPlan, context_no
       key: for the noise on the history.
       plan: the steps and context levels of the student's streams.
       context_noise: the history is noised to a level drawn from U(0, context_noise) per video, and the networks
-        are told the level (robustness to their own errors); for plans that keep chunks clean.
+        are told the level (robustness to their own errors, docs/method.md section 6); for plans that keep chunks clean.
     """
     key_level, key_noise, key_last = jax.random.split(key, 3)
     clean = frames = batch["latents"].astype(jnp.float32)

@@ -13,6 +13,7 @@ from documents import blocks
 
 from greedy_distill_jax import convert, losses, train as training
 from greedy_distill_jax.cli.config_flags import load_config
+from greedy_distill_jax.config import stages
 from greedy_distill_jax.ops.attention import backends
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.metrics import read_scalars
@@ -23,6 +24,7 @@ def registries(monkeypatch):
     """What a block registers is gone afterwards."""
     monkeypatch.setattr(losses, "_LOSSES", dict(losses._LOSSES))
     monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS)
+    monkeypatch.setattr(stages, "_STAGES", dict(stages._STAGES))
 
 
 @pytest.fixture(scope="module")
