@@ -3,6 +3,7 @@
 python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/student --output runs/report
 """
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,11 +36,11 @@ SHOWN = 6  # captions in the report's grid
 
 def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     """Real videos [V, T, H, W, 3] of captions the run was not trained on, and the captions."""
-    source, codec = data_source(run.config, "held_out", frames=frames, seed=seed)
+    source, codec = data_source(run.settings, "held_out", frames=frames, seed=seed)
     if not len(source):
         raise UserError(
-            f"{run.config.data.source}, which --teacher was trained on, has no held-out windows; prepare it again with "
-            "--held-out above 0."
+            f"{run.settings.data.source}, which --teacher was trained on, has no held-out windows; prepare it again "
+            "with --held-out above 0."
         )
     examples = [source[i] for i in range(min(count, len(source)))]
     return videos_of(examples, codec), [e["caption"] for e in examples]
@@ -57,12 +58,12 @@ def _load(option: str, directory: str | Path, is_student: bool) -> Run:
 
 def data_of(run: Run) -> str:
     """What a run was trained on, in words: source and latent shape."""
-    return f"{run.config.data.source} ({'x'.join(map(str, run.latent_shape))})"
+    return f"{run.settings.data.source} ({'x'.join(map(str, run.latent_shape))})"
 
 
 def few_steps(run: Run) -> int:
     """The few-step setting shown beside the many-step one."""
-    steps = run.config.sample.steps
+    steps = run.settings.sample.steps
     return steps if run.model.cfg.context == "last_step_kv" else min(2, steps)
 
 
@@ -88,9 +89,9 @@ def rows_of(
 
 def loss_curves(run: Run, directory: str | Path) -> dict[str, list[float | int]]:
     """{"step": [...], term: [...]} of every loss term in the run's scalars.jsonl, from its first update on."""
-    stage = run.config.stage
+    stage = run.settings.stage
     lines = [line for line in read_scalars(directory) if f"{stage}/loss" in line]
-    terms = [t for t in run.config.losses if lines and f"{stage}/{t}" in lines[0]]
+    terms = [t for t in run.settings.losses if lines and f"{stage}/{t}" in lines[0]]
     return {"step": [line["step"] for line in lines]} | {t: [line[f"{stage}/{t}"] for line in lines] for t in terms}
 
 
@@ -143,20 +144,20 @@ def evaluate(
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another folder.") from error
-    use_compile_cache(teacher.config.compile_cache)
+    use_compile_cache(teacher.settings.compile_cache)
     frames = teacher.latent_shape[0]
-    shapes = is_shapes(teacher.config.data.source)
+    shapes = is_shapes(teacher.settings.data.source)
     long = HORIZON * frames
     real, captions = held_out_videos(teacher, long if shapes else frames, videos, seed)
-    few, many = few_steps(student), student.config.sample.steps
+    few, many = few_steps(student), student.settings.sample.steps
     first = few
     if others:
-        sample = min((run.config.sample for run in others.values()), key=lambda sample: sample.steps)
+        sample = min((run.settings.sample for run in others.values()), key=lambda sample: sample.steps)
         few, first = sample.steps, sample.first_steps or sample.steps
 
     announce(f"evaluate: {len(captions)} held-out videos per model, students to {long} frames")
     todo: list[tuple[str, Run, int, dict[str, Any]]] = [
-        ("teacher", teacher, frames, dict(steps=teacher.config.sample.steps)),
+        ("teacher", teacher, frames, dict(steps=teacher.settings.sample.steps)),
         ("stage1", student, long, dict(steps=many)),
         ("stage1_few_steps", student, long, dict(steps=few, first_steps=first)),
         *((name, run, long, dict(steps=few, first_steps=first)) for name, run in others.items()),
@@ -165,7 +166,7 @@ def evaluate(
     made: dict[str, tuple[np.ndarray, dict[str, Any]]] = {"data": (real, nothing)}
     for name, run, length, options in tqdm(todo, desc="sampling", disable=not sys.stderr.isatty()):
         video = sampled(run, captions, frames=length, seed=seed, **options)
-        made[name] = (video, options | {"train_cpu_s": run.meta["train_cpu_s"], "seeds": [run.config.seed, seed]})
+        made[name] = (video, options | {"train_cpu_s": run.meta["train_cpu_s"], "seeds": [run.settings.seed, seed]})
 
     extra: dict[str, Any] = {"commands": list(commands), "videos": len(captions)}
     extra["held_out_captions"] = sorted(set(captions))
@@ -192,7 +193,7 @@ def evaluate(
     streamer, text = student.streamer(few, few), student.text(captions[:1])
     tokens = int(np.prod(student.latent_shape[1:3])) // teacher.model.cfg.patch**2
     lengths = lengths or (32, 256, *((1024,) if tokens <= 4 else ()))
-    s = teacher.config.sample
+    s = teacher.settings.sample
     times = time_per_frame(
         teacher.model, teacher.params, noise_levels.uniform_steps(few, s.shift), streamer, student.params, text,
         student.latent_shape[1:], frames=lengths,
@@ -215,7 +216,7 @@ def evaluate(
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "commit": source_commit(),
         "gates": gate_list,
-        "config": {"teacher": teacher.config.to_dict(), "student": student.config.to_dict()},
+        "config": {name: json.loads(run.settings.text) for name, run in (("teacher", teacher), ("student", student))},
         "training_frames": frames,
         "extra": extra,
     }  # fmt: skip
@@ -229,7 +230,7 @@ def evaluate(
     }  # fmt: skip
     path = write_report(
         output, metrics=metrics, videos=columns, captions=captions[:SHOWN], curves=curves, by_frame=by_frame,
-        fps=float(teacher.config.log.fps),
+        fps=float(teacher.settings.log.fps),
     )  # fmt: skip
     announce(f"evaluate: {path}")
     return metrics

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, prepare, sample
 from greedy_distill_jax.cli.config_flags import read_config
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.evaluate import evaluate, print_table
@@ -57,7 +57,7 @@ def stage_configs(speed: str, clips: Path | None, workdir: Path) -> dict[str, Co
             config.log.samples_every = config.steps
         devices = jax.device_count()
         config.data.batch = -(-config.data.batch // devices) * devices
-        configuration.validate(config)
+        read_settings(config)
     return configs
 
 

@@ -30,7 +30,7 @@ def test_a_job_with_converted_weights(tmp_path, capsys):
 
     config = tiny.train_config("teacher_forcing", teacher_from=str(tmp_path / "converted"), **options)
     state = train(config, tmp_path / "student", show_progress=False)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.nets["student"].params)} == {np.dtype(np.float32)}
 
     assert run("export", tmp_path / "student", tmp_path / "torch", "--format", "torch-student") == 0
     assert {p.name for p in (tmp_path / "torch").iterdir()} == {
