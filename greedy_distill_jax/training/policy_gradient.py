@@ -1,4 +1,4 @@
-"""Stage 2 as pure step functions: self-rollout, distribution matching, and the critic (METHOD_SPEC C.3-C.6, E.5).
+"""Stage 2 as pure step functions: self-rollout, distribution matching, and the critic (docs/method.md, section 7).
 
 Generator and critic are separate jitted functions on ``train.py``'s schedule. Both roll the student out afresh. The
 generator's gradient comes in three ways ("pg"), which share the rollout and the losses:

@@ -78,11 +78,10 @@ def test_what_cannot_be_is_one_line(arguments, message):
 
 @needs_libtpu
 @pytest.mark.parametrize("error", [KeyError("clean"), ValueError("of\nlines"), IndexError("9")])
-def test_a_step_that_cannot_be_traced_is_one_line(error):
+def test_a_step_that_a_loss_of_somebody_else_breaks_shows_where(error):
     job = toy_job(error=error)
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(type(error)):  # with its traceback: it is not a mistake in the configuration
         step_compiler.compile_step(job, job.steps[0], GIB)
-    assert "config" in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("search", [[], ["--search"]])
@@ -279,7 +278,7 @@ def test_14b_on_four_small_chips_is_refused(capsys):
 def test_every_leaf_has_a_layout(capsys):
     assert command.main(["sharding", f"--config={DMD}", "--topology=v5e:4x4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    (kernel,) = [line for line in lines if line.startswith("state/params/etm/blocks/ffn/up/kernel ")]
+    (kernel,) = [line for line in lines if line.startswith("state/nets/student/params/etm/blocks/ffn/up/kernel ")]
     assert "float32[15, 1536, 8960]" in kernel and "('fsdp', 'context'), 'tensor'" in kernel
     assert f"{15 * 1536 * 8960 * 4 // 16} bytes per device" in kernel
     assert lines[0] == "v5e:4x4: 16 chips, mesh {'data': 1, 'fsdp': 4, 'context': 4, 'tensor': 1}"

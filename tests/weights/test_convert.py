@@ -34,8 +34,11 @@ def test_a_job_with_converted_weights(tmp_path, capsys):
 
     assert run("export", tmp_path / "student", tmp_path / "torch", "--format", "torch-student") == 0
     assert {p.name for p in (tmp_path / "torch").iterdir()} == {
-        "codec.npz", "config.json", "model.safetensors", "torch_student.py"
-    }  # fmt: skip
+        "codec.npz",
+        "config.json",
+        "model.safetensors",
+        "torch_student.py",
+    }
     assert run("import", tmp_path / "torch", tmp_path / "back") == 0
     assert compare(open_source(tmp_path / "back"), open_source(tmp_path / "student")) == []
     trained, back = Run.load(tmp_path / "student"), Run.load(tmp_path / "back")
