@@ -9,6 +9,7 @@ from greedy_distill_jax.data.loader import load_source
 from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos
+from greedy_distill_jax.eval.time_per_frame import cost_gate
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny
@@ -127,7 +128,7 @@ def test_the_student_may_lose_five_points_and_a_tenth():
 def test_the_cost_gate_compares_two_lengths(late, passed):
     times = [{"frames": n, "etm_sdd": ms, "full_causal": 9.0, "teacher": 9.0} for n, ms in ((32, 1.0), (128, 7.0))]
     times.append({"frames": 256, "etm_sdd": late, "full_causal": 1.0, "teacher": 1.0})
-    gate = gates.cost_gate(times, 32, 256)
+    gate = cost_gate(times, 32, 256)
     assert gate["passed"] is passed and gate["value"] == late and "256" in gate["name"]
 
 
