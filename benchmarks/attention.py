@@ -24,7 +24,7 @@ def torch_slices():
 
     def peer(spec, *qkvg):
         q, k, v, g = (torch.from_numpy(x.swapaxes(1, 2).copy()) for x in qkvg)
-        table = spec.schedule
+        table = spec.pattern
 
         def attend(q, k, v):
             outs = []
@@ -83,7 +83,7 @@ def _cpu(bench, base, growth) -> dict:
         # More runs: a ratio of two times of the same program has to tell 15%.
         rows[spec.name] = bench.measure(spec, {"ours": bench.ours}, repeats=3 * bench.REPEATS)
         _print(spec, rows[spec.name])
-    per_chunk = {s.name: rows[s.name]["ours"]["forward_backward"] / s.schedule.num_q_chunks for s in growth}
+    per_chunk = {s.name: rows[s.name]["ours"]["forward_backward"] / s.pattern.num_q_chunks for s in growth}
     times, ratios = rows[base.name], {}
     for peer in [name for name in peers if name != "ours" and "error" not in times[name]]:
         ratios |= {f"{peer} / ours, {label}": ms / times["ours"][label] for label, ms in times[peer].items()}
@@ -98,16 +98,17 @@ def main() -> None:
     clock.one_thread()
     import jax
 
-    from greedy_distill_jax.ops.attention import arg_specs, bench
+    from greedy_distill_jax.ops.attention import bench
+    from greedy_distill_jax.pods import kernels
 
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
     if jax.default_backend() == "cpu":
-        result = _cpu(bench, arg_specs.CPU_PEERS, arg_specs.CPU_GROWTH)
+        result = _cpu(bench, kernels.CPU_PEERS, kernels.CPU_GROWTH)
     else:
         result = {"milliseconds": {}}
-        for spec in arg_specs.SPECS.values():
+        for spec in kernels.SPECS.values():
             result["milliseconds"][spec.name] = bench.measure(spec, bench.default_peers())
             _print(spec, result["milliseconds"][spec.name])
     result |= {"device": jax.devices()[0].device_kind, "versions": versions(), "commit": commit()}

@@ -26,14 +26,15 @@ from greedy_distill_jax import cli
 
 def kernels(targets: Sequence[str], only: str, bundles: bool) -> int:
     """Compiles the workloads whose name contains ``only``; returns the exit code."""
-    from greedy_distill_jax.ops.attention import aot, arg_specs, sweep
+    from greedy_distill_jax.ops.attention import aot, sweep
+    from greedy_distill_jax.pods.kernels import SPECS
 
     failures = []
     with aot.bundle_dump() if bundles else contextlib.nullcontext() as dump:
         for target in targets:
             mesh = aot.target_mesh(target)
             print(f"{target}, libtpu {aot.libtpu_version()}")
-            for name, spec in arg_specs.SPECS.items():
+            for name, spec in SPECS.items():
                 if only not in name:
                     continue
                 try:

@@ -1,6 +1,7 @@
 """The errors every layer of the package shares."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 
 class UserError(ValueError):
@@ -21,6 +22,15 @@ class UserError(ValueError):
         """The same error with the place of its field in front, if ``places`` (field -> place) has it."""
         place = places.get(self.field)
         return UserError(f"{place}: {self}") if place else self
+
+
+@contextlib.contextmanager
+def about(field: str) -> Iterator[None]:
+    """Errors of a library that is handed one of our arguments are about that argument: ``about("codec")``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error), field) from error
 
 
 class Diverged(RuntimeError):

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from greedy_distill_jax import cli, prepare, sample
 from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import keys as configuration
-from greedy_distill_jax.data.loader import load_source
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.evaluate import evaluate, print_table
 from greedy_distill_jax.storage.checkpoint import load_meta

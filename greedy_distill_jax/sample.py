@@ -146,7 +146,7 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
 def _load(args: argparse.Namespace):
     """The run or the model folder, with what the command line says about a teacher; sets ``args.frames``."""
     from greedy_distill_jax.runs.run import Run, latent_frames
-    from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT
+    from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
     from greedy_distill_jax.weights.pipeline import load_codec, transformer_config
 
     with contextlib.ExitStack() as stack:

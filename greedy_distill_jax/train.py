@@ -30,14 +30,17 @@ from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.data.augment import augmented
-from greedy_distill_jax.data.loader import SkipBadRecords, captions_of, latents_of, make_loader
+from greedy_distill_jax.data.loader import SkipBadRecords, latents_of, make_loader
+from greedy_distill_jax.data.sources.protocol import captions_of
 from greedy_distill_jax.distribution.mesh import batch_parts, join_hosts, make_mesh, use_compile_cache
 from greedy_distill_jax.distribution.parallel import check_columns, check_heads, on_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import Diverged, Stopped, UserError
 from greedy_distill_jax.runs.run import Run, architecture, data_source
 from greedy_distill_jax.storage.checkpoint import Checkpointer, has_checkpoint
-from greedy_distill_jax.text.encoders import TextEncoder, check_captions, load_text_encoder
+from greedy_distill_jax.text.load import load_text_encoder
+from greedy_distill_jax.text.protocol import TextEncoder
+from greedy_distill_jax.text.store import check_captions
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.training.stages.build import (
     Part,

@@ -6,10 +6,12 @@ how frames follow each other instead; because the caption names the change, a pl
 """
 
 import itertools
-from typing import Any
+import operator
+from typing import Any, SupportsIndex
 
 import numpy as np
 
+from greedy_distill_jax.data.sources.protocol import VideoSource
 from greedy_distill_jax.errors import UserError
 
 AUGMENTATIONS = ("none", "labelled")
@@ -21,7 +23,7 @@ _CHANNELS = tuple(itertools.permutations(range(3)))
 class Labelled:
     """Every video also mirrored, inverted, transposed (if square), recoloured and reversed in time."""
 
-    def __init__(self, source, seed: int) -> None:
+    def __init__(self, source: VideoSource, seed: int) -> None:
         self._source, self._seed = source, seed
 
     def __len__(self) -> int:
@@ -30,7 +32,8 @@ class Labelled:
     def __repr__(self) -> str:
         return f"Labelled({self._source!r}, seed={self._seed})"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        index = operator.index(index)
         example = self._source[index % len(self._source)]
         rng = np.random.default_rng((self._seed, index))
         if rng.random() < _PLAIN:
@@ -51,8 +54,16 @@ class Labelled:
         return {**example, "video": np.ascontiguousarray(video), "caption": " ".join([example["caption"], *words])}
 
 
-def augmented(source, name: str, seed: int):
-    """``source`` under the augmentation ``name``, one of ``AUGMENTATIONS``."""
+def augmented(source: VideoSource, name: str, seed: int) -> VideoSource:
+    """Returns ``source`` under the augmentation ``name``, one of ``AUGMENTATIONS``.
+
+    Raises:
+      UserError: another name, or a source without pixels to change.
+    """
     if name not in AUGMENTATIONS:
-        raise UserError(f"augmentation {name!r} is unknown; choose from {', '.join(AUGMENTATIONS)}.")
-    return source if name == "none" else Labelled(source, seed)
+        raise UserError(f"augmentation {name!r} is unknown; choose from {', '.join(AUGMENTATIONS)}", "augment")
+    if name == "none":
+        return source
+    if "video" not in source[0]:
+        raise UserError(f"augmentation {name!r} changes pixels, but {source!r} holds none; use none", "augment")
+    return Labelled(source, seed)

@@ -7,34 +7,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
+from jaxtyping import Float32, UInt8
 
-from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.codecs.protocol import VideoCodec
-from greedy_distill_jax.data.sources.clips import ClipWindows
-from greedy_distill_jax.data.sources.latents import LatentWindows
-from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
+from greedy_distill_jax.data.sources.protocol import VideoSource
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.text.encoders import TextEncoder
-from greedy_distill_jax.weights.pipeline import load_codec
-
-_CODEC_SEED, _CODEC_VIDEOS = 0, 512
-
-
-@runtime_checkable
-class VideoSource(Protocol):
-    """Random access to {"video": uint8 [T, H, W, 3], "caption": str}; a bad record raises ValueError naming it.
-
-    A source of latents has {"latents": float32 [T, h, w, C], "caption": str}.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
+from greedy_distill_jax.text.protocol import TextEncoder
 
 
 class SkipBadRecords:
@@ -63,7 +45,7 @@ class SkipBadRecords:
                     return self._source[candidate]
                 except ValueError as error:
                     self._report(candidate, error)
-        raise UserError(f"{self._source!r}: all {len(self)} records are bad; prepare the data again")
+        raise UserError(f"{self._source!r}: all {len(self)} records are bad; prepare the data again", "source")
 
     def _report(self, index: int, error: ValueError) -> None:
         with self._lock:
@@ -74,7 +56,8 @@ class SkipBadRecords:
         if count > self._limit:
             raise UserError(
                 f"{count} bad records, max_bad_records={self._limit}; the last: {error}; "
-                "prepare the data again, or raise max_bad_records"
+                "prepare the data again, or raise max_bad_records",
+                field="max_bad_records",
             ) from error
         if not known:
             warnings.warn(f"skipped a bad record ({count} of at most {self._limit}): {error}")
@@ -83,7 +66,7 @@ class SkipBadRecords:
 def make_loader(
     source: VideoSource,
     *,
-    codec: VideoCodec,
+    codec: VideoCodec | None,
     text_encoder: TextEncoder,
     global_batch: int,
     seed: int,
@@ -101,9 +84,9 @@ def make_loader(
     number that holds for any number of processes: resume with `start`.
 
     Args:
-      source: random access to videos (or latents) and captions.
-      codec: encodes uint8 videos to latents.
-      text_encoder: encodes captions to rows.
+      source: random access to captions, with videos, latents or neither.
+      codec: encodes uint8 videos to latents; None where the source has no videos.
+      text_encoder: encodes captions to rows; not asked where the source stores them.
       global_batch: examples per batch over all processes.
       seed: of the shuffle, in [0, 2**32).
       start: global index of the first example, a multiple of `global_batch`.
@@ -113,26 +96,30 @@ def make_loader(
       max_bad_records: different records of the source that may be bad before it is an error.
 
     Returns:
-      Iterator of {"latents": float32 [b, T, h, w, C], "text": float32 [b, M, D]}, b = global_batch / process_count.
+      Iterator of {"latents": float32 [b, T, h, w, C], "text": float32 [b, M, D]}, b = global_batch / process_count;
+      without "latents" where the source has captions alone, and with "states": float32 [b, K, T, h, w, C] where it has
+      trajectories.
 
     Raises:
       UserError: numbers out of range, an empty source; while iterating, too many bad records.
     """
     if global_batch < 1 or process_count < 1 or global_batch % process_count:
         raise UserError(
-            f"loader: global_batch={global_batch} over process_count={process_count}; use a multiple of process_count"
+            f"global_batch={global_batch} over process_count={process_count}; use a multiple of process_count",
+            field="global_batch",
         )
     if not 0 <= process_index < process_count:
-        raise UserError(f"loader: process_index={process_index}; use 0 to {process_count - 1}")
+        raise UserError(f"process_index={process_index}; use 0 to {process_count - 1}", "process_index")
     if start < 0 or start % global_batch:
         raise UserError(
-            f"loader: start={start} is not a multiple of global_batch={global_batch}; resume with the batch size of "
-            f"the run, or at {max(0, start) // global_batch * global_batch}"
+            f"start={start} is not a multiple of global_batch={global_batch}; resume with the batch size of the run, "
+            f"or at {max(0, start) // global_batch * global_batch}",
+            field="start",
         )
     if not 0 <= seed < 2**32:
-        raise UserError(f"loader: seed={seed}; use 0 to {2**32 - 1}")
+        raise UserError(f"seed={seed}; use 0 to {2**32 - 1}", "seed")
     if not len(source):
-        raise UserError(f"loader: {source!r} is empty; give a split with at least one record")
+        raise UserError(f"{source!r} is empty; give a split with at least one record", "source")
     examples = grain.MapDataset.source(SkipBadRecords(source, max_bad_records))
     if shuffle:
         examples = examples.shuffle(seed=seed)
@@ -143,10 +130,7 @@ def make_loader(
     def read(batch: int) -> dict[str, np.ndarray]:
         first = batch * global_batch + offset
         items = [examples[index] for index in range(first, first + local_batch)]
-        return {
-            "latents": latents_of(items, codec),
-            "text": text_encoder([item["caption"] for item in items]),
-        }
+        return collate(items, codec, text_encoder)
 
     # Batches are read by number, not by slicing the examples: a slice with a step would interleave the processes' rows.
     batches = grain.MapDataset.range(start // global_batch, sys.maxsize // global_batch).map(read)
@@ -154,69 +138,38 @@ def make_loader(
     return iter(batches.to_iter_dataset(options))
 
 
-def latents_of(examples: Sequence[Mapping[str, Any]], codec: VideoCodec) -> np.ndarray:
-    """float32 [B, T, h, w, C] of a source's examples; videos are encoded."""
+def collate(
+    examples: Sequence[Mapping[str, Any]], codec: VideoCodec | None, text_encoder: TextEncoder
+) -> dict[str, Float32[np.ndarray, "b ..."]]:
+    """Makes a batch of a source's examples; see `make_loader` for its entries."""
+    batch = {}
+    if {"latents", "video"} & examples[0].keys():
+        batch["latents"] = latents_of(examples, codec)
+    if "states" in examples[0]:
+        batch["states"] = np.stack([example["states"] for example in examples])
+    if "text" in examples[0]:
+        batch["text"] = np.stack([example["text"] for example in examples])
+        held, asked = batch["text"].shape[1:], (text_encoder.text_len, text_encoder.text_dim)
+        if held != asked:
+            raise UserError(
+                f"the data holds {held[0]} text rows of width {held[1]}, the network takes {asked[0]} of {asked[1]}; "
+                "set the network's text_len and text_dim, or prepare the data again",
+                field="source",
+            )
+    else:
+        batch["text"] = text_encoder([example["caption"] for example in examples])
+    return batch
+
+
+def latents_of(examples: Sequence[Mapping[str, Any]], codec: VideoCodec | None) -> Float32[np.ndarray, "B T h w C"]:
+    """Stacks the latents of a source's examples; videos are encoded."""
     if "latents" in examples[0]:
         return np.stack([example["latents"] for example in examples])
     return codec.encode(np.stack([example["video"] for example in examples]))
 
 
-def videos_of(examples: Sequence[Mapping[str, Any]], codec: VideoCodec) -> np.ndarray:
-    """uint8 [B, T, H, W, 3] of a source's examples; latents are decoded."""
+def videos_of(examples: Sequence[Mapping[str, Any]], codec: VideoCodec) -> UInt8[np.ndarray, "B T H W 3"]:
+    """Stacks the videos of a source's examples; latents are decoded."""
     if "latents" in examples[0]:
         return codec.decode(latents_of(examples, codec))
     return np.stack([example["video"] for example in examples])
-
-
-def is_shapes(spec: str) -> bool:
-    """Whether a data specification names drawn shapes, which an oracle can read."""
-    return spec.partition(":")[0] == "moving_shapes"
-
-
-def captions_of(source: VideoSource) -> set[str]:
-    """All captions of a prepared folder, which lists them; of another source those of its first records."""
-    if isinstance(source, ClipWindows | LatentWindows):
-        return set(source.info["captions"].values())
-    return {source[index]["caption"] for index in range(min(4, len(source)))}
-
-
-def load_source(
-    spec: str, split: str = "train", *, size: int | None = None, frames: int | None = None, seed: int = 0
-) -> tuple[VideoSource, VideoCodec]:
-    """The source and the codec that a data specification names.
-
-    Args:
-      spec: "moving_shapes", "moving_shapes:wandering", "clips:DIR" with a folder written by `prepare clips`, or
-        "latents:DIR" with one by `prepare latents`.
-      split: "train" or "held_out".
-      size, frames: of the videos (frames: latent ones of "latents:"); None for 16 and 8 (moving shapes) or for what the
-        folder holds.
-      seed: of the moving shapes. Their codec does not depend on it, nor on the split: it is fitted on a fixed sample.
-
-    Raises:
-      UserError: an unknown specification, or a size or frame count that the folder does not hold.
-    """
-    kind, _, directory = spec.partition(":")
-    if is_shapes(spec):
-        shapes = dict(size=size or 16, motion=directory or "captioned")
-        sample = MovingShapes(**shapes, frames=4, split="train", seed=_CODEC_SEED)
-        codec = PatchCodec.fit(np.stack([sample[index]["video"] for index in range(_CODEC_VIDEOS)]))
-        return MovingShapes(**shapes, frames=frames or 8, split=split, seed=seed), codec
-    if kind not in ("clips", "latents") or not directory:
-        raise UserError(
-            f"data {spec!r} is unknown; use moving_shapes, moving_shapes:wandering, clips:DIR or latents:DIR"
-        )
-    directory = Path(directory).expanduser()
-    if kind == "latents":
-        source: VideoSource = LatentWindows(directory, split)
-        holds = (("frames", frames, source.latent_shape[:1]), ("size", size, source.latent_shape[1:3]))
-    else:
-        source = ClipWindows(directory, split)
-        holds = (("frames", frames, (source.frames,)), ("size", size, (source.height, source.width)))
-    for name, asked, held in holds:
-        if asked is not None and set(held) != {asked}:
-            raise UserError(
-                f"data {spec!r} holds {name}={'x'.join(map(str, held))}, asked for {asked}; change the configuration, "
-                f"or prepare the {kind} again"
-            )
-    return source, load_codec(source.codec if kind == "latents" else directory / "codec.npz")

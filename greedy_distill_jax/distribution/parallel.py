@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from greedy_distill_jax.distribution.sharding import RULES, specs
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import Schedule, chunk_attention, select
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select
 
 WIDTH = 3  # axis of the columns in [B, T, H, W, C]
 KERNELS = ("pallas_tpu", "cudnn")  # implementations that the compiler cannot partition
@@ -188,12 +188,12 @@ def at_rest(tree):
     return tree if _parts(mesh, OURS) == 1 else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
 
-def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, text: bool = False):
+def attention(q_BLNK, k_BSNK, v_BSNK, pattern: Pattern, *, visible_QS=None, text: bool = False):
     """``chunk_attention`` on the ambient mesh: batch and heads split, keys of whole frames gathered from all stripes.
 
     Args:
       q_BLNK, k_BSNK, v_BSNK, visible_QS: see ``chunk_attention``; inside ``split_videos`` this device's.
-      schedule: its table; inside ``split_videos`` with the tokens of a stripe as chunks.
+      pattern: its table; inside ``split_videos`` with the tokens of a stripe as chunks.
       text: keys are text rows, which every device has whole.
 
     Raises:
@@ -203,38 +203,38 @@ def attention(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, visible_QS=None, te
     if parts > 1 and text:
         k_BSNK, v_BSNK = varying((k_BSNK, v_BSNK))
     elif parts > 1:  # the order of keys within a chunk is the same to softmax
-        k_BSNK, v_BSNK = (_gather(x, schedule.k_chunk, axis) for x in (k_BSNK, v_BSNK))
-        schedule = Schedule(schedule.q_chunk, schedule.k_chunk * parts, schedule.num_k_chunks, schedule.table)
+        k_BSNK, v_BSNK = (_gather(x, pattern.k_chunk, axis) for x in (k_BSNK, v_BSNK))
+        pattern = Pattern(pattern.q_chunk, pattern.k_chunk * parts, pattern.num_k_chunks, pattern.table)
     mesh = jax.sharding.get_abstract_mesh()
     free = _present(mesh, mesh.axis_names)
     if _parts(mesh, free) == 1:
-        return chunk_attention(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS=visible_QS)
+        return chunk_attention(q_BLNK, k_BSNK, v_BSNK, pattern, visible_QS=visible_QS)
     check_heads(mesh, q_BLNK.shape[2])
     if select.choose(None, q_BLNK, visible_QS=visible_QS, function="attention") not in KERNELS:
         q_BLNK, k_BSNK, v_BSNK = (constrain(x, "batch", None, "heads", None) for x in (q_BLNK, k_BSNK, v_BSNK))
-        out = chunk_attention(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS=visible_QS)
+        out = chunk_attention(q_BLNK, k_BSNK, v_BSNK, pattern, visible_QS=visible_QS)
         return constrain(out, "batch", None, "heads", None)
     # Parameters are made with one example, which is not split.
     batch = None if q_BLNK.shape[0] % _parts(mesh, RULES.batch) else _present(mesh, RULES.batch)
     spec = PartitionSpec(batch, None, _present(mesh, RULES.heads), None)
 
-    call = functools.partial(_local, schedule)
+    call = functools.partial(_local, pattern)
     visible = () if visible_QS is None else (visible_QS,)
     specs_in = (spec, spec, spec) + (PartitionSpec(),) * len(visible)
     forward = jax.shard_map(call, in_specs=specs_in, out_specs=spec, axis_names=set(free))
     if parts == 1:
         return forward(q_BLNK, k_BSNK, v_BSNK, *visible)
-    backward = functools.partial(_local_gradient, schedule)
+    backward = functools.partial(_local_gradient, pattern)
     backward = jax.shard_map(backward, in_specs=(spec, *specs_in), out_specs=(spec,) * 3, axis_names=set(free))
     return _nested(forward, backward, q_BLNK, k_BSNK, v_BSNK, *visible)
 
 
-def _local(schedule: Schedule, q, k, v, *visible):
-    return chunk_attention(q, k, v, schedule, visible_QS=visible[0] if visible else None)
+def _local(pattern: Pattern, q, k, v, *visible):
+    return chunk_attention(q, k, v, pattern, visible_QS=visible[0] if visible else None)
 
 
-def _local_gradient(schedule: Schedule, g, q, k, v, *visible):
-    return jax.vjp(lambda *qkv: _local(schedule, *qkv, *visible), q, k, v)[1](g)
+def _local_gradient(pattern: Pattern, g, q, k, v, *visible):
+    return jax.vjp(lambda *qkv: _local(pattern, *qkv, *visible), q, k, v)[1](g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

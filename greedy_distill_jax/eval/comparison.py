@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from greedy_distill_jax.data.loader import is_shapes
+from greedy_distill_jax.data.sources.moving_shapes import is_shapes
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.videos import held_out_videos, sampled
 from greedy_distill_jax.runs.run import Run

@@ -55,8 +55,7 @@ def causal_frame(
     x = jnp.zeros((1, 1, *latent_shape), jnp.float32)
     grid = grid_of(x, cfg)
     tokens = grid[0] * grid[1]
-    keys = tuple(range(frames + 1))
-    layout = Layout(tokens, keys, (keys,))
+    layout = Layout.full(1, tokens, frames + 1)
     rope = rope_table(np.asarray([frames]), grid, cfg.head_dim)
     module = functools.partial(Dit, cfg, cfg.num_layers, layout)
     shape = (cfg.num_layers, 1, frames * tokens, cfg.num_heads, cfg.head_dim)

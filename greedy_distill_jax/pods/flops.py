@@ -82,10 +82,6 @@ def ends(cfg: WanConfig, tokens: int, levels: int, head: bool = True) -> Flops:
     return Flops(2.0 * tokens * patch * cfg.dim * (2 if head else 1) + time)
 
 
-def _pairs(layout: Layout) -> int:
-    return layout.tokens**2 * sum(map(len, layout.table))
-
-
 def teacher(cfg: WanConfig, frames: int, tokens: int, levels: int = 1) -> Flops:
     """One bidirectional forward pass over ``frames`` frames of ``tokens`` tokens, at ``levels`` noise levels."""
     length = frames * tokens
@@ -99,7 +95,7 @@ def teacher(cfg: WanConfig, frames: int, tokens: int, levels: int = 1) -> Flops:
 def _sdd(cfg: StudentConfig, layout: Layout, own: int, z_chunks: int, levels: int, head: bool, text: bool) -> Flops:
     """One call of the decoder for ``own`` chunks; ``text`` and z projected within the call."""
     base, depth, length = cfg.base, len(cfg.sdd_layers), own * layout.tokens
-    out = blocks(base, depth, length, _pairs(layout), cfg.fusion != "replace") + ends(base, length, levels, head)
+    out = blocks(base, depth, length, layout.pattern.pairs, cfg.fusion != "replace") + ends(base, length, levels, head)
     if cfg.fusion in ("selfkv", "xattn2", "replace"):
         out += z_projection(base, depth, z_chunks * layout.tokens)
     if cfg.fusion in ("xattn2", "replace"):
@@ -114,17 +110,17 @@ def student(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, draws: 
     """One teacher-forced pass over a video (all chunks at once)."""
     chunks, length, base = frames // cfg.chunk, tokens * cfg.chunk, cfg.base
     if isinstance(cfg, CausalConfig):
-        layout = patterns.causal_parallel(cfg, chunks, length, draws).layout
-        own = len(layout.table)
+        layout = patterns.causal_parallel(cfg, chunks, length, draws)
+        own = layout.pattern.num_q_chunks
         return (
-            blocks(base, base.num_layers, own * length, _pairs(layout))
+            blocks(base, base.num_layers, own * length, layout.pattern.pairs)
             + ends(base, own * length, own * cfg.chunk)
             + text_projection(base, base.num_layers)
         )
-    layout, depth = patterns.etm_parallel(cfg, chunks, length).layout, len(cfg.etm_layers)
-    etm = blocks(base, depth, chunks * length, _pairs(layout)) + ends(base, chunks * length, frames, head=False)
-    layout = patterns.sdd_parallel(cfg, chunks, length, draws).layout
-    own = len(layout.table)
+    layout, depth = patterns.etm_parallel(cfg, chunks, length), len(cfg.etm_layers)
+    etm = blocks(base, depth, chunks * length, layout.pattern.pairs) + ends(base, chunks * length, frames, head=False)
+    layout = patterns.sdd_parallel(cfg, chunks, length, draws)
+    own = layout.pattern.num_q_chunks
     sdd = _sdd(cfg, layout, own, chunks, own * cfg.chunk, head=True, text=True)
     return etm + text_projection(base, depth) + sdd
 
@@ -135,12 +131,12 @@ def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float | i
     clean = cfg.context == "clean"
     if isinstance(cfg, CausalConfig):
         layout = patterns.causal_step(cfg, length)
-        call = blocks(base, base.num_layers, length, _pairs(layout))
+        call = blocks(base, base.num_layers, length, layout.pattern.pairs)
         clean = clean and cfg.sink_chunks + cfg.ring_chunks > 0
         return (call + ends(base, length, 1)) * calls + (call + ends(base, length, 1, head=False)) * clean
     fused = cfg.context == "fused"
     layout = patterns.etm_step(cfg, length)
-    out = blocks(base, len(cfg.etm_layers), length, _pairs(layout)) + ends(base, length, 1, head=False)
+    out = blocks(base, len(cfg.etm_layers), length, layout.pattern.pairs) + ends(base, length, 1, head=False)
     if cfg.fusion in ("selfkv", "xattn2", "replace"):
         out += z_projection(base, len(cfg.sdd_layers), length) * (2 if fused else 1)  # once per chunk
     layout = patterns.sdd_step(cfg, length)

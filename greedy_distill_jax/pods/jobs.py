@@ -27,7 +27,7 @@ from greedy_distill_jax.ops.attention import select
 from greedy_distill_jax.pods import costs, flops
 from greedy_distill_jax.pods.costs import Cost, tokens_per_frame
 from greedy_distill_jax.streaming.make import make_streamer
-from greedy_distill_jax.text.encoders import HashWordEncoder
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.train import batch_shapes, check_mesh, jit_parts, one_line, state_shapes
 from greedy_distill_jax.training.stages.build import Sources, Stage, build_model, build_stage, given_params
 

@@ -15,8 +15,13 @@ from ml_collections import ConfigDict
 
 from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.storage.checkpoint import load_meta, load_params
-from greedy_distill_jax.data.loader import is_shapes, load_source
-from greedy_distill_jax.text.encoders import WAN_NEGATIVE_PROMPT, TextEncoder, TextStore, TextTable, load_text_encoder
+from greedy_distill_jax.data.sources.moving_shapes import is_shapes
+from greedy_distill_jax.data.sources.registry import load_source
+from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
+from greedy_distill_jax.text.protocol import TextEncoder
+from greedy_distill_jax.text.store import TextStore
+from greedy_distill_jax.text.table import TextTable
+from greedy_distill_jax.text.load import load_text_encoder
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.diffusion import solvers

@@ -1,1 +1,1 @@
-"""Text encoders and stores of their rows."""
+"""Text encoders, stores of their rows, and the prompts they encode."""

@@ -14,7 +14,8 @@ from jaxtyping import Float32
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.records import fingerprint, first_line
-from greedy_distill_jax.text.encoders import clean_prompt, cleaning
+from greedy_distill_jax.text.cleaning import clean_prompt, cleaning
+from greedy_distill_jax.text.write_store import write_text_store
 from greedy_distill_jax.weights.files import import_torch
 
 DTYPES = ("stored", "float32", "bfloat16")
@@ -22,13 +23,14 @@ TEXT_LEN = 512
 
 
 def read_encoder_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """config.json of a model folder's text encoder; UserError unless it is a UMT5 beside a tokenizer."""
+    """Reads config.json of a model folder's text encoder; UserError unless it is a UMT5 beside a tokenizer."""
     folder = Path(folder).expanduser()
     for part in ("tokenizer", "text_encoder"):
         if not (folder / part).is_dir():
             raise UserError(
                 f"model folder {folder} has no {part}/; give one in the layout of diffusers, such as that of "
-                "Wan2.1-T2V-1.3B-Diffusers"
+                "Wan2.1-T2V-1.3B-Diffusers",
+                field="folder",
             )
     path = folder / "text_encoder" / "config.json"
     try:
@@ -37,12 +39,14 @@ def read_encoder_config(folder: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"model_type {config.get('model_type')!r}, expected 'umt5'")
         config["d_model"] = int(config["d_model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe a UMT5 encoder ({first_line(error)}); copy it again") from error
+        raise UserError(
+            f"{path} does not describe a UMT5 encoder ({first_line(error)}); copy it again", field="folder"
+        ) from error
     return config
 
 
 def encoder_plan(folder: str | os.PathLike, text_len: int, dtype: str) -> tuple[dict[str, Any], str]:
-    """(what the rows of an encoder depend on, for `data.records.RecordJob`; the dtype in which to store them).
+    """Returns (what the rows of an encoder depend on, for a `RecordJob`; the dtype in which to store them).
 
     The model is named by its files and their sizes, so that it may be moved between two runs.
     """
@@ -61,10 +65,10 @@ def encoder_plan(folder: str | os.PathLike, text_len: int, dtype: str) -> tuple[
 
 
 class UMT5Encoder:
-    """UMT5 behind `data.text.TextEncoder`. Cleans prompts, tokenises, encodes, and zeroes the rows of the padding.
+    """UMT5 as a `TextEncoder`: cleans prompts, tokenises, encodes, and zeroes the rows of the padding.
 
     The same steps as diffusers' ``WanPipeline``: `clean_prompt`, special tokens, padding to `text_len` with an
-    attention mask inside the encoder, zeros past the true length after it (METHOD_SPEC A.3).
+    attention mask inside the encoder, zeros past the true length after it.
 
     Attributes:
       text_len, text_dim: rows of a prompt and their width.
@@ -85,9 +89,9 @@ class UMT5Encoder:
           UserError: no torch or transformers, an incomplete folder, another kind of model, weights that are missing.
         """
         if text_len < 1:
-            raise UserError(f"UMT5Encoder: text_len={text_len}; it must be at least 1")
+            raise UserError(f"text_len={text_len}; it must be at least 1", field="text_len")
         if dtype not in DTYPES:
-            raise UserError(f"--dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+            raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}", field="dtype")
         folder = Path(folder).expanduser()
         config = read_encoder_config(folder)
         self._torch = torch = import_torch("the text encoder")
@@ -110,11 +114,14 @@ class UMT5Encoder:
         except Exception as error:  # transformers and its readers raise almost anything for a damaged file
             raise UserError(
                 f"model folder {folder}: tokenizer/ or text_encoder/ cannot be loaded ({first_line(error)}); download "
-                "it again"
+                "it again",
+                field="folder",
             ) from error
         missing = sorted(report["missing_keys"])
         if missing:
-            raise UserError(f"model folder {folder}: text_encoder/ lacks the tensor {missing[0]}; download it again")
+            raise UserError(
+                f"model folder {folder}: text_encoder/ lacks the tensor {missing[0]}; download it again", field="folder"
+            )
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model.eval().requires_grad_(False).to(self._device)
 
@@ -128,9 +135,14 @@ class UMT5Encoder:
         prompts = [clean_prompt(prompt) for prompt in prompts]
         self._warn_of_cuts(prompts)
         tokens = self._tokenizer(
-            prompts, padding="max_length", max_length=self.text_len, truncation=True, add_special_tokens=True,
-            return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
+            prompts,
+            padding="max_length",
+            max_length=self.text_len,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
         mask = tokens.attention_mask.to(self._device)
         with torch.no_grad():
             rows = self._model(tokens.input_ids.to(self._device), mask).last_hidden_state
@@ -146,3 +158,46 @@ class UMT5Encoder:
                     f"{kept[-40:]!r}",
                     stacklevel=3,
                 )
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    directory: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    text_len: int = TEXT_LEN,
+    dtype: str = "stored",
+    batch: int = 8,
+    share: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Encodes prompts with a model folder's encoder into a store; see `write_text_store`.
+
+    Args:
+      prompts: the keys of the store.
+      directory: folder to write.
+      folder, text_len, dtype: as for `UMT5Encoder`; rows are stored in the dtype they are computed in.
+      batch: prompts per call of the encoder.
+      share: (index, count) of this process.
+      overwrite: replace a store.
+      progress: show a bar on standard error.
+
+    Returns:
+      What dataset.json holds; None if other processes have not finished.
+    """
+    for name, value in (("text_len", text_len), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{name}={value}; it must be at least 1", field=name)
+    plan, stored = encoder_plan(folder, text_len, dtype)
+    return write_text_store(
+        prompts,
+        directory,
+        lambda: UMT5Encoder(folder, text_len=text_len, dtype=dtype),
+        plan=plan,
+        dtype=stored,
+        batch=batch,
+        share=share,
+        overwrite=overwrite,
+        progress=progress,
+    )

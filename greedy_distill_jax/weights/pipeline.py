@@ -9,7 +9,7 @@ from typing import Any
 
 from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.codecs.protocol import VideoCodec
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.source import open_source
@@ -19,53 +19,56 @@ CODEC, REFERENCE = "codec.npz", "codec.json"
 WAN_SHIFT = 5.0  # of the noise levels, where the folder says nothing
 
 
-def load_codec(path: str | os.PathLike, *, dtype: str = "bfloat16") -> VideoCodec:
-    """What turns the latents of a model into pixels.
+def load_codec(codec: str | os.PathLike, *, dtype: str = "bfloat16") -> VideoCodec:
+    """Loads what turns the latents of a model into pixels.
 
     Args:
-      path: a `codec.npz`, a folder where `save_codec` left one, a model folder with `vae/`, or the weights of a VAE
-        (see `export.vae.load_vae`).
+      codec: path of a `codec.npz`, of a folder where `save_codec` left one, of a model folder with `vae/`, or of the
+        weights of a VAE (see `weights.vae.load_vae`).
       dtype: that a VAE computes in; what `save_codec` wrote knows its own.
 
     Raises:
       UserError: none of these, or weights that do not fit.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(
-            f"{path} does not exist; give a {CODEC}, a folder that holds one (a run or a prepared data set), a model "
-            "folder with vae/, or the weights of a VAE"
-        )
-    if path.suffix == ".npz" or (path / CODEC).is_file():
-        return PatchCodec.load(path if path.suffix == ".npz" else path / CODEC)
-    if (path / REFERENCE).is_file():
-        file, (path, dtype) = path / REFERENCE, _referenced(path)
+    path = Path(codec).expanduser()
+    with about("codec"):
         if not path.exists():
             raise UserError(
-                f'{file} names the VAE {path}, which is not there; correct "vae" in that file, or name the VAE to the '
-                "command sample with --codec"
+                f"{path} does not exist; give a {CODEC}, a folder that holds one (a run or a prepared data set), a "
+                "model folder with vae/, or the weights of a VAE"
             )
-    elif path.suffix not in (".safetensors", ".pth", ".pt") and not any(
-        (path / part).exists() for part in ("vae", "config.json")
-    ):
-        raise UserError(
-            f"{path} has no vae/ and no {CODEC}, so nothing turns its latents into pixels; give a complete model "
-            "folder, or a run directory"
-        )
-    return load_vae_codec(path, dtype=dtype)
+        if path.suffix == ".npz" or (path / CODEC).is_file():
+            return PatchCodec.load(path if path.suffix == ".npz" else path / CODEC)
+        if (path / REFERENCE).is_file():
+            file, (path, dtype) = path / REFERENCE, _referenced(path)
+            if not path.exists():
+                raise UserError(
+                    f'{file} names the VAE {path}, which is not there; correct "vae" in that file, or name the VAE '
+                    "itself as the codec"
+                )
+        elif path.suffix not in (".safetensors", ".pth", ".pt") and not any(
+            (path / part).exists() for part in ("vae", "config.json")
+        ):
+            raise UserError(
+                f"{path} has no vae/ and no {CODEC}, so nothing turns its latents into pixels; give a complete model "
+                "folder, or a run directory"
+            )
+        return load_vae_codec(path, dtype=dtype)
 
 
 def _referenced(folder: Path) -> tuple[Path, str]:
-    """(place of the VAE that `save_codec` noted in a folder, the dtype it computes in)."""
+    """Returns (place of the VAE that `save_codec` noted in a folder, the dtype it computes in)."""
     try:
         stored = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
         return Path(stored["vae"]), str(stored["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / REFERENCE} is damaged ({error}); name the VAE's weights instead") from error
+        raise UserError(
+            f"{folder / REFERENCE} is damaged ({error}); name the VAE's weights instead", "codec"
+        ) from error
 
 
 def moved_codec(folder: str | os.PathLike, path: str | os.PathLike) -> VideoCodec:
-    """`load_codec` of ``path`` in place of what `save_codec` left in a folder, computing in the dtype noted there."""
+    """Loads the codec at ``path`` instead of what `save_codec` left in a folder; the dtype is the one noted there."""
     folder = Path(folder).expanduser()
     if not (folder / REFERENCE).is_file():
         return load_codec(path)
@@ -87,12 +90,12 @@ def save_codec(codec: VideoCodec, folder: str | os.PathLike) -> None:
 
 
 def saved_codec(folder: str | os.PathLike) -> Path | None:
-    """The file that `save_codec` left in a folder, or None."""
+    """Returns the file that `save_codec` left in a folder, or None."""
     return next((path for name in (CODEC, REFERENCE) if (path := Path(folder) / name).is_file()), None)
 
 
 def transformer_config(folder: str | os.PathLike, *, dtype: str = "bfloat16") -> WanConfig:
-    """Sizes of a model folder's `transformer/`, to compute in ``dtype`` without rematerialisation; reads no weights.
+    """Reads the sizes of a model folder's `transformer/`, to compute in ``dtype`` without rematerialisation.
 
     Raises:
       UserError: no such folder, or no text-to-video model with one transformer.
@@ -101,7 +104,7 @@ def transformer_config(folder: str | os.PathLike, *, dtype: str = "bfloat16") ->
 
 
 def load_transformer(folder: str | os.PathLike, *, dtype: str = "bfloat16") -> tuple[WanConfig, Any]:
-    """(sizes, parameters) of a model folder's `transformer/`; kernels in ``dtype``, the rest as stored.
+    """Loads (sizes, parameters) of a model folder's `transformer/`; kernels in ``dtype``, the rest as stored.
 
     Raises:
       UserError: as for `transformer_config`, or a tensor that is missing or cannot be read.
@@ -113,15 +116,18 @@ def load_transformer(folder: str | os.PathLike, *, dtype: str = "bfloat16") -> t
 def _open(folder: str | os.PathLike, dtype: str):
     folder = Path(folder).expanduser()
     if not (folder / "transformer").is_dir():
-        raise UserError(f"model folder {folder} has no transformer/; give one in the layout of diffusers")
+        raise UserError(f"model folder {folder} has no transformer/; give one in the layout of diffusers", "folder")
     if (folder / "transformer_2").is_dir():
-        raise UserError(f"model folder {folder} has two transformers (Wan2.2); give a Wan2.1 text-to-video model")
-    source = open_source(folder / "transformer")
+        raise UserError(
+            f"model folder {folder} has two transformers (Wan2.2); give a Wan2.1 text-to-video model", "folder"
+        )
+    with about("folder"):
+        source = open_source(folder / "transformer")
     return dataclasses.replace(source.cfg, dtype=dtype, remat="none"), source
 
 
 def read_shift(folder: str | os.PathLike) -> float:
-    """The shift of the noise levels that a model folder's `scheduler/` asks for, else `WAN_SHIFT`.
+    """Returns the shift of the noise levels that a model folder's `scheduler/` asks for, else `WAN_SHIFT`.
 
     Raises:
       UserError: a scheduler of something else than flows, or no number.
@@ -137,5 +143,8 @@ def read_shift(folder: str | os.PathLike) -> float:
     except FileNotFoundError:
         return WAN_SHIFT
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} describes no flow-matching scheduler ({error}); give --shift") from error
+        raise UserError(
+            f"{path} describes no flow-matching scheduler ({error}); correct its prediction_type or flow_shift",
+            "folder",
+        ) from error
     return shift

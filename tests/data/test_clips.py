@@ -5,12 +5,18 @@ import pickle
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from greedy_distill_jax import cli, prepare
 from greedy_distill_jax.codecs.patch import PatchCodec
-from greedy_distill_jax.data.sources import clips
-from greedy_distill_jax.data.sources.clips import ClipWindows, decode_record, encode_record, fit_frame
+from greedy_distill_jax.data.sources import clips, cutting, windows
+from greedy_distill_jax.data.sources.clips import CLIPS
+from greedy_distill_jax.data.sources.cutting import SPLITS, fit_frame
+from greedy_distill_jax.data.sources.protocol import captions_of
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import VideoWriter
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.sharded import ShardedSource
 
 
 def _write_clip(path, frames, fps=10, size=(48, 64)):
@@ -55,7 +61,7 @@ def prepared(folder):
 def test_folder_is_complete(prepared, folder):
     names = {path.name for path in prepared.iterdir()}
     shards = {f"{split}-00000-of-00001.array_record" for split in ("train", "held_out")}
-    assert names == shards | {"dataset.json", "codec.npz"}
+    assert names == shards | {"dataset.json", "codec.npz", "plan.json", "parts"}
     info = json.loads((prepared / "dataset.json").read_text())
     assert (info["width"], info["height"], info["frames"], info["fps"]) == (16, 12, 8, 10)
     assert info["captions"] == {"a.mp4": "grey, rising", "b.webm": "b", "c.mp4": "c"}
@@ -70,9 +76,9 @@ def test_folder_is_complete(prepared, folder):
 def test_windows_show_their_part_of_the_clip(prepared):
     info = json.loads((prepared / "dataset.json").read_text())
     seen = {}
-    for split in clips.SPLITS:
-        source = ClipWindows(prepared, split)
-        assert len(source) == info["counts"][split] and (source.height, source.width, source.frames) == (12, 16, 8)
+    for split in SPLITS:
+        source = ShardedSource(prepared, CLIPS, split)
+        assert len(source) == info["counts"][split] and source.captions == {"grey, rising", "b", "c"}
         for index in range(len(source)):
             example = source[index]
             assert example["video"].shape == (8, 12, 16, 3) and example["video"].dtype == np.uint8
@@ -86,7 +92,7 @@ def test_windows_show_their_part_of_the_clip(prepared):
 
 
 def test_source_is_picklable_and_checks_its_index(prepared):
-    source = ClipWindows(prepared)
+    source = ShardedSource(prepared, CLIPS)
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(source[3]["video"], again[3]["video"])
     for index in (-1, len(source)):
@@ -95,26 +101,68 @@ def test_source_is_picklable_and_checks_its_index(prepared):
 
 
 def test_codec_fits_the_windows(prepared):
-    video, codec = ClipWindows(prepared)[2]["video"], PatchCodec.load(prepared / "codec.npz")
+    video, codec = ShardedSource(prepared, CLIPS)[2]["video"], PatchCodec.load(prepared / "codec.npz")
     assert np.abs(codec.decode(codec.encode(video)).astype(int) - video).mean() < 3
 
 
-def test_many_shards_read_as_one(folder, prepared, monkeypatch):
-    monkeypatch.setattr(clips, "_SHARD_BYTES", 3 * 8 * 12 * 16 * 3)
+OPTIONS = ("--size", "16x12", "--frames", "8", "--stride", "4", "--group", "1")
+
+
+def _assert_same(output, prepared):
+    """The same windows in the same order, and so the same codec."""
+    for split in SPLITS:
+        one, other = ShardedSource(prepared, CLIPS, split), ShardedSource(output, CLIPS, split)
+        assert len(one) == len(other)
+        for index in range(len(one)):
+            assert one[index]["caption"] == other[index]["caption"]
+            np.testing.assert_array_equal(one[index]["video"], other[index]["video"])
+    a, b = (PatchCodec.load(path / "codec.npz") for path in (prepared, output))
+    np.testing.assert_array_equal(a.components, b.components)
+    assert a.scale == b.scale
+
+
+def test_many_shards_read_as_one(folder, prepared):
     output = folder / "sharded"
-    assert _run(folder, output, "--size", "16x12", "--frames", "8", "--stride", "4") == 0
-    assert len(list(output.glob("train-*-of-00007.array_record"))) == 7
-    one, many = ClipWindows(prepared), ClipWindows(output)
-    assert len(one) == len(many)
-    for index in range(len(one)):
-        np.testing.assert_array_equal(one[index]["video"], many[index]["video"])
+    assert _run(folder, output, *OPTIONS) == 0
+    assert len(list(output.glob("train-*-of-00004.array_record"))) == 3  # of four clips one is broken
+    _assert_same(output, prepared)
+
+
+def test_a_killed_job_goes_on_without_gap_or_repeat(folder, prepared, tmp_path, monkeypatch):
+    output, written = tmp_path / "out", []
+    real = windows.encode_record
+
+    def until_the_last(arrays, **header):
+        written.append(header["clip"])
+        if header["clip"] == "c.mp4":
+            raise KeyboardInterrupt
+        return real(arrays, **header)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(windows, "encode_record", until_the_last)
+        assert _run(folder, output, *OPTIONS) == 130
+    assert not (output / "dataset.json").exists() and not list(output.glob(".*"))
+    with pytest.raises(UserError, match="is not finished: run the same command again"):
+        ShardedSource(output, CLIPS)
+    again = []
+    monkeypatch.setattr(windows, "encode_record", lambda *a, **k: again.append(k["clip"]) or real(*a, **k))
+    assert _run(folder, output, *OPTIONS) == 0
+    assert set(again) == {"c.mp4"} and {"a.mp4", "b.webm"} < set(written)
+    _assert_same(output, prepared)
+
+
+def test_processes_share_the_clips(folder, prepared, tmp_path, capsys):
+    for index in (2, 0, 1):
+        assert _run(folder, tmp_path / "out", *OPTIONS, "--shard-index", str(index), "--num-shards", "3") == 0
+    assert capsys.readouterr().out.count("finished when the others are") == 2
+    _assert_same(tmp_path / "out", prepared)
 
 
 def test_resampling_and_no_held_out(folder):
     output = folder / "slow"
     assert _run(folder, output, "--size", "16x12", "--frames", "8", "--fps", "5", "--held-out", "0") == 0
-    source = ClipWindows(output)
-    assert source.fps == 5 and len(ClipWindows(output, "held_out")) == 0
+    source = ShardedSource(output, CLIPS)
+    assert source.info["fps"] == 5 and len(ShardedSource(output, CLIPS, "held_out")) == 0
     np.testing.assert_array_equal(_frame_numbers(source[0]["video"]), 2 * np.arange(8))
 
 
@@ -123,9 +171,13 @@ def test_overwrite_replaces_prepared_folders_only(folder, prepared, capsys):
     output.mkdir()  # an empty folder is fine
     run = ["--size", "16x12", "--frames", "8"]
     assert _run(folder, output, *run) == 0
-    assert _run(folder, output, *run) == 2 and "--overwrite" in capsys.readouterr().err
+    before = (output / "dataset.json").read_text()
+    assert _run(folder, output, *run) == 0 and (output / "dataset.json").read_text() == before  # nothing left to do
+    assert _run(folder, output, "--size", "8x8", "--frames", "4") == 2
+    error = capsys.readouterr().err
+    assert f"error: --output: {output} was begun with frames = 8, not 4" in error and "or overwrite this one" in error
     assert _run(folder, output, "--size", "8x8", "--frames", "4", "--overwrite") == 0
-    assert ClipWindows(output).width == 8
+    assert ShardedSource(output, CLIPS)[0]["video"].shape == (4, 8, 8, 3)
     assert _run(folder, folder / "in", *run, "--overwrite") == 2  # the clips themselves
     assert (folder / "in/a.mp4").exists() and not list(folder.glob(".*"))
 
@@ -149,32 +201,48 @@ def _one_line(capsys):
     ],
 )
 def test_bad_captions_stop_before_decoding(folder, tmp_path, capsys, monkeypatch, text, message):
-    monkeypatch.setattr(clips, "read_frames", lambda *_, **__: pytest.fail("decoded a clip"))
+    monkeypatch.setattr(cutting, "read_frames", lambda *_, **__: pytest.fail("decoded a clip"))
     (tmp_path / "captions.csv").write_bytes(text.encode("latin-1"))
     assert _run(folder, tmp_path / "out", captions=tmp_path / "captions.csv") == 2
-    assert message in _one_line(capsys)
+    line = _one_line(capsys)
+    assert message in line and line.startswith("error: --captions: ")
     assert [path.name for path in tmp_path.iterdir()] == ["captions.csv"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "32"], "'32' is not WIDTHxHEIGHT"),
-        (["--size", "30x32"], "multiples of 4"),
-        (["--frames", "0"], "--frames 0"),
-        (["--stride", "0"], "--stride 0"),
-        (["--fps", "-1"], "--fps -1"),
-        (["--held-out", "1"], "--held-out 1"),
-        (["--frames", "70"], "none of the 4 clips"),
-        (["--frames", "40"], "use fewer --frames, or --held-out 0"),
-        (["--clips", "/nonexistent"], "/nonexistent is not a folder"),
-        (["--captions", "/nonexistent"], "/nonexistent cannot be read"),
+        (["--size", "32"], "--size: '32' is not WIDTHxHEIGHT"),
+        (["--size", "30x32"], "--size: width=30: both sides must be multiples of 4"),
+        (["--frames", "0"], "--frames: frames=0 is too small"),
+        (["--stride", "0"], "--stride: stride=0 is too small"),
+        (["--crops", "-1"], "--crops: crops=-1 is too small"),
+        (["--fps", "-1"], "--fps: fps=-1 is no rate"),
+        (["--held-out", "1"], "--held-out: held_out=1 is no fraction"),
+        (["--clips", "/nonexistent"], "--clips: /nonexistent is not a folder"),
+        (["--captions", "/nonexistent"], "--captions: /nonexistent cannot be read"),
+        (["--group", "0"], "--group: 4 items in parts of 0"),
+        (["--shard-index", "1"], "--shard-index and --num-shards belong together"),
     ],
 )
-def test_bad_arguments(folder, tmp_path, capsys, arguments, message):
+def test_bad_arguments_leave_nothing(folder, tmp_path, capsys, arguments, message):
     assert _run(folder, tmp_path / "out", *arguments) == 2
-    assert message in _one_line(capsys)
+    assert f"error: {message}" in _one_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "70"], "--clips: {}: none of the 4 clips gives a window"),
+        (["--frames", "40"], "--held-out: held_out=0.15: no clip has the 80 frames"),
+    ],
+)
+def test_clips_that_are_too_short_leave_no_finished_folder(folder, tmp_path, capsys, arguments, message):
+    assert _run(folder, tmp_path / "out", *arguments) == 2
+    assert f"error: {message.format(folder / 'in')}" in _one_line(capsys)
+    with pytest.raises(UserError, match="is not finished"):
+        ShardedSource(tmp_path / "out", CLIPS)
 
 
 def test_nothing_decodes_or_nothing_to_write(folder, tmp_path, capsys):
@@ -184,45 +252,63 @@ def test_nothing_decodes_or_nothing_to_write(folder, tmp_path, capsys):
     assert _run(tmp_path, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "skipped x.mp4" in error and "none of the 1 clips gives a window" in error
-    assert _run(folder, tmp_path / "captions.csv" / "out") == 2 and "writable" in _one_line(capsys)
+    assert _run(folder, tmp_path / "captions.csv" / "out") == 2 and "cannot be written" in _one_line(capsys)
     assert _run(folder, tmp_path / "captions.csv") == 2 and "is a file" in _one_line(capsys)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "in"]
 
 
-def test_interruption_leaves_nothing(folder, tmp_path, monkeypatch):
+def test_an_interruption_while_the_codec_is_fitted(folder, prepared, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clips.PatchCodec, "fit", interrupted)
-    assert _run(folder, tmp_path / "out", "--frames", "8") == 130
-    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(clips.PatchCodec, "fit", interrupted)
+        assert _run(folder, tmp_path / "out", *OPTIONS) == 130
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert _run(folder, tmp_path / "out", *OPTIONS) == 0
+    _assert_same(tmp_path / "out", prepared)
 
 
-def test_records_describe_themselves():
-    video = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 3), np.uint8)
-    record = encode_record(video, "żółw", clip="a.mp4", start=2)
-    decoded = decode_record(record)
-    np.testing.assert_array_equal(decoded["video"], video)
-    assert decoded["caption"] == "żółw"
-    for bad in (b"", record[:-1], record + b"x", b"XXXX" + record[4:], record[:20]):
-        with pytest.raises(ValueError):
-            decode_record(bad)
+def test_folders_of_earlier_versions_are_read(prepared, tmp_path, folder, capsys):
+    """They have no kind, no plan and records that hold nothing but a video."""
+    info, counts = json.loads((prepared / "dataset.json").read_text()), {}
+    shards = {}
+    for split in SPLITS:
+        source, file = ShardedSource(prepared, CLIPS, split), f"{split}-00000-of-00001.array_record"
+        writer = ArrayRecordWriter(str(tmp_path / file), "group_size:1,zstd:3")
+        for index in range(len(source)):
+            video, caption = source[index]["video"], source[index]["caption"]
+            header = json.dumps({"shape": video.shape, "caption": caption, "clip": "x", "start": 0}).encode()
+            writer.write(b"GDJ1" + len(header).to_bytes(4, "little") + header + video.tobytes())
+        writer.close()
+        shards[split], counts[split] = [{"file": file, "records": len(source)}], len(source)
+    del info["kind"]
+    (tmp_path / "dataset.json").write_text(json.dumps({**info, "shards": shards, "counts": counts}))
+    (tmp_path / "codec.npz").write_bytes((prepared / "codec.npz").read_bytes())
+    _assert_same(tmp_path, prepared)
+    source, codec = load_source(f"clips:{tmp_path}", size=None, frames=8)
+    assert isinstance(codec, PatchCodec) and captions_of(source) == {"grey, rising", "b", "c"}
+    with pytest.raises(UserError, match="holds frames=8, asked for 16; .* prepare the clips again"):
+        load_source(f"clips:{tmp_path}", frames=16)
+    with pytest.raises(UserError, match="holds size=12x16, asked for 32"):
+        load_source(f"clips:{tmp_path}", size=32)
+    assert _run(folder, tmp_path, *OPTIONS) == 2
+    assert "holds clips of an earlier version, which no job can go on with" in _one_line(capsys)
+    assert _run(folder, tmp_path, *OPTIONS, "--overwrite") == 0
+    _assert_same(tmp_path, prepared)
 
 
 def test_damaged_folders_are_named(folder, prepared, tmp_path):
-    from greedy_distill_jax.errors import UserError
-
-    for path in prepared.iterdir():
+    for path in (path for path in prepared.iterdir() if path.is_file()):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="split='test'"):
-        ClipWindows(tmp_path, "test")
+        ShardedSource(tmp_path, CLIPS, "test")
     shard = tmp_path / "train-00000-of-00001.array_record"
     data = bytearray(shard.read_bytes())
     written = np.flatnonzero(np.frombuffer(data, np.uint8))
     middle = int(written[len(written) // 2])
     data[middle : middle + 16] = bytes(byte ^ 255 for byte in data[middle : middle + 16])
     shard.write_bytes(data)
-    source, bad = ClipWindows(tmp_path), []
+    source, bad = ShardedSource(tmp_path, CLIPS), []
     for index in range(len(source)):
         try:
             source[index]
@@ -232,16 +318,16 @@ def test_damaged_folders_are_named(folder, prepared, tmp_path):
     assert 1 <= len(bad) < len(source)
     shard.write_bytes(data[: len(data) // 3])
     with pytest.raises(UserError, match=shard.name):
-        ClipWindows(tmp_path)
+        ShardedSource(tmp_path, CLIPS)
     shard.unlink()
     with pytest.raises(UserError, match=shard.name):
-        ClipWindows(tmp_path)
+        ShardedSource(tmp_path, CLIPS)
     (tmp_path / "dataset.json").write_text("{}")
-    with pytest.raises(UserError, match=r"dataset\.json is not"):
-        ClipWindows(tmp_path)
+    with pytest.raises(UserError, match=r"dataset\.json does not describe clips"):
+        ShardedSource(tmp_path, CLIPS)
     (tmp_path / "dataset.json").unlink()
-    with pytest.raises(UserError, match=r"dataset\.json does not exist"):
-        ClipWindows(tmp_path)
+    with pytest.raises(UserError, match="is not finished"):
+        ShardedSource(tmp_path, CLIPS)
 
 
 @pytest.mark.parametrize("shape", [(40, 80), (80, 40), (8, 12), (33, 47), (16, 16)])
@@ -265,7 +351,7 @@ def test_real_clips(tmp_path, real_clips):
     rows = "".join(f"{name}.mp4,{caption}\n" for name, caption in captions.items())
     (tmp_path / "captions.csv").write_text("clip,caption\n" + rows)
     assert _run(tmp_path, tmp_path / "out", "--size", "32x32", "--frames", "16", source=real_clips) == 0
-    train, held_out = ClipWindows(tmp_path / "out"), ClipWindows(tmp_path / "out", "held_out")
+    train, held_out = ShardedSource(tmp_path / "out", CLIPS), ShardedSource(tmp_path / "out", CLIPS, "held_out")
     assert len(train) == 60 and len(held_out) == 6
     assert (
         {train[i]["caption"] for i in range(60)} == {held_out[i]["caption"] for i in range(6)} == set(captions.values())

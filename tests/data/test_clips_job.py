@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from greedy_distill_jax.data.sources.clips import ClipWindows
+from greedy_distill_jax.data.sources.clips import CLIPS
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.quickstart import quickstart
+from greedy_distill_jax.storage.sharded import ShardedSource
 
 
 @pytest.mark.slow
@@ -30,7 +31,7 @@ def test_quickstart_on_real_clips(real_clips, tmp_path):
     dataset = json.loads((work / "dataset" / "dataset.json").read_text())
     assert [clip["clip"] for clip in dataset["clips"]] == sorted(f"{n}.mp4" for n in captions)
     assert "broken.mp4" in json.dumps(dataset["skipped"])
-    assert all(len(ClipWindows(work / "dataset", split)) > 0 for split in ("train", "held_out"))
+    assert all(len(ShardedSource(work / "dataset", CLIPS, split)) > 0 for split in ("train", "held_out"))
     info, frames = probe(work / "stream.mp4"), list(read_frames(work / "stream.mp4"))
     assert (info.width, info.height, info.fps, len(frames)) == (128, 128, 8.0, 128)
     metrics = json.loads((work / "report" / "metrics.json").read_text())

@@ -12,15 +12,18 @@ import pytest
 
 from greedy_distill_jax import cli, prepare
 from greedy_distill_jax.codecs.patch import PatchCodec
-from greedy_distill_jax.data.loader import captions_of, load_source, make_loader, videos_of
-from greedy_distill_jax.data.sources import latents
-from greedy_distill_jax.data.sources.clips import Cutting, cut
-from greedy_distill_jax.data.sources.latents import LatentWindows
+from greedy_distill_jax.data.loader import make_loader, videos_of
+from greedy_distill_jax.data.sources import windows
+from greedy_distill_jax.data.sources.cutting import Cutting, cut
+from greedy_distill_jax.data.sources.latents import LATENTS
+from greedy_distill_jax.data.sources.protocol import captions_of
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import VideoWriter
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.sharded import ShardedSource
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.text.encoders import HashWordEncoder
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.train import train
 
 CUTTING = Cutting(width=16, height=16, frames=4, fps=None, stride=2)
@@ -64,7 +67,7 @@ def everything(output):
     return {
         split: [(item["caption"], item["latents"]) for item in map(source.__getitem__, range(len(source)))]
         for split in ("train", "held_out")
-        for source in [pickle.loads(pickle.dumps(LatentWindows(output, split)))]
+        for source in [pickle.loads(pickle.dumps(ShardedSource(output, LATENTS, split)))]
     }
 
 
@@ -80,12 +83,12 @@ def test_latents_are_the_encoded_windows(prepared, folder):
     want = {"train": [], "held_out": []}
     for name in ("0.mp4", "1.mp4", "3.mp4"):
         _, starts, video = cut(folder / "in" / name, CUTTING)
-        for split, windows in want.items():
-            windows += [(f"pattern {name[0]}", codec.encode(video[0][s : s + 4])) for s in starts[split]]
+        for split, cuts in want.items():
+            cuts += [(f"pattern {name[0]}", codec.encode(video[0][s : s + 4])) for s in starts[split]]
     assert len(want["train"]) > 8 and want["held_out"]
     assert_same(found, want)
-    source = LatentWindows(prepared)
-    assert source.latent_shape == (4, 4, 4, 16) == source[0]["latents"].shape
+    source = ShardedSource(prepared, LATENTS)
+    assert source.info["latent_shape"] == [4, 4, 4, 16] and source[0]["latents"].shape == (4, 4, 4, 16)
     assert [skipped["clip"] for skipped in source.info["skipped"]] == ["1b.mp4", "2.mp4"]
     assert captions_of(source) == {"pattern 0", "pattern 1", "pattern 3"} and source.info["fps"] == 10
     with pytest.raises(IndexError):
@@ -106,7 +109,7 @@ def test_the_loader_reads_them(prepared):
 
 
 def test_a_killed_job_goes_on_without_gap_or_repeat(prepared, folder, tmp_path, monkeypatch):
-    real = latents.cut
+    real = windows.cut
 
     def until_the_last(path, cutting):
         if path.name == "3.mp4":
@@ -114,10 +117,10 @@ def test_a_killed_job_goes_on_without_gap_or_repeat(prepared, folder, tmp_path, 
         return real(path, cutting)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "cut", until_the_last)
+        patch.setattr(windows, "cut", until_the_last)
         assert run(folder, tmp_path / "out") == 130
     with pytest.raises(UserError, match="not finished"):
-        LatentWindows(tmp_path / "out")
+        ShardedSource(tmp_path / "out", LATENTS)
     assert run(folder, tmp_path / "out") == 0
     assert_same(everything(tmp_path / "out"), everything(prepared))
 
@@ -128,9 +131,10 @@ def test_kill_9_leaves_no_gap_and_no_repeat(prepared, folder, tmp_path, subproce
     options = ["--clips", folder / "in", "--captions", folder / "captions.csv", "--output", output, *OPTIONS]
     options += ["--codec", folder / "codec.npz", "--group", "1"]
     slow = (
-        "import sys, time\nfrom greedy_distill_jax import cli, prepare\nfrom greedy_distill_jax.data import latents\n"
-        "real = latents.encode_record\n"
-        "latents.encode_record = lambda *a, **k: (time.sleep(0.2), real(*a, **k))[1]\n"
+        "import sys, time\nfrom greedy_distill_jax import cli, prepare\n"
+        "from greedy_distill_jax.data.sources import windows\n"
+        "real = windows.encode_record\n"
+        "windows.encode_record = lambda *a, **k: (time.sleep(0.2), real(*a, **k))[1]\n"
         "cli.run(prepare.main, sys.argv[1:])"
     )
     job = subprocess.Popen([sys.executable, "-c", slow, "latents", *map(str, options)], env=subprocess_env)
@@ -175,7 +179,7 @@ def test_processes_share_the_clips(prepared, folder, tmp_path, capsys):
 
 def test_half_precision_is_read_as_float32(prepared, folder, tmp_path):
     assert run(folder, tmp_path / "out", "--dtype", "bfloat16") == 0
-    half, full = LatentWindows(tmp_path / "out")[0]["latents"], LatentWindows(prepared)[0]["latents"]
+    half, full = ShardedSource(tmp_path / "out", LATENTS)[0]["latents"], ShardedSource(prepared, LATENTS)[0]["latents"]
     assert half.dtype == np.float32 and (half != full).any()
     np.testing.assert_allclose(half, full, rtol=2**-8, atol=1e-6)
 
@@ -186,7 +190,7 @@ def test_a_teacher_trains_on_the_folder(prepared, tmp_path):
     trained = Run.load(tmp_path / "run")
     assert trained.latent_shape == (4, 4, 4, 16)
     assert trained.sample_videos(["pattern 0"], steps=1).shape == (1, 4, 16, 16, 3)
-    with pytest.raises(UserError, match="holds latents; set config.data.augment=none"):
+    with pytest.raises(UserError, match="changes pixels, but"):
         train(
             tiny.train_config(data__source=f"latents:{prepared}", data__augment="labelled"), tmp_path / "x",
             show_progress=False,
@@ -198,9 +202,9 @@ def test_damage_names_the_record(prepared, folder, tmp_path):
     info = tmp_path / "out" / "dataset.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "latent_shape": [5, 4, 4, 16]}))
     with pytest.raises(UserError, match=r"record 0 of .*train-00000-of-00001.* \(index 0 of train\) is damaged"):
-        LatentWindows(tmp_path / "out")[0]
+        ShardedSource(tmp_path / "out", LATENTS)[0]
     with pytest.raises(UserError, match="split='test' is unknown"):
-        LatentWindows(tmp_path / "out", "test")
+        ShardedSource(tmp_path / "out", LATENTS, "test")
 
 
 @pytest.mark.parametrize(
@@ -208,12 +212,12 @@ def test_damage_names_the_record(prepared, folder, tmp_path):
     [
         (["--size", "18x16"], None, "multiples of 4"),
         (["--size", "big"], None, "is not WIDTHxHEIGHT"),
-        (["--frames", "0"], None, "--frames 0"),
-        (["--held-out", "1"], None, "--held-out 1.0"),
-        (["--group", "0"], None, "--group 0"),
+        (["--frames", "0"], None, "--frames: frames=0 is too small"),
+        (["--held-out", "1"], None, "--held-out: held_out=1 is no fraction"),
+        (["--group", "0"], None, "--group: 5 items in parts of 0"),
         (["--frames", "40"], None, "none of the 5 clips gives a window"),
-        (["--captions", "/nowhere.csv"], None, "cannot be read"),
-        (["--text-model", "/nowhere"], None, "has no tokenizer/"),
+        (["--captions", "/nowhere.csv"], None, "--captions: /nowhere.csv cannot be read"),
+        (["--text-model", "/nowhere"], None, "--text-model: model folder /nowhere has no tokenizer/"),
         ([], "/nowhere", "--codec: /nowhere does not exist; give a codec.npz"),
         ([], "captions.csv", "has no vae/ and no codec.npz"),
     ],
@@ -231,12 +235,12 @@ def test_other_settings_need_another_folder(prepared, folder, capsys):
 def test_captions_go_into_a_store_beside_the_latents(folder, tmp_path):
     pytest.importorskip("transformers", reason="needs transformers: pip install 'greedy_distill_jax[torch]'")
     from greedy_distill_jax.testing import wan_folder
-    from greedy_distill_jax.text.encoders import TextStore
+    from greedy_distill_jax.text.store import TextStore
 
     model = wan_folder.write_text_folder(tmp_path / "model")
     more = ("--text-model", model, "--text-len", 9, "--negative", "worst quality")
     for index in (0, 1):
         assert run(folder, tmp_path / "out", *more, "--shard-index", index, "--num-shards", 2) == 0
-    captions = sorted(captions_of(LatentWindows(tmp_path / "out")))
+    captions = sorted(captions_of(ShardedSource(tmp_path / "out", LATENTS)))
     store = TextStore(tmp_path / "out" / "text")
     assert store([*captions, "worst quality", ""]).shape == (5, 9, wan_folder.TEXT_DIM)

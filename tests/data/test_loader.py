@@ -1,15 +1,19 @@
 """The loader: global batch k is a function of (seed, k), whatever the processes, threads or restarts."""
 
 import itertools
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 
-from greedy_distill_jax.data.loader import load_source, make_loader
-from greedy_distill_jax.data.sources.clips import encode_record
+from greedy_distill_jax.data.augment import augmented
+from greedy_distill_jax.data.loader import make_loader
+from greedy_distill_jax.data.sources import registry
+from greedy_distill_jax.data.sources.protocol import captions_of
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.text.encoders import HashWordEncoder
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
 
 
 class Listed:
@@ -168,33 +172,70 @@ def test_load_source_of_moving_shapes(shapes):
     assert codec.scale == again.scale
 
 
-def test_load_source_of_clips(tmp_path):
-    import json
+def test_a_batch_holds_what_its_source_holds():
+    """States and stored text of trajectories, captions alone of prompts."""
 
-    from array_record.python.array_record_module import ArrayRecordWriter
+    class Ways(Listed):
+        levels = (1.0, 0.5)
 
-    source, codec = load_source("moving_shapes")
-    writer = ArrayRecordWriter(str(tmp_path / "train.array_record"), "group_size:1")
-    for index in range(5):
-        writer.write(encode_record(source[index]["video"], source[index]["caption"]))
-    writer.close()
-    shards = {"train": [{"file": "train.array_record", "records": 5}], "held_out": []}
-    info = {"format": 1, "height": 16, "width": 16, "frames": 8, "fps": 8, "shards": shards}
-    (tmp_path / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match=r"codec\.npz does not exist"):
-        load_source(f"clips:{tmp_path}")
-    codec.save(tmp_path / "codec.npz")
-    windows, loaded = load_source(f"clips:{tmp_path}", size=16, frames=8)
-    np.testing.assert_array_equal(windows[4]["video"], source[4]["video"])
-    batch = next(make_loader(windows, codec=loaded, text_encoder=HashWordEncoder(), global_batch=8, seed=0))
-    assert batch["latents"].shape == (8, 8, 4, 4, 16)
-    with pytest.raises(UserError, match="frames=8, asked for 16"):
-        load_source(f"clips:{tmp_path}", frames=16)
-    with pytest.raises(UserError, match="size=16x16, asked for 32"):
-        load_source(f"clips:{tmp_path}", size=32)
+        def __getitem__(self, index):
+            latents = np.full((2, 1, 1, 3), index, np.float32)
+            return {"latents": latents, "states": np.stack([latents + 1, latents + 2]),
+                    "text": np.full((16, 32), index, np.float32), "caption": str(index)}  # fmt: skip
+
+    batch = next(_loader(Ways(50), codec=None))
+    assert set(batch) == {"latents", "states", "text"}
+    assert batch["latents"].shape == (6, 2, 1, 1, 3) and batch["states"].shape == (6, 2, 2, 1, 1, 3)
+    np.testing.assert_array_equal(batch["states"][:, 1], batch["latents"] + 2)
+    np.testing.assert_array_equal(batch["text"][:, 0, 0], batch["latents"][:, 0, 0, 0, 0])
+    with pytest.raises(UserError, match="the data holds 16 text rows of width 32, the network takes 4 of 32"):
+        next(_loader(Ways(50), codec=None, text_encoder=HashWordEncoder(4, 32), num_threads=0))
 
 
-@pytest.mark.parametrize("spec", ["shapes", "clips:", "clips", "moving_shapes:1"])
+def test_prompts_are_enough_for_a_batch(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square\n\na blue circle\na red square\n")
+    source, codec = load_source(f"prompts:{tmp_path / 'prompts.txt'}")
+    assert len(source) == 2 and codec is None and captions_of(source) == {"a red square", "a blue circle"}
+    assert [pickle.loads(pickle.dumps(source))[i] for i in range(2)] == [
+        {"caption": "a red square"}, {"caption": "a blue circle"}
+    ]  # fmt: skip
+    with pytest.raises(IndexError):
+        source[2]
+    batch = next(_loader(source, codec=None, shuffle=False))
+    assert set(batch) == {"text"}
+    np.testing.assert_array_equal(batch["text"], HashWordEncoder()(["a red square", "a blue circle"] * 3))
+    with pytest.raises(UserError, match="nowhere.txt cannot be read") as error:
+        load_source(f"prompts:{tmp_path / 'nowhere.txt'}")
+    assert error.value.field == "source"
+
+
+def test_a_source_from_outside(monkeypatch):
+    monkeypatch.setattr(registry, "_OPENERS", dict(registry._OPENERS))
+
+    @registry.register("grey", "grey:LENGTH")
+    def open_grey(length, *, split, size, frames, seed):
+        return Listed(int(length)), Grey()
+
+    source, codec = load_source("grey:9", "held_out", frames=4)
+    assert len(source) == 9 and isinstance(codec, Grey)
+    assert _indices(_loader(source, codec=codec, shuffle=False), 1).tolist() == [[0, 1, 2, 3, 4, 5]]
+    with pytest.raises(UserError, match="prompts:FILE, grey:LENGTH"):
+        load_source("gray:9")
+    with pytest.raises(UserError, match="data 'grey' is unknown"):
+        load_source("grey")
+
+
+def test_augmentation_needs_pixels(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square")
+    source, _ = load_source(f"prompts:{tmp_path / 'prompts.txt'}")
+    assert augmented(source, "none", 0) is source
+    with pytest.raises(UserError, match="changes pixels, but Prompts") as error:
+        augmented(source, "labelled", 0)
+    assert error.value.field == "augment"
+
+
+@pytest.mark.parametrize("spec", ["shapes", "clips:", "clips", "ode", "moving_shapes:1"])
 def test_unknown_source(spec):
-    with pytest.raises(UserError, match="wandering, clips:DIR or latents:DIR|use one of captioned"):
+    with pytest.raises(UserError, match="clips:DIR, latents:DIR, ode:DIR, prompts:FILE|use one of captioned") as error:
         load_source(spec)
+    assert error.value.field == "source"

@@ -8,16 +8,20 @@ import pytest
 from greedy_distill_jax import cli, prepare
 from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import keys as configuration
-from greedy_distill_jax.data.sources.trajectories import Trajectories, write_trajectories
+from greedy_distill_jax.data.loader import make_loader
+from greedy_distill_jax.data.sources.registry import load_source
+from greedy_distill_jax.data.sources.trajectories import TRAJECTORIES, write_trajectories
 from greedy_distill_jax.diffusion import noise_levels, solvers
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.sharded import ShardedSource
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.text.encoders import HashWordEncoder
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.train import train
 
 SIGMAS = noise_levels.uniform_steps(3, 5.0)
 SHAPE = (2, 3, 3, 4)
+CODEC = load_source("moving_shapes")[1]
 PROMPTS = ["a red square", "a blue circle", "a green triangle"]
 
 
@@ -34,19 +38,19 @@ def follow(noise, text):
 def write(output, **options):
     options = dict(sigmas=SIGMAS, latent_shape=SHAPE, plan={"teacher": "mean"}, per_prompt=2, group=2) | options
     return write_trajectories(
-        PROMPTS, output, options.pop("follow", follow), HashWordEncoder(), progress=False, **options
+        PROMPTS, output, options.pop("follow", follow), HashWordEncoder(), CODEC, progress=False, **options
     )
 
 
 def all_of(folder):
-    source = Trajectories(folder)
+    source = ShardedSource(folder, TRAJECTORIES)
     return [source[index] for index in range(len(source))]
 
 
 def assert_same(a, b):
     assert [x["caption"] for x in a] == [x["caption"] for x in b]
     for x, y in zip(a, b, strict=True):
-        for name in ("noise", "states", "latents", "text"):
+        for name in ("states", "latents", "text"):
             np.testing.assert_array_equal(x[name], y[name])
 
 
@@ -60,14 +64,13 @@ def folder(tmp_path_factory):
 def test_states_lie_on_the_way_from_noise_to_data(folder):
     found = all_of(folder)
     assert [x["caption"] for x in found] == [p for p in PROMPTS for _ in range(2)]
-    assert Trajectories(folder).sigmas == SIGMAS and Trajectories(folder).latent_shape == SHAPE
+    assert ShardedSource(folder, TRAJECTORIES).levels == SIGMAS
     for x in found:
         np.testing.assert_array_equal(x["text"], HashWordEncoder()([x["caption"]])[0])
-        np.testing.assert_array_equal(x["noise"], x["states"][0])
         np.testing.assert_allclose(x["latents"], np.full(SHAPE, x["text"].mean()), atol=1e-5)
         for sigma, state in zip(SIGMAS, x["states"], strict=True):  # a straight line to one point
-            np.testing.assert_allclose(state, (1 - sigma) * x["latents"] + sigma * x["noise"], atol=1e-5)
-    noises = np.stack([x["noise"] for x in found])
+            np.testing.assert_allclose(state, (1 - sigma) * x["latents"] + sigma * x["states"][0], atol=1e-5)
+    noises = np.stack([x["states"][0] for x in found])
     assert len(np.unique(noises)) == noises.size and abs(noises.mean()) < 0.2 and abs(noises.std() - 1) < 0.1
 
 
@@ -89,7 +92,7 @@ def test_interrupted_and_shared_work_gives_the_same(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", follow=until_the_fourth)
     with pytest.raises(UserError, match="not finished"):
-        Trajectories(tmp_path / "out")
+        ShardedSource(tmp_path / "out", TRAJECTORIES)
     assert write(tmp_path / "out", share=(0, 2)) is None
     assert write(tmp_path / "out", share=(1, 2))["counts"] == {"train": 6}
     assert_same(all_of(tmp_path / "out"), all_of(folder))
@@ -102,6 +105,23 @@ def test_what_is_not_finite_is_refused(tmp_path):
         write(tmp_path / "out", follow=lambda noise, text: follow(noise * jnp.nan, text))
     with pytest.raises(UserError, match=r"begin at 0\.9; a trajectory begins with noise"):
         write(tmp_path / "out", sigmas=(0.9, 0.5))
+
+
+def test_a_training_stage_reads_them(folder):
+    """The batch entries of a regression: noisy states at the levels, where they end, the text as it was stored."""
+    source, codec = load_source(f"ode:{folder}", frames=2)
+    assert source.levels == SIGMAS and codec.channels == CODEC.channels
+    encoder = HashWordEncoder()
+    batch = next(make_loader(source, codec=codec, text_encoder=encoder, global_batch=3, seed=0, shuffle=False))
+    first = [source[index] for index in range(3)]
+    for name in ("latents", "states", "text"):
+        np.testing.assert_array_equal(batch[name], [x[name] for x in first])
+    assert batch["states"].shape == (3, len(SIGMAS), *SHAPE)
+    np.testing.assert_array_equal(batch["text"], encoder([x["caption"] for x in first]))
+    with pytest.raises(UserError, match="holds frames=2, asked for 8"):
+        load_source(f"ode:{folder}", frames=8)
+    with pytest.raises(UserError, match="split='held_out' is unknown"):
+        load_source(f"ode:{folder}", "held_out")
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +152,9 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     assert run(*options, "--steps", 8, "--guidance", 3, "--batch", 2, "--seed", 7) == 0
     student = read_config(STUDENT)
     lists = configuration.sampling(student).sigmas
-    source, loaded = Trajectories(tmp_path / "out"), Run.load(teacher)
-    assert source.sigmas == tuple(sorted({s for row in lists for s in row}, reverse=True))
-    levels = tuple(sorted({*noise_levels.uniform_steps(8, student.sample.shift), *source.sigmas}, reverse=True))
+    source, loaded = ShardedSource(tmp_path / "out", TRAJECTORIES), Run.load(teacher)
+    assert source.levels == tuple(sorted({s for row in lists for s in row}, reverse=True))
+    levels = tuple(sorted({*noise_levels.uniform_steps(8, student.sample.shift), *source.levels}, reverse=True))
     text, null = loaded.text([PROMPTS[1]]), loaded.text([""])
 
     def velocity(x, sigma):
@@ -142,8 +162,8 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
         return u + 3.0 * (c - u)
 
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(7), 1), (1, *loaded.latent_shape), jnp.float32)
-    end, states = jax.jit(lambda noise: solvers.euler_states(velocity, noise, levels, source.sigmas))(noise)
-    np.testing.assert_array_equal(source[1]["noise"], noise[0])
+    end, states = jax.jit(lambda noise: solvers.euler_states(velocity, noise, levels, source.levels))(noise)
+    np.testing.assert_array_equal(source[1]["states"][0], noise[0])
     np.testing.assert_allclose(source[1]["states"], states[:, 0], atol=1e-4)
     np.testing.assert_allclose(source[1]["latents"], end[0], atol=1e-4)
     assert "2 trajectories at noise levels 1, " in capsys.readouterr().out
@@ -155,12 +175,12 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     [
         (["--student", "configs/quickstart.py:teacher"], "configures a teacher"),
         (["--student", "configs/none.py"], "no such file"),
-        (["--steps", "0"], "--steps 0"),
-        (["--per-prompt", "0"], "--per-prompt 0"),
-        (["--prompts", "/nowhere.txt"], "cannot be read"),
-        (["--teacher", "/nowhere"], "holds no run"),
+        (["--steps", "0"], "--steps: steps=0 is too small"),
+        (["--per-prompt", "0"], "--per-prompt: per_prompt=0 is too small"),
+        (["--prompts", "/nowhere.txt"], "--prompts: /nowhere.txt cannot be read"),
+        (["--teacher", "/nowhere"], "--teacher: /nowhere holds no run"),
         (["--model", "/nowhere"], "not allowed with argument"),
-        (["--text", "/nowhere"], "neither a folder made by prepare text"),
+        (["--text", "/nowhere"], "--text: /nowhere is neither a folder made by prepare text"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(teacher, prompts, tmp_path, capsys, more, message):

@@ -18,7 +18,7 @@ from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.config import FUSIONS
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.ops.attention import Schedule, chunk_attention, select
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.update import value_and_gradients
 
@@ -51,8 +51,8 @@ def test_attention_in_stripes_within_rematerialised_layers(implementation, monke
     def layer(x, weights):
         tokens = x.shape[2] * x.shape[3]
         q, k, v = (jnp.einsum("bsc,cnk->bsnk", x.reshape(len(x), -1, x.shape[-1]), w) for w in weights)
-        schedule = Schedule.from_table([(0,), (0, 1), (0, 1, 2)], q_chunk=tokens, num_k_chunks=3)
-        return x + attention(q, k, v, schedule).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], None
+        pattern = Pattern.from_table([(0,), (0, 1), (0, 1, 2)], q_chunk=tokens, num_k_chunks=3)
+        return x + attention(q, k, v, pattern).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], None
 
     def loss(weights, x):
         def call(weights, x):
@@ -98,7 +98,7 @@ def test_every_fusion_in_stripes(fusion):
 def test_heads_that_do_not_divide_are_named():
     mesh, q = make_mesh({"tensor": 8}), jnp.zeros((1, 4, 2, 8))
     with pytest.raises(UserError, match="config.mesh.tensor is 8, which does not divide the 2 attention heads"):
-        on_mesh(lambda: attention(q, q, q, Schedule.full(2, 2)), mesh)()
+        on_mesh(lambda: attention(q, q, q, Pattern.full(2, 2)), mesh)()
 
 
 def test_under_a_mesh_with_other_axes_nothing_is_split():

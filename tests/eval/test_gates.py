@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax.config import keys as configuration
-from greedy_distill_jax.data.loader import load_source
 from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos
 from greedy_distill_jax.eval.time_per_frame import cost_gate
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.text.encoders import HashWordEncoder
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
 
 FRAMES, LONG, COUNT = 8, 64, 48
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}

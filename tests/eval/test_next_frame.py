@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.data.loader import load_source
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.eval.next_frame import next_frame_psnr, psnr
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.testing import tiny

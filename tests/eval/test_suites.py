@@ -8,7 +8,7 @@ import pytest
 
 from greedy_distill_jax import evaluate as command
 from greedy_distill_jax.config import keys as configuration
-from greedy_distill_jax.data.loader import load_source
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import suites
 from greedy_distill_jax.eval.evaluation import evaluate
@@ -17,7 +17,7 @@ from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.text.encoders import HashWordEncoder
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
 
 OUTSIDE = f"{Path(__file__).parent / 'brightness.py'}:SUITE"
 FRAMES = 4

@@ -13,7 +13,7 @@ from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.students.config import CausalConfig
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.ops.attention import Schedule
+from greedy_distill_jax.ops.attention import Pattern
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.loop import Sampling, cache_bytes, initial_noise
 from greedy_distill_jax.testing import tiny
@@ -186,13 +186,13 @@ def test_who_sees_whom(one_layer):
 
 def test_the_layout_is_the_sliding_window_of_the_op():
     cfg = tiny.causal_config(chunk=3, window=12, sink=3)
-    pattern = patterns.causal_parallel(cfg, 8, 5)
-    picked = [[pattern.layout.source[p] for p in row] for row in pattern.layout.table]
-    expected = Schedule.sliding_window(8, 5, window=3, sink=1).table  # its sink is on top of the window
+    layout = patterns.causal_parallel(cfg, 8, 5)
+    picked = [[layout.source[p] for p in row] for row in layout.pattern.table]
+    expected = Pattern.sliding_window(8, 5, window=3, sink=1).table  # its sink is on top of the window
     assert [tuple(sorted(row)) for row in picked[:7]] == list(expected[:7])
     clean = [sorted({7 + i, *row} - {i}) for i, row in enumerate(expected)]
     assert [sorted(row) for row in picked[7:]] == clean
-    assert pattern.key_position.tolist() == [min(c, c - 7 if c >= 7 else c) for c in pattern.layout.source]
+    assert list(layout.key_position) == [min(c, c - 7 if c >= 7 else c) for c in layout.source]
 
 
 def test_relative_positions_stay_within_the_window():

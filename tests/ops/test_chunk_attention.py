@@ -9,120 +9,127 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import Schedule, chunk_attention, cudnn, xla
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention, cudnn, xla
 from greedy_distill_jax.ops.attention.tuning import Blocks
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
 
 SCALE = 0.3
 
 
-def _inputs(schedule, seed=0, batch=2, heads=2, dim=8, dtype=jnp.float32):
+def _inputs(pattern, seed=0, batch=2, heads=2, dim=8, dtype=jnp.float32):
     """q, k, v and a cotangent."""
     rng = np.random.default_rng(seed)
-    length, slots = schedule.num_q_chunks * schedule.q_chunk, schedule.num_k_chunks * schedule.k_chunk
+    length, slots = pattern.q_tokens, pattern.k_tokens
     return [jnp.asarray(rng.standard_normal((batch, n, heads, dim)), dtype) for n in (length, slots, slots, length)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("blocks", "interpret"))
-def _run(schedule, implementation, visible, q, k, v, g, **options):
+def _run(pattern, implementation, visible, q, k, v, g, **options):
     def f(q, k, v):
         return chunk_attention(
-            q, k, v, schedule, visible_QS=visible, implementation=implementation, scale=SCALE, **options
+            q, k, v, pattern, visible_QS=visible, implementation=implementation, scale=SCALE, **options
         )
 
     out, pull = jax.vjp(f, q, k, v)
     return out, *pull(g)
 
 
-def _exact(schedule, visible, q, k, v, g):
-    mask = schedule.chunk_mask() if visible is None else schedule.chunk_mask() & np.asarray(visible)
-    mask = mask.repeat(schedule.q_chunk, 0).repeat(schedule.k_chunk, 1)
+def _exact(pattern, visible, q, k, v, g):
+    mask = pattern.chunk_mask() if visible is None else pattern.chunk_mask() & np.asarray(visible)
+    mask = mask.repeat(pattern.q_chunk, 0).repeat(pattern.k_chunk, 1)
     return dense_attention(q, k, v, mask, SCALE, g)
 
 
-def _check(schedule, implementation, visible=None, *, tolerance=2e-5, heads=2, batch=2, dim=8, **options):
-    inputs = _inputs(schedule, batch=batch, heads=heads, dim=dim)
-    got = _run(schedule, implementation, visible, *inputs, **options)
-    for name, ours, exact in zip(("out", "dq", "dk", "dv"), got, _exact(schedule, visible, *inputs), strict=True):
+def _check(pattern, implementation, visible=None, *, tolerance=2e-5, heads=2, batch=2, dim=8, **options):
+    inputs = _inputs(pattern, batch=batch, heads=heads, dim=dim)
+    got = _run(pattern, implementation, visible, *inputs, **options)
+    for name, ours, exact in zip(("out", "dq", "dk", "dv"), got, _exact(pattern, visible, *inputs), strict=True):
         assert relative_error(ours, exact) < tolerance, name
 
 
+def teacher_forcing(chunks, tokens, window, sink):
+    """[clean | noisy] chunks: a noisy one sees the clean ones before it, and itself."""
+    clean = Pattern.sliding_window(chunks, tokens, window, sink).table
+    noisy = [[j for j in row if j != i] + [chunks + i] for i, row in enumerate(clean)]
+    return Pattern.from_table([*clean, *noisy], q_chunk=tokens, num_k_chunks=2 * chunks)
+
+
 @st.composite
-def schedules(draw, longest=3):
+def patterns(draw, longest=3):
     """Any table, or one of the patterns; with empty lists and first chunks."""
     tokens = draw(st.integers(1, longest))
     if draw(st.booleans()):
-        build = draw(st.sampled_from([Schedule.sliding_window, Schedule.teacher_forcing]))
+        build = draw(st.sampled_from([Pattern.sliding_window, teacher_forcing]))
         return build(draw(st.integers(1, 4)), tokens, draw(st.integers(1, 3)), draw(st.integers(0, 2)))
     num_k = draw(st.integers(1, 4))
     rows = draw(st.lists(st.sets(st.integers(0, num_k - 1)), min_size=1, max_size=4))
     k_chunk = draw(st.integers(1, longest))
-    return Schedule.from_table([sorted(r) for r in rows], q_chunk=tokens, k_chunk=k_chunk, num_k_chunks=num_k)
+    return Pattern.from_table([sorted(r) for r in rows], q_chunk=tokens, k_chunk=k_chunk, num_k_chunks=num_k)
 
 
-def _mask(schedule):
-    return jnp.asarray(np.random.default_rng(1).random((schedule.num_q_chunks, schedule.num_k_chunks)) < 0.7)
+def _mask(pattern):
+    return jnp.asarray(np.random.default_rng(1).random((pattern.num_q_chunks, pattern.num_k_chunks)) < 0.7)
 
 
 @settings(max_examples=6)
-@given(schedules(), st.booleans())
+@given(patterns(), st.booleans())
 @pytest.mark.parametrize("form", ["gathered", "scanned"])
-def test_xla_equals_dense(form, schedule, masked):
+def test_xla_equals_dense(form, pattern, masked):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "GATHER_AREA", 0 if form == "scanned" else 1 << 10)
         patch.setattr(xla, "BLOCK", 2)
         jax.clear_caches()
-        _check(schedule, "xla", _mask(schedule) if masked else None)
+        _check(pattern, "xla", _mask(pattern) if masked else None)
 
 
 @settings(max_examples=8)
 @given(
-    schedules(longest=24), st.sampled_from([(8, 8), (8, 16), (24, 24)]), st.sampled_from([64, 128]),
+    patterns(longest=24), st.sampled_from([(8, 8), (8, 16), (24, 24)]), st.sampled_from([64, 128]),
     st.integers(1, 2), st.integers(1, 2), st.booleans(),
 )  # fmt: skip
-def test_pallas_tpu_equals_dense(schedule, pair, dim, heads, batch, masked):
+def test_pallas_tpu_equals_dense(pattern, pair, dim, heads, batch, masked):
     """Ragged chunks included: blocks that hang over the end of a chunk read NaN in interpret mode."""
-    pair = tuple(min(block, chunk) for block, chunk in zip(pair, (schedule.q_chunk, schedule.k_chunk), strict=True))
-    visible = _mask(schedule) if masked else None
+    pair = tuple(min(block, chunk) for block, chunk in zip(pair, (pattern.q_chunk, pattern.k_chunk), strict=True))
+    visible = _mask(pattern) if masked else None
     options = dict(blocks=Blocks(pair, pair, pair), interpret=True)
-    _check(schedule, "pallas_tpu", visible, heads=heads, batch=batch, dim=dim, **options)
+    _check(pattern, "pallas_tpu", visible, heads=heads, batch=batch, dim=dim, **options)
 
 
 def test_reference_equals_the_oracle():
-    schedule = Schedule.from_table([(1,), (), (0, 2)], q_chunk=2, k_chunk=3, num_k_chunks=3)
-    _check(schedule, "reference", _mask(schedule))
+    pattern = Pattern.from_table([(1,), (), (0, 2)], q_chunk=2, k_chunk=3, num_k_chunks=3)
+    _check(pattern, "reference", _mask(pattern))
 
 
 def test_slices_for_cudnn_equal_dense():
     """The slicing is checked with XLA's attention in cuDNN's place."""
-    schedule = Schedule.from_table([(1,), (), (0, 2), (2,)], q_chunk=2, k_chunk=3, num_k_chunks=3)
-    *qkv, g = _inputs(schedule)
-    out, pull = jax.vjp(lambda q, k, v: cudnn.attend(q, k, v, schedule, scale=SCALE, inner="xla"), *qkv)
-    for ours, exact in zip((out, *pull(g)), _exact(schedule, None, *qkv, g), strict=True):
+    pattern = Pattern.from_table([(1,), (), (0, 2), (2,)], q_chunk=2, k_chunk=3, num_k_chunks=3)
+    *qkv, g = _inputs(pattern)
+    out, pull = jax.vjp(lambda q, k, v: cudnn.attend(q, k, v, pattern, scale=SCALE, inner="xla"), *qkv)
+    for ours, exact in zip((out, *pull(g)), _exact(pattern, None, *qkv, g), strict=True):
         assert relative_error(ours, exact) < 2e-5
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_bfloat16_by_fraction(implementation):
-    schedule = Schedule.sliding_window(4, 8, 3)
+    pattern = Pattern.sliding_window(4, 8, 3)
     options = dict(blocks=Blocks(*[(8, 8)] * 3), interpret=True) if implementation == "pallas_tpu" else {}
-    inputs = _inputs(schedule, dim=64, batch=1, dtype=jnp.bfloat16)
-    got = _run(schedule, implementation, None, *inputs, **options)
-    for ours, exact in zip(got, _exact(schedule, None, *inputs), strict=True):
+    inputs = _inputs(pattern, dim=64, batch=1, dtype=jnp.bfloat16)
+    got = _run(pattern, implementation, None, *inputs, **options)
+    for ours, exact in zip(got, _exact(pattern, None, *inputs), strict=True):
         assert ours.dtype == jnp.bfloat16
         close = np.abs(np.asarray(ours).astype(np.float64) - exact) < 0.02 * np.abs(exact).max()
         assert close.mean() > 0.995
 
 
 def test_vmap_and_remat():
-    schedule = Schedule.sliding_window(3, 40, 2)  # too large to be gathered
-    q, k, v, g = _inputs(schedule, batch=2)
+    pattern = Pattern.sliding_window(3, 40, 2)  # too large to be gathered
+    q, k, v, g = _inputs(pattern, batch=2)
 
     def loss(q, k, v):
-        return jnp.sum(jax.checkpoint(lambda *x: chunk_attention(*x, schedule, scale=SCALE))(q, k, v) * g[:1])
+        return jnp.sum(jax.checkpoint(lambda *x: chunk_attention(*x, pattern, scale=SCALE))(q, k, v) * g[:1])
 
     one = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))(*(x[:, None] for x in (q, k, v)))
-    exact = _exact(schedule, None, q, k, v, jnp.broadcast_to(g[:1], g.shape))[1:]
+    exact = _exact(pattern, None, q, k, v, jnp.broadcast_to(g[:1], g.shape))[1:]
     for ours, dense in zip(one, exact, strict=True):
         assert relative_error(ours[:, 0], dense) < 2e-5
 
@@ -131,23 +138,23 @@ def test_vmap_and_remat():
 def test_shard_map_over_batch_and_heads(implementation):
     from jax.sharding import Mesh, PartitionSpec as P
 
-    schedule = Schedule.sliding_window(3, 40, 2)
+    pattern = Pattern.sliding_window(3, 40, 2)
     options = dict(blocks=Blocks(*[(40, 40)] * 3), interpret=True) if implementation == "pallas_tpu" else {}
-    inputs = _inputs(schedule, dim=64)
+    inputs = _inputs(pattern, dim=64)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     spec = P("data", None, "tensor", None)
     # Emulated kernels are ordinary loops, whose carries the check of shard_map does not accept.
     checked = implementation == "xla"
-    run = functools.partial(_run.__wrapped__, schedule, implementation, None, **options)
+    run = functools.partial(_run.__wrapped__, pattern, implementation, None, **options)
     sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 4, check_vma=checked))
-    for ours, exact in zip(sharded(*inputs), _exact(schedule, None, *inputs), strict=True):
+    for ours, exact in zip(sharded(*inputs), _exact(pattern, None, *inputs), strict=True):
         assert relative_error(ours, exact) < 2e-5
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda q, k, v, s: chunk_attention(q, k, v, Schedule.full(3, 2)), "the schedule has 3 query chunks"),
+        (lambda q, k, v, s: chunk_attention(q, k, v, Pattern.full(3, 2)), "the pattern has 3 query chunks"),
         (lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="cuda"), "choose from xla"),
         (lambda q, k, v, s: chunk_attention(q, k, v, s, derivative="both"), 'must be "vjp" or "jvp"'),
         (lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="pallas_tpu"), "needs a TPU.*use xla or"),
@@ -163,10 +170,10 @@ def test_shard_map_over_batch_and_heads(implementation):
     ],
 )
 def test_what_cannot_run_says_why(call, message):
-    schedule = Schedule.full(2, 2)
-    q, k, v, _ = _inputs(schedule)
+    pattern = Pattern.full(2, 2)
+    q, k, v, _ = _inputs(pattern)
     with pytest.raises((ValueError, UserError), match=message):
-        call(q, k, v, schedule)
+        call(q, k, v, pattern)
 
 
 def test_the_best_implementation_depends_on_the_platform(monkeypatch):
@@ -191,7 +198,7 @@ def test_the_best_implementation_depends_on_the_platform(monkeypatch):
 def test_kernels_have_no_races(capfd):
     from jax.experimental.pallas import tpu as pltpu
 
-    schedule = Schedule.from_table([(0,), (0, 1)], q_chunk=8, num_k_chunks=2)
+    pattern = Pattern.from_table([(0,), (0, 1)], q_chunk=8, num_k_chunks=2)
     options = dict(blocks=Blocks(*[(8, 8)] * 3), interpret=pltpu.InterpretParams(detect_races=True))
-    _check(schedule, "pallas_tpu", heads=1, batch=1, dim=64, **options)
+    _check(pattern, "pallas_tpu", heads=1, batch=1, dim=64, **options)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())

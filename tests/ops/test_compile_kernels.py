@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from greedy_distill_jax.ops.attention import arg_specs, sweep, tuning
+from greedy_distill_jax.ops.attention import sweep, tuning
 from greedy_distill_jax.ops.attention.tuning import Blocks
+from greedy_distill_jax.pods.kernels import SPECS
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
@@ -28,7 +29,7 @@ def _compile(*arguments, env):
 def test_every_workload_compiles_and_none_got_worse(target, subprocess_env):
     done = _compile("kernels", "--target", target, env={**subprocess_env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in arg_specs.SPECS:
+    for name in SPECS:
         assert name in done.stdout
     assert "kFLOP per bundle" in done.stdout
 

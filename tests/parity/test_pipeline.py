@@ -12,7 +12,7 @@ import pytest
 from greedy_distill_jax import cli, sample
 from greedy_distill_jax.codecs import vae_codec
 from greedy_distill_jax.codecs.patch import PatchCodec
-from greedy_distill_jax.data.loader import load_source
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.text.encoders import HashWordEncoder, TextEncoder
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
+from greedy_distill_jax.text.protocol import TextEncoder
 
 
 def test_rows_are_words_then_zeros():

@@ -11,8 +11,14 @@ from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny, wan_folder
-from greedy_distill_jax.text import encoders
-from greedy_distill_jax.text.encoders import TextEncoder, TextStore, TextTable, clean_prompt, load_text_encoder
+from greedy_distill_jax.text import write_store
+from greedy_distill_jax.text.cleaning import clean_prompt, cleaning
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
+from greedy_distill_jax.text.load import load_text_encoder
+from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT, read_prompts
+from greedy_distill_jax.text.protocol import TextEncoder
+from greedy_distill_jax.text.store import TextStore
+from greedy_distill_jax.text.table import TextTable
 from greedy_distill_jax.train import train
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[torch]'")
@@ -61,8 +67,8 @@ def expected(prompts):
 
 
 def test_the_store_holds_what_the_encoder_says(store, folder):
-    cleaned = [PROMPTS[0], "a blue & red circle", *PROMPTS[2:], encoders.WAN_NEGATIVE_PROMPT, ""]
-    asked = [*PROMPTS, encoders.WAN_NEGATIVE_PROMPT, ""]
+    cleaned = [PROMPTS[0], "a blue & red circle", *PROMPTS[2:], WAN_NEGATIVE_PROMPT, ""]
+    asked = [*PROMPTS, WAN_NEGATIVE_PROMPT, ""]
     want = expected(cleaned)
     assert 0.3 < want[0].std() < 3 and not np.allclose(want[0, 0], want[1, 0])
     reader = TextStore(store)
@@ -73,7 +79,7 @@ def test_the_store_holds_what_the_encoder_says(store, folder):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
         np.testing.assert_array_equal(got == 0, want == 0)  # the padding, to the bit
     np.testing.assert_array_equal(TextTable(reader, asked)([PROMPTS[2], ""]), reader([PROMPTS[2], ""]))
-    assert reader.info["plan"]["cleaning"] == encoders.cleaning() and reader([]).shape == (0, LEN, wan_folder.TEXT_DIM)
+    assert reader.info["plan"]["cleaning"] == cleaning() and reader([]).shape == (0, LEN, wan_folder.TEXT_DIM)
 
 
 def test_rows_are_those_of_the_pipeline(store, folder):
@@ -106,13 +112,13 @@ def test_bfloat16_rows_are_stored_as_such(folder, prompts, tmp_path):
     options = ["--model", folder, "--prompts", prompts, "--text-len", LEN, "--dtype", "bfloat16"]
     assert run(*options, "--output", tmp_path / "half", "--negative", "worst quality") == 0
     reader = TextStore(tmp_path / "half")
-    assert encoders.decode_record(reader._shards[0])["rows"].dtype.name == "bfloat16"
+    assert reader._source[0]["rows"].dtype.name == "bfloat16"
     np.testing.assert_array_equal(reader(PROMPTS), UMT5Encoder(folder, text_len=LEN, dtype="bfloat16")(PROMPTS))
-    assert encoders.WAN_NEGATIVE_PROMPT not in reader.info["prompts"]
+    assert WAN_NEGATIVE_PROMPT not in reader.info["prompts"]
 
 
 def test_a_killed_job_goes_on_and_a_finished_one_loads_nothing(store, folder, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoders, "_GROUP", 2)
+    monkeypatch.setattr(write_store, "_GROUP", 2)
     options = ["--model", folder, "--prompts", prompts, "--output", tmp_path / "out", "--text-len", LEN]
     call = UMT5Encoder.__call__
 
@@ -188,8 +194,8 @@ def test_bad_prompts_are_one_line_and_code_2(folder, tmp_path, capsys, name, con
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--text-len", "0"], "--text-len 0"),
-        (["--batch", "0"], "--batch 0"),
+        (["--text-len", "0"], "--text-len: text_len=0"),
+        (["--batch", "0"], "--batch: batch=0"),
         (["--shard-index", "1"], "belong together"),
         (["--shard-index", "2", "--num-shards", "2"], "--shard-index 2 of --num-shards 2"),
         (["--shard-index", "0", "--num-shards", "2", "--overwrite"], "remove the folder first"),
@@ -203,16 +209,16 @@ def test_bad_options_are_one_line_and_code_2(folder, prompts, tmp_path, capsys, 
 
 def test_captions_of_a_csv_are_prompts(tmp_path):
     (tmp_path / "c.csv").write_text('clip,caption\na.mp4,"a horse, running"\nb.mp4,a horse\nc.mp4,a horse\n')
-    assert encoders.read_prompts(tmp_path / "c.csv") == ["a horse, running", "a horse"]
+    assert read_prompts(tmp_path / "c.csv") == ["a horse, running", "a horse"]
 
 
 def test_cleaning():
     assert clean_prompt("  a &amp;lt;b&gt;\n\tc ") == "a <b> c"
-    assert clean_prompt("schÃ¶n") == ("schön" if encoders.cleaning().startswith("ftfy") else "schÃ¶n")
+    assert clean_prompt("schÃ¶n") == ("schön" if cleaning().startswith("ftfy") else "schÃ¶n")
 
 
 def test_what_a_config_may_name(store, folder, tmp_path):
-    assert isinstance(load_text_encoder("", text_len=3, text_dim=4), encoders.HashWordEncoder)
+    assert isinstance(load_text_encoder("", text_len=3, text_dim=4), HashWordEncoder)
     with pytest.raises(UserError, match=f"has {LEN} rows of width 12, the network takes 4 of 12"):
         load_text_encoder(store, text_len=4, text_dim=12)
     with pytest.raises(UserError, match="has 9 rows of width 12, the network takes 9 of 32"):
@@ -225,7 +231,7 @@ def test_training_reads_the_store_and_finds_a_missing_caption_first(store, tmp_p
     sizes = dict(data__text=str(store), model__text_len=LEN, model__text_dim=wan_folder.TEXT_DIM, steps=1)
     with pytest.raises(UserError, match=r"has no prompt 'a \w+ \w+ moving \w+'"):
         train(tiny.train_config(**sizes), tmp_path / "run", show_progress=False)
-    with pytest.raises(UserError, match="augment 'labelled' changes captions"):
+    with pytest.raises(UserError, match="augmentation 'labelled' changes captions"):
         train(tiny.train_config(**sizes, data__augment="labelled"), tmp_path / "run", show_progress=False)
     with pytest.raises(UserError, match="the network takes 6 of 12"):
         train(tiny.train_config(**{**sizes, "model__text_len": 6}), tmp_path / "run", show_progress=False)

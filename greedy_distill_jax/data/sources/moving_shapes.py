@@ -19,6 +19,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Float, Float32, Float64, UInt8
 
+from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.errors import UserError
 
 SHAPES = ("square", "circle", "triangle")
@@ -32,6 +33,7 @@ MOTIONS = ("captioned", "wandering")
 
 _RADIUS = 3.3 / 16  # half the side of every shape's bounding box, as a fraction of the frame
 _STEP_RANGE = (0.2 / 16, 2.4 / 16)  # step per frame, as fractions of the frame
+_CODEC_SEED, _CODEC_VIDEOS = 0, 512
 _TINT = 24.0  # largest difference of a wandering shape's colour from its name's, per channel of 0..255
 
 
@@ -75,7 +77,8 @@ def attributes(caption: str) -> tuple[int, int, int]:
         raise UserError(
             f"moving_shapes: caption {caption!r} is none of its 51; write 'a COLOUR SHAPE moving DIRECTION' or 'a "
             f"SHAPE wandering' with colour in {', '.join(COLOURS)}, shape in {', '.join(SHAPES)}, direction in "
-            f"{', '.join(DIRECTIONS)}"
+            f"{', '.join(DIRECTIONS)}",
+            field="caption",
         )
     return _ATTRIBUTES[caption]
 
@@ -158,17 +161,23 @@ class MovingShapes:
     """
 
     def __init__(
-        self, *, size: int = 16, frames: int = 8, split: str = "train", seed: int = 0, length: int = 2**31 - 1,
+        self,
+        *,
+        size: int = 16,
+        frames: int = 8,
+        split: str = "train",
+        seed: int = 0,
+        length: int = 2**31 - 1,
         motion: str = "captioned",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Args: `size` in pixels (at least 8), `frames` per video, `split` in SPLITS, `seed` >= 0, `length` >= 1,
         `motion` in MOTIONS."""
         if motion not in MOTIONS:
-            raise UserError(f"moving_shapes: motion={motion!r} is unknown; use one of {', '.join(MOTIONS)}")
+            raise UserError(f"moving_shapes: motion={motion!r} is unknown; use one of {', '.join(MOTIONS)}", "motion")
         self.motion = motion
         for name, value, least in (("size", size, 8), ("frames", frames, 1), ("seed", seed, 0), ("length", length, 1)):
             if value < least:
-                raise UserError(f"moving_shapes: {name}={value} is too small; use at least {least}")
+                raise UserError(f"moving_shapes: {name}={value} is too small; use at least {least}", name)
         self.size, self.frames, self.seed, self.length = size, frames, seed, length
         self.split = _checked_split(split)
 
@@ -243,7 +252,22 @@ class MovingShapes:
         return position
 
 
+def is_shapes(source: str) -> bool:
+    """Whether a data specification names drawn shapes, which an oracle can read."""
+    return source.partition(":")[0] == "moving_shapes"
+
+
+def open_moving_shapes(
+    motion: str, *, split: str, size: int | None, frames: int | None, seed: int
+) -> tuple[MovingShapes, PatchCodec]:
+    """Draws shapes ("" for captioned motion), with a codec fitted on a fixed sample; see `registry.load_source`."""
+    shapes = dict(size=size or 16, motion=motion or "captioned")
+    sample = MovingShapes(**shapes, frames=4, split="train", seed=_CODEC_SEED)
+    codec = PatchCodec.fit(np.stack([sample[index]["video"] for index in range(_CODEC_VIDEOS)]))
+    return MovingShapes(**shapes, frames=frames or 8, split=split, seed=seed), codec
+
+
 def _checked_split(split: str) -> str:
     if split not in SPLITS:
-        raise UserError(f"moving_shapes: split={split!r} is unknown; use one of {', '.join(SPLITS)}")
+        raise UserError(f"moving_shapes: split={split!r} is unknown; use one of {', '.join(SPLITS)}", "split")
     return split

@@ -1,91 +1,58 @@
-"""Trajectories of a teacher's ODE, from noise to data, at the noise levels of a student (METHOD_SPEC C.1).
+"""Trajectories of a teacher's ODE, from noise to data, at the noise levels of a student.
 
-Written by `write_trajectories`, read by `Trajectories`; a student is started on them by regression.
+A student is started on them by regression (Yin et al. 2025, "From Slow Bidirectional to Fast Autoregressive Video
+Diffusion Models", section 4.2): from a noisy state of the teacher's way it predicts where that way ends.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 from tqdm import tqdm
 
+from greedy_distill_jax.codecs.protocol import VideoCodec
+from greedy_distill_jax.data.sources.protocol import check_held
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage.records import (
-    RecordJob,
-    decode_record,
-    encode_record,
-    fingerprint,
-    first_line,
-    open_shards,
-    read_dataset,
-)
-from greedy_distill_jax.text.encoders import TextEncoder
+from greedy_distill_jax.storage.record_job import RecordJob
+from greedy_distill_jax.storage.records import encode_record, fingerprint
+from greedy_distill_jax.storage.sharded import RecordKind, ShardedSource
+from greedy_distill_jax.text.protocol import TextEncoder
+from greedy_distill_jax.weights.pipeline import load_codec, save_codec
 
-ODE = "ode"  # kind of a folder, see `records`
-_REMEDY = "make it with python -m greedy_distill_jax.prepare ode"
 _SPLIT = "train"
 
+Follow = Callable[
+    [Float32[Array, "B T h w C"], Float32[Array, "B M D"]],
+    tuple[Float[Array, "B T h w C"], Float[Array, "K B T h w C"]],
+]
 
-class Trajectories:
-    """Random-access source of trajectories; picklable.
 
-    index -> {"noise": float32 [T, h, w, C], "states": [K, T, h, w, C] at `sigmas` (the first is the noise), "latents":
-    [T, h, w, C] the clean end, "text": [M, D], "caption": str}.
+def _example(record: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
+    states, rows = record["states"].astype(np.float32), record["text"]
+    if states.shape != (len(info["sigmas"]) + 1, *info["latent_shape"]):
+        raise ValueError(f"states of shape {states.shape}")
+    text = np.zeros(info["text_shape"], np.float32)
+    text[: len(rows)] = rows
+    return {"states": states[:-1], "latents": states[-1], "text": text, "caption": str(record["prompt"])}
 
-    Attributes:
-      directory: the folder.
-      info: the content of dataset.json.
-      sigmas: the K noise levels, decreasing from 1, without the closing 0.
-      latent_shape: (T, h, w, C).
-      text_shape: (M, D).
-    """
 
-    def __init__(self, directory: str | os.PathLike) -> None:
-        """Opens the folder; UserError when it is missing, not finished or damaged."""
-        self.directory = Path(directory).expanduser()
-        self.info = read_dataset(self.directory, ODE, _REMEDY)
-        self.sigmas = tuple(self.info["sigmas"])
-        self.latent_shape, self.text_shape = tuple(self.info["latent_shape"]), tuple(self.info["text_shape"])
-        self._shards = open_shards(self.directory, self.info, _SPLIT, _REMEDY)
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def __repr__(self) -> str:
-        return f"Trajectories({os.fspath(self.directory)!r})"
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """One trajectory; UserError naming the file and the index when the record is damaged."""
-        shard, position = self._shards.locate(index)
-        try:
-            record = decode_record(self._shards[index])
-            states, rows = record["states"].astype(np.float32), record["text"]
-            if states.shape != (len(self.sigmas) + 1, *self.latent_shape):
-                raise ValueError(f"states of shape {states.shape}")
-            text = np.zeros(self.text_shape, np.float32)
-            text[: len(rows)] = rows
-        except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-            raise UserError(
-                f"ode: record {position} of {self._shards.paths[shard]} (index {index}) is damaged: "
-                f"{first_line(error)}; make the trajectories again"
-            ) from error
-        return {
-            "noise": states[0], "states": states[:-1], "latents": states[-1], "text": text,
-            "caption": str(record["prompt"]),
-        }  # fmt: skip
+# {"states": float32 [K, T, h, w, C] at the source's `levels`, the first of them the noise; "latents": [T, h, w, C],
+# where the way ends; "text": [M, D]; "caption": str}
+TRAJECTORIES = RecordKind("ode", "ode", (_SPLIT,), _example)
 
 
 def write_trajectories(
     prompts: Sequence[str],
-    output: str | os.PathLike,
-    follow: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    directory: str | os.PathLike,
+    follow: Follow,
     encoder: TextEncoder,
+    codec: VideoCodec,
     *,
     sigmas: tuple[float, ...],
     latent_shape: tuple[int, int, int, int],
@@ -105,9 +72,10 @@ def write_trajectories(
 
     Args:
       prompts: conditions.
-      output: folder to write.
+      directory: folder to write.
       follow: (noise [B, T, h, w, C], text rows [B, M, D]) -> (clean end [B, ...], states [K, B, ...] at ``sigmas``).
       encoder: of the prompts.
+      codec: of the latents; the folder keeps it, or where it lies.
       sigmas: the student's noise levels, decreasing from 1.
       latent_shape: (T, h, w, C).
       plan: what the trajectories depend on besides the prompts, see `RecordJob`.
@@ -123,14 +91,26 @@ def write_trajectories(
     Returns:
       What dataset.json holds; None if other processes have not finished.
     """
+    for field, value in (("per_prompt", per_prompt), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{field}={value} is too small; use at least 1", field)
     if sigmas[0] != 1.0:
-        raise UserError(f"ode: the student's noise levels begin at {sigmas[0]:g}; a trajectory begins with noise, at 1")
+        raise UserError(
+            f"the student's noise levels begin at {sigmas[0]:g}; a trajectory begins with noise, at 1", "sigmas"
+        )
     plan = {
-        "prompts": fingerprint(prompts), "per_prompt": per_prompt, "seed": seed, "sigmas": sigmas,
-        "latent_shape": latent_shape, "dtype": dtype, **plan,
-    }  # fmt: skip
-    job = RecordJob(output, ODE, plan, items=len(prompts) * per_prompt, group=group, overwrite=overwrite)
-    pending = job.pending(*share)
+        "prompts": fingerprint(prompts),
+        "per_prompt": per_prompt,
+        "seed": seed,
+        "sigmas": sigmas,
+        "latent_shape": latent_shape,
+        "dtype": dtype,
+        **plan,
+    }
+    items = len(prompts) * per_prompt
+    job = RecordJob(directory, TRAJECTORIES.name, plan, items=items, group=group, overwrite=overwrite)
+    save_codec(codec, job.directory)
+    pending = job.pending(share)
     key = jax.random.key(seed)
     draw = jax.jit(jax.vmap(lambda item: jax.random.normal(jax.random.fold_in(key, item), latent_shape, jnp.float32)))
     total = sum(len(job.items_of(number)) for number in pending)
@@ -147,7 +127,7 @@ def write_trajectories(
                     end, states = follow(draw(jnp.asarray(padded, jnp.uint32)), jnp.asarray(text))
                     path = np.concatenate([np.asarray(states), np.asarray(end)[None]]).astype(jnp.dtype(dtype))
                     if not np.isfinite(path.astype(np.float32)).all():
-                        raise UserError(f"ode: the teacher's video of {named[0]!r} is not finite; check its weights")
+                        raise UserError(f"the teacher's video of {named[0]!r} is not finite; check its weights")
                     for i, prompt in enumerate(named[: len(items)]):
                         length = np.flatnonzero(text[i].any(1)).max(initial=-1) + 1
                         arrays = {"states": path[:, i], "text": text[i, :length]}
@@ -156,3 +136,16 @@ def write_trajectories(
     return job.finish(
         sigmas=sigmas, latent_shape=latent_shape, text_shape=(encoder.text_len, encoder.text_dim), plan=plan
     )
+
+
+def open_trajectories(
+    directory: str, *, split: str, size: int | None, frames: int | None, seed: int
+) -> tuple[ShardedSource, VideoCodec]:
+    """Opens a folder written by `write_trajectories` and the codec of its teacher; see `registry.load_source`.
+
+    ``size`` and ``frames`` are those of the latents.
+    """
+    source = ShardedSource(directory, TRAJECTORIES, split)
+    shape = source.info["latent_shape"]
+    check_held(source, {"frames": shape[:1], "size": shape[1:3]}, frames=frames, size=size)
+    return source, load_codec(source.directory)

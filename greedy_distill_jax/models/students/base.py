@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.dit import grid_of
+from greedy_distill_jax.models.wan.layers import Layout
 from greedy_distill_jax.models.wan.rope import Rope, rope_table
 
 
@@ -62,6 +64,11 @@ class StreamingModel:
     def rope(self, position_Q, grid: tuple[int, int]) -> Rope:
         """Rotation of the tokens of chunks at the given chunk positions."""
         return rope_table(patterns.frames_at(position_Q, self.cfg.chunk), grid, self.cfg.base.head_dim)
+
+    def ropes(self, layout: Layout, grid: tuple[int, int]) -> dict[str, Rope]:
+        """``rope_q`` and ``rope_k`` of a call whose positions are static."""
+        own, keys = (np.asarray(position) for position in (layout.own_position, layout.key_position))
+        return dict(rope_q=self.rope(own, grid), rope_k=self.rope(keys, grid))
 
     def clean_and_noisy(self, x_BTHWC, sigma_BT, history: History) -> tuple[jax.Array, jax.Array]:
         """The own chunks of a teacher-forced call and their noise levels, [history without its last chunk | x]."""

@@ -64,13 +64,8 @@ class CausalStudent(StreamingModel):
     def _velocity(self, params, x_BTHWC, sigma_BT, text_BMC, history: History, grads: ContextGrad):
         own, sigma = self.clean_and_noisy(x_BTHWC, sigma_BT, history)
         frames = history.frames_BTHWC.shape[1]
-        pattern = patterns.causal_parallel(
-            self.cfg, self.chunks_of(frames), self.chunk_tokens(x_BTHWC), x_BTHWC.shape[1] // frames,
-            frozen=grads.sdd == "none",
-        )  # fmt: skip
-        grid = grid_of(x_BTHWC, self.cfg.base)
-        velocity, _ = self.dit(pattern.layout).apply(
-            {"params": params}, own, sigma, text_BMC,
-            rope_q=self.rope(pattern.own_position, grid), rope_k=self.rope(pattern.key_position, grid),
-        )  # fmt: skip
+        chunks, tokens, draws = self.chunks_of(frames), self.chunk_tokens(x_BTHWC), x_BTHWC.shape[1] // frames
+        layout = patterns.causal_parallel(self.cfg, chunks, tokens, draws, frozen=grads.sdd == "none")
+        ropes = self.ropes(layout, grid_of(x_BTHWC, self.cfg.base))
+        velocity, _ = self.dit(layout).apply({"params": params}, own, sigma, text_BMC, **ropes)
         return velocity[:, frames - self.cfg.chunk :]

@@ -29,9 +29,7 @@ class Student(StreamingModel):
     def sdd(self, layout: Layout | None = None, **kwargs) -> Dit:
         """The SDD module with this call's layout."""
         cfg = self.cfg
-        return Dit(
-            cfg.base, len(cfg.sdd_layers), layout, fusion=cfg.fusion, z_gate_init=cfg.gate_init, **kwargs
-        )  # fmt: skip
+        return Dit(cfg.base, len(cfg.sdd_layers), layout, fusion=cfg.fusion, z_gate_init=cfg.gate_init, **kwargs)
 
     def spatial_rope(self, chunks: int, grid: tuple[int, int]) -> Rope:
         """Positions inside the chunk only: aligns z with the own tokens (fusion "xattn2")."""
@@ -54,11 +52,10 @@ class Student(StreamingModel):
         sigma, grid, tokens = jnp.ones((1, 1), jnp.float32), grid_of(x, cfg.base), self.chunk_tokens(x)
         zero = np.zeros(1, np.int32)
         rope = self.rope(zero, grid)
-        own = Layout(tokens, (0,), ((0,),), (0,))
-        etm = self.etm(own).init(key_etm, x, jnp.ones(1, bool), sigma, text, rope_q=rope)
+        etm = self.etm(Layout.full(1, tokens)).init(key_etm, x, jnp.ones(1, bool), sigma, text, rope_q=rope)
         z = jnp.zeros((1, tokens, cfg.base.dim), jnp.float32)
-        keys = (0, 1) if cfg.fusion == "selfkv" else (0,)
-        sdd = self.sdd(Layout(tokens, keys, (keys,), (0,))).init(
+        keys = 2 if cfg.fusion == "selfkv" else 1
+        sdd = self.sdd(Layout.full(1, tokens, keys, z_of=(0,))).init(
             key_sdd, x, sigma, text, rope_q=rope, z_BSD=z, **self.z_ropes(1, 1, zero, grid)
         )
         return {"etm": etm["params"], "sdd": sdd["params"]}
@@ -95,14 +92,12 @@ class Student(StreamingModel):
         frames = history.frames_BTHWC
         cfg, grid, tokens = self.cfg, grid_of(frames, self.cfg.base), self.chunk_tokens(frames)
         slots = self.chunks_of(frames.shape[1])
-        pattern = patterns.etm_parallel(cfg, slots, tokens)
+        layout = patterns.etm_parallel(cfg, slots, tokens)
         previous = jnp.pad(frames[:, : -cfg.chunk], ((0, 0), (cfg.chunk, 0)) + ((0, 0),) * 3)
         sigma = jnp.broadcast_to(history.sigma_BT, frames.shape[:2])[:, : -cfg.chunk]
         sigma = jnp.pad(sigma, ((0, 0), (cfg.chunk, 0)))
-        z, _ = self.etm(pattern.layout).apply(
-            {"params": params["etm"]}, previous, jnp.arange(slots) == 0, sigma, text_BMC,
-            rope_q=self.rope(pattern.own_position, grid), rope_k=self.rope(pattern.key_position, grid),
-        )  # fmt: skip
+        first, ropes = jnp.arange(slots) == 0, self.ropes(layout, grid)
+        z, _ = self.etm(layout).apply({"params": params["etm"]}, previous, first, sigma, text_BMC, **ropes)
         return z
 
     def __call__(
@@ -137,11 +132,8 @@ class Student(StreamingModel):
         z = self.conditions(params, history, text_BMC)
         z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
         draws = x_BTHWC.shape[1] // frames
-        pattern = patterns.sdd_parallel(cfg, chunks, tokens, draws, frozen=grads.sdd == "none")
+        layout = patterns.sdd_parallel(cfg, chunks, tokens, draws, frozen=grads.sdd == "none")
         z_position = np.asarray([patterns.sdd_positions(cfg, i)[1] for i in range(chunks)])
-        velocity, _ = self.sdd(pattern.layout).apply(
-            {"params": params["sdd"]}, own, sigma, text_BMC, z_BSD=z,
-            rope_q=self.rope(pattern.own_position, grid), rope_k=self.rope(pattern.key_position, grid),
-            **self.z_ropes(len(pattern.own_position), chunks, z_position, grid),
-        )  # fmt: skip
+        ropes = self.ropes(layout, grid) | self.z_ropes(len(layout.own_position), chunks, z_position, grid)
+        velocity, _ = self.sdd(layout).apply({"params": params["sdd"]}, own, sigma, text_BMC, z_BSD=z, **ropes)
         return velocity[:, frames - cfg.chunk :]

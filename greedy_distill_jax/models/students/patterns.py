@@ -1,11 +1,9 @@
-"""Who sees whom, and at which time position: every student's patterns as static tables.
+"""Who sees whom, and at which time position: the layouts of every student's calls.
 
 A picked key is (candidate chunk, chunk position). Where one chunk is seen at two positions (clamped RoPE past the
 training length, a sink at a bounded distance, positions within a window) it is picked twice; with absolute positions
 never.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +11,7 @@ import numpy as np
 
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.layers import Layout
-
-
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-    """A layout plus the time position of every own chunk and of every picked key chunk."""
-
-    layout: Layout
-    own_position: np.ndarray
-    key_position: np.ndarray
+from greedy_distill_jax.ops.attention import Pattern
 
 
 def frames_at(position_Q, chunk: int):
@@ -29,22 +19,22 @@ def frames_at(position_Q, chunk: int):
     return (position_Q[:, None] * chunk + np.arange(chunk, dtype=np.int32)[None]).reshape(-1)
 
 
-def _build(rows, own_position, tokens: int, z_of=(), *, absolute: bool, frozen: int = 0) -> Pattern:
-    """Rows of (candidate, position) pairs -> Pattern with every distinct pair picked once."""
+def _build(rows, own_position, tokens: int, z_of=(), *, absolute: bool, frozen: int = 0) -> Layout:
+    """Rows of (candidate, position) pairs -> a layout with every distinct pair picked once."""
     picks = sorted({pair for row in rows for pair in row})
     where = {pair: i for i, pair in enumerate(picks)}
-    layout = Layout(
-        tokens=tokens,
+    return Layout(
+        Pattern.from_table(([where[pair] for pair in row] for row in rows), q_chunk=tokens, num_k_chunks=len(picks)),
         source=tuple(candidate for candidate, _ in picks),
-        table=tuple(tuple(where[pair] for pair in row) for row in rows),
         z_of=tuple(z_of),
         rotate_at_use=not absolute,
         frozen=frozen,
+        own_position=tuple(own_position),
+        key_position=tuple(position for _, position in picks),
     )
-    return Pattern(layout, np.asarray(own_position), np.asarray([position for _, position in picks]))
 
 
-def etm_parallel(cfg: StudentConfig, slots: int, tokens: int) -> Pattern:
+def etm_parallel(cfg: StudentConfig, slots: int, tokens: int) -> Layout:
     """All slots of a video at once."""
     absolute, reach = cfg.rope_mode == "absolute", cfg.window - 1
     rows = []
@@ -66,7 +56,7 @@ def sdd_positions(cfg: StudentConfig, index):
     return previous, jnp.where(index > 0, previous + 1, 0)
 
 
-def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Pattern:
+def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Layout:
     """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw].
 
     Noisy chunk i sees clean 0, clean i-1, itself; so does the clean pass of chunk i (DESIGN.md, "What clean frames
@@ -87,17 +77,15 @@ def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, f
         if cfg.fusion == "selfkv":
             row.append((first_z + i, current))
         rows.append(row)
-    own_position = [sdd_positions(cfg, i)[1] for _, i in own]
-    return _build(
-        rows, own_position, tokens, [i for _, i in own],
-        absolute=cfg.rope_mode == "absolute", frozen=clean if frozen else 0,
-    )  # fmt: skip
+    own_position, z_of = [sdd_positions(cfg, i)[1] for _, i in own], [i for _, i in own]
+    absolute, stopped = cfg.rope_mode == "absolute", clean if frozen else 0
+    return _build(rows, own_position, tokens, z_of, absolute=absolute, frozen=stopped)
 
 
 def sdd_step(cfg: StudentConfig, tokens: int) -> Layout:
     """One chunk against [frame 0 | previous | itself | z]: denoising and the clean pass."""
-    keys = tuple(range(4 if cfg.fusion == "selfkv" else 3))
-    return Layout(tokens, keys, (keys,), (0,), rotate_at_use=cfg.rope_mode != "absolute")
+    keys = 4 if cfg.fusion == "selfkv" else 3
+    return Layout.full(1, tokens, keys, z_of=(0,), rotate_at_use=cfg.rope_mode != "absolute")
 
 
 def sdd_fused(cfg: StudentConfig, tokens: int) -> Layout:
@@ -109,13 +97,13 @@ def sdd_fused(cfg: StudentConfig, tokens: int) -> Layout:
     rows = ((0, 1, 2), (0, 3, 4))
     if cfg.fusion == "selfkv":
         rows = ((*rows[0], 5), (*rows[1], 6))
-    return Layout(tokens, source, rows, (0, 1), rotate_at_use=cfg.rope_mode != "absolute")
+    pattern = Pattern.from_table(rows, q_chunk=tokens, num_k_chunks=len(source))
+    return Layout(pattern, source, z_of=(0, 1), rotate_at_use=cfg.rope_mode != "absolute")
 
 
 def etm_step(cfg: StudentConfig, tokens: int) -> Layout:
     """One slot against [sink | ring | itself]."""
-    keys = tuple(range(cfg.sink + cfg.window))
-    return Layout(tokens, keys, (keys,), rotate_at_use=cfg.rope_mode != "absolute")
+    return Layout.full(1, tokens, cfg.sink + cfg.window, rotate_at_use=cfg.rope_mode != "absolute")
 
 
 def causal_positions(cfg: CausalConfig, chunk_S, index):
@@ -128,7 +116,7 @@ def causal_positions(cfg: CausalConfig, chunk_S, index):
     return xp.where(chunk_S < cfg.sink_chunks, chunk_S, moved)
 
 
-def causal_parallel(cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Pattern:
+def causal_parallel(cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Layout:
     """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw] (METHOD_SPEC B.1).
 
     Chunk i, clean or noisy, sees the clean sink, the clean chunks of its window and itself. ``frozen`` as in
@@ -148,11 +136,11 @@ def causal_parallel(cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1,
 
 def causal_step(cfg: CausalConfig, tokens: int) -> Layout:
     """One chunk against [sink | ring | itself]."""
-    keys = tuple(range(cfg.sink_chunks + cfg.ring_chunks + 1))
-    return Layout(tokens, keys, (keys,), rotate_at_use=cfg.rope_mode != "absolute")
+    keys = cfg.sink_chunks + cfg.ring_chunks + 1
+    return Layout.full(1, tokens, keys, rotate_at_use=cfg.rope_mode != "absolute")
 
 
 def causal_recache(cfg: CausalConfig, tokens: int) -> Layout:
     """The ring's chunks at once, each against [sink | ring]: bidirectional, as LongLive's recache (METHOD_SPEC B.4)."""
-    keys = tuple(range(cfg.sink_chunks + cfg.ring_chunks))
-    return Layout(tokens, keys, (keys,) * cfg.ring_chunks, rotate_at_use=cfg.rope_mode != "absolute")
+    keys = cfg.sink_chunks + cfg.ring_chunks
+    return Layout.full(cfg.ring_chunks, tokens, keys, rotate_at_use=cfg.rope_mode != "absolute")

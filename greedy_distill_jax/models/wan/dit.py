@@ -141,8 +141,7 @@ class Teacher:
     def _call(self, x_BTHWC):
         grid = grid_of(x_BTHWC, self.cfg)
         frames, tokens = x_BTHWC.shape[1], grid[0] * grid[1]
-        every = tuple(range(frames))
-        module = Dit(self.cfg, self.cfg.num_layers, Layout(tokens, every, (every,) * frames))
+        module = Dit(self.cfg, self.cfg.num_layers, Layout.full(frames, tokens))
         return module, rope_table(np.arange(frames), grid, self.cfg.head_dim)
 
     def init(self, key, latent_shape: tuple[int, int, int, int]):

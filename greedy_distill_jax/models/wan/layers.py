@@ -7,7 +7,7 @@ Precision: float32 for statistics, modulation, residual stream, RoPE and softmax
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,30 +18,47 @@ from einops import rearrange
 from greedy_distill_jax.distribution.parallel import attention, constrain, settled, settled_on_megacore
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.rope import Rope, apply_rope
-from greedy_distill_jax.ops.attention import Schedule
-from greedy_distill_jax.ops.attention.schedule import Table
+from greedy_distill_jax.ops.attention import Pattern
 
 TIMESTEPS = 1000.0  # t = 1000 sigma
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Static pattern of one self-attention call.
+    """One self-attention call: which key chunks there are, who sees them, and at which positions; all of it static.
 
     The candidates for keys are the chunks [cache | own | z] in this order, z only with fusion "selfkv".
-    ``source`` picks from them the key chunks to attend to, so that one chunk can appear at two time positions;
-    ``table`` lists, per own query chunk, the picked chunks it sees; ``z_of`` is the ETM chunk that conditions each
-    own chunk. ``rotate_at_use``: cached keys are un-rotated and every picked chunk is rotated at the positions of
-    ``Shared.rope_k``; otherwise keys are rotated by ``Shared.rope_q`` once, before they are cached. ``frozen``: keys
-    and values of so many own chunks, from the first, pass no gradient.
+
+    Attributes:
+      pattern: which picked chunks every own chunk sees.
+      source: the candidates that are picked, in the order of the pattern's keys. One candidate can be picked twice, to
+        be seen at two time positions.
+      z_of: for every own chunk the ETM chunk that conditions it.
+      rotate_at_use: cached keys are un-rotated and every picked chunk is rotated at the positions of ``Shared.rope_k``;
+        otherwise keys are rotated by ``Shared.rope_q`` once, before they are cached.
+      frozen: keys and values of so many own chunks, from the first, pass no gradient.
+      own_position: time position of every own chunk, in chunks; () where it is known only at run time.
+      key_position: the same of every picked chunk.
     """
 
-    tokens: int
+    pattern: Pattern
     source: tuple[int, ...]
-    table: Table
     z_of: tuple[int, ...] = ()
     rotate_at_use: bool = False
     frozen: int = 0
+    own_position: tuple[int, ...] = ()
+    key_position: tuple[int, ...] = ()
+
+    @classmethod
+    def full(cls, own: int, tokens: int, candidates: int | None = None, **options: Any) -> "Layout":
+        """Every one of ``own`` chunks of ``tokens`` tokens sees all candidates, by default the own chunks."""
+        pattern = Pattern.full(own, tokens, candidates)
+        return cls(pattern, tuple(range(pattern.num_k_chunks)), **options)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.pattern.q_chunk
 
 
 class Shared(NamedTuple):
@@ -229,25 +246,21 @@ class Block(nn.Module):
             k, v = (rearrange(x, "b c l n k -> b (c l) n k") for x in (k, v))
         if layout.rotate_at_use:
             k = apply_rope(k, shared.rope_k)
-        schedule = Schedule.from_table(layout.table, q_chunk=layout.tokens, num_k_chunks=len(layout.source))
-        return self.self_attn.out(attention(q, k, v, schedule, visible_QS=shared.visible)), own
+        return self.self_attn.out(attention(q, k, v, layout.pattern, visible_QS=shared.visible)), own
 
     def _over_z(self, q, z: KeyValue):
         """Every own chunk attends to the z chunk that conditions it."""
         layout = self.layout
-        table = [(c,) for c in layout.z_of]
         chunks = z.k.shape[1] // layout.tokens
-        schedule = Schedule.from_table(table, q_chunk=layout.tokens, num_k_chunks=chunks)
-        return attention(q, z.k, z.v, schedule)
+        pattern = Pattern.from_table([(c,) for c in layout.z_of], q_chunk=layout.tokens, num_k_chunks=chunks)
+        return attention(q, z.k, z.v, pattern)
 
     def _cross_attention(self, h, shared: Shared, text: KeyValue | None, z: KeyValue | None):
         q = self.cross_attn.query(h)
         if self.fusion == "replace":
             return self.cross_attn.out(self._over_z(q, z))
-        rows = Schedule.from_table(
-            [(0,)] * (q.shape[1] // self.layout.tokens),
-            q_chunk=self.layout.tokens, k_chunk=text.k.shape[1], num_k_chunks=1,
-        )  # fmt: skip
+        tokens = self.layout.tokens
+        rows = Pattern.full(q.shape[1] // tokens, tokens, num_k_chunks=1, k_chunk=text.k.shape[1])
         out = attention(q, text.k, text.v, rows, text=True)
         if self.fusion == "xattn2":
             second = self._over_z(apply_rope(q, shared.rope_zq), z)

@@ -107,7 +107,7 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
         if spec.decode:
             pair = blocks.forward if blocks else None
             return decode_attention(q, k, v, k.shape[1], blocks=pair, **options)
-        return chunk_attention(q, k, v, spec.schedule, blocks=blocks, **options)
+        return chunk_attention(q, k, v, spec.pattern, blocks=blocks, **options)
 
     def both(q, k, v, g):
         out, pull = jax.vjp(forward, q, k, v)
@@ -149,7 +149,7 @@ def _bundles(files: set[Path]) -> dict[str, int]:
 
 def _useful_kflop(spec: Spec, kernel: str, blocks: Blocks | None, mesh: Mesh) -> float:
     """kFLOP of one average grid step, counted on unmasked pairs."""
-    table = spec.schedule
+    table = spec.pattern
     kind = mesh.devices.flat[0].device_kind
     if spec.decode:
         pair = blocks.forward if blocks else tuning.default_blocks(table.q_chunk, table.num_k_chunks * table.k_chunk)

@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import cudnn, decode, pallas_tpu, reference, select, tuning, xla
-from greedy_distill_jax.ops.attention.schedule import Schedule
+from greedy_distill_jax.ops.attention.pattern import Pattern
 
 
 def chunk_attention(
     q_BLNK: Float[Array, "B L N K"],
     k_BSNK: Float[Array, "B S N K"],
     v_BSNK: Float[Array, "B S N K"],
-    schedule: Schedule,
+    pattern: Pattern,
     *,
     visible_QS: Bool[Array, "Q C"] | None = None,
     implementation: str | None = None,
@@ -27,15 +27,15 @@ def chunk_attention(
     blocks: tuning.Blocks | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B L N K"]:
-    """Attention of query chunks over the key chunks that ``schedule`` lists for them.
+    """Attention of query chunks over the key chunks that ``pattern`` lists for them.
 
-    Works under jit, vmap, remat and shard_map over batch and heads; over frames see ``context.py``.
+    Works under jit, vmap, remat and shard_map over batch and heads.
 
     Args:
-      q_BLNK: queries, L = query chunks x ``schedule.q_chunk``, head dim K.
-      k_BSNK: keys, S = ``schedule.num_k_chunks`` x ``schedule.k_chunk``.
+      q_BLNK: queries, L = query chunks x ``pattern.q_chunk``, head dim K.
+      k_BSNK: keys, S = ``pattern.num_k_chunks`` x ``pattern.k_chunk``.
       v_BSNK: values.
-      schedule: the static chunk table.
+      pattern: who sees whom, in chunks; static.
       visible_QS: optional traced [query chunks, key chunks] mask on top of the table: which cache slots are
         filled is known only while streaming.
       implementation: "pallas_tpu", "cudnn", "xla", "reference" (dense), or None for the best one on this platform.
@@ -50,17 +50,15 @@ def chunk_attention(
       [B, L, N, K] in the dtype of ``v``; the softmax is in float32. A query that sees no key gets zeros.
 
     Raises:
-      ValueError: shapes that do not fit the schedule.
+      ValueError: shapes that do not fit the pattern.
       UserError: an implementation that is unknown or cannot run here; the message says why and what can.
       TypeError: forward-mode differentiation with ``derivative="vjp"``.
     """
-    expected_q = schedule.num_q_chunks * schedule.q_chunk
-    expected_k = schedule.num_k_chunks * schedule.k_chunk
-    if q_BLNK.shape[1] != expected_q or k_BSNK.shape[1] != expected_k:
+    if q_BLNK.shape[1] != pattern.q_tokens or k_BSNK.shape[1] != pattern.k_tokens:
         raise ValueError(
-            f"chunk_attention: q has {q_BLNK.shape[1]} tokens and k {k_BSNK.shape[1]}, but the schedule has "
-            f"{schedule.num_q_chunks} query chunks of {schedule.q_chunk} and {schedule.num_k_chunks} key chunks of "
-            f"{schedule.k_chunk} (so {expected_q} and {expected_k}). Build the schedule from the tokens of one chunk."
+            f"chunk_attention: q has {q_BLNK.shape[1]} tokens and k {k_BSNK.shape[1]}, but the pattern has "
+            f"{pattern.num_q_chunks} query chunks of {pattern.q_chunk} and {pattern.num_k_chunks} key chunks of "
+            f"{pattern.k_chunk} (so {pattern.q_tokens} and {pattern.k_tokens}); build it from the tokens of one chunk."
         )
     if derivative not in ("vjp", "jvp"):
         raise UserError(f'chunk_attention: derivative must be "vjp" or "jvp", got {derivative!r}.')
@@ -70,15 +68,15 @@ def chunk_attention(
     )  # fmt: skip
     scale = 1.0 / math.sqrt(q_BLNK.shape[-1]) if scale is None else scale
     if name == "reference":
-        return reference.attend(q_BLNK, k_BSNK, v_BSNK, schedule, visible_QS, scale=scale)
+        return reference.attend(q_BLNK, k_BSNK, v_BSNK, pattern, visible_QS, scale=scale)
     if name == "cudnn":
-        return cudnn.attend(q_BLNK, k_BSNK, v_BSNK, schedule, scale=scale)
+        return cudnn.attend(q_BLNK, k_BSNK, v_BSNK, pattern, scale=scale)
     if derivative == "jvp":
-        return xla.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule, scale)
-    call = _Call(name, schedule, scale)
+        return xla.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern, scale)
+    call = _Call(name, pattern, scale)
     if name == "pallas_tpu":
         blocks = blocks or tuning.choose(
-            select.device()[1], schedule.q_chunk, schedule.k_chunk, q_BLNK.shape[-1], str(q_BLNK.dtype)
+            select.device()[1], pattern.q_chunk, pattern.k_chunk, q_BLNK.shape[-1], str(q_BLNK.dtype)
         )
         call = dataclasses.replace(call, blocks=blocks, interpret=interpret)
     try:
@@ -97,7 +95,7 @@ class _Call:
     """The static part of one call."""
 
     implementation: str
-    schedule: Schedule
+    pattern: Pattern
     scale: float
     blocks: tuning.Blocks | None = None
     interpret: Any = False
@@ -105,20 +103,20 @@ class _Call:
     def forward(self, *arrays):
         """(output, residual)."""
         if self.implementation == "xla":
-            return xla.forward(*arrays, self.schedule, self.scale)
-        return pallas_tpu.forward(*arrays, self.schedule, self.scale, self.blocks, self.interpret)
+            return xla.forward(*arrays, self.pattern, self.scale)
+        return pallas_tpu.forward(*arrays, self.pattern, self.scale, self.blocks, self.interpret)
 
     def backward(self, residual, g_BLNK):
         """(dq, dk, dv)."""
         if self.implementation == "xla":
-            return xla.backward(residual, g_BLNK, self.schedule, self.scale)
-        return pallas_tpu.backward(residual, g_BLNK, self.schedule, self.scale, self.blocks, self.interpret)
+            return xla.backward(residual, g_BLNK, self.pattern, self.scale)
+        return pallas_tpu.backward(residual, g_BLNK, self.pattern, self.scale, self.blocks, self.interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: _Call):
     if call.implementation == "xla":
-        return xla.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call.schedule, call.scale)
+        return xla.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call.pattern, call.scale)
     return call.forward(q_BLNK, k_BSNK, v_BSNK, visible_QS)[0]
 
 

@@ -51,7 +51,7 @@ def ours(implementation: str | None = None) -> Peer:
     def attend(spec, q, k, v):
         if spec.decode:
             return decode_attention(q, k, v, k.shape[1], implementation=implementation)
-        return chunk_attention(q, k, v, spec.schedule, implementation=implementation)
+        return chunk_attention(q, k, v, spec.pattern, implementation=implementation)
 
     return jax_peer(attend)
 
@@ -60,7 +60,7 @@ def masked_dense() -> Peer:
     """All logits, then a mask: what a plain implementation does."""
 
     def attend(spec, q, k, v):
-        mask = jnp.asarray(spec.schedule.dense_mask())[None, None]
+        mask = jnp.asarray(spec.pattern.dense_mask())[None, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
     return jax_peer(attend)
@@ -71,7 +71,7 @@ def splash() -> Peer:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     def attend(spec, q, k, v):
-        mask = splash_attention_mask.NumpyMask(spec.schedule.dense_mask())
+        mask = splash_attention_mask.NumpyMask(spec.pattern.dense_mask())
         heads = splash_attention_mask.MultiHeadMask([mask] * spec.heads)
         kernel = splash_attention_kernel.make_splash_mha(mask=heads, head_shards=1, q_seq_shards=1)
         swap = [jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(spec.dim**-0.5, q.dtype), k, v)]
@@ -85,7 +85,7 @@ def tokamax() -> Peer:
     import tokamax as library
 
     def attend(spec, q, k, v):
-        return library.dot_product_attention(q, k, v, mask=jnp.asarray(spec.schedule.dense_mask())[None, None])
+        return library.dot_product_attention(q, k, v, mask=jnp.asarray(spec.pattern.dense_mask())[None, None])
 
     return jax_peer(attend)
 

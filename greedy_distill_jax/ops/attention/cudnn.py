@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from greedy_distill_jax.ops.attention.schedule import Schedule
+from greedy_distill_jax.ops.attention.pattern import Pattern
 
 
-def attend(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, scale: float, inner: str = "cudnn"):
+def attend(q_BLNK, k_BSNK, v_BSNK, pattern: Pattern, *, scale: float, inner: str = "cudnn"):
     """See ``api.chunk_attention``; ``inner`` is the implementation of ``jax.nn.dot_product_attention``."""
-    schedule = schedule.merged()
-    q = rearrange(q_BLNK, "b (c l) n k -> b c l n k", l=schedule.q_chunk)
-    k, v = (rearrange(x, "b (c s) n k -> b c s n k", s=schedule.k_chunk) for x in (k_BSNK, v_BSNK))
-    lengths = np.array([len(row) for row in schedule.table])
+    pattern = pattern.merged()
+    q = rearrange(q_BLNK, "b (c l) n k -> b c l n k", l=pattern.q_chunk)
+    k, v = (rearrange(x, "b (c s) n k -> b c s n k", s=pattern.k_chunk) for x in (k_BSNK, v_BSNK))
+    lengths = np.array([len(row) for row in pattern.table])
     parts, order = [], []
     for length in np.unique(lengths):
         members = np.flatnonzero(lengths == length)
@@ -25,7 +25,7 @@ def attend(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, *, scale: float, inner: s
         if length == 0:
             parts.append(jnp.zeros_like(q[:, members]))
             continue
-        index = np.array([sorted(schedule.table[i]) for i in members])
+        index = np.array([sorted(pattern.table[i]) for i in members])
         keys, values = (rearrange(x[:, index], "b c p s n k -> (b c) (p s) n k") for x in (k, v))
         queries = rearrange(q[:, members], "b c l n k -> (b c) l n k")
         out = jax.nn.dot_product_attention(queries, keys, values, scale=scale, implementation=inner)

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from greedy_distill_jax.ops.attention import pallas_tpu
-from greedy_distill_jax.ops.attention.schedule import largest_divisor
+from greedy_distill_jax.ops.attention.pattern import largest_divisor
 from greedy_distill_jax.ops.attention.tuning import Pair
 from greedy_distill_jax.ops.attention.xla import zeros
 

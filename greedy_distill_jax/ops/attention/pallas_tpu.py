@@ -1,6 +1,6 @@
-"""Chunk attention for TPU: forward, dq, and dk with dv, as Pallas kernels over the block pairs of the schedule.
+"""Chunk attention for TPU: forward, dq, and dk with dv, as Pallas kernels over the block pairs of the pattern.
 
-The grid is (batch, head, visit). The visit lists (``Schedule.block_lists``) are prefetched scalars that choose the
+The grid is (batch, head, visit). The visit lists (``Pattern.block_lists``) are prefetched scalars that choose the
 blocks to load, so a block pair outside the table costs nothing, not even a grid step. Logits are kept transposed,
 [keys, queries]: softmax statistics are then rows that broadcast along sublanes, and log-sum-exp needs no padding.
 
@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from greedy_distill_jax.ops.attention.schedule import VOID, BlockList, Schedule
+from greedy_distill_jax.ops.attention.pattern import VOID, BlockList, Pattern
 from greedy_distill_jax.ops.attention.tuning import Blocks
 
 LANES = 128
@@ -28,10 +28,10 @@ LOG2E = math.log2(math.e)
 VMEM_LIMIT = 64 << 20  # the default scope of v5e and v5p, 16 MB, is too small for a block pair of whole frames
 
 
-def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: float, blocks: Blocks, interpret):
+def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern: Pattern, scale: float, blocks: Blocks, interpret):
     """(output, what ``backward`` needs)."""
-    call = _Call(schedule, q_BLNK.shape, *blocks.forward, scale, interpret)
-    by_query, _ = schedule.block_lists(*blocks.forward)
+    call = _Call(pattern, q_BLNK.shape, *blocks.forward, scale, interpret)
+    by_query, _ = pattern.block_lists(*blocks.forward)
     q, k, v = call.view_q(q_BLNK), call.view_k(k_BSNK), call.view_k(v_BSNK)
     statistics = pltpu.VMEM((1, call.block_q), jnp.float32)
     out, lse = call.run(
@@ -43,20 +43,20 @@ def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: float
     return out, (q_BLNK, k_BSNK, v_BSNK, visible_QS, out, call.from_rows(lse))
 
 
-def backward(residual, g_BLNK, schedule: Schedule, scale: float, blocks: Blocks, interpret):
+def backward(residual, g_BLNK, pattern: Pattern, scale: float, blocks: Blocks, interpret):
     """(dq, dk, dv)."""
     q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNQ = residual
     delta_BNQ = jnp.einsum("blnk,blnk->bnl", out_BLNK, g_BLNK, preferred_element_type=jnp.float32)
 
     def setup(block_q, block_k):
-        call = _Call(schedule, q_BLNK.shape, block_q, block_k, scale, interpret)
+        call = _Call(pattern, q_BLNK.shape, block_q, block_k, scale, interpret)
         views = call.view_q(q_BLNK), call.view_k(k_BSNK), call.view_k(v_BSNK), call.view_q(g_BLNK)
         return call, views, (*views, call.to_rows(lse_BNQ), call.to_rows(delta_BNQ))
 
     specs = ("q", "k", "k", "q", "row", "row")
     call, (q, *_), inputs = setup(*blocks.dq)
     accumulator = [pltpu.VMEM((call.dim, call.block_q), jnp.float32)]
-    by_query, _ = schedule.block_lists(*blocks.dq)
+    by_query, _ = pattern.block_lists(*blocks.dq)
     (dq,) = call.run(
         _dq_kernel, by_query, visible_QS, specs, inputs, ("q",), (like(q, q.shape, q.dtype),), accumulator, matmuls=3
     )
@@ -64,7 +64,7 @@ def backward(residual, g_BLNK, schedule: Schedule, scale: float, blocks: Blocks,
 
     call, (_, k, v, _), inputs = setup(*blocks.dkv)
     accumulators = [pltpu.VMEM((call.block_k, call.dim), jnp.float32)] * 2
-    _, by_key = schedule.block_lists(*blocks.dkv)
+    _, by_key = pattern.block_lists(*blocks.dkv)
     dk, dv = call.run(
         _dkv_kernel, by_key, visible_QS, specs, inputs, ("k", "k"),
         (like(k, k.shape, k.dtype), like(v, v.shape, v.dtype)), accumulators, matmuls=4, by_key=True,
@@ -80,11 +80,11 @@ def like(x, shape, dtype):
 class _Call:
     """Shapes, views and block specs that the three kernels share."""
 
-    def __init__(self, schedule: Schedule, shape, block_q: int, block_k: int, scale: float, interpret):
-        self.schedule, self.scale, self.interpret = schedule, scale, interpret
+    def __init__(self, pattern: Pattern, shape, block_q: int, block_k: int, scale: float, interpret):
+        self.pattern, self.scale, self.interpret = pattern, scale, interpret
         self.batch, _, self.heads, self.dim = shape
         self.block_q, self.block_k = block_q, block_k
-        self.per_q, self.per_k = pl.cdiv(schedule.q_chunk, block_q), pl.cdiv(schedule.k_chunk, block_k)
+        self.per_q, self.per_k = pl.cdiv(pattern.q_chunk, block_q), pl.cdiv(pattern.k_chunk, block_k)
         self.in_place = self.dim == LANES
 
     @property
@@ -95,7 +95,7 @@ class _Call:
     @property
     def row_shape(self) -> tuple[int, ...]:
         """[rows, heads in the lanes, query blocks, 1, tokens of a block] of log-sum-exp and delta."""
-        return (*self.grid, self.schedule.num_q_chunks * self.per_q, 1, self.block_q)
+        return (*self.grid, self.pattern.num_q_chunks * self.per_q, 1, self.block_q)
 
     def _view(self, x_BLNK, tokens: int):
         batch, length, heads, dim = x_BLNK.shape
@@ -105,11 +105,11 @@ class _Call:
 
     def view_q(self, x_BLNK):
         """Queries as [rows, chunks, tokens, lanes]."""
-        return self._view(x_BLNK, self.schedule.q_chunk)
+        return self._view(x_BLNK, self.pattern.q_chunk)
 
     def view_k(self, x_BSNK):
         """Keys as [rows, chunks, tokens, lanes]."""
-        return self._view(x_BSNK, self.schedule.k_chunk)
+        return self._view(x_BSNK, self.pattern.k_chunk)
 
     def unview(self, x, shape):
         """A view back to [B, L, N, K]."""
@@ -120,14 +120,14 @@ class _Call:
 
     def to_rows(self, x_BNL):
         """[B, N, L] -> ``row_shape``; what hangs over the end of a chunk is 0."""
-        x = x_BNL.reshape(*x_BNL.shape[:2], self.schedule.num_q_chunks, self.schedule.q_chunk)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.per_q * self.block_q - self.schedule.q_chunk)))
+        x = x_BNL.reshape(*x_BNL.shape[:2], self.pattern.num_q_chunks, self.pattern.q_chunk)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.per_q * self.block_q - self.pattern.q_chunk)))
         return x.reshape(self.row_shape)
 
     def from_rows(self, x):
         """``row_shape`` -> [B, N, L]."""
-        x = x.reshape(self.batch, self.heads, self.schedule.num_q_chunks, self.per_q * self.block_q)
-        return x[..., : self.schedule.q_chunk].reshape(self.batch, self.heads, -1)
+        x = x.reshape(self.batch, self.heads, self.pattern.num_q_chunks, self.per_q * self.block_q)
+        return x[..., : self.pattern.q_chunk].reshape(self.batch, self.heads, -1)
 
     def _visits(self, pairs: BlockList, visible_QS, by_key: bool):
         counts = pairs.inner != VOID
@@ -161,8 +161,8 @@ class _Call:
         visits = self._visits(pairs, visible_QS, by_key)
         bound = functools.partial(
             kernel, scale=self.scale,
-            tail_q=_Tail(self.schedule.q_chunk, self.per_q, self.block_q),
-            tail_k=_Tail(self.schedule.k_chunk, self.per_k, self.block_k),
+            tail_q=_Tail(self.pattern.q_chunk, self.per_q, self.block_q),
+            tail_k=_Tail(self.pattern.k_chunk, self.per_k, self.block_k),
         )  # fmt: skip
         work = self.batch * self.heads * pairs.pairs * self.block_q * self.block_k
         return pl.pallas_call(

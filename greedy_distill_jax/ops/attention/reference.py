@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax.ops.attention.schedule import Schedule
+from greedy_distill_jax.ops.attention.pattern import Pattern
 
 
-def attend(q_BLNK, k_BSNK, v_BSNK, schedule: Schedule, visible_QS, *, scale: float):
+def attend(q_BLNK, k_BSNK, v_BSNK, pattern: Pattern, visible_QS, *, scale: float):
     """softmax(scale q k^T + mask) v with the whole [L, S] matrix in memory; a query without keys gives zeros."""
-    mask = jnp.asarray(schedule.dense_mask())
+    mask = jnp.asarray(pattern.dense_mask())
     if visible_QS is not None:
-        mask = mask & visible_QS.repeat(schedule.q_chunk, 0).repeat(schedule.k_chunk, 1)
+        mask = mask & visible_QS.repeat(pattern.q_chunk, 0).repeat(pattern.k_chunk, 1)
     mask = mask[None, None]
     logits = jnp.einsum("blnk,bsnk->bnls", q_BLNK, k_BSNK, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(mask, logits, -1e30)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from greedy_distill_jax.ops.attention import aot, tuning
-from greedy_distill_jax.ops.attention.arg_specs import DIM, Spec
-from greedy_distill_jax.ops.attention.schedule import Schedule
+from greedy_distill_jax.ops.attention.arg_specs import Spec
+from greedy_distill_jax.ops.attention.pattern import Pattern
 from greedy_distill_jax.ops.attention.tuning import Blocks, Pair
 
 # A regression of the compiled kernels: this much less work per bundle under the same libtpu.
@@ -23,13 +23,13 @@ CANDIDATES: Mapping[int, tuple[Pair, ...]] = {
 
 def workload(tokens: int) -> Spec:
     """A small workload with frames of ``tokens``: heads and frames only change the length of the grid."""
-    return Spec(f"{tokens}-token frames", Schedule.sliding_window(4, tokens, 2), heads=1)
+    return Spec(f"{tokens}-token frames", Pattern.sliding_window(4, tokens, 2), heads=1)
 
 
 def sweep(target: str, tokens: int, dump: Path, report=print) -> dict:
     """Compiles every candidate and writes the best of each kernel to the tuned table of ``target``; returns it."""
     mesh, spec = aot.target_mesh(target), workload(tokens)
-    name = tuning.key(tokens, tokens, DIM, spec.dtype)
+    name = tuning.key(tokens, tokens, spec.dim, spec.dtype)
     tried = {}
     for pair in CANDIDATES[tokens]:
         try:
@@ -60,7 +60,7 @@ def regressions(target: str, dump: Path, report=print) -> list[str]:
     for tokens in CANDIDATES:
         spec = workload(tokens)
         now = aot.compile_spec(spec, mesh, dump=dump)["kflop_per_bundle"]
-        kept = record.get("kflop_per_bundle", {}).get(tuning.key(tokens, tokens, DIM, spec.dtype), {})
+        kept = record.get("kflop_per_bundle", {}).get(tuning.key(tokens, tokens, spec.dim, spec.dtype), {})
         for kernel, before in kept.items():
             line = f"{target} {spec.name} {kernel}: {now[kernel]} kFLOP per bundle, {before} in the table"
             report(line)

@@ -9,7 +9,7 @@ import functools
 import json
 from pathlib import Path
 
-from greedy_distill_jax.ops.attention.schedule import largest_divisor
+from greedy_distill_jax.ops.attention.pattern import largest_divisor
 
 Pair = tuple[int, int]
 # What jax calls the devices with a table.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from greedy_distill_jax.ops.attention.schedule import VOID, BlockList, Schedule, largest_divisor
+from greedy_distill_jax.ops.attention.pattern import VOID, BlockList, Pattern, largest_divisor
 
 # Chunk pairs of up to GATHER_AREA logits are gathered, unless one example and head would need more than GATHER_LOGITS.
 GATHER_AREA = 1 << 10
@@ -25,33 +25,33 @@ BLOCK = 256
 NEVER = -1e30
 
 
-def attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: float):
+def attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern: Pattern, scale: float):
     """See ``api.chunk_attention``; both differentiation modes work, reverse mode keeps every block's logits."""
-    if _is_gathered(schedule):
-        return _gathered(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule, scale)
-    return _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule, scale)[0]
+    if _is_gathered(pattern):
+        return _gathered(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern, scale)
+    return _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern, scale)[0]
 
 
-def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: float):
+def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern: Pattern, scale: float):
     """(output, what ``backward`` needs)."""
-    if _is_gathered(schedule):
-        return jax.vjp(lambda q, k, v: _gathered(q, k, v, visible_QS, schedule, scale), q_BLNK, k_BSNK, v_BSNK)
-    out, lse_BNL = _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule, scale)
+    if _is_gathered(pattern):
+        return jax.vjp(lambda q, k, v: _gathered(q, k, v, visible_QS, pattern, scale), q_BLNK, k_BSNK, v_BSNK)
+    out, lse_BNL = _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern, scale)
     return out, (q_BLNK, k_BSNK, v_BSNK, visible_QS, out, lse_BNL)
 
 
-def backward(residual, g_BLNK, schedule: Schedule, scale: float):
+def backward(residual, g_BLNK, pattern: Pattern, scale: float):
     """(dq, dk, dv)."""
-    if _is_gathered(schedule):
+    if _is_gathered(pattern):
         return residual(g_BLNK)
-    return _scanned_backward(*residual, g_BLNK, schedule, scale)
+    return _scanned_backward(*residual, g_BLNK, pattern, scale)
 
 
-def _is_gathered(schedule: Schedule) -> bool:
-    merged = schedule.merged()
+def _is_gathered(pattern: Pattern) -> bool:
+    merged = pattern.merged()
     longest = max(map(len, merged.table), default=0)
     total = merged.num_q_chunks * merged.q_chunk * longest * merged.k_chunk
-    small = schedule.q_chunk * schedule.k_chunk <= GATHER_AREA
+    small = pattern.q_chunk * pattern.k_chunk <= GATHER_AREA
     return total <= (BLOCK * BLOCK if merged.num_q_chunks == 1 else GATHER_LOGITS) and small
 
 
@@ -69,8 +69,8 @@ def _softmax_attend(q_BNCLK, k_BNCSK, v_BNCSK, mask_CS, scale: float):
     return jnp.einsum("bncls,bncsk->bnclk", weight.astype(v_BNCSK.dtype), v_BNCSK)
 
 
-def _gathered(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: float):
-    merged = schedule.merged() if visible_QS is None else schedule  # one long query row instead of copies of the keys
+def _gathered(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern: Pattern, scale: float):
+    merged = pattern.merged() if visible_QS is None else pattern  # one long query row instead of copies of the keys
     q = rearrange(q_BLNK, "b (c l) n k -> b n c l k", l=merged.q_chunk)
     k, v = (rearrange(x, "b (c s) n k -> b n c s k", s=merged.k_chunk) for x in (k_BSNK, v_BSNK))
     index, static = merged.padded()
@@ -89,8 +89,8 @@ def _gathered(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: flo
     return rearrange(_softmax_attend(q, k, v, mask, scale), "b n c l k -> b (c l) n k")
 
 
-def _blocks(visible_QS, schedule: Schedule) -> tuple[Schedule, int, int]:
-    merged = schedule.merged() if visible_QS is None else schedule
+def _blocks(visible_QS, pattern: Pattern) -> tuple[Pattern, int, int]:
+    merged = pattern.merged() if visible_QS is None else pattern
     return merged, largest_divisor(merged.q_chunk, BLOCK), largest_divisor(merged.k_chunk, BLOCK)
 
 
@@ -121,11 +121,11 @@ def zeros(shape, *like):
     return jnp.broadcast_to(zero, shape)
 
 
-def _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: float):
+def _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern: Pattern, scale: float):
     """(out [B, L, N, K], log-sum-exp [B, N, L] float32)."""
-    schedule, block_q, block_k = _blocks(visible_QS, schedule)
-    pairs, _ = schedule.block_lists(block_q, block_k)
-    visits = _visits(pairs, visible_QS, schedule.q_chunk // block_q, schedule.k_chunk // block_k)
+    pattern, block_q, block_k = _blocks(visible_QS, pattern)
+    pairs, _ = pattern.block_lists(block_q, block_k)
+    visits = _visits(pairs, visible_QS, pattern.q_chunk // block_q, pattern.k_chunk // block_k)
     q, k, v = q_BLNK, k_BSNK, v_BSNK
     batch, length, heads, dim = q.shape
 
@@ -157,10 +157,10 @@ def _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, schedule: Schedule, scale: floa
     return out, lse
 
 
-def _scanned_backward(q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNL, g_BLNK, schedule: Schedule, scale: float):
-    schedule, block_q, block_k = _blocks(visible_QS, schedule)
-    pairs, _ = schedule.block_lists(block_q, block_k)
-    visits = _visits(pairs, visible_QS, schedule.q_chunk // block_q, schedule.k_chunk // block_k)
+def _scanned_backward(q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNL, g_BLNK, pattern: Pattern, scale: float):
+    pattern, block_q, block_k = _blocks(visible_QS, pattern)
+    pairs, _ = pattern.block_lists(block_q, block_k)
+    visits = _visits(pairs, visible_QS, pattern.q_chunk // block_q, pattern.k_chunk // block_k)
     delta = jnp.einsum("blnk,blnk->bnl", out_BLNK, g_BLNK, preferred_element_type=jnp.float32)
     q, k, v, g = q_BLNK, k_BSNK, v_BSNK, g_BLNK
 

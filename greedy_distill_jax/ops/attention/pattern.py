@@ -1,8 +1,8 @@
-"""Which key chunks each query chunk sees: the static table behind every attention pattern of the project.
+"""Which key chunks each query chunk sees: the one table type behind every attention of the project.
 
-A chunk is one or a few latent frames. Kernels work on blocks, parts of chunks: ``Schedule.block_lists`` turns the table
-into the list of block pairs that are computed, once sorted by query (forward, dq) and once by key (dk and dv).
-Pure numpy; nothing here is traced.
+A chunk is one or a few latent frames. Kernels work on blocks, parts of chunks: ``Pattern.block_lists`` turns the table
+into the list of block pairs that are computed, once sorted by query (forward, dq) and once by key (dk and dv). The
+networks build their patterns in ``models/students/patterns.py``. Pure numpy; nothing here is traced.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-Table = tuple[tuple[int, ...], ...]
 VOID = -1
 
 
@@ -31,6 +30,16 @@ class BlockList(NamedTuple):
     bounds: np.ndarray
 
     @property
+    def q_tokens(self) -> int:
+        """Tokens of all query chunks."""
+        return self.num_q_chunks * self.q_chunk
+
+    @property
+    def k_tokens(self) -> int:
+        """Tokens of all key chunks."""
+        return self.num_k_chunks * self.k_chunk
+
+    @property
     def pairs(self) -> int:
         """Block pairs that are computed."""
         return int((self.inner != VOID).sum())
@@ -45,8 +54,8 @@ class BlockList(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """A hashable chunk table.
+class Pattern:
+    """A hashable table of chunks: who sees whom.
 
     Attributes:
       q_chunk: tokens in one query chunk.
@@ -59,65 +68,58 @@ class Schedule:
     q_chunk: int
     k_chunk: int
     num_k_chunks: int
-    table: Table
+    table: tuple[tuple[int, ...], ...]
 
     def __post_init__(self):
         for name in ("q_chunk", "k_chunk", "num_k_chunks"):
             if getattr(self, name) < 1:
-                raise ValueError(f"Schedule.{name} must be at least 1, got {getattr(self, name)}.")
+                raise ValueError(f"Pattern.{name} must be at least 1, got {getattr(self, name)}.")
         for i, row in enumerate(self.table):
             if len(set(row)) != len(row):
-                raise ValueError(f"Schedule.table[{i}] names a key chunk twice: {row}.")
+                raise ValueError(f"Pattern.table[{i}] names a key chunk twice: {row}.")
             bad = [j for j in row if not 0 <= j < self.num_k_chunks]
             if bad:
-                raise ValueError(f"Schedule.table[{i}] names key chunk {bad[0]}; there are {self.num_k_chunks}.")
+                raise ValueError(f"Pattern.table[{i}] names key chunk {bad[0]}; there are {self.num_k_chunks}.")
 
     @classmethod
     def from_table(
         cls, table: Iterable[Iterable[int]], *, q_chunk: int, num_k_chunks: int, k_chunk: int | None = None
-    ) -> "Schedule":
-        """Any pattern: one list of visible key chunks per query chunk."""
+    ) -> "Pattern":
+        """A pattern from any lists of visible key chunks, one per query chunk."""
         rows = tuple(tuple(int(j) for j in row) for row in table)
         return cls(q_chunk, k_chunk or q_chunk, num_k_chunks, rows)
 
     @classmethod
-    def full(cls, chunks: int, tokens: int) -> "Schedule":
-        """Bidirectional attention over ``chunks`` chunks (the teacher)."""
-        return cls.from_table([range(chunks)] * chunks, q_chunk=tokens, num_k_chunks=chunks)
+    def full(cls, chunks: int, tokens: int, num_k_chunks: int | None = None, k_chunk: int | None = None) -> "Pattern":
+        """Every one of ``chunks`` query chunks sees every key chunk; by default the keys are the same chunks."""
+        num_k_chunks = num_k_chunks or chunks
+        return cls(tokens, k_chunk or tokens, num_k_chunks, (tuple(range(num_k_chunks)),) * chunks)
 
     @classmethod
-    def sliding_window(cls, chunks: int, tokens: int, window: int, sink: int = 0) -> "Schedule":
-        """Chunk i sees [i - window + 1, i] and the first ``sink`` chunks (METHOD_SPEC B.1, E.3).
+    def sliding_window(cls, chunks: int, tokens: int, window: int, sink: int = 0) -> "Pattern":
+        """Chunk i sees [i - window + 1, i] and the first ``sink`` chunks.
 
         ``window`` counts the chunk itself; the sink comes on top of it.
         """
-        return cls.from_table(_window_rows(chunks, window, sink), q_chunk=tokens, num_k_chunks=chunks)
-
-    @classmethod
-    def sink(cls, chunks: int, tokens: int, sink: int = 1) -> "Schedule":
-        """Chunk i sees the first ``sink`` chunks and itself."""
-        return cls.sliding_window(chunks, tokens, window=1, sink=sink)
-
-    @classmethod
-    def sdd(cls, chunks: int, tokens: int) -> "Schedule":
-        """Chunk i sees chunk 0, chunk i - 1 and itself (DESIGN.md, "What clean frames see")."""
-        return cls.sliding_window(chunks, tokens, window=2, sink=1)
-
-    @classmethod
-    def teacher_forcing(cls, chunks: int, tokens: int, window: int, sink: int = 0) -> "Schedule":
-        """[clean 0 .. n-1 | noisy 0 .. n-1] against the same: all chunks of a video trained in one pass.
-
-        Clean chunk i sees clean [i - window + 1, i] and the sink; noisy chunk i sees the clean chunks before i of that
-        list, and itself (DESIGN.md, "Rollout without a sequential graph").
-        """
-        clean = _window_rows(chunks, window, sink)
-        noisy = [[j for j in row if j != i] + [chunks + i] for i, row in enumerate(clean)]
-        return cls.from_table(clean + noisy, q_chunk=tokens, num_k_chunks=2 * chunks)
+        if window < 1 or sink < 0:
+            raise ValueError(f"window must be at least 1 and sink at least 0, got window={window}, sink={sink}.")
+        rows = ({*range(min(sink, i + 1)), *range(max(0, i - window + 1), i + 1)} for i in range(chunks))
+        return cls.from_table(map(sorted, rows), q_chunk=tokens, num_k_chunks=chunks)
 
     @property
     def num_q_chunks(self) -> int:
         """Number of query chunks."""
         return len(self.table)
+
+    @property
+    def q_tokens(self) -> int:
+        """Tokens of all query chunks."""
+        return self.num_q_chunks * self.q_chunk
+
+    @property
+    def k_tokens(self) -> int:
+        """Tokens of all key chunks."""
+        return self.num_k_chunks * self.k_chunk
 
     @property
     def pairs(self) -> int:
@@ -129,11 +131,11 @@ class Schedule:
         """Whether every query sees every key."""
         return all(len(row) == self.num_k_chunks for row in self.table)
 
-    def merged(self) -> "Schedule":
+    def merged(self) -> "Pattern":
         """The same attention with one chunk of queries and one of keys where everybody sees everything, else self."""
         if not self.is_full or not self.table:
             return self
-        return Schedule(self.q_chunk * self.num_q_chunks, self.k_chunk * self.num_k_chunks, 1, ((0,),))
+        return Pattern(self.q_tokens, self.k_tokens, 1, ((0,),))
 
     def padded(self) -> tuple[np.ndarray, np.ndarray]:
         """(index, visible), both [query chunks, longest list]; index is 0 where not visible."""
@@ -174,20 +176,14 @@ class Schedule:
         return by_query.pairs * block_q * block_k
 
 
-def _window_rows(chunks: int, window: int, sink: int) -> list[list[int]]:
-    if window < 1 or sink < 0:
-        raise ValueError(f"window must be at least 1 and sink at least 0, got window={window}, sink={sink}.")
-    return [sorted({*range(min(sink, i + 1)), *range(max(0, i - window + 1), i + 1)}) for i in range(chunks)]
-
-
 @functools.lru_cache(maxsize=256)
-def _block_lists(schedule: Schedule, block_q: int, block_k: int) -> tuple[BlockList, BlockList]:
-    columns: list[list[int]] = [[] for _ in range(schedule.num_k_chunks)]
-    for i, row in enumerate(schedule.table):
+def _block_lists(pattern: Pattern, block_q: int, block_k: int) -> tuple[BlockList, BlockList]:
+    columns: list[list[int]] = [[] for _ in range(pattern.num_k_chunks)]
+    for i, row in enumerate(pattern.table):
         for j in row:
             columns[j].append(i)
-    per_q, per_k = -(-schedule.q_chunk // block_q), -(-schedule.k_chunk // block_k)
-    return _expand(schedule.table, per_q, per_k), _expand(columns, per_k, per_q)
+    per_q, per_k = -(-pattern.q_chunk // block_q), -(-pattern.k_chunk // block_k)
+    return _expand(pattern.table, per_q, per_k), _expand(columns, per_k, per_q)
 
 
 def _expand(rows: Sequence[Sequence[int]], per_outer: int, per_inner: int) -> BlockList:

@@ -1,0 +1,121 @@
+"""How a clip becomes windows of frames: sizes, rates, starts, what is held out, crops."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from greedy_distill_jax.data.video_io import probe, read_frames
+from greedy_distill_jax.errors import UserError
+
+SPLITS = ("train", "held_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """How clips become windows.
+
+    Frames are cropped about the centre to the aspect ratio asked for, then resized by area. The last ``held_out`` of
+    each clip in time (at least one window) becomes held-out windows that share no frame with training windows; a clip
+    too short for both gives training windows only.
+
+    Attributes:
+      width, height: of the windows, in pixels.
+      frames: per window.
+      fps: frames per second to resample to; frame k of a clip is then the one on display at time k / fps. None keeps
+        each clip's own frames.
+      stride: frames between the starts of windows; None for half of ``frames``.
+      held_out: fraction of each clip, in [0, 1); 0 for none.
+      crops: further training windows from each stretch of time, each seen through a random crop that stays where it is
+        for the whole clip (a few clips hold many small scenes); seeded by the name of the clip.
+
+    Raises:
+      UserError: a number out of its range.
+    """
+
+    width: int
+    height: int
+    frames: int
+    fps: float | int | None = None
+    stride: int | None = None
+    held_out: float | int = 0.15
+    crops: int = 0
+
+    def __post_init__(self) -> None:
+        for field, least in (("width", 1), ("height", 1), ("frames", 1), ("stride", 1), ("crops", 0)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise UserError(f"{field}={value} is too small; use at least {least}", field)
+        if self.fps is not None and not self.fps > 0:
+            raise UserError(f"fps={self.fps:g} is no rate; use a positive number", "fps")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out={self.held_out:g} is no fraction; use at least 0 and less than 1", "held_out")
+
+    @property
+    def step(self) -> int:
+        """Frames from the start of a window to the next."""
+        return max(1, self.frames // 2) if self.stride is None else self.stride
+
+    def plan(self) -> dict[str, Any]:
+        """As JSON, defaults filled in."""
+        return {**dataclasses.asdict(self), "stride": self.step}
+
+
+def fit_frame(frame: UInt8[np.ndarray, "A B 3"], width: int, height: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Crops a frame about its centre to the aspect ratio asked for and resizes it (by area; linear to enlarge)."""
+    rows, columns = frame.shape[:2]
+    scale = max(width / columns, height / rows)
+    crop_rows, crop_columns = min(rows, round(height / scale)), min(columns, round(width / scale))
+    top, left = (rows - crop_rows) // 2, (columns - crop_columns) // 2
+    crop = frame[top : top + crop_rows, left : left + crop_columns]
+    return cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def _random_boxes(clip: str, rows: int, columns: int, aspect: float, count: int) -> list[tuple[slice, slice]]:
+    """Boxes of the given aspect ratio (width / height), 0.4 to 1 times the largest that fits, anywhere in a frame."""
+    rng = np.random.default_rng(list(clip.encode()))
+    largest = min(rows, columns / aspect)
+    boxes = []
+    for scale in rng.uniform(0.4, 1.0, count):
+        box_rows, box_columns = max(1, int(largest * scale)), max(1, int(largest * scale * aspect))
+        top, left = rng.integers(rows - box_rows + 1), rng.integers(columns - box_columns + 1)
+        boxes.append((slice(top, top + box_rows), slice(left, left + box_columns)))
+    return boxes
+
+
+def cut(path: Path, cutting: Cutting) -> tuple[dict[str, Any], dict[str, range], UInt8[np.ndarray, "V n H W 3"]]:
+    """Decodes one clip.
+
+    Args:
+      path: of the clip.
+      cutting: sizes and windows.
+
+    Returns:
+      (its entry in dataset.json, the starts of its windows by split, its frames in V = 1 + crops views).
+
+    Raises:
+      UserError: it does not decode, or is shorter than a window.
+    """
+    width, height, frames, fps = cutting.width, cutting.height, cutting.frames, cutting.fps
+    info = probe(path)
+    images, boxes = [], None
+    for frame in read_frames(path, fps=fps):
+        boxes = boxes or _random_boxes(path.name, *frame.shape[:2], width / height, cutting.crops)
+        images.append([fit_frame(view, width, height) for view in (frame, *(frame[box] for box in boxes))])
+    count = len(images)
+    if count < frames:
+        raise UserError(f"{path} has {count} frames, a window needs {frames}; use fewer frames", "frames")
+    held = max(frames, round(cutting.held_out * count)) if cutting.held_out else 0
+    if count - held < frames:
+        held = 0
+    starts = {
+        "train": range(0, count - held - frames + 1, cutting.step),
+        "held_out": range(count - held, count - frames + 1, cutting.step),
+    }
+    entry = {"width": info.width, "height": info.height, "fps": fps or info.fps, "frames": count}
+    return entry, starts, np.swapaxes(np.asarray(images), 0, 1)
