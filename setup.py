@@ -7,6 +7,7 @@ Extras:
   torch       the text encoder and `.pt` files (nothing of torch is in the base install; safetensors is)
   parity      torch, diffusers, transformers, accelerate: the tests against independent code
   eval        image metrics (SSIM)
+  docs        build the pages of docs/
   notebook    execute the notebooks
   dev         everything the suite needs (`test` is the same set)
 """
@@ -51,6 +52,7 @@ BASE = [
     "tqdm>=4.70.1",
 ]
 EVAL = ["scikit-image>=0.26.0"]
+DOCS = ["furo>=2025.12.19", "myst-parser>=5.2.0", "sphinx>=9.0.4", "sphinx-copybutton>=0.5.2"]
 NOTEBOOK = ["ipykernel>=7.4.0", "jupytext>=1.19.6", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 TORCH = ["ftfy>=6.3.1", "torch>=2.13.0", "transformers>=5.23.0", "sentencepiece>=0.2.1"]
 PARITY = ["accelerate>=1.15.0", "diffusers>=0.42.1", "torch>=2.13.0", "transformers>=5.23.0"]
@@ -64,6 +66,7 @@ DEV = [
     "pytest-timeout>=2.4.0",
     "pytest-xdist>=3.8.0",
     "ruff>=0.17.5",
+    *DOCS,
     *EVAL,
     *NOTEBOOK,
 ]
@@ -89,6 +92,7 @@ setup(
         "torch": TORCH,
         "parity": PARITY,
         "eval": EVAL,
+        "docs": DOCS,
         "notebook": NOTEBOOK,
         "dev": DEV,
         "test": DEV,

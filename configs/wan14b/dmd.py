@@ -1,4 +1,4 @@
-"""Stage 2 at 14B: student, critic and teacher are 14B (METHOD_SPEC C.3-C.6, E.5).
+"""Stage 2 at 14B: student, critic and teacher are 14B (docs/method.md, section 7).
 
     python -m greedy_distill_jax.train --config=configs/wan14b/dmd.py --workdir=runs/stage2_14b \
         --config.teacher_from=runs/wan14b --config.student_from=runs/stage1_14b --config.data.source=latents:DIR \

@@ -1,4 +1,4 @@
-"""The Wan2.1 14B teacher: flow matching as in METHOD_SPEC C.2.
+"""The Wan2.1 14B teacher: flow matching (docs/method.md, section 2.7).
 
     python -m greedy_distill_jax.train --config=configs/wan14b/teacher.py --workdir=runs/wan14b \
         --config.data.source=latents:DIR --config.data.text=DIR/text

@@ -1,4 +1,4 @@
-"""Stage 1 at 14B: ETM + SDD by teacher forcing (METHOD_SPEC E.4).
+"""Stage 1 at 14B: ETM + SDD by teacher forcing (docs/method.md, section 6).
 
     python -m greedy_distill_jax.train --config=configs/wan14b/teacher_forcing.py --workdir=runs/stage1_14b \
         --config.teacher_from=runs/wan14b --config.data.source=latents:DIR --config.data.text=DIR/text

@@ -1,4 +1,4 @@
-"""The causal baseline at 1.3B: Self-Forcing's and LongLive's student by teacher forcing (METHOD_SPEC B, C.2).
+"""The causal baseline at 1.3B: Self-Forcing's and LongLive's student by teacher forcing (docs/method.md, section 4).
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/causal.py:longlive --workdir=runs/causal \
         --config.teacher_from=runs/wan1_3b --config.data.source=latents:DIR --config.data.text=DIR/text

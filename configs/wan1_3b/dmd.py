@@ -1,4 +1,4 @@
-"""Stage 2 at 1.3B: self-rollout with distribution matching (METHOD_SPEC C.3-C.6, E.5).
+"""Stage 2 at 1.3B: self-rollout with distribution matching (docs/method.md, section 7).
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/dmd.py --workdir=runs/stage2 \
         --config.teacher_from=runs/wan1_3b --config.student_from=runs/stage1 --config.data.source=latents:DIR \
@@ -6,7 +6,7 @@
 
 The critic is a bidirectional 1.3B DiT that starts as the teacher; ``dmd.py:greedy_distill_paper`` is the published
 setting, the student itself as the fake score. ``dmd.py:teacher_14b`` takes the real score from the 14B teacher, as
-Self-Forcing and LongLive do (METHOD_SPEC C.4); then --config.critic_from names the 1.3B one, and with a whole video
+Self-Forcing and LongLive do; then --config.critic_from names the 1.3B one, and with a whole video
 per chip the generator's step needs 26.2 of 95.73 GiB on TPU v5p:2x2x4.
 
 Not yet run at full size; mesh and accumulate are for TPU v5e:4x4, as in ``teacher.py``. Chips of 32 GiB hold a whole
@@ -24,7 +24,7 @@ from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
 
 
 def get_config(arg: str = "critic"):
-    """Self-Forcing's hyper-parameters (METHOD_SPEC C.6). ``arg``: "critic", "greedy_distill_paper", "teacher_14b"."""
+    """Self-Forcing's settings, docs/method.md section 7.7. ``arg``: "critic", "greedy_distill_paper", "teacher_14b"."""
     if arg not in ("critic", "greedy_distill_paper", "teacher_14b"):
         raise ValueError(f"{arg!r} is not one of critic, greedy_distill_paper, teacher_14b")
     config = teacher_forcing.get_config()

@@ -1,4 +1,4 @@
-"""Stage 1 at 1.3B: ETM + SDD by teacher forcing (METHOD_SPEC E.4).
+"""Stage 1 at 1.3B: ETM + SDD by teacher forcing (docs/method.md, section 6).
 
     python -m greedy_distill_jax.train --config=configs/wan1_3b/teacher_forcing.py --workdir=runs/stage1 \
         --config.teacher_from=runs/wan1_3b --config.data.source=latents:DIR --config.data.text=DIR/text

@@ -1,4 +1,4 @@
-"""The video autoencoder of Wan2.1 (METHOD_SPEC A.7), causal in time, so that it runs as a stream.
+"""The video autoencoder of Wan2.1 (arXiv 2503.20314), causal in time, so that it runs as a stream.
 
 Four frames of video are one latent frame, except that the first frame alone is the first latent frame. A causal
 convolution remembers the last two frames it read; what all of them remember is the cache, an explicit pytree that one

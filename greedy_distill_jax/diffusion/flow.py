@@ -1,4 +1,4 @@
-"""Rectified-flow conventions of Wan2.1 (METHOD_SPEC A.8): x_sigma = (1 - sigma) x0 + sigma noise, v = noise - x0.
+"""Rectified-flow conventions of Wan2.1: x_sigma = (1 - sigma) x0 + sigma noise, v = noise - x0.
 
 All arithmetic is float32. ``sigma`` is [B] or [B, T] or [B, 1] and is broadcast over the trailing axes of x.
 """

@@ -1,4 +1,8 @@
-"""Classifier-free guidance (METHOD_SPEC A.9)."""
+"""Classifier-free guidance.
+
+References:
+  Ho and Salimans, Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598.
+"""
 
 import jax
 import jax.numpy as jnp

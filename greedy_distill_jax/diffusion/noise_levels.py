@@ -1,4 +1,4 @@
-"""Noise levels: the shifted 1000-entry table of Wan, its step lists, and random draws (METHOD_SPEC A.8, E.4)."""
+"""Noise levels: the shifted 1000-entry table of Wan, its step lists, and random draws (docs/method.md, section 1.3)."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def draw_sigma(key, shape: tuple[int, ...], *, distribution: str = "uniform", sh
 
 
 def bell_weight(sigma, shift: float):
-    """Wan's training weight exp(-2 (sigma - .5)^2) minus its minimum, mean 1 over the table (METHOD_SPEC A.8)."""
+    """Wan's training weight exp(-2 (sigma - .5)^2) minus its minimum, mean 1 over the table."""
     table = sigma_table(shift)
     bell = np.exp(-2.0 * (table - 0.5) ** 2)
     low, mean = bell.min(), (bell - bell.min()).mean()

@@ -47,7 +47,7 @@ def euler(velocity, noise, sigmas: tuple[float, ...]):
 
 
 def euler_states(velocity, noise, sigmas: tuple[float, ...], kept: tuple[float, ...]):
-    """Euler's method, with the states at some of its levels (for ODE regression, METHOD_SPEC C.1).
+    """Euler's method, with the states at some of its levels (for ODE regression, docs/method.md, section 8.1).
 
     Args:
       velocity, noise, sigmas: as for ``euler``.

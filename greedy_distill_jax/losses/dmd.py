@@ -1,4 +1,4 @@
-"""Distribution matching, read as a policy gradient with a reverse-KL reward (METHOD_SPEC C.4, E.5)."""
+"""Distribution matching, read as a policy gradient with a reverse-KL reward (docs/method.md, section 7.4)."""
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,10 @@ def dmd(
 
     Returns:
       loss [B], and metrics: mean |g|, and the mean |x - x0_real| that normalises it.
+
+    References:
+      Yin et al., One-step Diffusion with Distribution Matching Distillation, 2023, arXiv 2311.18828.
+      Huang et al., Self Forcing, 2025, arXiv 2506.08009 (of videos that the student makes itself).
     """
     del net
     if normalizer not in NORMALIZERS or weighting not in ("none", "score"):

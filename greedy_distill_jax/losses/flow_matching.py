@@ -1,4 +1,4 @@
-"""Flow matching, for the teacher and (teacher-forced) for the student (METHOD_SPEC A.8, C.2, E.4)."""
+"""Flow matching, for the teacher and (teacher-forced) for the student (docs/method.md, sections 2.7 and 6)."""
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,15 @@ def flow_matching(
       group: frames that share a level when ``per_frame`` (the student's chunk).
       draws: noise draws per example, laid out along the frames: ``net`` gets [B, draws * T, ...].
       low, high: noise levels are clipped to this range.
-      weighting: "none"; "bell", Wan's training weight (METHOD_SPEC A.8); "x0", sigma^2, which makes it the squared
-        error of x0 and suits a network that predicts x0: unweighted, its rare low-noise draws (1 / sigma^2) would
-        dominate the gradient.
+      weighting: "none"; "bell", Wan's training weight; "x0", sigma^2, which makes it the squared error of x0 and suits
+        a network that predicts x0: unweighted, its rare low-noise draws (1 / sigma^2) would dominate the gradient.
 
     Returns:
       loss [B], and metrics: the error in the lower and upper half of the noise levels, as (sum, count).
+
+    References:
+      Lipman et al., Flow Matching for Generative Modeling, 2022, arXiv 2210.02747.
+      Wan: Open and Advanced Large-Scale Video Generative Models, 2025, arXiv 2503.20314 (weighting "bell").
     """
     x0 = jnp.tile(batch["latents"].astype(jnp.float32), (1, draws, 1, 1, 1))
     count, frames = x0.shape[:2]

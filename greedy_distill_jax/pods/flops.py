@@ -1,4 +1,4 @@
-"""Floating-point operations of every network and step, in closed form (METHOD_SPEC A.10).
+"""Floating-point operations of every network and step, in closed form (docs/method.md, section 11).
 
 Counted are matmuls, two operations per multiply-add; attention on visible pairs only. Normalisation, rotation and
 activations are left out. ``cost_analysis()`` of a compiled step cannot give these numbers: it counts the body of a scan

@@ -118,7 +118,7 @@ def test_guidance_is_the_standard_formula_in_one_call():
     assert calls == [((4, 3), (4, 1), (4, 4, 6))]
     conditional, unconditional = net(x, sigma, text), net(x, sigma, null)
     np.testing.assert_allclose(got, unconditional + 2.5 * (conditional - unconditional), rtol=1e-5, atol=1e-6)
-    # METHOD_SPEC A.9: w = 3 on top of the conditional branch is standard guidance 4.
+    # Self-Forcing's w = 3 on top of the conditional branch is standard guidance 4.
     other = guidance.guided(net, text, null, 4.0)(x, sigma)
     np.testing.assert_allclose(other, conditional + 3.0 * (conditional - unconditional), rtol=1e-5, atol=1e-6)
 

@@ -29,7 +29,7 @@ def test_student_at_1_3b_has_the_size_of_the_specification():
     etm, sdd = split_layers("interleaved", base.num_layers)
     student = Student(StudentConfig(base=base, etm_layers=etm, sdd_layers=sdd, fusion="xattn2"))
     shapes = jax.eval_shape(lambda k: student.init(k, (1, 4, 4, 16)), jax.random.key(0))
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == pytest.approx(1.52e9, rel=0.005)  # METHOD_SPEC E.3, s1
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == pytest.approx(1.52e9, rel=0.005)
 
 
 def test_rope_split_and_angles():
@@ -94,7 +94,7 @@ def test_every_frame_sees_every_frame_and_the_text(teacher):
 
 
 def test_padded_text_rows_are_attended(teacher):
-    """No key mask in cross-attention: zero rows become MLP(0) and take part (METHOD_SPEC A.3)."""
+    """No key mask in cross-attention: zero rows become MLP(0) and take part (docs/method.md, section 2.2)."""
     model, params = teacher
     x = jax.random.normal(jax.random.key(2), (1, 3, 4, 4, 4))
     text = tiny.text_rows(1, jax.random.key(3)).at[:, 1:].set(0.0)

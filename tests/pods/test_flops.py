@@ -1,4 +1,4 @@
-"""Closed-form FLOPs against matmuls counted in the jaxpr, and against METHOD_SPEC A.10 at 1.3B."""
+"""Closed-form FLOPs against matmuls counted in the jaxpr, and against docs/method.md, section 11, at 1.3B."""
 
 import dataclasses
 
@@ -134,7 +134,7 @@ def test_an_update_of_every_stage(changes):
 
 
 def test_the_published_sizes():
-    """METHOD_SPEC A.10: one block and one frame of 1560 tokens; 30 blocks."""
+    """docs/method.md, section 11: one block and one frame of 1560 tokens; 30 blocks."""
     wan = WanConfig(**WAN_SIZES["wan1_3b"])
     one = flops.blocks(wan, 1, 1560, 1560**2)
     assert one.linear == pytest.approx(130.0e9, rel=0.001)

@@ -90,7 +90,7 @@ def test_an_update_is_the_mean_of_its_microbatches(stage, monkeypatch):
                 m.setattr(module, "accumulate", _by_hand)
             seen.clear()
             expected = run(part)
-        if stage == "dmd":  # METHOD_SPEC C.3: every rollout of an update ends at the same step
+        if stage == "dmd":  # every rollout of an update ends at the same step
             assert len(seen) == 2 and seen[0] is seen[1]
         found = [run(part)]
         if stage == "teacher":

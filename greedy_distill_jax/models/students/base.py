@@ -27,7 +27,7 @@ class History(NamedTuple):
 
 
 class ContextGrad(NamedTuple):
-    """Which parameters learn through the contexts of a chunk (DESIGN.md "Rollout without a sequential graph").
+    """Which parameters learn through the contexts of a chunk (docs/method.md, section 7.2).
 
     etm: "params", or "none": z is stop-gradient. sdd: "params", or "none": the keys and values of SDD's pass over
     earlier chunks are stop-gradient.

@@ -1,4 +1,4 @@
-"""The causal student: the Wan DiT itself under block-causal sliding-window attention (METHOD_SPEC B).
+"""The causal student: the Wan DiT itself under block-causal sliding-window attention.
 
 Self-Forcing and LongLive are this model; its parameters are the teacher's, tree and names, so that a checkpoint of one
 loads into the other. The step-by-step form with caches is ``greedy_distill_jax.streaming.causal``.

@@ -13,10 +13,11 @@ CONTEXT_MODES = ("clean", "last_step_kv", "fused")
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """ETM + SDD (METHOD_SPEC E.3). ``etm_layers`` / ``sdd_layers``: teacher blocks each starts from, in order.
+    """ETM + SDD (docs/method.md, section 3).
 
-    chunk: latent frames generated together (g). window: ETM slots seen, the own one included. sink: first ETM
-    slots that stay visible on top of the window. rope_mode: time positions of SDD's {frame 0, previous, current}:
+    etm_layers, sdd_layers: the teacher's blocks that each starts from, in order. chunk: latent frames generated
+    together (g). window: ETM slots seen, the own one included. sink: first ETM slots that stay visible on top of the
+    window. rope_mode: time positions of SDD's {frame 0, previous, current}:
     "clamped" below ``rope_frames`` (the length the teacher was trained at), "absolute", or "fixed" (0, 1, 2).
     ETM keeps absolute positions in mode "absolute" and window-relative ones otherwise. context: how the previous
     frame's keys come about: an extra "clean" pass, the "last_step_kv" of its own denoising, or a clean pass
@@ -68,7 +69,7 @@ class StudentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CausalConfig:
-    """The Wan DiT with block-causal sliding-window attention: Self-Forcing, LongLive (METHOD_SPEC B).
+    """The Wan DiT with block-causal sliding-window attention: Self-Forcing, LongLive.
 
     chunk: latent frames made together. window, sink: in latent frames, multiples of ``chunk``; a chunk sees the first
     ``sink`` frames and the last ``window - sink`` ones, its own included (LongLive: 12 = 3 sink + 6 history + 3
@@ -120,10 +121,10 @@ class CausalConfig:
 
 
 def split_layers(split: str, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Named layer splits (METHOD_SPEC E.3) -> (ETM's teacher blocks, SDD's teacher blocks).
+    """Named layer splits (docs/method.md, section 3.5) -> (ETM's teacher blocks, SDD's teacher blocks).
 
-    "interleaved" s1, "quality" s2 (1:2), "cheap" s3 (2:1), "copies" s4 (both whole), "contiguous" s5,
-    "shallow_etm" (ETM = the first half, SDD = all: best at tiny size, TINY_RECIPE); or explicit "0,1/0,1,2,3".
+    "interleaved" (even, odd), "quality" (1:2), "cheap" (2:1), "copies" (both whole), "contiguous" (the halves),
+    "shallow_etm" (ETM = the first half, SDD = all: best at tiny size); or explicit "0,1/0,1,2,3".
     """
     every = tuple(range(num_layers))
 

@@ -1,4 +1,4 @@
-"""ETM, the Efficient Temporal Module: a causal transformer over past clean frames (METHOD_SPEC E.3).
+"""ETM, the Efficient Temporal Module: a causal transformer over past clean frames (docs/method.md, section 3.2).
 
 Slot j reads chunk j - 1 (slot 0 a learned vector) and conditions chunk j; it sees slots j - window + 1 .. j and the
 sink. Its time position is j.

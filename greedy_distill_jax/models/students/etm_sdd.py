@@ -61,7 +61,7 @@ class Student(StreamingModel):
         return {"etm": etm["params"], "sdd": sdd["params"]}
 
     def from_teacher(self, key, teacher_params, latent_shape: tuple[int, int, int, int]):
-        """Student parameters cut from the teacher's (METHOD_SPEC E.3 "Layer split and init").
+        """Student parameters cut from the teacher's (docs/method.md, section 3.5).
 
         Embeddings and head are copied, blocks picked by ``etm_layers`` / ``sdd_layers``; the projections of ETM's
         output start as copies of their block's self-attention k and v; everything else is new.

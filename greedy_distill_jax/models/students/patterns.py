@@ -59,9 +59,9 @@ def sdd_positions(cfg: StudentConfig, index):
 def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Layout:
     """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw].
 
-    Noisy chunk i sees clean 0, clean i-1, itself; so does the clean pass of chunk i (DESIGN.md, "What clean frames
-    see"). With fusion "selfkv" both also see z_i, at the position of chunk i. ``frozen``: the keys and values of the
-    clean chunks are stop-gradient.
+    Noisy chunk i sees clean 0, clean i-1, itself; so does the clean pass of chunk i (docs/method.md, section 3.3). With
+    fusion "selfkv" both also see z_i, at the position of chunk i. ``frozen``: the keys and values of the clean chunks
+    are stop-gradient.
     """
     clean = chunks - 1
     own = [("clean", i) for i in range(clean)] + [("noisy", i) for _ in range(draws) for i in range(chunks)]
@@ -117,7 +117,7 @@ def causal_positions(cfg: CausalConfig, chunk_S, index):
 
 
 def causal_parallel(cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Layout:
-    """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw] (METHOD_SPEC B.1).
+    """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw].
 
     Chunk i, clean or noisy, sees the clean sink, the clean chunks of its window and itself. ``frozen`` as in
     ``sdd_parallel``.
@@ -141,6 +141,6 @@ def causal_step(cfg: CausalConfig, tokens: int) -> Layout:
 
 
 def causal_recache(cfg: CausalConfig, tokens: int) -> Layout:
-    """The ring's chunks at once, each against [sink | ring]: bidirectional, as LongLive's recache (METHOD_SPEC B.4)."""
+    """The ring's chunks at once, each against [sink | ring]: bidirectional, as LongLive's recache."""
     keys = cfg.sink_chunks + cfg.ring_chunks
     return Layout.full(cfg.ring_chunks, tokens, keys, rotate_at_use=cfg.rope_mode != "absolute")

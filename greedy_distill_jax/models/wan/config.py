@@ -13,11 +13,11 @@ def check_choice(owner: object, field: str, choices) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """The bidirectional teacher (METHOD_SPEC A.1) and everything its blocks share with the student.
+    """The bidirectional teacher (docs/method.md, section 2) and everything its blocks share with the student.
 
     ``gate_init`` is added to both residual gates at initialisation and ``text_init`` / ``time_init`` are the
-    standard deviations of the embedding MLPs: 0 and .02 in Wan, larger for short training from scratch
-    (TINY_RECIPE). ``prediction``: what the head predicts; Wan weights predict "velocity".
+    standard deviations of the embedding MLPs: 0 and .02 in Wan, larger for short training from
+    scratch. ``prediction``: what the head predicts; Wan weights predict "velocity".
     ``remat``: "none", "full" (recompute each block) or "dots" (keep matmul results).
     """
 

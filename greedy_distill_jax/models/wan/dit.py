@@ -34,7 +34,7 @@ class Dit(nn.Module):
 
     Attributes:
       layout: pattern of this call's self-attention; None with ``project`` only.
-      fusion: how ETM's output z enters ("none" for the teacher; METHOD_SPEC E.3).
+      fusion: how ETM's output z enters ("none" for the teacher; docs/method.md, section 3.4).
       emit: per-layer results to return, fields of ``Emitted``.
       with_head: False for passes that only write keys and values.
     """

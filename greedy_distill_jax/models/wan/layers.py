@@ -1,4 +1,4 @@
-"""The Wan2.1 block and its embeddings (METHOD_SPEC A.3-A.6) as thin Linen modules.
+"""The Wan2.1 block and its embeddings (docs/method.md, section 2) as thin Linen modules.
 
 A block does not know whether it serves the teacher, ETM or SDD: which keys its self-attention sees is a static
 ``Layout``, everything traced comes in ``Shared`` (the same for all layers) and ``Layer`` (one slice per layer).
@@ -164,7 +164,7 @@ class Attention(nn.Module):
         return KeyValue(_heads(self.norm_k(self.k(x_BSD)), n), _heads(self.v(x_BSD), n))
 
     def z_key_value(self, z_BSD) -> KeyValue:
-        """The same from ETM's output, by its own linears and norm (as Wan-I2V has for images, METHOD_SPEC A.4)."""
+        """The same from ETM's output, by its own linears and norm (as Wan-I2V has for images)."""
         n = self.cfg.num_heads
         return KeyValue(_heads(self.norm_z(self.z_k(z_BSD)), n), _heads(self.z_v(z_BSD), n))
 
@@ -193,7 +193,7 @@ def _modulation_init(cfg: WanConfig):
 
 
 class Block(nn.Module):
-    """One Wan block: modulated self-attention, cross-attention, modulated FFN (METHOD_SPEC A.4)."""
+    """One Wan block: modulated self-attention, cross-attention, modulated FFN (docs/method.md, section 2.3)."""
 
     cfg: WanConfig
     layout: Layout | None
@@ -308,7 +308,7 @@ def block_stack(cfg: WanConfig, depth: int, *, layout: Layout | None, name: str 
 
 
 def sinusoid(t: jax.Array, dim: int) -> jax.Array:
-    """[..., dim] cos then sin of t * 10000^(-k / (dim / 2)) (METHOD_SPEC A.3), float32.
+    """[..., dim] cos then sin of t * 10000^(-k / (dim / 2)), float32.
 
     The integer part of t goes through a float64-made table: t up to 1000 times a frequency of 1 would cost four
     digits in float32.
@@ -328,7 +328,7 @@ def sinusoid(t: jax.Array, dim: int) -> jax.Array:
 
 
 class Embeddings(nn.Module):
-    """Patch, text and time embeddings (METHOD_SPEC A.3)."""
+    """Patch, text and time embeddings (docs/method.md, section 2.2)."""
 
     cfg: WanConfig
     with_text: bool = True
@@ -349,7 +349,7 @@ class Embeddings(nn.Module):
         return self.patch(x).astype(jnp.float32)
 
     def text(self, text_BMC):
-        """Encoder rows -> [B, M, D]; padded rows become the constant MLP(0) and are attended (METHOD_SPEC A.3)."""
+        """Encoder rows -> [B, M, D]; padded rows become the constant MLP(0) and are attended."""
         return self.text_out(nn.gelu(self.text_in(text_BMC.astype(jnp.dtype(self.cfg.dtype))), approximate=True))
 
     def time(self, sigma_BT, extra_BTD=None):

@@ -1,4 +1,4 @@
-"""Wan's 3-D rotary embedding (METHOD_SPEC A.5), exact at any frame index.
+"""Wan's 3-D rotary embedding (docs/method.md, section 2.4), exact at any frame index.
 
 The head dim is split into interleaved pairs: time gets what height and width (a third of the pairs each) leave.
 Angles are formed in float64 where positions are known at trace time. A traced frame index is split as
