@@ -74,9 +74,7 @@ def test_it_leaves_a_report_with_every_number(finished):
     validate_metrics(metrics)
     names = ["data", "teacher", "stage1", "stage1_few_steps", "stage2", "stage1_control", "stage2_fake_self"]
     assert [row["name"] for row in metrics["rows"]] == names
-    keys = [column["name"] for column in metrics["columns"]["rows"]]
-    assert all(list(row) == keys for row in metrics["rows"])
-    assert {"name", "steps", "direction", "valid_last", "fd_last", "train_cpu_s", "seeds"} <= set(keys)
+    assert set(metrics["rows"][0]) > {"name", "steps", "direction", "valid_last", "fd_last", "train_cpu_s", "seeds"}
     data, teacher, many, few, stage2, control, own = metrics["rows"]
     assert few["steps"] == stage2["steps"] == control["steps"] == own["steps"] == 2
     assert stage2["train_cpu_s"] > 0 and own["train_cpu_s"] > 0
@@ -87,9 +85,9 @@ def test_it_leaves_a_report_with_every_number(finished):
     assert data["direction"] == data["valid_first"] == 1.0 and data["valid_last"] == pytest.approx(1.0, abs=0.01)
     assert teacher["train_cpu_s"] > 0 and many["train_cpu_s"] > 0 and few["seeds"] == many["seeds"]
     times = {row["frames"]: row for row in metrics["tables"]["time_per_frame"]}
-    models = {"etm_sdd", "full_causal", "teacher"}
-    assert {32, 256} <= set(times) and all(set(row) == {"frames", *models} for row in times.values())
-    assert all(row[name] > 0 for row in times.values() for name in row)
+    assert {32, 256} <= set(times)
+    assert all(row.keys() == {"frames", "etm_sdd", "full_causal", "teacher"} for row in times.values())
+    assert all(value > 0 for row in times.values() for value in row.values())
     streaming, growing = (row["bytes"] for row in metrics["tables"]["cache_bytes"])
     assert 0 < streaming < growing
     assert metrics["versions"]["jax"] and metrics["device"] and metrics["cpu"] and "commit" in metrics
@@ -463,12 +461,12 @@ def _command(subprocess_env, *arguments):
 
 @pytest.mark.subprocesses
 def test_a_workdir_that_cannot_be_written(subprocess_env):
-    assert "--workdir /proc/x cannot be written" in _command(subprocess_env, "--workdir", "/proc/x")
+    assert "--workdir: /proc/x cannot be written" in _command(subprocess_env, "--workdir", "/proc/x")
 
 
 @pytest.mark.parametrize("given", [slice(0, 2), slice(2, 4)], ids=["clips", "captions"])
 def test_clips_and_captions_belong_together(tmp_path, given):
-    with pytest.raises(UserError, match="--clips and --captions belong together"):
+    with pytest.raises(UserError, match="--clips: clips and captions belong together"):
         quickstart.main(["--smoke", "--workdir", str(tmp_path / "run"), *_clips(tmp_path)[given]])
     assert not (tmp_path / "run").exists()
 
@@ -490,14 +488,13 @@ def test_clips_that_cannot_be_used_leave_nothing(tmp_path, options, message):
 
 
 @pytest.mark.subprocesses
-def test_a_clip_folder_where_nothing_decodes_is_one_line(subprocess_env, tmp_path):
-    error = _command(subprocess_env, "--workdir", tmp_path / "run", *_clips(tmp_path, good=False))
-    assert "none of the 1 clips gives a window" in error
-    assert not list((tmp_path / "run").iterdir())
-
-
-@pytest.mark.subprocesses
-def test_a_caption_file_without_the_column_is_one_line(subprocess_env, tmp_path):
-    arguments = _clips(tmp_path, captions="clip,text\na.mp4,grey\n")
-    assert "no column 'caption'" in _command(subprocess_env, "--workdir", tmp_path / "run", *arguments)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(good=False), "none of the 1 clips gives a window"),
+        (dict(captions="clip,text\na.mp4,grey\n"), "no column 'caption'"),
+    ],
+)
+def test_clips_that_cannot_be_used_are_one_line(subprocess_env, tmp_path, options, message):
+    assert message in _command(subprocess_env, "--workdir", tmp_path / "run", *_clips(tmp_path, **options))
     assert not list((tmp_path / "run").iterdir())
