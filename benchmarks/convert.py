@@ -27,8 +27,11 @@ from greedy_distill_jax.distribution.sharding import leaf_paths, shardings
 from greedy_distill_jax.measure import environment, record
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.storage.checkpoint import Checkpointer
-from greedy_distill_jax.weights.load import compare, load
-from greedy_distill_jax.weights.source import Source, open_source, parameter_shapes
+from greedy_distill_jax.weights.architecture import parameter_shapes
+from greedy_distill_jax.weights.load import load
+from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.source import Source
+from greedy_distill_jax.weights.verify import compare
 from greedy_distill_jax.weights.write import write
 
 LIMIT = 1.5  # of the largest stacked shard

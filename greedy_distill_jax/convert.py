@@ -31,12 +31,16 @@ from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
-from greedy_distill_jax.weights.files import PARTS
-from greedy_distill_jax.weights.load import DTYPES, compare, load
-from greedy_distill_jax.weights.names import foreign_names
+from greedy_distill_jax.weights.architecture import describe, wan_of
+from greedy_distill_jax.weights.inspect import report, title
+from greedy_distill_jax.weights.load import DTYPES, load
+from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.pipeline import saved_codec
-from greedy_distill_jax.weights.source import Source, open_source, summary, wan_of
-from greedy_distill_jax.weights.write import SHARD_BYTES, WRITABLE, architecture_json, replacing, write
+from greedy_distill_jax.weights.replacing import replacing
+from greedy_distill_jax.weights.source import Source
+from greedy_distill_jax.weights.torch_files import PARTS
+from greedy_distill_jax.weights.verify import verdict
+from greedy_distill_jax.weights.write import SHARD_BYTES, WRITABLE, write
 
 WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832 pixels
 
@@ -115,66 +119,59 @@ def _sampling(source: Source) -> dict[str, Any]:
     return {"sampling": sampling, "latent_shape": list(source.meta["latent_shape"])}
 
 
+_PLACES = {"path": "SRC", "target": "DST", "form": "--format", "shard_bytes": "--shard-gb"}
+_OPTIONS = ("part", "step", "heads", "text_len", "dtype", "mesh", "overwrite")
+
+
+def _places(**more: str):
+    return cli.places(**_PLACES | {name: f"--{name.replace('_', '-')}" for name in _OPTIONS} | more)
+
+
+def _open(args: argparse.Namespace, path: str, place: str = "SRC") -> Source:
+    with _places(path=place):
+        return open_source(
+            path, part=args.part, step=getattr(args, "step", None), heads=args.heads, text_len=args.text_len
+        )
+
+
 def _parse_mesh(value: str) -> dict[str, int]:
     try:
         return {axis: int(size) for axis, size in (part.split("=") for part in value.split(","))}
     except ValueError as error:
-        raise UserError(f"--mesh {value!r} is not of the form AXIS=SIZE,..., such as fsdp=8.") from error
+        raise UserError(f"{value!r} is not of the form AXIS=SIZE,..., such as fsdp=8.", "mesh") from error
 
 
 def _import(args: argparse.Namespace) -> None:
-    source = open_source(args.src, part=args.part, heads=args.heads, text_len=args.text_len)
-    sharding = functools.partial(shardings, mesh=make_mesh(_parse_mesh(args.mesh))) if args.mesh else None
-    import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, overwrite=args.overwrite)
-    print(f"{args.dst}: {summary(source)['architecture']} from {source.format}{_of_part(source)}")
-
-
-def _of_part(source: Source) -> str:
-    return f", part {source.meta['part']}" if source.meta.get("part") else ""
+    source = _open(args, args.src)
+    with _places():
+        sharding = functools.partial(shardings, mesh=make_mesh(_parse_mesh(args.mesh))) if args.mesh else None
+        import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, overwrite=args.overwrite)
+    print(f"{args.dst}: {describe(source.cfg)} from {title(source)}")
 
 
 def _export(args: argparse.Namespace) -> None:
-    source = open_source(args.src, part=args.part, step=args.step, heads=args.heads, text_len=args.text_len)
-    options = dict(dtype=args.dtype, shard_bytes=int(args.shard_gb * 10**9), overwrite=args.overwrite)
-    if args.shard_gb <= 0:
-        raise UserError(f"--shard-gb is {args.shard_gb}; it must be positive.")
-    export_weights(source, args.dst, args.format, **options)
+    source = _open(args, args.src)
+    with _places():
+        options = dict(dtype=args.dtype, shard_bytes=int(args.shard_gb * 10**9), overwrite=args.overwrite)
+        export_weights(source, args.dst, args.format, **options)
     if args.format != "torch-student" and wan_of(source.cfg).prediction != "velocity":
         print(
             f"note: {args.src} predicts x0; programs that expect Wan's velocity need (x - output) / sigma.",
             file=sys.stderr,
         )
-    print(f"{args.dst}: {summary(source)['architecture']} as {args.format}")
+    print(f"{args.dst}: {describe(source.cfg)} as {args.format}")
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    source = open_source(args.src, part=args.part, step=args.step, heads=args.heads, text_len=args.text_len)
-    found = summary(source)
-    print(f"format        {found['format']}{_of_part(source)}")
-    print(f"architecture  {found['architecture']}")
-    for name, value in architecture_json(source).items():
-        print(f"  {name} = {value}")
-    print(f"parameters    {found['parameters']:,} in {found['tensors']:,} tensors ({found['leaves']} stacked)")
-    print(f"dtypes        {', '.join(f'{name} ({count} stacked)' for name, count in found['dtypes'].items())}")
-    if args.tensors:
-        for path, shape in source.shapes.items():
-            first = foreign_names(path, shape, "original")[0]
-            print(f"  {path} {list(shape)} {source.dtypes[path]}  <- {first}")
+    for line in report(_open(args, args.src), tensors=args.tensors):
+        print(line)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    a, b = (open_source(s, part=args.part, heads=args.heads, text_len=args.text_len) for s in (args.a, args.b))
-    different = compare(a, b)
-    beyond = [d for d in different if args.atol is None or not d.largest <= args.atol]
-    for d in sorted(beyond, key=lambda d: -d.largest)[:10]:
-        print(f"{d.name}: max |a - b| = {d.largest:.3g} ({' against '.join(d.dtypes)})")
-    count = summary(a)["tensors"]
-    if beyond:
-        print(f"{len(beyond)} of {count} tensors differ")
-        return 1
-    same = f"agree within {args.atol:g}" if different else "are identical bit by bit"
-    print(f"{count} tensors {same}")
-    return 0
+    a, b = _open(args, args.a, "A"), _open(args, args.b, "B")
+    same, lines = verdict(a, b, args.atol)
+    print("\n".join(lines))
+    return 0 if same else 1
 
 
 def _parser() -> cli.Parser:

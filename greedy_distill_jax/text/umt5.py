@@ -16,7 +16,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.records import fingerprint, first_line
 from greedy_distill_jax.text.cleaning import clean_prompt, cleaning
 from greedy_distill_jax.text.write_store import write_text_store
-from greedy_distill_jax.weights.files import import_torch
+from greedy_distill_jax.weights.torch_files import import_torch
 
 DTYPES = ("stored", "float32", "bfloat16")
 TEXT_LEN = 512

@@ -12,7 +12,7 @@ from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.weights.load import load
-from greedy_distill_jax.weights.source import open_source
+from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.vae import load_vae_codec
 
 CODEC, REFERENCE = "codec.npz", "codec.json"

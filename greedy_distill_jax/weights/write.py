@@ -1,14 +1,11 @@
 """The other formats written: safetensors in shards, `.pt`, and the folder with the PyTorch student.
 
-Everything is written under a temporary name beside the target and renamed at the end.
+Everything appears whole or not at all (see `replacing`).
 """
 
-import contextlib
-import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,41 +15,15 @@ import numpy as np
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.weights import names
-from greedy_distill_jax.weights.files import PARTS, import_torch, to_torch
+from greedy_distill_jax.weights.architecture import architecture_json, wan_of
 from greedy_distill_jax.weights.load import stored_dtype
-from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, Source, wan_of
+from greedy_distill_jax.weights.replacing import replacing
+from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, Source
+from greedy_distill_jax.weights.torch_files import PARTS, import_torch, to_torch
 
 WRITABLE = ("original", "diffusers", "causal-pt", "torch-student")
 SHARD_BYTES = 5 * 10**9
 STUDENT_FILE = "torch_student.py"
-
-
-@contextlib.contextmanager
-def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``target`` for a file or folder; renamed to it at the end, removed on any error.
-
-    Raises:
-      UserError: ``target`` exists (and ``overwrite`` is off), or its place cannot be written.
-    """
-    target = Path(target).expanduser()
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; choose another name or pass --overwrite.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror or error}); choose another place.") from error
-    try:
-        partial = temporary / target.name
-        try:
-            yield partial
-        except OSError as error:
-            raise UserError(f"{target} cannot be written ({error.strerror or error}).") from error
-        if target.exists():
-            os.replace(target, temporary / "replaced")
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def tensors_of(source: Source, naming: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -97,14 +68,16 @@ def write(
     """
     is_student = isinstance(source.cfg, StudentConfig)
     if form not in WRITABLE:
-        raise UserError(f"--format {form!r} is unknown; choose from {', '.join(WRITABLE)}.")
+        raise UserError(f"format {form!r} is unknown; choose from {', '.join(WRITABLE)}.", "form")
+    if shard_bytes < 1:
+        raise UserError(f"shards of {shard_bytes} bytes; give a positive size.", "shard_bytes")
     if is_student != (form == "torch-student"):
         fits = "torch-student" if is_student else "original, diffusers or causal-pt"
         holds = "ETM + SDD" if is_student else "a Wan DiT"
-        raise UserError(f"{source.path} holds {holds}, which --format {form} cannot; use {fits}.")
+        raise UserError(f"{source.path} holds {holds}, which format {form} cannot; use {fits}.", "form")
     stored_dtype(source, next(iter(source.shapes)), dtype)
     if form == "causal-pt" and Path(target).suffix not in (".pt", ".pth"):
-        raise UserError(f"{target} is no .pt file; name the output such as {target}.pt")
+        raise UserError(f"{target} is no .pt file; name the output such as {target}.pt", "target")
     with replacing(target, overwrite=overwrite) as partial:
         if form == "causal-pt":
             _write_pt(source, partial, dtype)
@@ -121,16 +94,10 @@ def write(
                 shutil.copyfile(codec, partial / codec.name)
 
 
-def architecture_json(source: Source) -> dict[str, Any]:
-    """The architecture as JSON, with its kind."""
-    kind = "student" if isinstance(source.cfg, StudentConfig) else "teacher"
-    return {"kind": kind, **dataclasses.asdict(source.cfg)}
-
-
 def _write_safetensors(source: Source, folder: Path, stem: str, naming: str, dtype: str, shard_bytes: int) -> None:
     from safetensors.numpy import save_file
 
-    metadata = {"format": "pt", METADATA: json.dumps(architecture_json(source))}
+    metadata = {"format": "pt", METADATA: json.dumps(architecture_json(source.cfg))}
     shards, shard, size, total = [], {}, 0, 0  # names per written shard; the one being filled
 
     def flush():
@@ -162,7 +129,7 @@ def _write_pt(source: Source, file: Path, dtype: str) -> None:
     torch = import_torch("writing a .pt file")
     part = source.meta.get("part") or source.meta.get("source", {}).get("part") or PARTS[0]
     state = {f"model.{name}": to_torch(tensor) for name, tensor in tensors_of(source, "original", dtype)}
-    torch.save({part: state, METADATA: json.dumps(architecture_json(source))}, file)
+    torch.save({part: state, METADATA: json.dumps(architecture_json(source.cfg))}, file)
 
 
 def _wan_config(source: Source, form: str) -> dict[str, Any]:
@@ -170,18 +137,38 @@ def _wan_config(source: Source, form: str) -> dict[str, Any]:
     cfg = wan_of(source.cfg)
     if form == "original":
         return dict(
-            _class_name="WanModel", model_type="t2v", dim=cfg.dim, ffn_dim=cfg.ffn_dim, freq_dim=cfg.freq_dim,
-            num_heads=cfg.num_heads, num_layers=cfg.num_layers, in_dim=cfg.channels, out_dim=cfg.channels,
-            text_len=cfg.text_len, eps=cfg.eps,
-        )  # fmt: skip
+            _class_name="WanModel",
+            model_type="t2v",
+            dim=cfg.dim,
+            ffn_dim=cfg.ffn_dim,
+            freq_dim=cfg.freq_dim,
+            num_heads=cfg.num_heads,
+            num_layers=cfg.num_layers,
+            in_dim=cfg.channels,
+            out_dim=cfg.channels,
+            text_len=cfg.text_len,
+            eps=cfg.eps,
+        )
     return dict(
-        _class_name="WanTransformer3DModel", patch_size=[1, cfg.patch, cfg.patch], num_attention_heads=cfg.num_heads,
-        attention_head_dim=cfg.head_dim, in_channels=cfg.channels, out_channels=cfg.channels, text_dim=cfg.text_dim,
-        freq_dim=cfg.freq_dim, ffn_dim=cfg.ffn_dim, num_layers=cfg.num_layers, cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads", eps=cfg.eps, image_dim=None, added_kv_proj_dim=None, rope_max_seq_len=1024,
-    )  # fmt: skip
+        _class_name="WanTransformer3DModel",
+        patch_size=[1, cfg.patch, cfg.patch],
+        num_attention_heads=cfg.num_heads,
+        attention_head_dim=cfg.head_dim,
+        in_channels=cfg.channels,
+        out_channels=cfg.channels,
+        text_dim=cfg.text_dim,
+        freq_dim=cfg.freq_dim,
+        ffn_dim=cfg.ffn_dim,
+        num_layers=cfg.num_layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=cfg.eps,
+        image_dim=None,
+        added_kv_proj_dim=None,
+        rope_max_seq_len=1024,
+    )
 
 
 def _student_config(source: Source, student: dict[str, Any]) -> dict[str, Any]:
     known = {k: source.meta[k] for k in ("sampling", "latent_shape") if k in source.meta}
-    return {"format": STUDENT_FORMAT, "architecture": architecture_json(source), **known, **student}
+    return {"format": STUDENT_FORMAT, "architecture": architecture_json(source.cfg), **known, **student}

@@ -12,7 +12,8 @@ from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.weights import names
-from greedy_distill_jax.weights.source import TreeSource, open_source
+from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.source import TreeSource
 from greedy_distill_jax.weights.write import write
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")

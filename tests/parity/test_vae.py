@@ -11,7 +11,7 @@ from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
 from greedy_distill_jax.codecs.vae_codec import whole
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.testing.vae import SMALL, STATISTICS, WAN, random_params
-from greedy_distill_jax.weights import vae as weights
+from greedy_distill_jax.weights import vae as weights, vae_names
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")
@@ -75,9 +75,9 @@ def test_the_real_size_has_diffusers_tensors():
     with torch.device("meta"):
         other = diffusers.AutoencoderKLWan()
     vae = WanVAE()
-    shapes = weights.parameter_shapes(vae)
+    shapes = vae_names.parameter_shapes(vae)
     assert sum(int(np.prod(s)) for s in shapes.values()) == sum(p.numel() for p in other.parameters()) == 126_892_531
-    named = {row.diffusers: row.foreign_shape(shapes[row.ours]) for row in weights.rows(vae)}
+    named = {row.diffusers: row.foreign_shape(shapes[row.ours]) for row in vae_names.rows(vae)}
     assert named == {name: tuple(x.shape) for name, x in other.state_dict().items()} and len(named) == 194
     assert (vae.cfg.mean, vae.cfg.std) == (tuple(other.config.latents_mean), tuple(other.config.latents_std))
 
@@ -97,4 +97,4 @@ def test_original_names_are_those_that_diffusers_converts():
 
 def test_every_leaf_has_a_row(pair):
     vae, params, _ = pair
-    assert sorted(row.ours for row in weights.rows(vae)) == sorted(path for path, _ in leaf_paths(params))
+    assert sorted(row.ours for row in vae_names.rows(vae)) == sorted(path for path, _ in leaf_paths(params))

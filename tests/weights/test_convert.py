@@ -13,8 +13,8 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
-from greedy_distill_jax.weights.load import compare
-from greedy_distill_jax.weights.source import open_source
+from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.verify import compare
 
 run = functools.partial(exit_code, convert.main)
 

@@ -14,8 +14,11 @@ from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.weights import load as loading, names
-from greedy_distill_jax.weights.load import compare, load
-from greedy_distill_jax.weights.source import Source, TreeSource, open_source, parameter_shapes
+from greedy_distill_jax.weights.architecture import parameter_shapes
+from greedy_distill_jax.weights.load import load
+from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.source import Source, TreeSource
+from greedy_distill_jax.weights.verify import compare
 from greedy_distill_jax.weights.write import write
 
 

@@ -7,7 +7,7 @@ from greedy_distill_jax.models.students.config import FUSIONS
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.weights import names
-from greedy_distill_jax.weights.source import parameter_shapes
+from greedy_distill_jax.weights.architecture import parameter_shapes
 
 
 def foreign(cfg, naming):

@@ -17,8 +17,9 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.weights.load import compare
-from greedy_distill_jax.weights.source import TreeSource, open_source
+from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.source import TreeSource
+from greedy_distill_jax.weights.verify import compare
 from greedy_distill_jax.weights.write import tensors_of, write
 
 run = functools.partial(exit_code, convert.main)
@@ -271,12 +272,14 @@ def test_refusals_of_the_command(tmp_path, capsys):
     path = _write(tensors(), tmp_path / "in.safetensors")
     save_file({}, tmp_path / "taken.safetensors")
     cases = [
-        (["import", tmp_path / "no", tmp_path / "out"], "does not exist"),
-        (["import", path, tmp_path / "taken.safetensors", *SIZES], "--overwrite"),
-        (["import", path, tmp_path / "out"], "--heads"),
-        (["import", path, tmp_path / "out", *SIZES, "--mesh", "fsdp"], "--mesh"),
-        (["export", path, tmp_path / "out", "--format", "torch-student", *SIZES], "torch-student cannot"),
-        (["export", path, tmp_path / "out", "--format", "causal-pt", *SIZES], "out.pt"),
+        (["import", tmp_path / "no", tmp_path / "out"], f"SRC: {tmp_path / 'no'} does not exist"),
+        (["import", path, tmp_path / "taken.safetensors", *SIZES], "--overwrite: "),
+        (["import", path, tmp_path / "out"], "--heads: "),
+        (["import", path, tmp_path / "out", *SIZES, "--mesh", "fsdp"], "--mesh: 'fsdp' is not of the form"),
+        (["export", path, tmp_path / "out", "--format", "torch-student", *SIZES], "--format: "),
+        (["export", path, tmp_path / "out", "--format", "causal-pt", *SIZES], "DST: "),
+        (["export", path, tmp_path / "out", "--format", "original", *SIZES, "--shard-gb", "0"], "--shard-gb: "),
+        (["verify", path, tmp_path / "no", *SIZES], f"B: {tmp_path / 'no'} does not exist"),
         (["export", path, tmp_path / "out", "--format", "nothing"], "nothing"),
     ]
     for argv, word in cases:

@@ -14,7 +14,7 @@ from greedy_distill_jax.codecs.vae_tiny import TinyVAE
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.testing.vae import SMALL, TINY, random_params
-from greedy_distill_jax.weights import vae as weights
+from greedy_distill_jax.weights import vae as weights, vae_names
 
 WAYS = {
     "wan-safetensors": (SMALL, "original", "Wan2.1_VAE.safetensors"),
@@ -67,8 +67,8 @@ def test_a_diffusers_pipeline_tells_the_sizes(tmp_path):
 
 
 def test_names_of_wan():
-    shapes = weights.parameter_shapes(WanVAE())
-    rows = weights.rows(WanVAE())
+    shapes = vae_names.parameter_shapes(WanVAE())
+    rows = vae_names.rows(WanVAE())
     named = {row.original: row.foreign_shape(shapes[row.ours]) for row in rows}
     assert len(named) == len({row.diffusers for row in rows}) == 194
     expected = {
@@ -89,9 +89,9 @@ def test_names_of_wan():
 
 
 def test_names_of_taehv():
-    shapes = weights.parameter_shapes(TinyVAE())
-    named = {row.original: row.foreign_shape(shapes[row.ours]) for row in weights.rows(TinyVAE())}
-    assert len(named) == 128 and set(shapes) == {row.ours for row in weights.rows(TinyVAE())}
+    shapes = vae_names.parameter_shapes(TinyVAE())
+    named = {row.original: row.foreign_shape(shapes[row.ours]) for row in vae_names.rows(TinyVAE())}
+    assert len(named) == 128 and set(shapes) == {row.ours for row in vae_names.rows(TinyVAE())}
     expected = {
         "encoder.0.weight": (64, 3, 3, 3),
         "encoder.2.conv.weight": (64, 128, 1, 1),

@@ -1,0 +1,115 @@
+"""Trajectories of a trained run's or a model folder's ODE, at the noise levels of a student."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from greedy_distill_jax.data.sources.trajectories import write_trajectories
+from greedy_distill_jax.errors import UserError, about
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT, read_prompts
+from greedy_distill_jax.weights.pipeline import load_codec
+
+_MOST_IN_MEMORY = 128  # prompts; one has 8 MiB of rows at Wan's size
+_MODEL_GUIDANCE = 6.0  # with which the published trajectories of Wan2.1 were made
+
+
+def follow_teacher(
+    prompts: str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    sigmas: tuple[float, ...],
+    shift: float,
+    teacher: str | os.PathLike | None = None,
+    model: str | os.PathLike | None = None,
+    text: str | None = None,
+    steps: int = 48,
+    guidance: float | None = None,
+    negative: str | None = None,
+    width: int = 832,
+    height: int = 480,
+    frames: int = 81,
+    **options: Any,
+) -> dict[str, Any] | None:
+    """Stores what a teacher makes of noise, with the states at every noise level of a student.
+
+    Args:
+      prompts: file of conditions, see `read_prompts`.
+      directory: folder to write.
+      sigmas: the student's noise levels, decreasing from 1.
+      shift: of the noise levels between them.
+      teacher: run directory of a teacher; or
+      model: a model folder in the layout of diffusers.
+      text: text store or model folder that encodes the prompts instead.
+      steps: evaluations of a trajectory.
+      guidance: scale; None for the teacher run's, with a model folder 6.
+      negative: prompt of the unconditional branch; None for the teacher run's, with a model folder Wan2.1's own.
+      width, height, frames: of the videos in pixels, with a model folder.
+      options: of `write_trajectories`.
+
+    Returns:
+      What dataset.json holds; None if other processes have not finished.
+
+    Raises:
+      UserError: prompts, a teacher or a text encoder that cannot be used, or a folder that cannot be written.
+    """
+    for field, value in (("steps", steps), ("frames", frames)):
+        if value < 1:
+            raise UserError(f"{field}={value} is too small; use at least 1", field)
+    conditions = read_prompts(prompts)
+    if teacher is not None:
+        run = _of_run(teacher, text)
+        source = f"{Path(teacher).name}, trained on {run.meta['data_position']} examples"
+    else:
+        if not text and len(conditions) > _MOST_IN_MEMORY:
+            raise UserError(
+                f"{prompts} holds {len(conditions)} prompts, whose rows do not fit into memory; encode them with python "
+                "-m greedy_distill_jax.prepare text, and name the store as the text encoder",
+                field="prompts",
+            )
+        with about("model"):
+            codec = load_codec(model)
+        run = Run.from_model_folder(
+            model,
+            codec,
+            conditions,
+            height=height,
+            width=width,
+            frames=frames,
+            negative=WAN_NEGATIVE_PROMPT if negative is None else negative,
+            text=text,
+        )
+        run.config.sample.guidance, source = _MODEL_GUIDANCE, Path(model).name
+    if guidance is not None:
+        run.config.sample.guidance = guidance
+    if negative is not None:
+        run.config.data.negative_prompt = negative
+    return write_trajectories(
+        conditions,
+        directory,
+        lambda noise, rows: run.trajectories(noise, rows, sigmas, steps, shift),
+        run.encoder,
+        run.codec,
+        sigmas=sigmas,
+        latent_shape=run.latent_shape,
+        plan={
+            "teacher": source,
+            "steps": steps,
+            "shift": shift,
+            "guidance": run.config.sample.guidance,
+            "negative": run.config.data.negative_prompt,
+        },
+        **options,
+    )
+
+
+def _of_run(teacher: str | os.PathLike, text: str | None) -> Run:
+    try:
+        run = Run.load(teacher, text=text)
+    except UserError as error:  # what is not about the text encoder is about the run
+        raise UserError(str(error), "text" if error.field == "text" else "teacher") from error
+    if run.is_student:
+        raise UserError(f"{teacher} holds a student; name the run of a teacher", "teacher")
+    return run

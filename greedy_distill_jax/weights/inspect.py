@@ -1,0 +1,41 @@
+"""What a model in any format is, in words."""
+
+import collections
+from collections.abc import Iterator
+
+import numpy as np
+
+from greedy_distill_jax.weights import names
+from greedy_distill_jax.weights.architecture import architecture_json, describe
+from greedy_distill_jax.weights.source import Source
+
+
+def tensor_count(source: Source) -> int:
+    """Returns the number of tensors under Wan's names, where ours are stacked over layers."""
+    return sum(shape[0] if names.split_path(leaf)[1].stacked else 1 for leaf, shape in source.shapes.items())
+
+
+def title(source: Source) -> str:
+    """Returns the format, and the part of a `.pt`, in a few words."""
+    return source.format + (f", part {source.meta['part']}" if source.meta.get("part") else "")
+
+
+def report(source: Source, *, tensors: bool = False) -> Iterator[str]:
+    """Yields the lines of `convert inspect`: format, architecture, parameters, dtypes.
+
+    Args:
+      source: from `open_source`.
+      tensors: also a line for every leaf.
+    """
+    yield f"format        {title(source)}"
+    yield f"architecture  {describe(source.cfg)}"
+    for name, value in architecture_json(source.cfg).items():
+        yield f"  {name} = {value}"
+    parameters = sum(int(np.prod(shape)) for shape in source.shapes.values())
+    yield f"parameters    {parameters:,} in {tensor_count(source):,} tensors ({len(source.shapes)} stacked)"
+    counts = collections.Counter(str(dtype) for dtype in source.dtypes.values())
+    yield f"dtypes        {', '.join(f'{name} ({count} stacked)' for name, count in counts.items())}"
+    if tensors:
+        for path, shape in source.shapes.items():
+            first = names.foreign_names(path, shape, "original")[0]
+            yield f"  {path} {list(shape)} {source.dtypes[path]}  <- {first}"

@@ -1,0 +1,121 @@
+"""Any format, recognised by what is there."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.weights import names
+from greedy_distill_jax.weights.architecture import as_config
+from greedy_distill_jax.weights.files import TensorFiles
+from greedy_distill_jax.weights.safetensors_files import safetensors_in
+from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, ForeignSource, OurSource, Source
+from greedy_distill_jax.weights.tensor_files import read_config, tensor_files
+from greedy_distill_jax.weights.torch_files import TorchFile
+
+
+def open_source(
+    path: str | Path, *, part: str = "", step: int | None = None, heads: int | None = None, text_len: int | None = None
+) -> Source:
+    """Recognises and opens a model.
+
+    Args:
+      path: a safetensors file or its index.json, a `.pt` / `.pth` file, a folder with one of them, the folder of a
+        diffusers pipeline, an exported student, a converted folder or a training run.
+      part: dictionary of a `.pt` (`files.PARTS`), or "ema" / "params" of a run; "" for the default.
+      step: of a training run; None for the newest.
+      heads, text_len: where no config.json tells (heads are otherwise assumed to be of 128 channels).
+
+    Raises:
+      UserError: nothing that is known, or a model that cannot be used; names file, tensor and remedy.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a file or a folder with weights.", "path")
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        return OurSource(path, part, step)
+    if path.is_dir() and (path / "transformer").is_dir() and not safetensors_in(path):
+        path = path / "transformer"  # a diffusers pipeline
+    files = tensor_files(path, part)
+    folder = path if path.is_dir() else path.parent
+    config = read_config(folder / "config.json")
+    naming = names.naming_of(files.entries)
+    if naming is None:
+        some = ", ".join(sorted(files.entries)[:2]) or "none"
+        raise UserError(
+            f"{path}: its tensors ({some}, ...) are not those of a Wan text-to-video DiT or of a student.", "path"
+        )
+    if naming == "student":
+        if config.get("format") != STUDENT_FORMAT:
+            raise UserError(
+                f"{folder}: config.json is missing or not that of an exported student; copy it there.", "path"
+            )
+        try:
+            cfg = as_config(config["architecture"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{folder / 'config.json'} describes no student ({error!r}); export it again.", "path"
+            ) from error
+        return ForeignSource(path, "torch-student", files, cfg, "original", config)
+    form = "causal-pt" if isinstance(files, TorchFile) else naming
+    cfg = _wan_config(path, files, naming, config, heads, text_len)
+    return ForeignSource(path, form, files, cfg, naming, {"part": files.part, "naming": naming})
+
+
+# config.json of Wan's repository and of diffusers -> ours.
+_KEYS = {
+    "original": {
+        **{key: key for key in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_len", "eps")},
+        "in_dim": "channels",
+    },
+    "diffusers": {
+        **{key: key for key in ("ffn_dim", "freq_dim", "num_layers", "eps", "text_dim")},
+        "num_attention_heads": "num_heads",
+        "in_channels": "channels",
+    },
+}
+
+
+def _wan_config(path: Path, files: TensorFiles, naming: str, config: Mapping, heads, text_len) -> WanConfig:
+    """What the file says of itself, then config.json, then the shapes of the tensors."""
+    if METADATA in files.metadata:
+        try:
+            return as_config(json.loads(files.metadata[METADATA]))
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{path}: metadata {METADATA!r} describes no model ({error}); export it again.", "path"
+            ) from error
+
+    def shape(leaf: str) -> tuple[int, ...]:
+        name = names.foreign_names(leaf, (1,), naming)[0]
+        if name not in files.entries:
+            raise UserError(f"{path}: tensor {name} is missing; the file is incomplete, download it again.", "path")
+        return files.entries[name].shape
+
+    patch = shape("embed/patch/kernel")
+    if len(patch) != 5 or patch[2] != 1 or patch[3] != patch[4]:
+        raise UserError(
+            f"{path}: tensor patch_embedding.weight has shape {list(patch)}, expected [dim, C, 1, p, p].", "path"
+        )
+    layers = [int(found[1]) for name in files.entries if (found := re.match(r"blocks\.(\d+)\.", name))]
+    fields = dict(
+        dim=patch[0],
+        channels=patch[1],
+        patch=patch[3],
+        num_layers=max(layers, default=0) + 1,
+        ffn_dim=shape("blocks/ffn/up/kernel")[0],
+        freq_dim=shape("embed/time_in/kernel")[-1],
+        text_dim=shape("embed/text_in/kernel")[-1],
+    )
+    by_width = {size["dim"]: size["num_heads"] for size in WAN_SIZES.values() if size["dim"] > 1000}
+    fields["num_heads"] = by_width.get(fields["dim"], fields["dim"] // 128)
+    fields.update({ours: config[theirs] for theirs, ours in _KEYS[naming].items() if theirs in config})
+    if naming == "diffusers" and {"num_attention_heads", "attention_head_dim"} <= set(config):
+        fields["dim"] = config["num_attention_heads"] * config["attention_head_dim"]
+    fields.update({k: v for k, v in (("num_heads", heads), ("text_len", text_len)) if v is not None})
+    try:
+        return WanConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error} Give the number of heads.", "heads") from error

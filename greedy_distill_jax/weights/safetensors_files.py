@@ -1,0 +1,91 @@
+"""Safetensors, read slice by slice: one file, or shards with an index."""
+
+import json
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.weights.files import AGAIN, Entry, add_entry
+from greedy_distill_jax.weights.names import Index
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+class SafetensorsFiles:
+    """Tensors of one or several safetensors files. Reads with pread: what was read does not stay resident.
+
+    Raises:
+      UserError: a file that is missing, truncated or no safetensors file, or a tensor that is not of floating point.
+    """
+
+    part = ""
+
+    def __init__(self, files: list[Path]):
+        from safetensors import SafetensorError, safe_open
+
+        self.entries, self.metadata, self._open = {}, {}, {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="np", backend="pread")
+            except FileNotFoundError as error:
+                raise UserError(f"{file} is missing; the index names it, so {AGAIN}.", "path") from error
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is truncated or no safetensors file ({error}); {AGAIN}.", "path") from error
+            self._open[file] = handle
+            self.metadata.update(handle.metadata() or {})
+            for name in handle.keys():  # noqa: SIM118 (the handle itself is not iterable)
+                view = handle.get_slice(name)
+                if view.get_dtype() not in DTYPES:
+                    raise UserError(
+                        f"{file}: tensor {name} has dtype {view.get_dtype()}; use weights in one of "
+                        f"{', '.join(DTYPES)} (not quantised).",
+                        "path",
+                    )
+                add_entry(self.entries, Entry(name, tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]), file))
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """See `TensorFiles`."""
+        entry = self.entries[name]
+        handle = self._open[entry.file]
+        if all(s == slice(None) for s in index):
+            return handle.get_tensor(entry.stored_name)
+        return handle.get_slice(entry.stored_name)[tuple(slice(*s.indices(n)) for s, n in zip(index, entry.shape))]
+
+
+def safetensors_in(folder: Path) -> list[Path]:
+    """The safetensors files of one model in a folder, checked against its index.json; [] if there are none."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indices) > 1:
+        raise _several(folder, indices)
+    if indices:
+        return files_of_index(indices[0])
+    parts = [re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", file.name) for file in files]
+    if files and all(parts) and len({(p[1], p[3]) for p in parts}) == 1:
+        if len(files) != int(parts[0][3]):
+            raise UserError(f"{folder} holds {len(files)} of {int(parts[0][3])} shards; {AGAIN}.", "path")
+        return files
+    if len(files) > 1:
+        raise _several(folder, files)
+    return files
+
+
+def _several(folder: Path, files: list[Path]) -> UserError:
+    return UserError(
+        f"{folder} holds several models ({', '.join(f.name for f in files)}); name one of these files.", "path"
+    )
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """The files an index.json names; UserError when one is missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of safetensors shards ({error!r}); {AGAIN}.", "path") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(f"{index} names {missing[0]}, which is missing; {AGAIN}.", "path")
+    return [index.parent / name for name in names]

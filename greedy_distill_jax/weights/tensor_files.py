@@ -1,0 +1,46 @@
+"""The file or files that a path names, opened by the reader of their format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.weights.files import TensorFiles
+from greedy_distill_jax.weights.safetensors_files import SafetensorsFiles, files_of_index, safetensors_in
+from greedy_distill_jax.weights.torch_files import TorchFile
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def tensor_files(path: Path, part: str = "") -> TensorFiles:
+    """The tensors of a file, of an index.json or of the one model in a folder; ``part`` of a `.pt` (`files.PARTS`)."""
+    if path.is_dir():
+        if found := safetensors_in(path):
+            return SafetensorsFiles(found)
+        found = sorted(p for p in path.iterdir() if p.suffix in TORCH_SUFFIXES)
+        if len(found) == 1:
+            return TorchFile(found[0], part)
+        several = f"several files ({', '.join(p.name for p in found[:4])}); name one of them" if found else ""
+        raise UserError(
+            f"{path} holds {several or 'no safetensors, .pt or checkpoints; name a folder with weights'}.", "path"
+        )
+    if path.name.endswith(".index.json"):
+        return SafetensorsFiles(files_of_index(path))
+    if path.suffix == ".safetensors":
+        return SafetensorsFiles([path])
+    if path.suffix in TORCH_SUFFIXES:
+        return TorchFile(path, part)
+    raise UserError(
+        f"{path} is neither .safetensors nor one of {', '.join(TORCH_SUFFIXES)}; name a file with weights.", "path"
+    )
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The dictionary in a config.json, {} if there is none; UserError when it is no JSON."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no JSON ({error}); remove it or copy the right one.", "path") from error
+    return config if isinstance(config, dict) else {}
