@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from greedy_distill_jax.testing import published_sizes
+import published_sizes
 
 GIB = 2**30
 

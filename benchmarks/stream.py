@@ -3,7 +3,7 @@
     python benchmarks/stream.py --size wan1_3b --output benchmarks/results/stream.json
     JAX_PLATFORMS=cpu python benchmarks/stream.py --size small
 
-Runs the programs that `sample` runs (`run.open_stream`, `VideoCodec.decode_next`), one video at a time, for two
+Runs the programs that `sample` runs (`session.programs`, `VideoCodec.decode_next`), one video at a time, for two
 students, ETM + SDD and the causal one (LongLive's setting), and four schedules of denoising steps. Speed does not
 depend on the weights. Columns of the table, from the text's rows on the device to what is named:
 
@@ -31,6 +31,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sizes import SIZES, Size
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.codecs.vae_codec import VAECodec
@@ -41,11 +42,11 @@ from greedy_distill_jax.measure import clock, environment, memory, record
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.pods import flops
-from greedy_distill_jax.runs.run import Run, open_stream
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.streaming.loop import Sampling, cache_bytes
 from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.testing.sizes import SIZES, Size
 from greedy_distill_jax.training.rollout import recompute, roll_out
 
 STUDENTS = ("etm_sdd", "causal")
@@ -68,14 +69,14 @@ class Stream:
         cfg = dataclasses.replace(run.model.cfg, context=context)
         self.params, self.text, self.shape = run.params, text, run.latent_shape[1:]
         self.streamer, self.chunk = make_streamer(make_student(cfg), sampling), cfg.chunk
-        state, step = open_stream(self.streamer, self.params, text, jax.random.key(0), self.shape)
+        self.programs, state = programs(self.streamer), self.open()
         start = clock.now()
-        self.step = step.lower(self.params, state).compile()
+        self.step = self.programs.step.lower(self.params, state).compile()
         self.compile_s, self.cache_bytes = clock.now() - start, cache_bytes(state)
 
     def open(self, seed: int = 0):
         """The state of a new stream."""
-        return open_stream(self.streamer, self.params, self.text, jax.random.key(seed), self.shape)[0]
+        return self.programs.init(self.params, self.text, jax.random.key(seed), self.shape)
 
     def first(self):
         """The first chunk of a new stream."""
@@ -144,7 +145,8 @@ def check(name: str, students: Sequence[str]) -> dict[str, float]:
             shape = (frames, *run.latent_shape[1:])
             drawn = jax.jit(lambda p, s=streamer, t=text, k=key, d=shape: roll_out(s, p, t, k, d, "last"))(run.params)
             again = jax.jit(lambda p, m=run.model, t=text, d=drawn: recompute(m, p, t, d, ContextGrad()))(run.params)
-            state, step = open_stream(streamer, run.params, text, jax.random.split(key)[1], shape[1:])
+            init, step, _ = programs(streamer)
+            state = init(run.params, text, jax.random.split(key)[1], shape[1:])
             streamed = []
             for _ in range(frames // chunk):
                 state, x = step(run.params, state)

@@ -4,7 +4,7 @@
     python benchmarks/stream_torch.py --size wan1_3b --compile --output benchmarks/results/stream-torch.json
 
 Random weights. The peer is a causal student in the manner of Self-Forcing, written for this comparison
-(`testing/torch_causal.py`): preallocated key cache, torch's fused attention, eager, and with --compile under
+(`torch_causal.py`): preallocated key cache, torch's fused attention, eager, and with --compile under
 `torch.compile` as well. It gets our causal student's weights, noise and dtype, makes the same number of evaluations and
 the clean pass, and its frames are compared with ours at every chunk; in bfloat16, where they can only be near, both are
 compared in float32 at a small size first. Ours is timed twice: the same causal student, and ETM + SDD cut from a
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from sizes import SIZES, Size
+from torch_causal import TorchCausal, step_noise
 from torch_rate import matmul_rates
 
 from greedy_distill_jax import cli
@@ -26,12 +28,10 @@ from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, record
-from greedy_distill_jax.runs.run import open_stream
 from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.testing.sizes import SIZES, Size
-from greedy_distill_jax.testing.torch_causal import TorchCausal, step_noise
 
 EAGER, COMPILED = "eager PyTorch, causal", "compiled PyTorch, causal"
 CAUSAL, ETM_SDD = "ours, causal", "ours, ETM + SDD (another model)"
@@ -43,8 +43,8 @@ def _ours(size: Size, student: str, sampling: Sampling):
     """(run, text rows, state and step of a stream); kernels are stored in the dtype that they are used in."""
     run = size.run(student, configuration.wan_config(size.config(student)).dtype)
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    opened = open_stream(make_streamer(run.model, sampling), run.params, text, jax.random.key(2), run.latent_shape[1:])
-    return run, text, *opened
+    init, step, _ = programs(make_streamer(run.model, sampling))
+    return run, text, init(run.params, text, jax.random.key(2), run.latent_shape[1:]), step
 
 
 def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: str) -> dict:

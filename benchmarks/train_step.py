@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rollout_gradient import gradients
+from sizes import SIZES, Size, random_params
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.config import keys as configuration
@@ -28,7 +29,6 @@ from greedy_distill_jax.measure import clock, environment, memory, record
 from greedy_distill_jax.pods.jobs import STREAM, Job, Step, build_job, imaginary_runs
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.testing.sizes import SIZES, Size, random_params
 
 # Name here -> (configuration of `sizes.CONFIGS`, name of the job's step).
 STEPS = {"stage 1": ("etm_sdd", "teacher_forcing"), "generator": ("dmd", "dmd"), "critic": ("dmd", "critic")}

@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices, with strict dtypes and ranks and with shapes checked at run time."""
 
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -82,6 +83,18 @@ def workdir(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     return path
+
+
+@pytest.fixture(scope="session")
+def benchmarks():
+    """Imports ``benchmarks/NAME.py``, whose scripts find each other in their own folder."""
+
+    def load(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(f"{ROOT}/benchmarks")
+            return importlib.import_module(name)
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import jax
@@ -21,17 +20,12 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from greedy_distill_jax import convert, evaluate as evaluation, quickstart, sample
-from greedy_distill_jax.codecs.patch import PatchCodec
-from greedy_distill_jax.codecs.vae_codec import VAECodec
-from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
 from greedy_distill_jax.data.video_io import VideoWriter, probe, read_frames
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.eval.tables import validate_metrics
-from greedy_distill_jax.models.students.config import StudentConfig
-from greedy_distill_jax.models.students.etm_sdd import Student
-from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.runs.teacher_sampler import TeacherSampler
 from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.testing import tiny
 
@@ -235,21 +229,11 @@ def test_other_containers(finished, tmp_path, name, decoder):
         assert Image.open(tmp_path / name).n_frames == 6
 
 
-def test_a_seed_is_a_video(student):
-    def stream(prompt, seed):
-        return np.concatenate(list(sample.stream_videos(student, [prompt], 4, seed=seed)), axis=1)
-
-    first = stream(PROMPTS[0], 0)
-    assert first.shape == (1, 4, 16, 16, 3) and first.dtype == np.uint8
-    np.testing.assert_array_equal(first, stream(PROMPTS[0], 0))
-    assert (first != stream(PROMPTS[0], 1)).any()
-
-
 def test_a_switch_changes_what_follows_and_nothing_before(finished, student, tmp_path):
     # Four updates leave the text without a visible effect, so the weights are random here.
     run = dataclasses.replace(student, params=tiny.random_params(student.model, latent_shape=student.latent_shape))
     plain, switched = (
-        np.concatenate(list(sample.stream_videos(run, [PROMPTS[0]], 6, switches=switches)), axis=1)
+        np.concatenate(list(run.session([PROMPTS[0]]).play(6, switches)), axis=1)
         for switches in (None, {3: PROMPTS[1]})
     )
     np.testing.assert_array_equal(plain[:, :3], switched[:, :3])
@@ -268,25 +252,27 @@ def test_a_teacher_makes_whole_videos(finished, tmp_path):
 
 
 def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
-    options = ["--solver", "unipc", "--shift", "3", "--guidance", "4", "--negative-prompt", PROMPTS[1]]
-    args = sample._parser().parse_args(["--checkpoint", str(finished / "teacher"), "--prompt", "a", *options])
-    config = sample._load(args).config
-    assert (config.sample.sampler, config.sample.shift, config.sample.guidance) == ("unipc", 3.0, 4.0)
-    assert config.data.negative_prompt == PROMPTS[1] and Run.load(finished / "teacher").config.sample.sampler == "euler"
+    run = Run.load(finished / "teacher")
+    asked = run.teacher_sampler(solver="unipc", shift=3.0, guidance=4.0, negative_prompt=PROMPTS[1])
+    assert (asked.solver, asked.shift, asked.guidance) == ("unipc", 3.0, 4.0)
+    np.testing.assert_array_equal(asked.null, run.text([PROMPTS[1]]))
+    own = run.teacher_sampler()
+    assert (own.solver, own.steps) == (run.config.sample.sampler, run.config.sample.steps) == ("euler", 2)
+    assert (own.null != asked.null).any()
 
 
 @pytest.mark.parametrize(
     "run, arguments, message",
     [
-        ("student", ["--frames", "0"], "--frames is 0; it must be at least 1"),
-        ("student", ["--steps", "0"], "--steps is 0"),
-        ("student", ["--first-steps", "-1"], "--first-steps is -1"),
-        ("student", ["--switch", "halfway"], "--switch 'halfway' is not of the form FRAME:"),
+        ("student", ["--frames", "0"], "--frames: 0 is too small; it must be at least 1"),
+        ("student", ["--steps", "0"], "--steps: 0 is too small"),
+        ("student", ["--first-steps", "-1"], "--first-steps: -1 is too small"),
+        ("student", ["--switch", "halfway"], "--switch: 'halfway' is not of the form FRAME:"),
         ("student", ["--switch", "x:a red square moving up"], "is not of the form FRAME:"),
         ("student", ["--switch", "-2:a red square moving up"], "is not of the form FRAME:"),
         ("student", ["--switch", "²:a red square moving up"], "is not of the form FRAME:"),
-        ("student", ["--switch", "0:a red square moving up"], "at frame 0 lies outside.* 1 to 5, or change --prompt"),
-        ("student", ["--frames", "1", "--switch", "1:a"], "a video of one frame has nothing to switch; raise --frames"),
+        ("student", ["--switch", "0:a red square moving up"], "--switch: frame 0 lies outside.* 1 to 5, or change the"),
+        ("student", ["--frames", "1", "--switch", "1:a"], "--switch: a video of 1 frame has nothing to switch"),
         ("student", ["--fps", "-1"], "fps=-1"),
         ("student", ["--fps", "0"], "fps=0"),
         ("student", ["--upscale", "-2"], "upscale=-2"),
@@ -295,11 +281,11 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
         ("teacher", ["--height", "16"], "--height belongs to --model"),
         ("student", ["--solver", "unipc"], "--solver needs a teacher"),
         ("student", ["--negative-prompt", ""], "--negative-prompt needs a teacher"),
-        ("student", ["--text", "/nowhere"], "--text: text /nowhere is neither"),
+        ("student", ["--text", "/nowhere"], "--text: /nowhere is neither"),
         ("student", ["--codec", "/nowhere"], "--codec: /nowhere does not exist; give a codec.npz, .* vae/"),
-        ("pupil", [], "--checkpoint .*/pupil: no such folder; give the --workdir of a training command"),
+        ("pupil", [], "--checkpoint: .*/pupil: no such folder; give the --workdir of a training command"),
         (".", [], "--checkpoint: .* holds no run"),
-        ("teacher", ["--frames", "9999999"], "--frames 9999999 needs more than .* GiB .* there are .* trained on 8"),
+        ("teacher", ["--frames", "9999999"], "--frames: 9999999 frames need more than .* GiB .* there are"),
     ],
 )
 def test_bad_arguments_of_sample_leave_nothing(finished, tmp_path, run, arguments, message):
@@ -310,7 +296,7 @@ def test_bad_arguments_of_sample_leave_nothing(finished, tmp_path, run, argument
 
 def test_a_switch_outside_the_video_is_refused_before_any_work(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "_load", None)
-    message = r"--switch at frame 6 lies outside the video of 6 frames; choose 1 to 5, or raise --frames above 6\."
+    message = r"--switch: frame 6 lies outside the video of 6 frames; choose 1 to 5, or make more than 6$"
     with pytest.raises(UserError, match=message):
         _sample(finished / "student", "--frames", 6, "--switch", "6:a blue circle", "--output", tmp_path / "new/x.mp4")
     assert not list(tmp_path.iterdir())
@@ -328,16 +314,10 @@ def test_a_teacher_that_the_device_cannot_hold_is_one_line(finished, tmp_path, m
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
-    monkeypatch.setattr(Run, "sample_videos", exhausted)
-    with pytest.raises(UserError, match="--frames 8 with 1 --prompt does not fit into the memory of the device; use"):
+    monkeypatch.setattr(TeacherSampler, "denoise", exhausted)
+    with pytest.raises(UserError, match="--frames: 1 times 8 frames do not fit into the memory of the device"):
         _sample(finished / "teacher", "--output", tmp_path / "out.mp4")
     assert not list(tmp_path.iterdir())
-
-
-def test_what_a_teacher_needs_at_the_least():
-    cfg = WanConfig(**WAN_SIZES["wan1_3b"])
-    assert 0.5 < sample.least_bytes(cfg, (21, 60, 104, 16), 1) / 2**30 < 1.5  # 81 frames of 480 x 832
-    assert sample.least_bytes(cfg, (25_000, 60, 104, 16), 1) / 2**30 > 500
 
 
 def test_a_codec_that_moved_is_named_with_the_file_that_wants_it(finished, tmp_path):
@@ -346,7 +326,7 @@ def test_a_codec_that_moved_is_named_with_the_file_that_wants_it(finished, tmp_p
     shutil.move(run / "codec.npz", tmp_path / "codec.npz")
     (run / "codec.json").write_text(json.dumps({"vae": str(wanted), "dtype": "float32"}))
     options = ["--frames", 3, "--output", tmp_path / "out.mp4"]
-    with pytest.raises(UserError, match=r'^--checkpoint: .*run/codec.json names the VAE .*gone/vae.* "vae" .* --codec'):
+    with pytest.raises(UserError, match=r"^--checkpoint: .*codec.json names the VAE .*gone/vae.* itself as the codec"):
         _sample(run, *options)
     _sample(run, *options, "--codec", tmp_path / "codec.npz")
     assert len(list(read_frames(tmp_path / "out.mp4"))) == 3
@@ -357,28 +337,6 @@ def test_an_unknown_extension_leaves_no_file(finished, tmp_path, name):
     with pytest.raises(UserError, match="extension .* is unknown; use one of .mp4, .webm, .gif"):
         _sample(finished / "student", "--frames", 6, "--output", tmp_path / name, prompts=PROMPTS)
     assert not list(tmp_path.iterdir())
-
-
-def test_frames_and_switches_fit_the_chunk(student):
-    cfg: StudentConfig = dataclasses.replace(student.model.cfg, chunk=2)
-    run = dataclasses.replace(student, model=Student(cfg))
-    with pytest.raises(UserError, match="frames 7 does not fit the student's chunk of 2 frames"):
-        next(sample.stream_videos(run, list(PROMPTS), 7))
-    with pytest.raises(UserError, match="switch 3 does not fit the student's chunk of 2 frames"):
-        next(sample.stream_videos(run, list(PROMPTS), 8, switches={3: PROMPTS[1]}))
-
-
-@pytest.mark.parametrize("codec, chunk, default", [("patch", 1, 64), ("patch", 3, 66), ("vae", 1, 65), ("vae", 3, 69)])
-def test_frames_of_a_video_are_counted_through_codec_and_chunk(finished, codec, chunk, default):
-    vae = VAECodec(TinyVAE(TinyVAEConfig()), None)
-    codecs = {"patch": PatchCodec.load(finished / "student" / "codec.npz"), "vae": vae}
-    stride = codecs[codec].temporal_stride
-    run = SimpleNamespace(codec=codecs[codec], model=SimpleNamespace(cfg=SimpleNamespace(chunk=chunk)))
-    assert sample._video_frames(run, 1 + -(-63 // stride)) == default
-    assert sample._latents(run, "--frames", default) % chunk == 0
-    if (codec, chunk) == ("vae", 3):
-        with pytest.raises(UserError, match="--frames 65 does not fit .* chunk of 3 latent frames; choose 57 or 69"):
-            sample._latents(run, "--frames", 65)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------

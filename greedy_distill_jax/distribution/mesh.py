@@ -28,24 +28,44 @@ def join_hosts() -> None:
 
 
 def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
-    """A mesh with the axes of ``AXES``; one size may be -1 and takes the remaining devices."""
+    """Lays devices out over the axes of ``AXES``.
+
+    Args:
+      shape: size by axis, 1 where it is missing; one may be -1 and takes the remaining devices.
+      devices: in their order; None for all that jax has.
+
+    Raises:
+      UserError: sizes that do not fit the devices (field "mesh").
+    """
     devices = np.asarray(jax.devices() if devices is None else devices)
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
     described = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise UserError(f"mesh ({described}): sizes must be positive, and at most one may be -1.")
+        raise UserError(f"mesh ({described}): sizes must be positive, and at most one may be -1", "mesh")
     known = int(np.prod([s for s in sizes if s != -1]))
     if devices.size % known or (-1 not in sizes and known != devices.size):
         ways = f"choose sizes whose product is {devices.size}, or set one of them to -1"
         if -1 in sizes:
-            ways = f"take a multiple of {known} devices, or change config.mesh"
+            ways = f"take a multiple of {known} devices, or another mesh"
         raise UserError(
-            f"mesh ({described}) does not fit {devices.size} devices; {ways}. `python -m "
-            "greedy_distill_jax.compile train --config=FILE --topology=v5p --search` finds the smallest TPU slice."
+            f"mesh ({described}) does not fit {devices.size} devices; {ways} (the command compile finds the smallest "
+            "slice of TPUs for a job)",
+            "mesh",
         )
     return Mesh(devices.reshape([devices.size // known if s == -1 else s for s in sizes]), AXES)
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is cut."""
+    """Returns into how many parts a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def memory_bytes() -> int:
+    """Returns the bytes of memory of the first device, or of a machine that computes itself; 0 where nobody says."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0

@@ -1,4 +1,4 @@
-"""What the networks see of the mesh: they are written for one device and traced under ``on_mesh``.
+"""The mesh as networks see it: they are written for one device and traced under ``on_mesh``.
 
 Batch and widths are left to the compiler, which partitions by the shardings of parameters and batch. Two things are
 not:
@@ -24,18 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from greedy_distill_jax.distribution.sharding import RULES, specs
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select
 
 WIDTH = 3  # axis of the columns in [B, T, H, W, C]
-KERNELS = ("pallas_tpu", "cudnn")  # implementations that the compiler cannot partition
 OURS = tuple({axis for axes in dataclasses.astuple(RULES) for axis in axes})  # mesh axes
 
 
 def on_mesh(call: Callable, mesh: Mesh) -> Callable:
-    """``call`` traced for ``mesh``: for the platform of its devices, too, which need not be this machine's."""
+    """Returns ``call`` traced for ``mesh``: for the platform of its devices, too, which need not be this machine's."""
 
     @functools.wraps(call)
     def traced(*args, **kwargs):
@@ -79,12 +79,13 @@ def _check_divides(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], size: int, 
     if size % parts:
         choices = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
         raise UserError(
-            f"config.mesh.{axes[0]} is {parts}, {why.format(size=size, parts=parts)}; choose from {choices}."
+            f"the mesh axis {axes[0]} is {parts}, {why.format(size=size, parts=parts)}; choose from {choices}",
+            f"mesh.{axes[0]}",
         )
 
 
 def split_videos(call: Callable, *args, whole: int = 0):
-    """``call(*args)`` with videos split over the context axis.
+    """Calls ``call(*args)`` with videos split over the context axis.
 
     Args:
       call: a pure function. It sees arrays [B, T, H, W / parts, C] where it is given [B, T, H, W, C].
@@ -108,7 +109,7 @@ def split_videos(call: Callable, *args, whole: int = 0):
 
 
 def stripe(x, axis: int):
-    """This device's columns of an array that all devices have whole; its axis ``axis`` are the columns."""
+    """Returns this device's columns of an array that all devices have whole; its axis ``axis`` are the columns."""
     parts, name = _stripes()
     if parts == 1:
         return x
@@ -117,23 +118,23 @@ def stripe(x, axis: int):
 
 
 def whole_columns(columns: int) -> int:
-    """Columns of the whole frame of which this device sees ``columns``."""
+    """Returns the columns of the whole frame of which this device sees ``columns``."""
     return columns * _stripes()[0]
 
 
 def stripe_columns(columns: int) -> int:
-    """Columns of this device's stripe of a frame of ``columns``."""
+    """Returns the columns of this device's stripe of a frame of ``columns``."""
     return columns // _stripes()[0]
 
 
 def normal(key, shape) -> jax.Array:
-    """float32 noise for videos: the same numbers, however they are split."""
+    """Draws float32 noise for videos: the same numbers, however they are split."""
     whole = (*shape[:WIDTH], whole_columns(shape[WIDTH]), *shape[WIDTH + 1 :])
     return stripe(jax.random.normal(key, whole, jnp.float32), WIDTH)
 
 
 def varying(tree):
-    """Constants as a loop's carry needs them where each device has a stripe of its own."""
+    """Marks constants as different on every device, as a loop's carry needs them where each has a stripe of its own."""
     parts, axis = _stripes()
     if parts == 1:
         return tree
@@ -141,7 +142,7 @@ def varying(tree):
 
 
 def settled(x):
-    """``x``, on TPU computed before what follows.
+    """Returns ``x``, on TPU computed before what follows.
 
     libtpu 0.0.51 aborts ("Scaled window bound is not full coverage") when it fuses the modulation of every frame by
     vectors of its own into the head's narrow projection.
@@ -153,7 +154,7 @@ MEGACORE = ("TPU v4", "TPU v5")  # device kinds of chips whose two cores share e
 
 
 def settled_on_megacore(x):
-    """``x``, on chips of two cores computed before what follows, and so is its gradient.
+    """Returns ``x``, on chips of two cores computed before what follows, and so is its gradient.
 
     libtpu 0.0.51 and 0.0.52 abort on v5p when a video of 32,760 tokens is whole on a chip: "Scaled dimension has
     non-zero pad high" when a projection is fused with the modulation or gate of every frame by vectors of its own,
@@ -164,13 +165,13 @@ def settled_on_megacore(x):
 
 
 def mean_of_stripes(x):
-    """The mean over all stripes of what this device computed from its own."""
+    """Returns the mean over all stripes of what this device computed from its own."""
     parts, axis = _stripes()
     return x if parts == 1 else jax.lax.pmean(x, axis)
 
 
 def constrain(x, *logical: str | None):
-    """``x`` laid out by the rules; the identity without a mesh.
+    """Lays ``x`` out by the rules; the identity without a mesh.
 
     A dimension without a rule, or of a size that does not divide, is whole on every device.
     """
@@ -183,18 +184,28 @@ def constrain(x, *logical: str | None):
 
 
 def at_rest(tree):
-    """Gradients laid out as the parameters they belong to: sums over devices leave every device its own part."""
+    """Lays gradients out as the parameters they belong to: sums over devices leave every device its own part."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if _parts(mesh, OURS) == 1 else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
 
-def attention(q_BLNK, k_BSNK, v_BSNK, pattern: Pattern, *, visible_QS=None, text: bool = False):
-    """``chunk_attention`` on the ambient mesh: batch and heads split, keys of whole frames gathered from all stripes.
+def attention(
+    q_BLNK: Float[Array, "B L N K"],
+    k_BSNK: Float[Array, "B S N K"],
+    v_BSNK: Float[Array, "B S N K"],
+    pattern: Pattern,
+    *,
+    visible_QS: Bool[Array, "Q C"] | None = None,
+    text: bool = False,
+    derivative: str = "vjp",
+) -> Float[Array, "B L N K"]:
+    """Computes ``chunk_attention`` on the ambient mesh: batch and heads split, keys of whole frames gathered.
 
     Args:
       q_BLNK, k_BSNK, v_BSNK, visible_QS: see ``chunk_attention``; inside ``split_videos`` this device's.
-      pattern: its table; inside ``split_videos`` with the tokens of a stripe as chunks.
+      pattern: who sees whom; inside ``split_videos`` with the tokens of a stripe as chunks.
       text: keys are text rows, which every device has whole.
+      derivative: see ``chunk_attention``.
 
     Raises:
       UserError: heads that do not divide by their mesh axis.
@@ -202,39 +213,43 @@ def attention(q_BLNK, k_BSNK, v_BSNK, pattern: Pattern, *, visible_QS=None, text
     parts, axis = _stripes()
     if parts > 1 and text:
         k_BSNK, v_BSNK = varying((k_BSNK, v_BSNK))
-    elif parts > 1:  # the order of keys within a chunk is the same to softmax
+    elif parts > 1:
+        # A chunk's keys arrive stripe after stripe instead of row after row. Softmax does not care about the order of
+        # keys within a chunk, and they are rotated already.
         k_BSNK, v_BSNK = (_gather(x, pattern.k_chunk, axis) for x in (k_BSNK, v_BSNK))
-        pattern = Pattern(pattern.q_chunk, pattern.k_chunk * parts, pattern.num_k_chunks, pattern.table)
+        pattern = dataclasses.replace(pattern, k_chunk=pattern.k_chunk * parts)
+    call = functools.partial(_local, pattern, derivative)
+    visible = () if visible_QS is None else (visible_QS,)
     mesh = jax.sharding.get_abstract_mesh()
     free = _present(mesh, mesh.axis_names)
     if _parts(mesh, free) == 1:
-        return chunk_attention(q_BLNK, k_BSNK, v_BSNK, pattern, visible_QS=visible_QS)
+        return call(q_BLNK, k_BSNK, v_BSNK, *visible)
     check_heads(mesh, q_BLNK.shape[2])
-    if select.choose(None, q_BLNK, visible_QS=visible_QS, function="attention") not in KERNELS:
+    backend = select.choose(None, q_BLNK, visible_QS=visible_QS, derivative=derivative, function="attention")
+    if backend.partitionable:
         q_BLNK, k_BSNK, v_BSNK = (constrain(x, "batch", None, "heads", None) for x in (q_BLNK, k_BSNK, v_BSNK))
-        out = chunk_attention(q_BLNK, k_BSNK, v_BSNK, pattern, visible_QS=visible_QS)
-        return constrain(out, "batch", None, "heads", None)
-    # Parameters are made with one example, which is not split.
+        return constrain(call(q_BLNK, k_BSNK, v_BSNK, *visible), "batch", None, "heads", None)
+    # A kernel is opaque to the compiler, which would gather its inputs on every device; under shard_map each device
+    # calls it on its own examples and heads. Parameters are made with one example, which is not split.
     batch = None if q_BLNK.shape[0] % _parts(mesh, RULES.batch) else _present(mesh, RULES.batch)
     spec = PartitionSpec(batch, None, _present(mesh, RULES.heads), None)
-
-    call = functools.partial(_local, pattern)
-    visible = () if visible_QS is None else (visible_QS,)
     specs_in = (spec, spec, spec) + (PartitionSpec(),) * len(visible)
     forward = jax.shard_map(call, in_specs=specs_in, out_specs=spec, axis_names=set(free))
     if parts == 1:
         return forward(q_BLNK, k_BSNK, v_BSNK, *visible)
-    backward = functools.partial(_local_gradient, pattern)
+    # Inside of stripes this shard_map is nested in that of ``split_videos``, see ``_nested``.
+    backward = functools.partial(_local_gradient, call)
     backward = jax.shard_map(backward, in_specs=(spec, *specs_in), out_specs=(spec,) * 3, axis_names=set(free))
     return _nested(forward, backward, q_BLNK, k_BSNK, v_BSNK, *visible)
 
 
-def _local(pattern: Pattern, q, k, v, *visible):
-    return chunk_attention(q, k, v, pattern, visible_QS=visible[0] if visible else None)
+def _local(pattern: Pattern, derivative: str, q, k, v, *visible):
+    visible_QS = visible[0] if visible else None
+    return chunk_attention(q, k, v, pattern, visible_QS=visible_QS, derivative=derivative)
 
 
-def _local_gradient(pattern: Pattern, g, q, k, v, *visible):
-    return jax.vjp(lambda *qkv: _local(pattern, *qkv, *visible), q, k, v)[1](g)
+def _local_gradient(call, g, q, k, v, *visible):
+    return jax.vjp(lambda *qkv: call(*qkv, *visible), q, k, v)[1](g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -252,7 +267,7 @@ def _nested_forward(forward, backward, *inputs):
 
 
 def _nested_backward(forward, backward, inputs, g):
-    return *backward(g, *inputs), *(None for _ in inputs[3:])
+    return *backward(g, *inputs), *(None for _ in inputs[3:])  # a mask has no gradient
 
 
 _nested.defvjp(_nested_forward, _nested_backward)

@@ -62,7 +62,7 @@ class Rules:
     layers: tuple[str, ...] = ()
 
     def spec(self, logical: tuple[str | None, ...]) -> PartitionSpec:
-        """PartitionSpec of an array with the given logical axes."""
+        """Returns the PartitionSpec of an array with the given logical axes."""
         axes = [None if name is None else getattr(self, name) for name in logical]
         used = [axis for group in axes if group for axis in group]
         if len(set(used)) != len(used):
@@ -74,12 +74,12 @@ RULES = Rules()
 
 
 def rows_of(path: str) -> list[int]:
-    """Numbers of the table rows that match a leaf's path."""
+    """Returns the numbers of the table rows that match a leaf's path."""
     return [i for i, (pattern, _) in enumerate(TABLE) if re.search(rf"(^|/)({pattern})$", path)]
 
 
 def leaf_paths(tree) -> Iterator[tuple[str, jax.Array]]:
-    """("a/b/c", leaf) of every leaf."""
+    """Yields ("a/b/c", leaf) for every leaf."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield "/".join(_key_name(key) for key in path), leaf
 
@@ -92,12 +92,12 @@ def _key_name(key) -> str:
 
 
 def shardings(tree, mesh: Mesh, rules: Rules = RULES):
-    """NamedSharding for every leaf of a tree of arrays or shapes; raises as ``specs``."""
+    """Returns a NamedSharding for every leaf of a tree of arrays or shapes; raises as ``specs``."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, rules))
 
 
 def specs(tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES):
-    """PartitionSpec for every leaf of a tree of arrays or shapes; axes that the mesh lacks split nothing.
+    """Returns a PartitionSpec for every leaf of a tree of arrays or shapes; axes that the mesh lacks split nothing.
 
     Raises:
       ValueError: a leaf that matches no row or several, or whose rank differs from its row's.

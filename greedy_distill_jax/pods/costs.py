@@ -7,6 +7,7 @@ from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.losses import dmd, flow_matching, option_names
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.ops.attention.backends.record import FLASH_BACKWARD
 from greedy_distill_jax.pods import flops
 from greedy_distill_jax.pods.flops import Flops
 from greedy_distill_jax.training.stages.build import Stage
@@ -38,14 +39,14 @@ def _draws(terms: Sequence[Term], score: str | None) -> list[int]:
 
 
 def part_costs(
-    config: Any, stage: Stage, latent_shape: tuple[int, int, int, int], *, backward: float = flops.BACKWARD["xla"]
+    config: Any, stage: Stage, latent_shape: tuple[int, int, int, int], *, backward: float = FLASH_BACKWARD
 ) -> dict[str, Cost]:
     """{part of the stage: its cost}.
 
     Args:
       config, stage: as ``train.py`` has them.
       latent_shape: [T, H, W, C] of an example.
-      backward: attention's backward pass over its forward pass, see ``flops.BACKWARD``.
+      backward: attention's backward pass over its forward pass, see ``Backend.backward_flops``.
     """
     wan, frames = configuration.wan_config(config), latent_shape[0]
     tokens, batch = tokens_per_frame(latent_shape, wan), config.data.batch

@@ -12,12 +12,10 @@ from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.layers import Layout
+from greedy_distill_jax.ops.attention.backends.record import FLASH_BACKWARD
 from greedy_distill_jax.streaming.loop import Sampling
 
 TRAINED = 3.0  # forward, and backward twice: with respect to inputs and to parameters
-# Attention's backward pass over its forward pass of two matmuls. Flash attention computes its logits again: five in
-# all. The TPU kernels make logits and their gradient once for queries and once for keys: seven.
-BACKWARD = {"xla": 2.5, "cudnn": 2.5, "pallas_tpu": 3.5}
 
 
 class Flops(NamedTuple):
@@ -39,12 +37,12 @@ class Flops(NamedTuple):
 
     __rmul__ = __mul__
 
-    def executed(self, remat: str, backward: float = BACKWARD["xla"]) -> "Flops":
+    def executed(self, remat: str, backward: float = FLASH_BACKWARD) -> "Flops":
         """What one update makes of this forward pass, recomputation included.
 
         Args:
           remat: "full" repeats the forward pass of every block, "dots" keeps its matmuls and repeats the attention.
-          backward: attention's backward pass over its forward pass, see ``BACKWARD``.
+          backward: attention's backward pass over its forward pass, see ``Backend.backward_flops``.
         """
         again = {"none": (0, 0), "dots": (0, 1), "full": (1, 1)}[remat]
         return Flops(self.linear * (TRAINED + again[0]), self.attention * (1 + backward + again[1]))

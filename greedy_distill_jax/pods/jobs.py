@@ -18,12 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.distribution.mesh import batch_parts, make_mesh
-from greedy_distill_jax.distribution.parallel import KERNELS, on_mesh
+from greedy_distill_jax.distribution.parallel import on_mesh
 from greedy_distill_jax.distribution.sharding import RULES, leaf_paths, shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ops.attention import select
+from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.pods import costs, flops
 from greedy_distill_jax.pods.costs import Cost, tokens_per_frame
 from greedy_distill_jax.streaming.make import make_streamer
@@ -162,6 +163,8 @@ def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "")
     Raises:
       UserError: a config that cannot be, on any devices.
     """
+    if isinstance(size, str) and size not in GRID:
+        raise UserError(f"frames of {size!r} are not known; choose from {', '.join(GRID)}", "size")
     configuration.validate(config)
     with one_line():
         model, wan = build_model(config), configuration.wan_config(config)
@@ -175,7 +178,8 @@ def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "")
     asked = tuple(name for name in names if only in name)
     if not asked:
         raise UserError(
-            f"--only is {only!r}, and no step of this job has that in its name; choose from {', '.join(names)}."
+            f"no step of this job has {only!r} in its name; choose from {', '.join(names)}",
+            "only",
         )
     return Networks(stage, latent_shape, state, batch_shapes(config, latent_shape), asked)
 
@@ -220,7 +224,7 @@ def build_job(
     trees = {"state": (state, of_state), "frozen": (stage.frozen, of_frozen), "batch": (batch, of_batch)}
     attention = attention_of(config, mesh)
     # Inside stripes the kernels' backward pass repeats their forward pass (parallel.py).
-    backward = flops.BACKWARD[attention] + (attention in KERNELS and mesh.shape[RULES.columns[0]] > 1)
+    backward = attention.backward_flops + (not attention.partitionable and mesh.shape[RULES.columns[0]] > 1)
     cost, steps = costs.part_costs(config, stage, latent_shape, backward=backward), []
     trips = rollout_trips(config, stage.model.cfg.chunk, latent_shape[0]) if config.stage == "dmd" else None
     for part in parts:
@@ -293,8 +297,8 @@ def rollout_trips(config, chunk: int, frames: int) -> float:
     return float(np.mean([(n + 1) / 2 if d.exit == "random" else n for n in lengths]))
 
 
-def attention_of(config, mesh: Mesh) -> str:
-    """The implementation that self-attention takes on these devices."""
+def attention_of(config, mesh: Mesh) -> Backend:
+    """The backend that self-attention takes on these devices."""
     wan = configuration.wan_config(config)
     q = jax.ShapeDtypeStruct((1, 8, wan.num_heads, wan.head_dim), jnp.dtype(wan.dtype))
     return on_mesh(lambda: select.choose(None, q, function="chunk_attention"), mesh)()

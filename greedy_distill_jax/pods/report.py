@@ -73,9 +73,10 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
     """
     start = time.perf_counter(), time.process_time()
     held = sum(device_bytes(*job.trees[name]) for name in step.holds)
+    attention = attention_of(job.config, job.mesh)
     common = dict(
         name=step.name, model_flops=step.cost.model, executed_flops=step.cost.executed,
-        attention=attention_of(job.config, job.mesh), hbm=int(hbm),
+        attention=attention.name, hbm=int(hbm),
     )  # fmt: skip
     if held > hbm:  # no compiler is needed to see that
         return Compiled(
@@ -95,8 +96,8 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
             )  # fmt: skip
         memory, text = _memory(compiled.memory_analysis(), held), _text(compiled, Path(folder))
     found = hlo.counts(text, step.dynamic_trips)
-    if common["attention"].startswith("pallas") and not found["kernels"].instructions:
-        raise RuntimeError(f"{step.name}: attention is said to be {common['attention']}, but no kernel is called.")
+    if attention.kernels and not found["kernels"].instructions:
+        raise RuntimeError(f"{step.name}: attention is said to be {attention.name}, but no kernel is called.")
     return Compiled(fits=memory["peak"] <= hbm, memory=memory, collectives=found, **_since(start), **common)
 
 

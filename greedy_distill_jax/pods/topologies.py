@@ -38,19 +38,19 @@ CHIPS: dict[str, Chip] = {
 
 
 def check(topology: str) -> tuple[str, str]:
-    """("v5p", "4x4x4") of "v5p:4x4x4"; UserError when it is none of the known slices."""
+    """Reads "v5p:4x4x4" as ("v5p", "4x4x4"); UserError (field "topology") when it is none of the known slices."""
     generation, _, size = topology.partition(":")
     if topology in CHIPS:
         sizes = ", ".join(f"{topology}:{x}" for x in CHIPS[topology].slices)
-        raise UserError(f"--topology={topology} is a generation of chips; add --search, or a size: {sizes}.")
+        raise UserError(f"{topology} is a generation of chips; search it for a slice, or name one: {sizes}", "topology")
     if generation not in CHIPS or size not in CHIPS[generation].slices:
         known = ", ".join(f"{name}:{'|'.join(chip.slices)}" for name, chip in CHIPS.items())
-        raise UserError(f"unknown topology {topology!r}; choose from {known}.")
+        raise UserError(f"unknown topology {topology!r}; choose from {known}", "topology")
     return generation, size
 
 
 def devices(topology: str) -> np.ndarray:
-    """The described devices of a slice, for ``mesh.make_mesh``.
+    """Returns the described devices of a slice, for ``mesh.make_mesh``.
 
     Raises:
       UserError: no such slice, or libtpu is not installed.
@@ -60,12 +60,12 @@ def devices(topology: str) -> np.ndarray:
 
 
 def larger(topology: str) -> list[str]:
-    """The larger slices of the same chips, the next one first."""
+    """Returns the larger slices of the same chips, the next one first."""
     generation, size = check(topology)
     slices = CHIPS[generation].slices
     return [f"{generation}:{other}" for other in slices[slices.index(size) + 1 :]]
 
 
 def chips(topology: str) -> int:
-    """Number of chips of a slice."""
+    """Returns the number of chips of a slice."""
     return math.prod(map(int, check(topology)[1].split("x")))

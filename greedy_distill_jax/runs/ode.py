@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from greedy_distill_jax.data.sources.trajectories import write_trajectories
-from greedy_distill_jax.errors import UserError, about
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.model_folder import load_model_folder
 from greedy_distill_jax.runs.run import Run
-from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT, read_prompts
-from greedy_distill_jax.weights.pipeline import load_codec
+from greedy_distill_jax.text.prompts import read_prompts
 
 _MOST_IN_MEMORY = 128  # prompts; one has 8 MiB of rows at Wan's size
 _MODEL_GUIDANCE = 6.0  # with which the published trajectories of Wan2.1 were made
@@ -69,27 +69,13 @@ def follow_teacher(
                 "-m greedy_distill_jax.prepare text, and name the store as the text encoder",
                 field="prompts",
             )
-        with about("model"):
-            codec = load_codec(model)
-        run = Run.from_model_folder(
-            model,
-            codec,
-            conditions,
-            height=height,
-            width=width,
-            frames=frames,
-            negative=WAN_NEGATIVE_PROMPT if negative is None else negative,
-            text=text,
-        )
-        run.config.sample.guidance, source = _MODEL_GUIDANCE, Path(model).name
-    if guidance is not None:
-        run.config.sample.guidance = guidance
-    if negative is not None:
-        run.config.data.negative_prompt = negative
+        run = _of_folder(model, conditions, height=height, width=width, frames=frames, negative=negative, text=text)
+        guidance, source = _MODEL_GUIDANCE if guidance is None else guidance, Path(model).name
+    sampler = run.teacher_sampler(steps=steps, shift=shift, guidance=guidance, negative_prompt=negative)
     return write_trajectories(
         conditions,
         directory,
-        lambda noise, rows: run.trajectories(noise, rows, sigmas, steps, shift),
+        lambda noise, rows: sampler.trajectories(noise, rows, sigmas),
         run.encoder,
         run.codec,
         sigmas=sigmas,
@@ -98,8 +84,8 @@ def follow_teacher(
             "teacher": source,
             "steps": steps,
             "shift": shift,
-            "guidance": run.config.sample.guidance,
-            "negative": run.config.data.negative_prompt,
+            "guidance": sampler.guidance,
+            "negative": run.config.data.negative_prompt if negative is None else negative,
         },
         **options,
     )
@@ -113,3 +99,10 @@ def _of_run(teacher: str | os.PathLike, text: str | None) -> Run:
     if run.is_student:
         raise UserError(f"{teacher} holds a student; name the run of a teacher", "teacher")
     return run
+
+
+def _of_folder(model: str | os.PathLike, prompts: list[str], **options: Any) -> Run:
+    try:
+        return load_model_folder(model, prompts, **options)
+    except UserError as error:
+        raise UserError(str(error), "model" if error.field == "folder" else error.field) from error

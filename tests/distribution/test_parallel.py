@@ -19,6 +19,7 @@ from greedy_distill_jax.models.students.config import FUSIONS
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select
+from greedy_distill_jax.ops.attention.backends import BACKENDS
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.update import value_and_gradients
 
@@ -41,7 +42,7 @@ def distance(a, b):
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(b))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_attention_in_stripes_within_rematerialised_layers(implementation, monkeypatch):
     # Kernels are emulated; what is tested is how they lie in shard_map, and shard_map in scan and remat.
     rng = np.random.default_rng(0)
@@ -62,10 +63,11 @@ def test_attention_in_stripes_within_rematerialised_layers(implementation, monke
 
     both = jax.value_and_grad(loss)
     expected = jax.jit(both)(weights, video)
-    if implementation in parallel.KERNELS:
+    (backend,) = (b for b in BACKENDS if b.name == implementation)
+    if not backend.partitionable:
         emulated = functools.partial(chunk_attention, implementation=implementation, interpret=True)
         monkeypatch.setattr(parallel, "chunk_attention", emulated)
-        monkeypatch.setattr(select, "choose", lambda *args, **options: implementation)
+        monkeypatch.setattr(select, "choose", lambda *args, **options: backend)
     assert distance(run_on(ALL, both, weights, video), expected) < 1e-6
 
 
@@ -97,7 +99,7 @@ def test_every_fusion_in_stripes(fusion):
 
 def test_heads_that_do_not_divide_are_named():
     mesh, q = make_mesh({"tensor": 8}), jnp.zeros((1, 4, 2, 8))
-    with pytest.raises(UserError, match="config.mesh.tensor is 8, which does not divide the 2 attention heads"):
+    with pytest.raises(UserError, match="mesh axis tensor is 8, which does not divide the 2 attention heads"):
         on_mesh(lambda: attention(q, q, q, Pattern.full(2, 2)), mesh)()
 
 

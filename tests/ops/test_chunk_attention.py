@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import Pattern, chunk_attention, cudnn, xla
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention
+from greedy_distill_jax.ops.attention.backends import cudnn, xla
+from greedy_distill_jax.ops.attention.backends.record import Call
 from greedy_distill_jax.ops.attention.tuning import Blocks
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
 
@@ -87,12 +89,12 @@ def test_xla_equals_dense(form, pattern, masked):
     patterns(longest=24), st.sampled_from([(8, 8), (8, 16), (24, 24)]), st.sampled_from([64, 128]),
     st.integers(1, 2), st.integers(1, 2), st.booleans(),
 )  # fmt: skip
-def test_pallas_tpu_equals_dense(pattern, pair, dim, heads, batch, masked):
+def test_mosaic_tpu_equals_dense(pattern, pair, dim, heads, batch, masked):
     """Ragged chunks included: blocks that hang over the end of a chunk read NaN in interpret mode."""
     pair = tuple(min(block, chunk) for block, chunk in zip(pair, (pattern.q_chunk, pattern.k_chunk), strict=True))
     visible = _mask(pattern) if masked else None
     options = dict(blocks=Blocks(pair, pair, pair), interpret=True)
-    _check(pattern, "pallas_tpu", visible, heads=heads, batch=batch, dim=dim, **options)
+    _check(pattern, "mosaic_tpu", visible, heads=heads, batch=batch, dim=dim, **options)
 
 
 def test_reference_equals_the_oracle():
@@ -104,15 +106,15 @@ def test_slices_for_cudnn_equal_dense():
     """The slicing is checked with XLA's attention in cuDNN's place."""
     pattern = Pattern.from_table([(1,), (), (0, 2), (2,)], q_chunk=2, k_chunk=3, num_k_chunks=3)
     *qkv, g = _inputs(pattern)
-    out, pull = jax.vjp(lambda q, k, v: cudnn.attend(q, k, v, pattern, scale=SCALE, inner="xla"), *qkv)
+    out, pull = jax.vjp(lambda *x: cudnn.attend(*x, None, Call(pattern, SCALE), inner="xla"), *qkv)
     for ours, exact in zip((out, *pull(g)), _exact(pattern, None, *qkv, g), strict=True):
         assert relative_error(ours, exact) < 2e-5
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_bfloat16_by_fraction(implementation):
     pattern = Pattern.sliding_window(4, 8, 3)
-    options = dict(blocks=Blocks(*[(8, 8)] * 3), interpret=True) if implementation == "pallas_tpu" else {}
+    options = dict(blocks=Blocks(*[(8, 8)] * 3), interpret=True) if implementation == "mosaic_tpu" else {}
     inputs = _inputs(pattern, dim=64, batch=1, dtype=jnp.bfloat16)
     got = _run(pattern, implementation, None, *inputs, **options)
     for ours, exact in zip(got, _exact(pattern, None, *inputs), strict=True):
@@ -134,12 +136,12 @@ def test_vmap_and_remat():
         assert relative_error(ours[:, 0], dense) < 2e-5
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_shard_map_over_batch_and_heads(implementation):
     from jax.sharding import Mesh, PartitionSpec as P
 
     pattern = Pattern.sliding_window(3, 40, 2)
-    options = dict(blocks=Blocks(*[(40, 40)] * 3), interpret=True) if implementation == "pallas_tpu" else {}
+    options = dict(blocks=Blocks(*[(40, 40)] * 3), interpret=True) if implementation == "mosaic_tpu" else {}
     inputs = _inputs(pattern, dim=64)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     spec = P("data", None, "tensor", None)
@@ -155,17 +157,17 @@ def test_shard_map_over_batch_and_heads(implementation):
     "call, message",
     [
         (lambda q, k, v, s: chunk_attention(q, k, v, Pattern.full(3, 2)), "the pattern has 3 query chunks"),
-        (lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="cuda"), "choose from xla"),
+        (lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="cuda"), "choose from .*, xla, "),
         (lambda q, k, v, s: chunk_attention(q, k, v, s, derivative="both"), 'must be "vjp" or "jvp"'),
-        (lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="pallas_tpu"), "needs a TPU.*use xla or"),
+        (lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="mosaic_tpu"), "needs a TPU.*use xla or"),
         (lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="cudnn"), "needs an NVIDIA GPU.*use xla"),
         (
-            lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="pallas_tpu", interpret=True),
+            lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="mosaic_tpu", interpret=True),
             "head dim is 8, not one of",
         ),
         (
-            lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="pallas_tpu", derivative="jvp"),
-            "does not have this form; use xla",
+            lambda q, k, v, s: chunk_attention(q, k, v, s, implementation="mosaic_tpu", derivative="jvp"),
+            "gradients only, no forward mode; use xla",
         ),
     ],
 )
@@ -183,16 +185,16 @@ def test_the_best_implementation_depends_on_the_platform(monkeypatch):
     mask = jnp.ones((1, 1), bool)
     for platform, dtype, visible, expected in (
         ("cpu", jnp.bfloat16, None, "xla"),
-        ("tpu", jnp.bfloat16, mask, "pallas_tpu"),
+        ("tpu", jnp.bfloat16, mask, "mosaic_tpu"),
         ("gpu", jnp.bfloat16, None, "cudnn"),
         ("cuda", jnp.bfloat16, mask, "xla"),
         ("gpu", jnp.float32, None, "xla"),
         ("METAL", jnp.float32, None, "xla"),
     ):
         monkeypatch.setattr(select, "device", lambda platform=platform: (platform, "some device"))
-        assert select.choose(None, q.astype(dtype), visible_QS=visible, function="f") == expected
+        assert select.choose(None, q.astype(dtype), visible_QS=visible, function="f").name == expected
     monkeypatch.setattr(select, "device", lambda: ("tpu", "some device"))
-    assert select.choose(None, q[..., :96], function="f") == "xla"
+    assert select.choose(None, q[..., :96], function="f").name == "xla"
 
 
 def test_kernels_have_no_races(capfd):
@@ -200,5 +202,5 @@ def test_kernels_have_no_races(capfd):
 
     pattern = Pattern.from_table([(0,), (0, 1)], q_chunk=8, num_k_chunks=2)
     options = dict(blocks=Blocks(*[(8, 8)] * 3), interpret=pltpu.InterpretParams(detect_races=True))
-    _check(pattern, "pallas_tpu", heads=1, batch=1, dim=64, **options)
+    _check(pattern, "mosaic_tpu", heads=1, batch=1, dim=64, **options)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from greedy_distill_jax.ops.attention import Pattern, chunk_attention, xla
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention
+from greedy_distill_jax.ops.attention.backends import xla
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
 
 SCHEDULE = Pattern.from_table([(0,), (), (0, 2)], q_chunk=4, num_k_chunks=3)

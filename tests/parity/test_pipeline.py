@@ -15,7 +15,7 @@ from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.runs.model_folder import load_model_folder
 from greedy_distill_jax.testing import wan_folder
 from greedy_distill_jax.weights.pipeline import load_codec, load_transformer, read_shift
 
@@ -48,13 +48,8 @@ def with_codec(folder, tmp_path_factory):
     return path
 
 
-def run_of(folder, **changes):
-    codec = load_codec(folder, dtype="float32")
-    run = Run.from_model_folder(
-        folder, codec, PROMPTS, height=32, width=48, frames=9, negative=NEGATIVE, dtype="float32"
-    )
-    run.config.sample.update(changes)
-    return run
+def run_of(folder):
+    return load_model_folder(folder, PROMPTS, height=32, width=48, frames=9, negative=NEGATIVE, dtype="float32")
 
 
 @pytest.mark.parametrize("guidance, shift, output", [(5.0, 3.0, "np"), (1.0, 8.0, "latent")])
@@ -65,9 +60,10 @@ def test_videos_are_those_of_the_pipeline(pipe, folder, guidance, shift, output)
         prompt=PROMPTS, negative_prompt=NEGATIVE, height=32, width=48, num_frames=9, num_inference_steps=4,
         guidance_scale=guidance, latents=torch.from_numpy(noise), output_type=output,
     ).frames  # fmt: skip
-    run = run_of(folder, guidance=guidance, shift=shift)
+    run = run_of(folder)
     assert run.latent_shape == (3, 4, 6, 16)
-    got = np.asarray(run.denoise(jnp.asarray(noise.transpose(0, 2, 3, 4, 1)), run.text(PROMPTS), steps=4))
+    sampler = run.teacher_sampler(steps=4, guidance=guidance, shift=shift)
+    got = np.asarray(sampler.denoise(jnp.asarray(noise.transpose(0, 2, 3, 4, 1)), run.text(PROMPTS)))
     if output == "latent":
         want = want.permute(0, 2, 3, 4, 1).numpy()
         assert 0.3 < want.std() < 3 and np.abs(want - noise.transpose(0, 2, 3, 4, 1)).std() > 0.3
@@ -134,17 +130,17 @@ def broken(model, tmp_path, what):
         ("channels", [], "have 12 channels, the transformer takes 16"),
         ("transformer", [], "error: --model: model folder"),
         ("transformer", [], "has no transformer/"),
-        ("", ["--model", "nowhere"], "--model nowhere: no such folder; give a model folder in the layout of diffusers"),
+        ("", ["--model", "nowhere"], "--model: nowhere: no such folder; give a model folder in the layout"),
         ("", ["--codec", "nowhere"], "--codec: nowhere does not exist; give a codec.npz"),
-        ("", ["--frames", "9999999"], "--frames 9999999 needs more than"),
+        ("", ["--frames", "9999999"], "--frames: 9999999 frames need more than"),
         ("text_encoder", [], "neither a folder made by prepare text nor a model folder"),
         ("tokenizer", [], "has no tokenizer/"),
         ("two", [], "two transformers"),
         ("scheduler", [], "prediction_type 'epsilon'"),
         ("", ["--height", "18"], "multiples of 4"),
-        ("", ["--height", "20"], "must be multiples of 8 pixels"),
-        ("", ["--frames", "0"], "--frames is 0"),
-        ("", ["--shift", "0"], "--shift is 0.0"),
+        ("", ["--height", "20"], "--height: 20 x 24: both must be multiples of 8 pixels"),
+        ("", ["--frames", "0"], "--frames: 0 is too small"),
+        ("", ["--shift", "0"], "--shift: 0.0 is not positive"),
         ("", ["--switch", "4:a"], "needs a streaming student"),
         ("", ["--solver", "heun"], "invalid choice: 'heun'"),
         ("", ["--text", "/nowhere"], "neither a folder made by prepare text"),
@@ -173,5 +169,6 @@ def test_the_shift_of_a_folder(folder, tmp_path):
 
 
 def test_frames_have_to_fit_the_codec(folder):
-    with pytest.raises(UserError, match=r"--frames 8: the codec makes 1 \+ 4 k frames, such as 5 or 9"):
-        Run.from_model_folder(folder, load_codec(folder), ["a"], height=16, width=16, frames=8)
+    with pytest.raises(UserError, match=r"8 frames do not fit the codec, which makes 1 \+ 4 k .* 5 or 9") as error:
+        load_model_folder(folder, ["a"], height=16, width=16, frames=8)
+    assert error.value.field == "frames"

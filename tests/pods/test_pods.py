@@ -24,7 +24,6 @@ from greedy_distill_jax.ops.attention import aot
 from greedy_distill_jax.pods import hlo, jobs, report, topologies
 from greedy_distill_jax.pods.costs import Cost
 from greedy_distill_jax.pods.flops import Flops
-from greedy_distill_jax.testing import published_sizes
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,33 +34,36 @@ TEACHER, DMD = "configs/wan1_3b/teacher.py", "configs/wan1_3b/dmd.py"
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--topology=v9:2x2"], "unknown topology 'v9:2x2'; choose from v5e:2x2|2x4"),
+        (["--topology=v9:2x2"], "--topology: unknown topology 'v9:2x2'; choose from v5e:2x2|2x4"),
         (["--topology=v5e:3x3"], "unknown topology"),
-        (["--topology=v5e"], "is a generation of chips; add --search, or a size: v5e:2x2, v5e:2x4"),
+        (["--topology=v5e"], "--topology: v5e is a generation of chips; search it for a slice, or name one: v5e:2x2"),
         (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "does not fit 16 devices; choose sizes whose product is 16"),
         (["--topology=v5e:2x2", "--config.mesh.context=13"], "does not fit 4 devices; take a multiple of 13 devices"),
         (["--topology=v5e:4x4", "--config.mesh.context=8"], "52 columns of patches, which do not divide by 8; choose"),
         (["--topology=v5e:4x4", "--config.data.accumulate=64"], "it must divide over the 4 data and fsdp parts"),
         (["--topology=v5e:8x8"], "Here config.data.accumulate=4 gives every group of devices one video at a time"),
-        (["--topology=v5e:4x4", "--only=nothing"], "no step of this job has that in its name; choose from teacher"),
+        (
+            ["--topology=v5e:4x4", "--only=nothing"],
+            "--only: no step of this job has 'nothing' in its name; choose",
+        ),
         (
             ["--topology=v5e:4x4", "--config.mesh.context=1", "--config.mesh.tensor=8", "--config.data.accumulate=1"],
-            "config.mesh.tensor is 8, which does not divide the 12 attention heads",
+            "the mesh axis tensor is 8, which does not divide the 12 attention heads",
         ),
         # Four machines of four chips: each feeds whole groups.
         (
             ["--topology=v5e:4x4", "--config.mesh.tensor=4", "--config.data.accumulate=64"],
             "the mesh has 1 data and fsdp parts, which do not divide over the 4 processes",
         ),
-        (["--topology=v5e", "--search", "--only=nothing"], "no step of this job has that in its name"),
+        (["--topology=v5e", "--search", "--only=nothing"], "--only: no step of this job has 'nothing' in its name"),
         (["--topology=v5e", "--search", "--config.optimizer.name=none"], "optimizer 'none' is unknown"),
         (["--topology=v5e", "--search", "--config.model.num_heads=7"], "num_heads"),
         (
             ["--topology=v9", "--search"],
-            "--topology is 'v9'; --search takes a generation without a size: v5e,",
+            "--topology: 'v9' is no generation of chips; a search takes one of v5e,",
         ),
-        (["--topology=v5e:4x4", "--search"], "--topology is 'v5e:4x4'; --search takes a generation without a size"),
-        (["--topology=v5e:4x4", "--size=1080p"], "--size is '1080p'; choose from 480p, 720p"),
+        (["--topology=v5e:4x4", "--search"], "--topology: 'v5e:4x4' is no generation of chips"),
+        (["--topology=v5e:4x4", "--size=1080p"], "--size: frames of '1080p' are not known; choose from 480p, 720p"),
         (["--topology=v5e:4x4", "--json=/not/there/x.json"], "--json: /not/there/x.json cannot be written"),
         ([], "--topology is missing"),
     ],
@@ -163,7 +165,7 @@ def test_the_critic_keeps_the_teacher_in_memory():
 @needs_libtpu
 def test_attention_that_is_no_kernel_is_not_called_one():
     job = toy_job(config=TEACHER)
-    with pytest.raises(RuntimeError, match="said to be pallas_tpu, but no kernel"):
+    with pytest.raises(RuntimeError, match="said to be mosaic_tpu, but no kernel"):
         report.compile_step(job, job.steps[0], GIB)
 
 
@@ -279,6 +281,11 @@ def test_every_leaf_has_a_layout(capsys):
 # --- The published sizes --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def published_sizes(benchmarks):
+    return benchmarks("published_sizes")
+
+
 def record_of(config, only=""):
     job = jobs.build_job(config, topologies.devices("v5e:4x4"), only=only)
     steps = [{"step": step.name, "collectives": {}, "attention": ""} for step in job.steps]
@@ -302,7 +309,7 @@ def record_of(config, only=""):
         ({"optimizer.name": "muon"}, ["the optimiser keeps"]),
     ],
 )
-def test_a_job_that_was_shrunk_is_found(overrides, said):
+def test_a_job_that_was_shrunk_is_found(published_sizes, overrides, said):
     config = jobs.imaginary_runs(read_config(DMD))
     with config.unlocked():
         config.update_from_flattened_dict(overrides)
@@ -313,7 +320,7 @@ def test_a_job_that_was_shrunk_is_found(overrides, said):
 
 
 @needs_libtpu
-def test_part_of_a_job_is_not_the_job():
+def test_part_of_a_job_is_not_the_job(published_sizes):
     record = record_of(jobs.imaginary_runs(read_config(DMD)), only="critic")
     wanted = dict(stage="dmd", size="wan1_3b", teacher="wan1_3b")
     assert any("--only='critic'" in line for line in published_sizes.differences(record, **wanted))
@@ -340,11 +347,9 @@ def test_trips_of_a_rollout():
 # --- The benchmark --------------------------------------------------------------------------------------------------
 
 
-def load_benchmark():
-    spec = importlib.util.spec_from_file_location("benchmarks_pods", ROOT / "benchmarks" / "pods.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def benchmark(benchmarks):
+    return benchmarks("pods")
 
 
 def fake_command(benchmark, monkeypatch, code=0, overrides=None):
@@ -374,8 +379,7 @@ def fake_command(benchmark, monkeypatch, code=0, overrides=None):
 
 
 @needs_libtpu
-def test_the_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
-    benchmark = load_benchmark()
+def test_the_benchmark_goes_on_where_it_stopped(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "JOBS", {"one": benchmark.Row(DMD, "v5e:4x4", "dmd")})
     monkeypatch.setattr(benchmark, "SCALING", {})
     asked = fake_command(benchmark, monkeypatch)
@@ -399,8 +403,7 @@ def test_the_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
         (dict(overrides={"data.frames": 5}), "not the published job: frames is 5, not 21"),
     ],
 )
-def test_the_benchmark_takes_no_other_job(monkeypatch, options, message):
-    benchmark = load_benchmark()
+def test_the_benchmark_takes_no_other_job(benchmark, monkeypatch, options, message):
     fake_command(benchmark, monkeypatch, **options)
     with pytest.raises(RuntimeError, match=message):
         benchmark.compiled(benchmark.JOBS["1.3B stage 2, v5e:4x4"], "dmd")
@@ -427,7 +430,7 @@ def compiled(config, slice_, only, folder):
 @pytest.mark.slow
 @pytest.mark.subprocesses
 @needs_libtpu
-def test_streaming_at_1_3b_compiles_for_one_chip_each(tmp_path):
+def test_streaming_at_1_3b_compiles_for_one_chip_each(published_sizes, tmp_path):
     record = compiled("configs/wan1_3b/sample.py", "v5e:2x2", "stream", tmp_path)
     wanted = dict(stage="dmd", size="wan1_3b", teacher="wan1_3b", only="stream")
     assert not published_sizes.differences(record, **wanted)

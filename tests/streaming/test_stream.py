@@ -14,7 +14,6 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import keys as configuration
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.etm_sdd import Student
-from greedy_distill_jax.runs.run import _jitted_stream, open_stream
 from greedy_distill_jax.streaming.etm_sdd import Streamer
 from greedy_distill_jax.streaming.loop import Sampling, cache_bytes, initial_noise
 from greedy_distill_jax.testing import tiny
@@ -204,16 +203,6 @@ def test_state_and_live_buffers_do_not_grow():
     assert resident[2048] <= 1.01 * resident[64], "the process grew while it streamed"
     assert bytes_[64] == bytes_[2048] and live[64] == live[2048]
     assert step._cache_size() == 1, "the step was compiled more than once"
-
-
-def test_a_second_stream_compiles_nothing():
-    cfg, text = tiny.student_config(), tiny.text_rows(1, jax.random.key(0))
-    params = tiny.random_params(Student(cfg))
-    for seed in range(2):
-        streamer = Streamer(Student(cfg), Sampling(((1.0,),)))
-        state, step = open_stream(streamer, params, text, jax.random.key(seed), (4, 4, 4))
-        step(params, state)
-    assert [jitted._cache_size() for jitted in _jitted_stream(cfg, streamer.sampling)] == [1, 1]
 
 
 @pytest.mark.parametrize(

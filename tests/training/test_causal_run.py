@@ -65,8 +65,8 @@ def test_sample_streams_past_the_window_and_switches_the_prompt(runs, capsys):
     sample.main([*arguments, "--switch", "8:a blue circle moving up", "--output", str(output)])
     assert probe(output).frames == 12 and "12 frames" in capsys.readouterr().out
     student = Run.load(runs / "student")
-    with pytest.raises(UserError, match="chunk of 2 frames"):
-        next(sample.stream_videos(student, ["a red square"], 5))
+    with pytest.raises(UserError, match="chunk of 2 latent frames"):
+        student.session(["a red square"]).play(5)
 
 
 def test_evaluate_times_the_causal_student_under_its_own_name(runs, tmp_path):

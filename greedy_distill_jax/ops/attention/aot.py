@@ -24,13 +24,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import tuning
+from greedy_distill_jax.ops.attention import select
 from greedy_distill_jax.ops.attention.api import chunk_attention, decode_attention
 from greedy_distill_jax.ops.attention.arg_specs import Spec
+from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.ops.attention.tuning import Blocks
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-MATMULS = {"forward_kernel": 2, "dq_kernel": 3, "dkv_kernel": 4, "decode_kernel": 2}
 _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 
 
@@ -100,20 +100,25 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     Returns:
       seconds; memory {arguments, outputs, temporaries, code} in bytes; with ``dump`` bundles {kernel: number} and
       kflop_per_bundle {kernel: useful kFLOP of one grid step per bundle}.
+
+    Raises:
+      UserError: the best backend there has no kernels.
     """
+    shapes = spec.shapes(NamedSharding(mesh, PartitionSpec()))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        backend = select.choose(None, shapes[0], decode=spec.decode, function=spec.name)
+    if not backend.kernels:
+        raise UserError(f"{spec.name}: the best backend there is {backend.name!r}, which has no kernels to compile.")
 
     def forward(q, k, v):
-        options = dict(implementation="pallas_tpu")
         if spec.decode:
-            pair = blocks.forward if blocks else None
-            return decode_attention(q, k, v, k.shape[1], blocks=pair, **options)
-        return chunk_attention(q, k, v, spec.pattern, blocks=blocks, **options)
+            return decode_attention(q, k, v, k.shape[1], blocks=blocks)
+        return chunk_attention(q, k, v, spec.pattern, blocks=blocks)
 
     def both(q, k, v, g):
         out, pull = jax.vjp(forward, q, k, v)
         return out, pull(g)
 
-    shapes = spec.shapes(NamedSharding(mesh, PartitionSpec()))
     before = set(dump.iterdir()) if dump else set()
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -129,17 +134,18 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
         },
     }
     if dump:
-        result["bundles"] = _bundles(set(dump.iterdir()) - before)
+        result["bundles"] = _bundles(set(dump.iterdir()) - before, backend)
         result["kflop_per_bundle"] = {
-            name: round(_useful_kflop(spec, name, blocks, mesh) / count, 1) for name, count in result["bundles"].items()
+            name: round(_useful_kflop(spec, name, blocks, mesh, backend) / count, 1)
+            for name, count in result["bundles"].items()
         }
     return result
 
 
-def _bundles(files: set[Path]) -> dict[str, int]:
+def _bundles(files: set[Path], backend: Backend) -> dict[str, int]:
     found = {}
     for path in files:
-        for name in MATMULS:
+        for name in backend.kernels:
             if name in path.name and path.name.endswith("schedule-analysis_final_bundles.txt"):
                 found[name] = int(_BUNDLES.search(path.read_text())[1])
     for path in files:
@@ -147,18 +153,14 @@ def _bundles(files: set[Path]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _useful_kflop(spec: Spec, kernel: str, blocks: Blocks | None, mesh: Mesh) -> float:
+def _useful_kflop(spec: Spec, name: str, blocks: Blocks | None, mesh: Mesh, backend: Backend) -> float:
     """kFLOP of one average grid step, counted on unmasked pairs."""
-    table = spec.pattern
+    pattern, kernel = spec.pattern.merged() if spec.decode else spec.pattern, backend.kernels[name]
     kind = mesh.devices.flat[0].device_kind
-    if spec.decode:
-        pair = blocks.forward if blocks else tuning.default_blocks(table.q_chunk, table.num_k_chunks * table.k_chunk)
-        steps = -(-table.q_chunk // pair[0]) * -(-table.num_k_chunks * table.k_chunk // pair[1])
-    else:
-        chosen = blocks or tuning.choose(kind, table.q_chunk, table.k_chunk, spec.dim, spec.dtype)
-        by_query, by_key = table.block_lists(*getattr(chosen, kernel.removesuffix("_kernel")))
-        steps = len((by_key if kernel == "dkv_kernel" else by_query).outer)
-    return 2 * MATMULS[kernel] * spec.dim * table.pairs / steps / 1e3
+    blocks = blocks or backend.blocks(kind, pattern.q_chunk, pattern.k_chunk, spec.dim, spec.dtype)
+    by_query, by_key = pattern.block_lists(*getattr(blocks, kernel.blocks))
+    steps = len((by_key if kernel.by_key else by_query).outer)
+    return 2 * kernel.matmuls * spec.dim * pattern.pairs / steps / 1e3
 
 
 def libtpu_version() -> str:

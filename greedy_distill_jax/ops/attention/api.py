@@ -1,6 +1,5 @@
-"""The one attention function of the project (DESIGN.md, "One attention op"), and its form for streaming."""
+"""The one attention function of the project, and its form for streaming."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,8 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import cudnn, decode, pallas_tpu, reference, select, tuning, xla
+from greedy_distill_jax.ops.attention import select
+from greedy_distill_jax.ops.attention.backends.record import Backend, Call
 from greedy_distill_jax.ops.attention.pattern import Pattern
+from greedy_distill_jax.ops.attention.tuning import Blocks
+
+DERIVATIVES = ("vjp", "jvp")
 
 
 def chunk_attention(
@@ -24,7 +27,7 @@ def chunk_attention(
     implementation: str | None = None,
     scale: float | None = None,
     derivative: str = "vjp",
-    blocks: tuning.Blocks | None = None,
+    blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B L N K"]:
     """Attention of query chunks over the key chunks that ``pattern`` lists for them.
@@ -38,12 +41,12 @@ def chunk_attention(
       pattern: who sees whom, in chunks; static.
       visible_QS: optional traced [query chunks, key chunks] mask on top of the table: which cache slots are
         filled is known only while streaming.
-      implementation: "pallas_tpu", "cudnn", "xla", "reference" (dense), or None for the best one on this platform.
+      implementation: name of a backend (``backends.names()``), or None for the best one on this platform.
       scale: softmax scale, 1/sqrt(K) by default.
       derivative: "vjp" for gradients (a ``custom_vjp`` that keeps the output and the log-sum-exp and recomputes
         the rest; ``jax.jvp`` raises TypeError), "jvp" for tangents by ``jax.jvp``, as consistency losses need
-        them under a stop-gradient (FRONTIER_SPEC C.9.4).
-      blocks: block sizes of the Pallas kernels; None takes the tuned ones.
+        them under a stop-gradient.
+      blocks: block sizes of a backend that has them; None takes the tuned ones.
       interpret: emulates Pallas kernels on any platform (True or ``pltpu.InterpretParams``).
 
     Returns:
@@ -60,72 +63,49 @@ def chunk_attention(
             f"{pattern.num_q_chunks} query chunks of {pattern.q_chunk} and {pattern.num_k_chunks} key chunks of "
             f"{pattern.k_chunk} (so {pattern.q_tokens} and {pattern.k_tokens}); build it from the tokens of one chunk."
         )
-    if derivative not in ("vjp", "jvp"):
-        raise UserError(f'chunk_attention: derivative must be "vjp" or "jvp", got {derivative!r}.')
-    name = select.choose(
-        implementation, q_BLNK, visible_QS=visible_QS, interpret=interpret, function="chunk_attention",
-        allowed=select.NAMES if derivative == "vjp" else ("xla", "reference"),
+    if derivative not in DERIVATIVES:
+        raise UserError(f'chunk_attention: derivative must be "vjp" or "jvp", got {derivative!r}.', field="derivative")
+    backend = select.choose(
+        implementation, q_BLNK, visible_QS=visible_QS, derivative=derivative, interpret=interpret,
+        function="chunk_attention",
     )  # fmt: skip
-    scale = 1.0 / math.sqrt(q_BLNK.shape[-1]) if scale is None else scale
-    if name == "reference":
-        return reference.attend(q_BLNK, k_BSNK, v_BSNK, pattern, visible_QS, scale=scale)
-    if name == "cudnn":
-        return cudnn.attend(q_BLNK, k_BSNK, v_BSNK, pattern, scale=scale)
-    if derivative == "jvp":
-        return xla.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern, scale)
-    call = _Call(name, pattern, scale)
-    if name == "pallas_tpu":
-        blocks = blocks or tuning.choose(
-            select.device()[1], pattern.q_chunk, pattern.k_chunk, q_BLNK.shape[-1], str(q_BLNK.dtype)
-        )
-        call = dataclasses.replace(call, blocks=blocks, interpret=interpret)
+    call = _call(backend, pattern, q_BLNK, scale, blocks, interpret)
+    if derivative == "jvp" or backend.backward is None:
+        return backend.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
     try:
-        return _attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
+        return _attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, backend, call)
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
         raise TypeError(
-            f'chunk_attention: implementation {name!r} has gradients only. For jax.jvp call it with derivative="jvp" '
-            f"(plain XLA, for tangents under a stop-gradient)."
+            f"chunk_attention: implementation {backend.name!r} has gradients only. For jax.jvp call it with "
+            f'derivative="jvp", and a network with Teacher(cfg, derivative="jvp") or make_student(cfg, '
+            f'derivative="jvp").'
         ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static part of one call."""
-
-    implementation: str
-    pattern: Pattern
-    scale: float
-    blocks: tuning.Blocks | None = None
-    interpret: Any = False
-
-    def forward(self, *arrays):
-        """(output, residual)."""
-        if self.implementation == "xla":
-            return xla.forward(*arrays, self.pattern, self.scale)
-        return pallas_tpu.forward(*arrays, self.pattern, self.scale, self.blocks, self.interpret)
-
-    def backward(self, residual, g_BLNK):
-        """(dq, dk, dv)."""
-        if self.implementation == "xla":
-            return xla.backward(residual, g_BLNK, self.pattern, self.scale)
-        return pallas_tpu.backward(residual, g_BLNK, self.pattern, self.scale, self.blocks, self.interpret)
+def _call(backend: Backend, pattern: Pattern, q_BLNK, scale: float | None, blocks: Blocks | None, interpret) -> Call:
+    """The static part of a call, scale and block sizes filled in."""
+    scale = 1.0 / math.sqrt(q_BLNK.shape[-1]) if scale is None else scale
+    if blocks is None and backend.blocks is not None:
+        device_kind, dim = select.device()[1], q_BLNK.shape[-1]
+        blocks = backend.blocks(device_kind, pattern.q_chunk, pattern.k_chunk, dim, str(q_BLNK.dtype))
+    return Call(pattern, scale, blocks, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: _Call):
-    if call.implementation == "xla":
-        return xla.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call.pattern, call.scale)
-    return call.forward(q_BLNK, k_BSNK, v_BSNK, visible_QS)[0]
+# Reverse mode keeps the output and the log-sum-exp instead of every block's logits, which JAX would keep if it
+# differentiated the loop; what is not differentiated runs ``attend`` and keeps nothing.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, backend: Backend, call: Call):
+    return backend.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
 
 
-def _attend_forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: _Call):
-    return call.forward(q_BLNK, k_BSNK, v_BSNK, visible_QS)
+def _attend_forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, backend: Backend, call: Call):
+    return backend.forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
 
 
-def _attend_backward(call: _Call, residual, g_BLNK):
-    return *call.backward(residual, g_BLNK), None
+def _attend_backward(backend: Backend, call: Call, residual, g_BLNK):
+    return *backend.backward(residual, g_BLNK, call), None  # a mask has no gradient
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -139,10 +119,12 @@ def decode_attention(
     *,
     implementation: str | None = None,
     scale: float | None = None,
-    blocks: tuning.Pair | None = None,
+    blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B L N K"]:
     """Attention of the chunk being made to a cache [sink | ring buffer] of which a prefix is filled.
+
+    The streams do not use it yet: they hide free slots by ``chunk_attention``'s ``visible_QS``.
 
     Softmax does not care about the order of keys, so a ring buffer needs no more than the number of filled slots, as
     long as keys carry their rotation. Slots fill from the front, sink first; once the ring wraps all are filled. Blocks
@@ -153,10 +135,10 @@ def decode_attention(
       k_BSNK: keys of the S slots (tokens), those of this chunk already written.
       v_BSNK: values.
       length: slots that are filled, at most S; may be traced. 0 gives zeros.
-      implementation: "pallas_tpu", "xla", "reference", or None for the best one on this platform.
+      implementation: name of a backend that has this form, or None for the best one on this platform.
       scale: softmax scale, 1/sqrt(K) by default.
-      blocks: (query, key) tokens of a block of the Pallas kernel.
-      interpret: emulates the Pallas kernel.
+      blocks: block sizes of a backend that has them, of which ``forward`` counts; None takes the tuned ones.
+      interpret: emulates a kernel.
 
     Returns:
       [B, L, N, K] in the dtype of ``v``.
@@ -164,11 +146,7 @@ def decode_attention(
     Raises:
       UserError: an implementation that is unknown or cannot run here.
     """
-    allowed = ("pallas_tpu", "xla", "reference")
-    name = select.choose(implementation, q_BLNK, allowed=allowed, interpret=interpret, function="decode_attention")
-    scale = 1.0 / math.sqrt(q_BLNK.shape[-1]) if scale is None else scale
-    length = jnp.asarray(length, jnp.int32)
-    if name == "pallas_tpu":
-        blocks = blocks or tuning.default_blocks(q_BLNK.shape[1], k_BSNK.shape[1])
-        return decode.pallas(q_BLNK, k_BSNK, v_BSNK, length, scale, blocks, interpret)
-    return (decode.dense if name == "reference" else decode.xla)(q_BLNK, k_BSNK, v_BSNK, length, scale)
+    backend = select.choose(implementation, q_BLNK, decode=True, interpret=interpret, function="decode_attention")
+    pattern = Pattern.full(1, q_BLNK.shape[1], num_k_chunks=1, k_chunk=k_BSNK.shape[1])
+    call = _call(backend, pattern, q_BLNK, scale, blocks, interpret)
+    return backend.decode(q_BLNK, k_BSNK, v_BSNK, jnp.asarray(length, jnp.int32), call)

@@ -4,6 +4,7 @@ On CPU a time is the process's CPU time in one pinned thread, on an accelerator 
 peers are timed in one process; the median of ``REPEATS`` runs after a first one counts.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from greedy_distill_jax.ops.attention import select
+from greedy_distill_jax.ops.attention import backends, select
 from greedy_distill_jax.ops.attention.api import chunk_attention, decode_attention
 from greedy_distill_jax.ops.attention.arg_specs import Spec
 
@@ -91,13 +92,14 @@ def tokamax() -> Peer:
 
 
 def default_peers() -> dict[str, Callable[[], Peer]]:
-    """Peers of the current platform by name, to be made on use: a missing library is reported, not raised."""
+    """Peers of the current platform by name, made on use: what is missing or cannot run is a result of ``measure``."""
     platform = select.device()[0]
-    peers = {"ours": ours}
+    *fast, _ = backends.names()  # the last one is the definition: masked dense
+    peers = {"ours": ours} | {f"ours, {name}": functools.partial(ours, name) for name in fast}
     if platform == "tpu":
-        peers |= {"ours, xla": lambda: ours("xla"), "splash": splash}
+        peers["splash"] = splash
     elif platform in ("gpu", "cuda"):
-        peers |= {"ours, cudnn slices": lambda: ours("cudnn"), "ours, xla": lambda: ours("xla"), "tokamax": tokamax}
+        peers["tokamax"] = tokamax
     return peers | {"masked dense": masked_dense}
 
 

@@ -1,14 +1,12 @@
-"""Which implementation runs: the best one of the platform, or the named one if it can."""
+"""Which backend runs: the best one that can, or the named one if it can."""
+
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from greedy_distill_jax.errors import UserError
-
-NAMES = ("xla", "cudnn", "pallas_tpu", "reference")
-# In this order of preference; "xla" runs everywhere.
-BEST = {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla"), "cpu": ("xla",)}
-HEAD_DIMS_TPU = (64, 128)
+from greedy_distill_jax.ops.attention import backends
+from greedy_distill_jax.ops.attention.backends.record import Backend, Request
 
 
 def device() -> tuple[str, str]:
@@ -19,64 +17,56 @@ def device() -> tuple[str, str]:
     return jax.default_backend(), jax.devices()[0].device_kind
 
 
-def _no_pallas_tpu(platform: str, q, interpret) -> str | None:
-    if platform != "tpu" and not interpret:
-        return f"it needs a TPU and this is {platform} (interpret=True emulates it)"
-    if q.shape[-1] not in HEAD_DIMS_TPU:
-        return f"the head dim is {q.shape[-1]}, not one of {HEAD_DIMS_TPU}"
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the dtype is {q.dtype}, not float32 or bfloat16"
-    return None
-
-
-def _no_cudnn(platform: str, q, visible_QS) -> str | None:
-    if platform not in ("gpu", "cuda"):
-        return f"it needs an NVIDIA GPU and this is {platform}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the dtype is {q.dtype}, not bfloat16 or float16"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"the head dim is {q.shape[-1]}, not a multiple of 8 up to 128"
-    if visible_QS is not None:
-        return "it cannot hide chunks at run time (visible_QS)"
-    return None
-
-
-def why_not(name: str, q, visible_QS=None, interpret=False) -> str | None:
-    """Why the implementation cannot run on these inputs on this platform; None if it can."""
-    platform = device()[0]
-    if name == "pallas_tpu":
-        return _no_pallas_tpu(platform, q, interpret)
-    return _no_cudnn(platform, q, visible_QS) if name == "cudnn" else None
-
-
 def choose(
-    name: str | None, q, *, visible_QS=None, allowed: tuple[str, ...] = NAMES, interpret=False, function: str
-) -> str:
-    """Name of the implementation to run.
+    name: str | None,
+    q_BLNK: Any,
+    *,
+    visible_QS: Any = None,
+    derivative: str = "vjp",
+    decode: bool = False,
+    interpret: Any = False,
+    function: str,
+) -> Backend:
+    """The backend that runs a call.
 
     Args:
-      name: what the caller asked for, None for the best.
-      q: queries (dtype and head dim count).
+      name: of the backend that the caller asks for, None for the best that can run on this platform.
+      q_BLNK: queries, of which dtype and head dim count.
       visible_QS: the traced mask or None.
-      allowed: the names that can do what is asked of ``function``.
-      interpret: whether Pallas kernels are emulated.
+      derivative: "jvp" where the call has to pass ``jax.jvp``.
+      decode: whether the form for a cache with a length is wanted.
+      interpret: whether kernels are emulated; only a named backend is.
       function: who asks, for the message.
 
     Raises:
-      UserError: an unknown name, or one that cannot run here; the message says why and what can.
+      UserError: an unknown name, or a backend that cannot run here; the message says why and what can.
     """
+    platform = device()[0]
+    request = Request(
+        "gpu" if platform == "cuda" else platform, q_BLNK.shape[-1], q_BLNK.dtype, visible_QS is not None,
+        bool(interpret) and name is not None,
+    )  # fmt: skip
 
-    def reason(candidate):
-        if candidate not in allowed:
-            return "it does not have this form"
-        return why_not(candidate, q, visible_QS, interpret)
+    def reason(backend: Backend) -> str | None:
+        if decode and backend.decode is None:
+            return "it has no form for a cache with a length"
+        if derivative == "jvp" and not backend.forward_mode:
+            return "it has gradients only, no forward mode"
+        return backend.why_not(request)
 
+    found = {backend.name: backend for backend in backends.BACKENDS}
+    able = [backend for backend in found.values() if reason(backend) is None]
     if name is None:
-        platform = device()[0]
-        return next(n for n in BEST.get("gpu" if platform == "cuda" else platform, ("xla",)) if reason(n) is None)
-    if name not in NAMES:
-        raise UserError(f"{function}: unknown implementation {name!r}; choose from {', '.join(NAMES)}, or None.")
-    if reason(name):
-        able = " or ".join(n for n in NAMES if reason(n) is None)
-        raise UserError(f"{function}: {name!r} cannot run here: {reason(name)}; use {able}, or None for the best.")
-    return name
+        return able[0]
+    if name not in found:
+        raise UserError(
+            f"{function}: unknown implementation {name!r}; choose from {', '.join(found)}, or None.",
+            field="implementation",
+        )
+    if found[name] not in able:
+        others = " or ".join(backend.name for backend in able)
+        raise UserError(
+            f"{function}: {name!r} cannot run here: {reason(found[name])}; use {others}, or None for the best.",
+            field="implementation",
+        )
+    return found[name]

@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels: a tuned table per device, and the rule for what is not in it.
+"""Block sizes of kernels: a tuned table per device, and the rule for what is not in it.
 
 ``tuned/<device>.json`` is written by ``python -m greedy_distill_jax.compile sweep`` and lists, per (query chunk, key
 chunk, head dim, dtype), the blocks of each kernel.

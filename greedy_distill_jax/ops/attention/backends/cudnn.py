@@ -9,12 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from greedy_distill_jax.ops.attention.pattern import Pattern
+from greedy_distill_jax.ops.attention.backends.record import Backend, Call, Request
 
 
-def attend(q_BLNK, k_BSNK, v_BSNK, pattern: Pattern, *, scale: float, inner: str = "cudnn"):
-    """See ``api.chunk_attention``; ``inner`` is the implementation of ``jax.nn.dot_product_attention``."""
-    pattern = pattern.merged()
+def why_not(request: Request) -> str | None:
+    """See ``record.Backend``."""
+    if request.platform != "gpu":
+        return f"it needs an NVIDIA GPU and this is {request.platform}"
+    if request.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype is {request.dtype}, not bfloat16 or float16"
+    if request.head_dim % 8 or request.head_dim > 128:
+        return f"the head dim is {request.head_dim}, not a multiple of 8 up to 128"
+    if request.hides_chunks:
+        return "it cannot hide chunks at run time (visible_QS)"
+    return None
+
+
+def attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call, inner: str = "cudnn"):
+    """See ``record.Backend``; ``inner`` is the implementation of ``jax.nn.dot_product_attention``."""
+    pattern = call.pattern.merged()
     q = rearrange(q_BLNK, "b (c l) n k -> b c l n k", l=pattern.q_chunk)
     k, v = (rearrange(x, "b (c s) n k -> b c s n k", s=pattern.k_chunk) for x in (k_BSNK, v_BSNK))
     lengths = np.array([len(row) for row in pattern.table])
@@ -28,7 +41,10 @@ def attend(q_BLNK, k_BSNK, v_BSNK, pattern: Pattern, *, scale: float, inner: str
         index = np.array([sorted(pattern.table[i]) for i in members])
         keys, values = (rearrange(x[:, index], "b c p s n k -> (b c) (p s) n k") for x in (k, v))
         queries = rearrange(q[:, members], "b c l n k -> (b c) l n k")
-        out = jax.nn.dot_product_attention(queries, keys, values, scale=scale, implementation=inner)
+        out = jax.nn.dot_product_attention(queries, keys, values, scale=call.scale, implementation=inner)
         parts.append(rearrange(out, "(b c) l n k -> b c l n k", c=len(members)))
     back = np.argsort(np.concatenate(order))
     return rearrange(jnp.concatenate(parts, axis=1)[:, back], "b c l n k -> b (c l) n k")
+
+
+BACKEND = Backend("cudnn", why_not, attend, partitionable=False)

@@ -18,9 +18,17 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from greedy_distill_jax.ops.attention.pattern import VOID, BlockList, Pattern
-from greedy_distill_jax.ops.attention.tuning import Blocks
+from greedy_distill_jax.ops.attention import tuning
+from greedy_distill_jax.ops.attention.backends.record import Backend, Call, Kernel, Request
+from greedy_distill_jax.ops.attention.pattern import VOID, BlockList
 
+KERNELS = {
+    "forward_kernel": Kernel(2, "forward"),
+    "dq_kernel": Kernel(3, "dq"),
+    "dkv_kernel": Kernel(4, "dkv", by_key=True),
+    "decode_kernel": Kernel(2, "forward"),
+}
+HEAD_DIMS = (64, 128)
 LANES = 128
 FIRST, LAST, LIVE = 1, 2, 4  # bits of a visit's code
 NEVER = -1e30
@@ -28,48 +36,62 @@ LOG2E = math.log2(math.e)
 VMEM_LIMIT = 64 << 20  # the default scope of v5e and v5p, 16 MB, is too small for a block pair of whole frames
 
 
-def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, pattern: Pattern, scale: float, blocks: Blocks, interpret):
+def why_not(request: Request) -> str | None:
+    """See ``record.Backend``."""
+    if request.platform != "tpu" and not request.interpret:
+        return f"it needs a TPU and this is {request.platform} (interpret=True emulates it)"
+    if request.head_dim not in HEAD_DIMS:
+        return f"the head dim is {request.head_dim}, not one of {HEAD_DIMS}"
+    if request.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the dtype is {request.dtype}, not float32 or bfloat16"
+    return None
+
+
+def attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
+    """See ``record.Backend``."""
+    return forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)[0]
+
+
+def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
     """(output, what ``backward`` needs)."""
-    call = _Call(pattern, q_BLNK.shape, *blocks.forward, scale, interpret)
-    by_query, _ = pattern.block_lists(*blocks.forward)
-    q, k, v = call.view_q(q_BLNK), call.view_k(k_BSNK), call.view_k(v_BSNK)
-    statistics = pltpu.VMEM((1, call.block_q), jnp.float32)
-    out, lse = call.run(
+    blocks = call.blocks.forward
+    launch = _Launch(call, q_BLNK.shape, *blocks)
+    by_query, _ = call.pattern.block_lists(*blocks)
+    q, k, v = launch.view_q(q_BLNK), launch.view_k(k_BSNK), launch.view_k(v_BSNK)
+    statistics = pltpu.VMEM((1, launch.block_q), jnp.float32)
+    out, lse = launch.run(
         _forward_kernel, by_query, visible_QS, ("q", "k", "k"), (q, k, v), ("q", "row"),
-        (like(q, q.shape, v.dtype), like(q, call.row_shape, jnp.float32)),
-        [statistics, statistics, pltpu.VMEM((call.dim, call.block_q), jnp.float32)], matmuls=2,
+        (like(q, q.shape, v.dtype), like(q, launch.row_shape, jnp.float32)),
+        [statistics, statistics, pltpu.VMEM((launch.dim, launch.block_q), jnp.float32)],
     )  # fmt: skip
-    out = call.unview(out, q_BLNK.shape)
-    return out, (q_BLNK, k_BSNK, v_BSNK, visible_QS, out, call.from_rows(lse))
+    out = launch.unview(out, q_BLNK.shape)
+    return out, (q_BLNK, k_BSNK, v_BSNK, visible_QS, out, launch.from_rows(lse))
 
 
-def backward(residual, g_BLNK, pattern: Pattern, scale: float, blocks: Blocks, interpret):
+def backward(residual, g_BLNK, call: Call):
     """(dq, dk, dv)."""
     q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNQ = residual
     delta_BNQ = jnp.einsum("blnk,blnk->bnl", out_BLNK, g_BLNK, preferred_element_type=jnp.float32)
 
     def setup(block_q, block_k):
-        call = _Call(pattern, q_BLNK.shape, block_q, block_k, scale, interpret)
-        views = call.view_q(q_BLNK), call.view_k(k_BSNK), call.view_k(v_BSNK), call.view_q(g_BLNK)
-        return call, views, (*views, call.to_rows(lse_BNQ), call.to_rows(delta_BNQ))
+        launch = _Launch(call, q_BLNK.shape, block_q, block_k)
+        views = launch.view_q(q_BLNK), launch.view_k(k_BSNK), launch.view_k(v_BSNK), launch.view_q(g_BLNK)
+        return launch, views, (*views, launch.to_rows(lse_BNQ), launch.to_rows(delta_BNQ))
 
     specs = ("q", "k", "k", "q", "row", "row")
-    call, (q, *_), inputs = setup(*blocks.dq)
-    accumulator = [pltpu.VMEM((call.dim, call.block_q), jnp.float32)]
-    by_query, _ = pattern.block_lists(*blocks.dq)
-    (dq,) = call.run(
-        _dq_kernel, by_query, visible_QS, specs, inputs, ("q",), (like(q, q.shape, q.dtype),), accumulator, matmuls=3
-    )
-    dq = call.unview(dq, q_BLNK.shape)
+    launch, (q, *_), inputs = setup(*call.blocks.dq)
+    accumulator = [pltpu.VMEM((launch.dim, launch.block_q), jnp.float32)]
+    by_query, _ = call.pattern.block_lists(*call.blocks.dq)
+    shapes = (like(q, q.shape, q.dtype),)
+    (dq,) = launch.run(_dq_kernel, by_query, visible_QS, specs, inputs, ("q",), shapes, accumulator)
+    dq = launch.unview(dq, q_BLNK.shape)
 
-    call, (_, k, v, _), inputs = setup(*blocks.dkv)
-    accumulators = [pltpu.VMEM((call.block_k, call.dim), jnp.float32)] * 2
-    _, by_key = pattern.block_lists(*blocks.dkv)
-    dk, dv = call.run(
-        _dkv_kernel, by_key, visible_QS, specs, inputs, ("k", "k"),
-        (like(k, k.shape, k.dtype), like(v, v.shape, v.dtype)), accumulators, matmuls=4, by_key=True,
-    )  # fmt: skip
-    return dq, call.unview(dk, k_BSNK.shape), call.unview(dv, v_BSNK.shape)
+    launch, (_, k, v, _), inputs = setup(*call.blocks.dkv)
+    accumulators = [pltpu.VMEM((launch.block_k, launch.dim), jnp.float32)] * 2
+    _, by_key = call.pattern.block_lists(*call.blocks.dkv)
+    shapes = like(k, k.shape, k.dtype), like(v, v.shape, v.dtype)
+    dk, dv = launch.run(_dkv_kernel, by_key, visible_QS, specs, inputs, ("k", "k"), shapes, accumulators)
+    return dq, launch.unview(dk, k_BSNK.shape), launch.unview(dv, v_BSNK.shape)
 
 
 def like(x, shape, dtype):
@@ -77,14 +99,14 @@ def like(x, shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-class _Call:
+class _Launch:
     """Shapes, views and block specs that the three kernels share."""
 
-    def __init__(self, pattern: Pattern, shape, block_q: int, block_k: int, scale: float, interpret):
-        self.pattern, self.scale, self.interpret = pattern, scale, interpret
+    def __init__(self, call: Call, shape, block_q: int, block_k: int):
+        self.pattern, self.scale, self.interpret = call.pattern, call.scale, call.interpret
         self.batch, _, self.heads, self.dim = shape
         self.block_q, self.block_k = block_q, block_k
-        self.per_q, self.per_k = pl.cdiv(pattern.q_chunk, block_q), pl.cdiv(pattern.k_chunk, block_k)
+        self.per_q, self.per_k = pl.cdiv(self.pattern.q_chunk, block_q), pl.cdiv(self.pattern.k_chunk, block_k)
         self.in_place = self.dim == LANES
 
     @property
@@ -156,8 +178,10 @@ class _Call:
             return pl.BlockSpec((None, None, None, 1, block), statistics)
         return pl.BlockSpec((None, None, block, self.dim), tokens)
 
-    def run(self, kernel, pairs, visible_QS, specs, inputs, out_specs, out_shape, scratch, *, matmuls, by_key=False):
+    def run(self, kernel, pairs, visible_QS, specs, inputs, out_specs, out_shape, scratch):
         """Calls ``kernel`` once per visit."""
+        name = kernel.__name__.strip("_")
+        matmuls, _, by_key = KERNELS[name]
         visits = self._visits(pairs, visible_QS, by_key)
         bound = functools.partial(
             kernel, scale=self.scale,
@@ -184,7 +208,7 @@ class _Call:
                 bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *out_shape)),
             ),
             interpret=self.interpret,
-            name=kernel.__name__.strip("_"),
+            name=name,
         )(*visits, *inputs)
 
 
@@ -318,3 +342,88 @@ def _dkv_kernel(
     def _():
         dk_ref[...] = (acc_k[...] * scale).astype(dk_ref.dtype)
         dv_ref[...] = acc_v[...].astype(dv_ref.dtype)
+
+
+def decode(q_BLNK, k_BSNK, v_BSNK, length, call: Call):
+    """See ``record.Backend``: a grid over all blocks of slots; those not filled are neither loaded nor computed."""
+    batch, tokens, heads, dim = q_BLNK.shape
+    block_q, block_k = call.blocks.forward
+    slots = k_BSNK.shape[1]
+    in_place = dim == LANES
+
+    def view(x):
+        if in_place:
+            return x.reshape(batch, -1, heads * dim)
+        return jnp.swapaxes(x, 1, 2).reshape(batch * heads, -1, dim)
+
+    def keys(row, head, i, j, length_ref):
+        # A block that is not needed repeats the last one that is, which costs no copy.
+        last = jnp.maximum(jax.lax.div(length_ref[0] + (block_k - 1), block_k) - 1, 0)
+        return row, jnp.minimum(j, last), head
+
+    q, k, v = view(q_BLNK), view(k_BSNK), view(v_BSNK)
+    q_spec = pl.BlockSpec((None, block_q, dim), lambda row, head, i, j, length_ref: (row, i, head))
+    k_spec = pl.BlockSpec((None, block_k, dim), keys)
+    statistics = pltpu.VMEM((1, block_q), jnp.float32)
+    out = pl.pallas_call(
+        functools.partial(_decode_kernel, scale=call.scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(
+                *((batch, heads) if in_place else (batch * heads, 1)),
+                pl.cdiv(tokens, block_q), pl.cdiv(slots, block_k),
+            ),
+            in_specs=[q_spec, k_spec, k_spec],
+            out_specs=q_spec,
+            scratch_shapes=[statistics, statistics, pltpu.VMEM((dim, block_q), jnp.float32)],
+        ),
+        out_shape=like(q, q.shape, v.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+        ),
+        interpret=call.interpret,
+        name="decode_kernel",
+    )(jnp.minimum(length, slots).reshape(1), q, k, v)  # fmt: skip
+    if in_place:
+        return out.reshape(q_BLNK.shape)
+    return jnp.swapaxes(out.reshape(batch, heads, tokens, dim), 1, 2)
+
+
+def _decode_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, peak_ref, total_ref, acc_ref, *, scale):
+    j, block = pl.program_id(3), k_ref.shape[0]
+    left = length_ref[0] - j * block
+
+    @pl.when(j == 0)
+    def _():
+        start_softmax(peak_ref, total_ref, acc_ref)
+
+    @pl.when(left >= block)
+    def _():
+        add_keys(q_ref[...], k_ref[...], v_ref[...], None, scale, peak_ref, total_ref, acc_ref)
+
+    @pl.when((left > 0) & (left < block))
+    def _():
+        keep = jax.lax.broadcasted_iota(jnp.int32, (block, q_ref.shape[0]), 0) < left
+        rows = jax.lax.broadcasted_iota(jnp.int32, v_ref.shape, 0) < left
+        v = jnp.where(rows, v_ref[...], jnp.zeros(v_ref.shape, v_ref.dtype))  # free slots may hold NaN
+        add_keys(q_ref[...], k_ref[...], v, keep, scale, peak_ref, total_ref, acc_ref)
+
+    @pl.when(j == pl.num_programs(3) - 1)
+    def _():
+        finish_softmax(out_ref, None, peak_ref, total_ref, acc_ref)
+
+
+# Logits and their gradient are made once for the queries and once for the keys: seven matmuls for two.
+BACKEND = Backend(
+    "mosaic_tpu",
+    why_not,
+    attend,
+    forward,
+    backward,
+    decode=decode,
+    partitionable=False,
+    backward_flops=3.5,
+    blocks=tuning.choose,
+    kernels=KERNELS,
+)

@@ -1,0 +1,134 @@
+"""A stream as the person who watches it has it: prompts, frames of video, and another prompt at any time."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from greedy_distill_jax.codecs.protocol import VideoCodec, stream_decoder
+from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.streaming.causal import CausalStreamer
+from greedy_distill_jax.streaming.etm_sdd import Streamer
+from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.streaming.timeline import Timeline, check_switches
+
+
+class Programs(NamedTuple):
+    """The compiled functions of a streamer; states are donated, so that a stream exists once in memory.
+
+    Attributes:
+      init: ``(params, text [B, M, D], key, latent shape (H, W, C)) -> state``.
+      step: ``(params, state) -> (state, latents [B, g, H, W, C])``.
+      switch_prompt: ``(params, state, text [B, M, D]) -> state``.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    switch_prompt: Callable[..., Any]
+
+
+def programs(streamer: Streamer | CausalStreamer) -> Programs:
+    """Returns the jitted functions that all streams of the same student and the same sampling share.
+
+    They are compiled once for every shape of text and latents.
+    """
+    return _programs(streamer.cfg, streamer.sampling)
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(student_config, sampling) -> Programs:
+    streamer = make_streamer(make_student(student_config), sampling)
+    return Programs(
+        jax.jit(streamer.init, static_argnums=3),
+        jax.jit(streamer.step, donate_argnums=1),
+        jax.jit(streamer.switch_prompt, donate_argnums=1),
+    )
+
+
+class Session:
+    """One stream of videos, a video per prompt, made chunk by chunk for as long as somebody asks.
+
+    Memory and the cost of a chunk do not depend on how many were made. Nothing is computed ahead: a new prompt holds
+    from the next chunk on. A session is read either as latents or as frames of video, because the decoder of a video
+    has to see every chunk. It belongs to one thread.
+
+    Attributes:
+      state: what the stream remembers; every chunk and every new prompt replaces it, the old one is donated.
+    """
+
+    def __init__(
+        self,
+        streamer: Streamer | CausalStreamer,
+        params: Any,
+        codec: VideoCodec | None,
+        text: Callable[[Sequence[str]], Float[Array, "B M D"]],
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        latent_shape: tuple[int, int, int],
+    ):
+        """Opens the stream.
+
+        Args:
+          streamer: of the student and its way of sampling.
+          params: of the student.
+          codec: that makes video of its latents; None where only latents are asked for.
+          text: the encoder of prompts.
+          prompts: one for each video.
+          seed: of the noise.
+          latent_shape: (H, W, C) of a latent frame.
+        """
+        self._programs, self._params, self._codec, self._text = programs(streamer), params, codec, text
+        self._videos, self._chunk, self._decode, self._made = len(prompts), streamer.cfg.chunk, None, 0
+        self.state = self._programs.init(params, text(prompts), jax.random.key(seed), tuple(latent_shape))
+
+    def switch_prompts(self, prompts: str | Sequence[str]) -> None:
+        """Makes the next chunks follow other prompts: one for every video, or a single one for all of them."""
+        prompts = [prompts] * self._videos if isinstance(prompts, str) else list(prompts)
+        if len(prompts) != self._videos:
+            raise ValueError(f"switch_prompts: {len(prompts)} prompts for {self._videos} videos; give one for each.")
+        self.state = self._programs.switch_prompt(self._params, self.state, self._text(prompts))
+
+    def next_latents(self) -> Float32[Array, "B g H W C"]:
+        """Makes the next chunk and returns its latents."""
+        self.state, latents = self._programs.step(self._params, self.state)
+        self._made += 1
+        return latents
+
+    def next_frames(self) -> UInt8[np.ndarray, "B T H W 3"]:
+        """Makes the next chunk and returns its frames of video.
+
+        Raises:
+          RuntimeError: chunks were read as latents before, which the decoder has not seen.
+        """
+        if self._decode is None:
+            if self._made:
+                raise RuntimeError("next_frames after next_latents: the decoder missed chunks; read one or the other.")
+            self._decode = stream_decoder(self._codec)
+        return self._decode(self.next_latents())
+
+    def play(self, frames: int, switches: Mapping[int, str] | None = None) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
+        """Returns an iterator over the frames of a video, chunk by chunk.
+
+        Args:
+          frames: of video, that fill whole chunks.
+          switches: frame of video -> the prompt that all videos follow from there on, at the start of a chunk.
+
+        Raises:
+          UserError: a length (field "frames") or a switch (field "switches") that does not fit, before anything is
+            made.
+        """
+        timeline, switches = Timeline(self._codec.temporal_stride, self._chunk), dict(switches or {})
+        chunks = timeline.latent_frames(frames) // self._chunk
+        check_switches(switches, frames)
+        prompts = {timeline.latent_frames(f, "switches") // self._chunk: prompt for f, prompt in switches.items()}
+        return self._play(chunks, prompts)
+
+    def _play(self, chunks: int, prompts: Mapping[int, str]) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
+        for chunk in range(chunks):
+            if chunk in prompts:
+                self.switch_prompts(prompts[chunk])
+            yield self.next_frames()

@@ -1,0 +1,175 @@
+"""Sessions: prompts in, frames out; lengths through codec and chunk; recordings that are whole or not there."""
+
+import jax
+import numpy as np
+import pytest
+
+from greedy_distill_jax.codecs.vae_codec import VAECodec
+from greedy_distill_jax.data.video_io import read_frames
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.students.causal import CausalStudent
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.streaming.loop import Sampling
+from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.streaming.recording import Recording, output_paths
+from greedy_distill_jax.streaming.session import Session, programs
+from greedy_distill_jax.streaming.timeline import Timeline, check_switches
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.vae import TINY, random_params
+
+SHAPE = (4, 4, 4)
+
+
+def text(prompts):
+    """Rows that depend on the prompt alone."""
+    return jax.numpy.concatenate([tiny.text_rows(1, jax.random.key(sum(map(ord, prompt)))) for prompt in prompts])
+
+
+def session(prompts=("a", "b"), *, model=None, codec=None, seed=0, chunk=1):
+    model = model or Student(tiny.student_config(chunk=chunk))
+    params = tiny.random_params(model)
+    streamer = make_streamer(model, Sampling(((1.0, 0.5),)))
+    return Session(streamer, params, codec, text, list(prompts), seed=seed, latent_shape=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return VAECodec(TINY, random_params(TINY))
+
+
+def latents(stream, chunks):
+    return np.concatenate([np.asarray(stream.next_latents()) for _ in range(chunks)], axis=1)
+
+
+def test_a_seed_and_a_prompt_are_a_video():
+    first = latents(session(), 3)
+    assert first.shape == (2, 3, *SHAPE)
+    np.testing.assert_array_equal(first, latents(session(), 3))
+    assert (first != latents(session(seed=1), 3)).any()
+    assert (first[1] != latents(session("ac"), 3)[1]).any()
+
+
+def test_a_session_is_its_programs_called_by_hand():
+    stream = session()
+    model = Student(tiny.student_config(chunk=1))
+    init, step, switch_prompt = programs(make_streamer(model, Sampling(((1.0, 0.5),))))
+    params = tiny.random_params(model)
+    state = init(params, text("ab"), jax.random.key(0), SHAPE)
+    for number in range(3):
+        if number == 2:
+            stream.switch_prompts(["c", "d"])
+            state = switch_prompt(params, state, text("cd"))
+        state, expected = step(params, state)
+        np.testing.assert_array_equal(stream.next_latents(), expected)
+
+
+@pytest.mark.parametrize("model", [Student(tiny.student_config()), CausalStudent(tiny.causal_config())])
+def test_a_second_session_compiles_nothing(model):
+    for seed in range(2):
+        stream = session(model=model, seed=seed)
+        stream.next_latents()
+        stream.switch_prompts("c")
+    shared = programs(make_streamer(model, Sampling(((1.0, 0.5),))))
+    assert [jitted._cache_size() for jitted in shared] == [1, 1, 1]
+
+
+def test_frames_are_decoded_as_one_stream(codec):
+    whole = codec.decode(latents(session(), 3))
+    video = list(session(codec=codec).play(9))
+    assert [chunk.shape[1] for chunk in video] == [1, 4, 4] and video[0].dtype == np.uint8
+    np.testing.assert_allclose(np.concatenate(video, axis=1).astype(int), whole, atol=1)
+
+
+def test_a_prompt_changes_what_follows_and_nothing_before(codec):
+    plain, switched = (
+        np.concatenate(list(session(codec=codec).play(13, switches)), axis=1) for switches in (None, {5: "another"})
+    )
+    np.testing.assert_array_equal(plain[:, :5], switched[:, :5])
+    assert (plain[:, 5:] != switched[:, 5:]).any()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(codec):
+    stream = session(codec=codec, chunk=2)
+    for frames, switches, field in ((9, {}, "frames"), (13, {4: "c"}, "switches"), (13, {13: "c"}, "switches")):
+        with pytest.raises(UserError) as error:
+            stream.play(frames, switches)
+        assert error.value.field == field
+    assert int(stream.state.index) == 0
+    with pytest.raises(ValueError, match="1 prompts for 2 videos"):
+        stream.switch_prompts(["c"])
+
+
+def test_a_decoder_that_missed_chunks_is_refused(codec):
+    stream = session(codec=codec)
+    stream.next_latents()
+    with pytest.raises(RuntimeError, match="missed chunks"):
+        stream.next_frames()
+
+
+@pytest.mark.parametrize("stride, chunk, filled", [(1, 1, 64), (1, 3, 66), (4, 1, 65), (4, 3, 69)])
+def test_lengths_go_through_codec_and_chunk(stride, chunk, filled):
+    timeline = Timeline(stride, chunk)
+    assert timeline.fill(64) == filled
+    assert timeline.video_frames(timeline.latent_frames(filled)) == filled
+    assert timeline.latent_frames(filled) % chunk == 0
+
+
+@pytest.mark.parametrize(
+    "timeline, frames, message",
+    [
+        (Timeline(4, 3), 65, "65 frames do not fit the student's chunk of 3 latent frames; choose 57 or 69"),
+        (Timeline(1, 2), 7, "chunk of 2 latent frames; choose 6 or 8"),
+        (Timeline(1, 2), 1, "choose 2$"),
+        (Timeline(4), 8, r"8 frames do not fit the codec, which makes 1 \+ 4 k of them; choose 5 or 9"),
+        (Timeline(4), 0, "choose 1 or 5"),
+    ],
+)
+def test_lengths_that_do_not_fit(timeline, frames, message):
+    with pytest.raises(UserError, match=message) as error:
+        timeline.latent_frames(frames, "switches")
+    assert error.value.field == "switches"
+
+
+@pytest.mark.parametrize(
+    "switch, frames, message",
+    [
+        (6, 6, "frame 6 lies outside the video of 6 frames; choose 1 to 5, or make more than 6"),
+        (0, 6, "choose 1 to 5, or change the first prompt"),
+        (1, 1, "a video of 1 frame has nothing to switch"),
+    ],
+)
+def test_switches_outside_the_video(switch, frames, message):
+    with pytest.raises(UserError, match=message):
+        check_switches([3, switch] if frames > 3 else [switch], frames)
+    check_switches([1, 5], 6)
+
+
+def frames(videos=2, count=3):
+    return np.random.default_rng(0).integers(0, 256, (videos, count, 16, 16, 3), np.uint8)
+
+
+def test_a_recording_is_a_file_for_each_video(tmp_path):
+    paths = output_paths(tmp_path / "new" / "out.mp4", 2)
+    assert [path.name for path in paths] == ["out-0.mp4", "out-1.mp4"]
+    with Recording(paths) as recording:
+        recording.fps = 8
+        for _ in range(2):
+            recording.write(frames())
+    for path in paths:
+        stored = list(read_frames(path))
+        assert len(stored) == 6 and stored[0].shape == (128, 128, 3)  # small videos are enlarged
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_a_recording_that_ends_early_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), Recording(output_paths(tmp_path / "out.mp4", 2), fps=8) as recording:
+        recording.write(frames())
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recording_that_cannot_be_written_is_refused_before_a_frame(tmp_path):
+    (tmp_path / "out-1.mp4").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        Recording(output_paths(tmp_path / "out.mp4", 2), fps=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["out-1.mp4"]
