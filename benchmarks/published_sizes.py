@@ -1,6 +1,6 @@
 """Whether a job that was compiled is the published one: a benchmark or a test that shrank it to make it fit fails here.
 
-Sizes of Wan2.1 are those of its checkpoints (METHOD_SPEC A.1, WEIGHT_NAMES); video and text are 480p as trained there:
+Sizes of Wan2.1 are those of its checkpoints (docs/method.md, section 2.1); video and text are 480p as trained there:
 81 frames of 832 x 480, which are 21 latent frames of 60 x 104, and 512 rows of text.
 """
 

@@ -12,9 +12,9 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
 from greedy_distill_jax.codecs.vae_codec import VAECodec
 from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import vae as random_vae
-from greedy_distill_jax.training.stages.build import build_model
 
 # What is streamed, and trained, by configuration file.
 CONFIGS = {
@@ -67,11 +67,11 @@ class Size:
 
     def run(self, student: str, weights: str = "float32") -> Run:
         """A student of random weights, as ``Run.load`` would give it; ``weights``: dtype of its matmuls' kernels."""
-        config = self.config(student)
-        model, shape = build_model(config), (self.frames, *self.latent_shape)
+        settings = read_settings(self.config(student), imagine_runs=True)
+        model, shape = settings.kind.model(settings), (self.frames, *self.latent_shape)
         shapes = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
         params = random_params(shapes, jax.random.key(0), weights)
-        return Run(config, model, params, None, None, shape, {})
+        return Run(settings, model, params, None, None, shape, {})
 
 
 SIZES = {

@@ -35,7 +35,7 @@ from sizes import SIZES, Size
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.codecs.vae_codec import VAECodec
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
@@ -52,7 +52,7 @@ from greedy_distill_jax.training.rollout import recompute, roll_out
 STUDENTS = ("etm_sdd", "causal")
 SCHEDULES = {
     **{str(n): (noise_levels.uniform_steps(n, 5.0),) for n in (4, 2, 1)},
-    # Diagonal Distillation's 4, 3, 2, 2, ... (METHOD_SPEC D.4).
+    # Diagonal Distillation's 4, 3, 2, 2, ... (arXiv 2603.09488).
     "diagonal": ((1.0, 0.9333, 0.8333, 0.357), (1.0, 0.9333, 0.357), (1.0, 0.357)),
 }
 CONTEXTS = {"model": "last_step_kv", "clean": "clean", "fused": "fused"}
@@ -173,7 +173,7 @@ def measure(
       repeats: first chunks that are timed.
     """
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    names = [name for name in CONTEXTS if name != "fused" or run.config.student.kind == "etm_sdd"]
+    names = [name for name in CONTEXTS if name != "fused" or run.settings.student.kind == "etm_sdd"]
     first, compile_s, needed, laps = {}, {}, {}, clock.Laps()
     for name in names:
         stream = Stream(run, CONTEXTS[name], sampling, text)
@@ -260,7 +260,7 @@ def main(argv: list[str]) -> None:
     if args.frames < least or args.repeats < 1:
         raise UserError(f"--frames {args.frames} --repeats {args.repeats}: use at least {least} frames and 1 repeat.")
     clock.one_thread()
-    dtype = configuration.wan_config(configs[args.student[0]]).dtype
+    dtype = read_settings(configs[args.student[0]], imagine_runs=True).wan.dtype
     result = {
         "size": args.size, "video": [size.height, size.width], "latents": list(size.latent_shape), "batch": 1,
         "dtype": dtype, "weights": args.weights, "schedules": {name: SCHEDULES[name] for name in args.steps},

@@ -24,7 +24,7 @@ from torch_causal import TorchCausal, step_noise
 from torch_rate import matmul_rates
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, record
@@ -41,7 +41,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 def _ours(size: Size, student: str, sampling: Sampling):
     """(run, text rows, state and step of a stream); kernels are stored in the dtype that they are used in."""
-    run = size.run(student, configuration.wan_config(size.config(student)).dtype)
+    run = size.run(student, read_settings(size.config(student), imagine_runs=True).wan.dtype)
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
     init, step, _ = programs(make_streamer(run.model, sampling))
     return run, text, init(run.params, text, jax.random.key(2), run.latent_shape[1:]), step
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch memory on a GPU
     clock.one_thread()
     device, peers = _torch_device(), (EAGER, COMPILED) if args.compile else (EAGER,)
-    dtypes = {configuration.wan_config(SIZES[name].config("causal")).dtype for name in args.size}
+    dtypes = {read_settings(SIZES[name].config("causal"), imagine_runs=True).wan.dtype for name in args.size}
     result = {
         **environment.environment(),
         "matmul_flops_per_s": {dtype: matmul_rates(dtype) for dtype in sorted(dtypes)},

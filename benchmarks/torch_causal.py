@@ -3,7 +3,7 @@
 Plain functions over Wan's tensors by their names, on any device of PyTorch, in one dtype throughout (rotations and
 what depends on a timestep only are prepared in float64). Keys are cached rotated in one preallocated buffer per layer;
 every call of a chunk overwrites the chunk's slots, and a chunk that finds the window full moves the history behind the
-sink towards the front first (METHOD_SPEC B.2, B.3).
+sink towards the front first (docs/method.md, section 4.2).
 """
 
 from collections.abc import Sequence

@@ -23,10 +23,10 @@ from rollout_gradient import gradients
 from sizes import SIZES, Size, random_params
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import Settings, read_settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
-from greedy_distill_jax.pods.jobs import STREAM, Job, Step, build_job, imaginary_runs
+from greedy_distill_jax.pods.jobs import STREAM, Job, Step, build_job
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 
@@ -36,20 +36,20 @@ GRADIENT = "gradient"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of one form's gradient against the other's, by norm
 
 
-def training_config(size: Size, name: str):
-    """The configuration of a step, of runs that need not exist; the work of stage 2 does not depend on a draw."""
-    config = imaginary_runs(size.config(name))
+def training_settings(size: Size, name: str) -> Settings:
+    """The settings of a step, of runs that need not exist; the work of stage 2 does not depend on a draw."""
+    config = size.config(name)
     if config.stage == "dmd":
         config.distill.exit = "last"
-    return config
+    return read_settings(config, imagine_runs=True)
 
 
 def arrays(job: Job) -> tuple:
     """(state at step 0, frozen networks, batch), random and placed as the job has them."""
     keys = iter(jax.random.split(jax.random.key(0), 5))
     (state, of_state), (frozen, of_frozen), (batch, of_batch) = (job.trees[n] for n in ("state", "frozen", "batch"))
-    trained = random_params(state.params, next(keys)), random_params(state.critic, next(keys)) if state.critic else None
-    started = jax.jit(job.stage.state, out_shardings=of_state, donate_argnums=(0, 1))(*trained)
+    trained = {name: random_params(net.params, next(keys)) for name, net in state.nets.items()}
+    started = jax.jit(job.stage.state, out_shardings=of_state, donate_argnums=0)(trained)
     frozen = jax.device_put(random_params(frozen, next(keys)), of_frozen)
     data = {name: jax.random.normal(next(keys), x.shape, x.dtype) for name, x in batch.items()}
     return started, frozen, jax.device_put(data, of_batch)
@@ -98,7 +98,7 @@ def measure_gradient(size: Size, repeats: int) -> dict:
     """Both forms of a rollout's gradient, see ``rollout_gradient.gradients``."""
     run = size.run("dmd")
     base = run.model.cfg.base
-    streamer = make_streamer(run.model, configuration.sampling(run.config))
+    streamer = make_streamer(run.model, run.settings.sampling)
     text = tiny.text_rows(1, jax.random.key(3), base)
     out = gradients(streamer, run.params, text, run.latent_shape, repeats)
     if not out["relative_difference"] < TOLERANCE[base.dtype]:  # not a number is no pass either
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--repeats {args.repeats}: must be at least 1.")
     size, begin = SIZES[args.size], time.perf_counter()
     clock.one_thread()
-    dtype = configuration.wan_config(size.config("dmd")).dtype
+    dtype = read_settings(size.config("dmd"), imagine_runs=True).wan.dtype
     result = {
         "size": args.size, "latents": [size.frames, *size.latent_shape], "batch": 1, "dtype": dtype, "exit": "last",
         **environment.environment(), "ceilings": environment.ceilings(dtype), "steps": {},
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     for name in [n for n in STEPS if n in args.only]:
         source, part = STEPS[name]
-        job = build_job(training_config(size, source), jax.devices()[:1], size.latent_shape[:2], only=part)
+        job = build_job(training_settings(size, source), jax.devices()[:1], size.latent_shape[:2], only=part)
         (step,) = [s for s in job.steps if s.name != STREAM]
         row = measure(job, step, args.repeats, ceiling)
         result["steps"][name] = row

@@ -3,7 +3,7 @@
 python -m greedy_distill_jax.train --config=configs/base.py --workdir=runs/teacher
 """
 
-from greedy_distill_jax.config.keys import base
+from greedy_distill_jax.config import base
 
 
 def get_config():

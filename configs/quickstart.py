@@ -14,7 +14,8 @@ The recipe: Muon for the kernels, x0 prediction and x0 weighting, small batches,
 very high noise), teacher first, student cut from it, stage 2 with few steps.
 """
 
-from greedy_distill_jax.config.keys import base, greedy_distill_paper
+from greedy_distill_jax.config import base
+from greedy_distill_jax.config.presets import greedy_distill_paper
 
 STEPS = {
     "full": dict(teacher=3500, student=600, stage2=240),

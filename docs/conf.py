@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent))
+sys.path[:0] = [str(DOCS.parent), str(DOCS / "_ext")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the pages import the package, and need no device
 
 import greedy_distill_jax  # noqa: E402
@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "config_keys",
 ]
 
 # Headings get the anchors that a reader of the source would expect, so that links work there and on the pages.
@@ -33,6 +34,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
+napoleon_use_rtype = False  # what stands before a colon under "Returns:" is no type
 
 html_theme = "furo"
 html_title = f"{project} {release}"
@@ -42,15 +44,17 @@ html_copy_source = False
 
 def plain_docstring(app, what, name, obj, options, lines):
     """Docstrings are plain text with ``code``: what would be markup of Sphinx is not meant as such."""
-    out, before_sections = [], True
+    out, section = [], ""
     for line in lines:
-        before_sections &= line.strip() not in ("Args:", "Attributes:", "Returns:", "Raises:", "References:")
-        if before_sections and line.startswith(" ") and out and not out[-1].startswith(" "):
+        section = line[:-1] if line in ("Args:", "Attributes:", "Returns:", "Raises:", "References:") else section
+        in_formula = not section and line.startswith(" ")
+        if section == "References" and line.startswith("  ") and not line.startswith("   "):
+            line = f"  - {line.strip()}"  # one entry a line
+        if in_formula and out and not out[-1].startswith(" "):
             out += ["", "::", ""]  # formulas stand indented below the sentence that they belong to
-        elif before_sections and out and out[-1].startswith(" ") and not line.startswith(" "):
+        elif not section and not in_formula and out and out[-1].startswith(" "):
             out.append("")
-        in_code = before_sections and line.startswith(" ")
-        out.append(line if in_code else re.sub(r"(``.+?``)|([|*])", lambda m: m[1] or "\\" + m[2], line))
+        out.append(line if in_formula else re.sub(r"(``.+?``)|([|*])", lambda m: m[1] or "\\" + m[2], line))
     lines[:] = out
 
 

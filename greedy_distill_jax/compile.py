@@ -41,13 +41,13 @@ FAILED, DOES_NOT_FIT = 1, 3
 
 def _read_job(argv: Sequence[str], flags: dict[str, tuple]) -> tuple[Any, dict[str, Any]]:
     from greedy_distill_jax.cli.config_flags import load_config
-    from greedy_distill_jax.pods import jobs
+    from greedy_distill_jax.config import open_keys, read_settings
 
-    config, values = load_config(argv, flags)
+    config, values = load_config(argv, flags, open_keys=open_keys())
     if not values["topology"]:
         such = "v5p" if values.get("search") else "v5p:4x4x4"
         raise UserError(f"--topology is missing; name it, such as --topology={such}.")
-    return jobs.imaginary_runs(config), values
+    return read_settings(config, imagine_runs=True), values
 
 
 def _check_writable(path: str) -> None:
@@ -66,9 +66,9 @@ def train(argv: Sequence[str]) -> int:
     from greedy_distill_jax.pods.report import report
     from greedy_distill_jax.pods.search import search
 
-    config, flags = _read_job(argv, TRAIN_FLAGS)
+    settings, flags = _read_job(argv, TRAIN_FLAGS)
     _check_writable(flags["json"])
-    job = config, flags["topology"], flags["size"], flags["only"], _say
+    job = settings, flags["topology"], flags["size"], flags["only"], _say
     records = []
     for record in search(*job) if flags["search"] else [report(*job)]:
         records.append(record)
@@ -82,8 +82,8 @@ def sharding(argv: Sequence[str]) -> int:
     from greedy_distill_jax.pods import jobs, topologies
     from greedy_distill_jax.pods.layout import layout_lines
 
-    config, flags = _read_job(argv, JOB_FLAGS)
-    job = jobs.build_job(config, topologies.devices(flags["topology"]), flags["size"])
+    settings, flags = _read_job(argv, JOB_FLAGS)
+    job = jobs.build_job(settings, topologies.devices(flags["topology"]), flags["size"])
     for line in layout_lines(job, flags["topology"]):
         print(line)
     return 0

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
@@ -48,7 +48,7 @@ WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832
 def import_weights(
     source: Source, target: str | Path, *, dtype: str = "keep", sharding: Any = None, overwrite: bool = False
 ) -> None:
-    """Writes a source as a folder of ours: `checkpoints/0` with the item "ema", and the JSON a run would have.
+    """Writes a source as a folder of ours: `checkpoints/0` with one network, and the JSON a run would have.
 
     Args:
       source: from `export.source.open_source`.
@@ -67,14 +67,15 @@ def import_weights(
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
         limit = largest + 2**20  # writing one leaf at a time keeps the promise of streaming
         with Checkpointer(partial / "checkpoints", async_save=False, write_bytes=limit) as checkpointer:
-            checkpointer.save(0, {"ema": params}, _meta(source))
+            meta = _meta(source)
+            checkpointer.save(0, {"nets": {meta["network"]: {"ema": params}}}, meta)
         if codec := saved_codec(source.path):
             shutil.copyfile(codec, partial / codec.name)
 
 
 def _meta(source: Source) -> dict[str, Any]:
     """What a run writes beside its weights, for weights that no run of ours made."""
-    cfg, wan, config = source.cfg, wan_of(source.cfg), configuration.base()
+    cfg, wan, config = source.cfg, wan_of(source.cfg), base()
     sizes = {k: v for k, v in dataclasses.asdict(wan).items() if k in ("dim", "ffn_dim", "num_heads", "num_layers")}
     config.model.size = next((n for n, size in WAN_SIZES.items() if size.items() >= sizes.items()), "wan1_3b")
     for field in dataclasses.fields(WanConfig):
@@ -91,7 +92,8 @@ def _meta(source: Source) -> dict[str, Any]:
             config.sample[name] = value
     model = Student(cfg) if isinstance(cfg, StudentConfig) else Teacher(cfg)
     return dict(
-        stage=config.stage, data_position=0, config=config.to_json_best_effort(), architecture=architecture(model),
+        stage=config.stage, network="student" if isinstance(cfg, StudentConfig) else "teacher", data_position=0,
+        config=config.to_json_best_effort(), architecture=architecture(model),
         latent_shape=list(latent_shape), steps=0,
         source=dict(format=source.format, name=source.path.name, part=source.meta.get("part", "")),
     )  # fmt: skip
@@ -111,10 +113,11 @@ def export_weights(source: Source, target: str | Path, form: str, **options: Any
 
 def _sampling(source: Source) -> dict[str, Any]:
     stored = json.loads(source.meta["config"])
-    config = configuration.base()
+    config = base()
     made_from = {k: stored["sample"][k] for k in ("steps", "first_steps", "shift", "sampler")}
+    config.stage = "teacher_forcing"  # a student's samplers
     config.sample.update(made_from)
-    chosen = configuration.sampling(config)
+    chosen = read_settings(config).sampling
     sampling = {"sampler": chosen.sampler, "sigmas": [list(row) for row in chosen.sigmas], "made_from": made_from}
     return {"sampling": sampling, "latent_shape": list(source.meta["latent_shape"])}
 

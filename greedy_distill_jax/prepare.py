@@ -9,7 +9,7 @@ import jax
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli import prepare_options as options
 from greedy_distill_jax.cli.config_flags import read_config
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.captions import read_captions
 from greedy_distill_jax.data.sources.clips import prepare_clips
 from greedy_distill_jax.data.sources.cutting import Cutting
@@ -102,10 +102,10 @@ def _text(args: argparse.Namespace) -> None:
 
 def _ode(args: argparse.Namespace) -> None:
     job = _job(args)
-    student = read_config(args.student, "--student")
-    if student.stage == "teacher":
+    student = read_settings(read_config(args.student, "--student"), imagine_runs=True)
+    if not student.is_student:
         raise UserError(f"--student {args.student} configures a teacher; name the configuration of a student")
-    sigmas = tuple(sorted({sigma for row in configuration.sampling(student).sigmas for sigma in row}, reverse=True))
+    sigmas = tuple(sorted({sigma for row in student.sampling.sigmas for sigma in row}, reverse=True))
     with cli.places(**options.ODE):
         width, height = options.parse_size(args.size)
         info = follow_teacher(

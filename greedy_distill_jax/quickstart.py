@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from greedy_distill_jax import cli, prepare, sample
 from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.cli.workdir import claim
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.evaluation import evaluate
@@ -55,7 +55,7 @@ def stage_configs(speed: str, clips: Path | None, workdir: Path) -> dict[str, Co
                 config.steps = CLIP_STEPS[speed][name]
             config.log.samples_every = config.steps
         config.data.batch = -(-config.data.batch // jax.device_count()) * jax.device_count()
-        configuration.validate(config)
+        read_settings(config)
     return configs
 
 

@@ -135,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         paths = output_paths(args.output, len(args.prompt))
         recording = stack.enter_context(Recording(paths, fps=args.fps, upscale=args.upscale))  # before it costs a video
         run = _load(args)
-        use_compile_cache(run.config.compile_cache)
-        recording.fps = args.fps or run.config.log.fps
+        use_compile_cache(run.settings.compile_cache)
+        recording.fps = args.fps or run.settings.log.fps
         videos = _videos(run, args)
         bar = stack.enter_context(tqdm(total=args.frames, unit="frame", desc="sample"))
         for chunk in videos:

@@ -151,7 +151,8 @@ def test_setup_lists_what_the_package_imports(monkeypatch):
 def test_setup_has_no_torch_in_the_base(monkeypatch):
     arguments = setup_arguments(monkeypatch)
     assert not [r for r in arguments["install_requires"] if re.match("torch|transformers|tensorflow|diffusers", r)]
-    assert {"cuda", "tpu", "torch", "parity", "eval", "notebook", "dev", "test"} <= set(arguments["extras_require"])
+    extras = {"cuda", "tpu", "torch", "parity", "eval", "docs", "notebook", "dev", "test"}
+    assert extras <= set(arguments["extras_require"])
     assert not [r for rs in arguments["extras_require"].values() for r in rs if "<" in r.split(";")[0]]
 
 
@@ -183,6 +184,16 @@ def test_commands_in_documents_name_files_that_exist(document):
     missing = [f for f in files if not (ROOT / f).exists()] + [f for f in links if not (document.parent / f).exists()]
     missing += [m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_code_cites_only_what_is_shipped(path):
+    unshipped = r"(?:METHOD|FRONTIER|EVAL_RL)_SPEC|TINY_(?:RECIPE)|KERNEL_(?:NOTES)|WEIGHT_(?:NAMES)|DESIGN[.]md"
+    named = re.findall(unshipped, path.read_text(encoding="utf-8"))
+    assert not named, "cite the paper, or a section of docs/method.md"
+    sections = re.findall(r"docs/method\.md,? sections? ([\d.]+\d|\d+)", path.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ ([\d.]+?)\.? ", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert not set(sections) - set(titles)
 
 
 @pytest.mark.parametrize("script", [*sorted(ROOT.glob("launch/*.sh")), ROOT / ".ci" / "run"], ids=relative)

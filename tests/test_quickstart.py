@@ -257,7 +257,7 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
     assert (asked.solver, asked.shift, asked.guidance) == ("unipc", 3.0, 4.0)
     np.testing.assert_array_equal(asked.null, run.text([PROMPTS[1]]))
     own = run.teacher_sampler()
-    assert (own.solver, own.steps) == (run.config.sample.sampler, run.config.sample.steps) == ("euler", 2)
+    assert (own.solver, own.steps) == (run.settings.sample.sampler, run.settings.sample.steps) == ("euler", 2)
     assert (own.null != asked.null).any()
 
 

@@ -19,7 +19,7 @@ v5e and 22.9 of 31.24 on v6e:
 """
 
 from configs.wan1_3b import teacher_forcing
-from greedy_distill_jax.config.keys import greedy_distill_paper
+from greedy_distill_jax.config.presets import greedy_distill_paper
 from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
 
 

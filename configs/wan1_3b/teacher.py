@@ -11,7 +11,7 @@ second command finds the smallest slice and says it:
     python -m greedy_distill_jax.compile train --config=configs/wan1_3b/teacher.py --topology=v5e --search
 """
 
-from greedy_distill_jax.config.keys import base
+from greedy_distill_jax.config import base
 
 
 def get_config():

@@ -17,7 +17,6 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from greedy_distill_jax.config.keys import OPEN_KEYS
 from greedy_distill_jax.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -28,7 +27,7 @@ def load_config(
     extra_flags: dict[str, tuple[type, Any, str]],
     *,
     default: str | None = None,
-    open_keys: Sequence[str] = OPEN_KEYS,
+    open_keys: Sequence[str] = (),
 ) -> tuple[ConfigDict, dict[str, Any]]:
     """Reads a configuration file, its overrides and a few more flags from a command line.
 

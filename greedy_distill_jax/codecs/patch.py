@@ -7,6 +7,7 @@ so that tiny models see latents of 16 channels. Sixteen components of 4x4 pixels
 from __future__ import annotations
 
 import os
+import uuid
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,9 @@ class PatchCodec:
           UserError: H or W is not a multiple of `patch`, too many `channels`, or all patches are equal.
         """
         if not 1 <= channels <= 3 * patch * patch:
-            raise UserError(f"PatchCodec: channels={channels} with patch={patch}; use 1 to {3 * patch * patch}")
+            raise UserError(
+                f"PatchCodec: channels={channels} with patch={patch}; use 1 to {3 * patch * patch}", "channels"
+            )
         patches = _to_patches(np.asarray(videos_NTHWC), patch)
         patches = patches.reshape(-1, patches.shape[-1])
         if not len(patches):
@@ -88,7 +91,8 @@ class PatchCodec:
         if latents.shape[-1] != self.channels:
             raise UserError(
                 f"PatchCodec: latents of {latents.shape[-1]} channels, the codec has {self.channels}; "
-                "decode with the codec of the run that made them"
+                "decode with the codec of the run that made them",
+                field="codec",
             )
         patches = latents @ (self.components.T * np.float32(self.scale)) + self.mean
         pixels = np.clip(np.rint((patches + 1) * 127.5), 0, 255).astype(np.uint8)
@@ -114,7 +118,7 @@ class PatchCodec:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the codec as .npz (no pickle) under a temporary name and renames it."""
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # several processes may write it
         try:
             with open(partial, "wb") as file:
                 np.savez(
@@ -123,7 +127,8 @@ class PatchCodec:
             partial.replace(path)
         except OSError as error:
             raise UserError(
-                f"codec file {path} cannot be written ({error.strerror}); choose a writable folder"
+                f"codec file {path} cannot be written ({error.strerror}); choose a writable folder",
+                field="path",
             ) from error
 
     @classmethod
@@ -141,9 +146,9 @@ class PatchCodec:
             if not all(np.isfinite(a).all() for a in (codec.mean, codec.components, codec.scale)) or codec.scale <= 0:
                 raise ValueError("values that are not finite, or no positive scale")
         except FileNotFoundError as error:
-            raise UserError(f"codec file {path} does not exist; {remedy}") from error
+            raise UserError(f"codec file {path} does not exist; {remedy}", "path") from error
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"codec file {path} is not a patch codec ({error}); {remedy}") from error
+            raise UserError(f"codec file {path} is not a patch codec ({error}); {remedy}", "path") from error
         return codec
 
 
@@ -151,12 +156,13 @@ def _check_divisible(height: int, width: int, patch: int) -> None:
     if height % patch or width % patch:
         raise UserError(
             f"PatchCodec: frames of {width}x{height} pixels do not divide into patches of {patch}x{patch}; "
-            f"use a size whose sides are multiples of {patch}"
+            f"use a size whose sides are multiples of {patch}",
+            field="height" if height % patch else "width",
         )
 
 
-def _to_patches(video: np.ndarray, patch: int) -> np.ndarray:
-    """uint8 [..., H, W, 3] -> float32 [..., h, w, patch * patch * 3] in [-1, 1]."""
+def _to_patches(video: UInt8[np.ndarray, "*n H W 3"], patch: int) -> Float32[np.ndarray, "*n h w P"]:
+    """Cuts frames into patches of P = patch * patch * 3 numbers in [-1, 1]."""
     if video.dtype != np.uint8:
         raise TypeError(f"PatchCodec: video of dtype {video.dtype}, expected uint8")
     _check_divisible(*video.shape[-3:-1], patch)

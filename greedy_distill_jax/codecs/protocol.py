@@ -55,7 +55,7 @@ def stream_decoder(codec: VideoCodec) -> Callable[..., UInt8[np.ndarray, "B T H 
     """
     decode_next, state = jax.jit(codec.decode_next, donate_argnums=1), codec.open_decoder()
 
-    def decode(latents_BFhwC) -> np.ndarray:
+    def decode(latents_BFhwC: Float32[Array | np.ndarray, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
         nonlocal state
         frames = []
         for i in range(latents_BFhwC.shape[1]):

@@ -18,10 +18,18 @@ from jaxtyping import Array, Float
 
 from greedy_distill_jax.codecs.vae_layers import CausalConv, Down, Middle, Norm, Stage, Up, chain, pointwise
 
-WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
-WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split()))
+
+
+WAN_MEAN = _numbers(
+    "-0.7571 -0.7089 -0.9113 0.1075 -0.1745 0.9653 -0.1517 1.5508 "
+    "0.4134 -0.0715 0.5517 -0.3632 -0.1922 -0.9497 0.2503 -0.2921"
+)
+WAN_STD = _numbers(
+    "2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743 3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 2.8251 1.9160"
+)
 
 Cache = Any  # a nest of [B, 1 or 2, H, W, C] arrays; None before the first frame
 
@@ -92,7 +100,9 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv((3, 3, 3, widths[-1], 2 * cfg.channels), dtype)
         self.quant = pointwise(2 * cfg.channels, dtype)
 
-    def __call__(self, video_BTHW3, cache: Cache = None):
+    def __call__(
+        self, video_BTHW3: Float[Array, "B T H W 3"], cache: Cache = None
+    ) -> tuple[Float[Array, "B F h w C"], Cache]:
         past = cache or {"in": None, "out": None}
         x, kept_in = self.conv_in(video_BTHW3.astype(jnp.dtype(self.cfg.dtype)), past["in"])
         x, kept = chain((*self.stages, self.middle), x, past.get("stages"))
@@ -123,7 +133,9 @@ class Decoder(nn.Module):
         self.norm_out = Norm(widths[-1])
         self.conv_out = CausalConv((3, 3, 3, widths[-1], 3), dtype)
 
-    def __call__(self, latents_BFhwC, cache: Cache = None):
+    def __call__(
+        self, latents_BFhwC: Float[Array, "B F h w C"], cache: Cache = None
+    ) -> tuple[Float[Array, "B T H W 3"], Cache]:
         past = cache or {"in": None, "out": None}
         x = latents_BFhwC.astype(jnp.float32) * _row(self.cfg.std) + _row(self.cfg.mean)
         x, kept_in = self.conv_in(self.quant(x.astype(jnp.dtype(self.cfg.dtype))), past["in"])

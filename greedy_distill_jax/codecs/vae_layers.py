@@ -9,12 +9,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from jaxtyping import Array, Float
 
 _TAPS = 3  # frames that a causal convolution reads
 _CONV = {4: ("NHWC", "HWIO", "NHWC"), 5: ("NDHWC", "DHWIO", "NDHWC")}
 
 
-def conv(x, kernel, bias, *, stride: int = 1, padding="SAME"):
+def conv(
+    x: Float[Array, "N *T H W I"],
+    kernel: Float[Array, "*k I O"],
+    bias: Float[Array, "O"] | None,  # noqa: F821 (one letter alone looks like a name)
+    *,
+    stride: int = 1,
+    padding: Any = "SAME",
+) -> Float[Array, "N *t h w O"]:
     """Convolution of [N, H, W, C] or [N, T, H, W, C], channels last; ``stride`` and ``padding`` for every axis."""
     y = jax.lax.conv_general_dilated(x, kernel, (stride,) * (x.ndim - 2), padding, dimension_numbers=_CONV[x.ndim])
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -43,7 +51,9 @@ class Conv(nn.Module):
         """(kernel, bias or None) in the dtype of the computation."""
         return self.kernel.astype(self.dtype), self.bias.astype(self.dtype) if self.with_bias else None
 
-    def __call__(self, x_BTHWC, *, stride: int = 1, padding="SAME"):
+    def __call__(
+        self, x_BTHWC: Float[Array, "B T H W I"], *, stride: int = 1, padding: Any = "SAME"
+    ) -> Float[Array, "B T h w O"]:
         y = conv(rearrange(x_BTHWC, "b t h w c -> (b t) h w c"), *self.weights(), stride=stride, padding=padding)
         return rearrange(y, "(b t) h w c -> b t h w c", b=x_BTHWC.shape[0])
 
@@ -51,7 +61,9 @@ class Conv(nn.Module):
 class CausalConv(Conv):
     """Convolution over the current and the two earlier frames, kernel [3, 3, 3, I, O], zeros before the first."""
 
-    def __call__(self, x_BTHWC, past):
+    def __call__(
+        self, x_BTHWC: Float[Array, "B T H W I"], past: Float[Array, "B 2 H W I"] | None
+    ) -> tuple[Float[Array, "B T H W O"], Float[Array, "B 2 H W I"]]:
         """(output, last two frames of the input); ``past`` is what the call before it gave, or None."""
         kernel, bias = self.weights()
         if past is None:  # only the kernel's last frame reads anything but zeros
@@ -77,7 +89,7 @@ def _frame_by_frame(x, kernel):
 class TimeConv(Conv):
     """Convolution along time alone, kernel [3, I, O], over frames of which the first two are only read."""
 
-    def __call__(self, x_BTHWC, *, stride: int = 1):
+    def __call__(self, x_BTHWC: Float[Array, "B T H W I"], *, stride: int = 1) -> Float[Array, "B t H W O"]:
         kernel, bias = self.weights()
         frames = x_BTHWC.shape[1] - (_TAPS - 1)
         taps = [x_BTHWC[:, i : i + frames : stride] for i in range(_TAPS)]
@@ -93,7 +105,7 @@ class Norm(nn.Module):
     def setup(self):
         self.scale = self.param("scale", nn.initializers.ones, (self.features,), jnp.float32)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         x32 = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True))
         scale = self.scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -119,7 +131,7 @@ class ResBlock(nn.Module):
         if self.inputs != self.features:
             self.shortcut = pointwise(self.features, self.dtype)
 
-    def __call__(self, x, past):
+    def __call__(self, x: Float[Array, "B T H W I"], past: Any) -> tuple[Float[Array, "B T H W O"], Any]:
         first, second = past or (None, None)
         h, first = self.conv1(nn.silu(self.norm1(x)), first)
         h, second = self.conv2(nn.silu(self.norm2(h)), second)
@@ -136,7 +148,7 @@ class Attention(nn.Module):
         self.norm = Norm(self.features)
         self.qkv, self.proj = pointwise(3 * self.features, self.dtype), pointwise(self.features, self.dtype)
 
-    def __call__(self, x_BTHWC):
+    def __call__(self, x_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
         q, k, v = rearrange(self.qkv(self.norm(x_BTHWC)), "b t h w (n c) -> n b t (h w) c", n=3)
         logits = jnp.einsum("btqc,btkc->btqk", q, k, preferred_element_type=jnp.float32) * self.features**-0.5
         out = jnp.einsum("btqk,btkc->btqc", jax.nn.softmax(logits).astype(v.dtype), v)
@@ -153,7 +165,7 @@ class Middle(nn.Module):
         self.res = [ResBlock(self.features, self.features, self.dtype) for _ in range(2)]
         self.attention = Attention(self.features, self.dtype)
 
-    def __call__(self, x, past):
+    def __call__(self, x: Float[Array, "B T H W C"], past: Any) -> tuple[Float[Array, "B T H W C"], Any]:
         first, second = past or (None, None)
         x, first = self.res[0](x, first)
         x, second = self.res[1](self.attention(x), second)
@@ -172,7 +184,7 @@ class Down(nn.Module):
         if self.temporal:
             self.time = TimeConv((_TAPS, self.features, self.features), self.dtype)
 
-    def __call__(self, x, past):
+    def __call__(self, x: Float[Array, "B T H W C"], past: Any) -> tuple[Float[Array, "B t h w C"], Any]:
         x = self.space(x, stride=2, padding=((0, 1), (0, 1)))
         if not self.temporal:
             return x, ()
@@ -194,7 +206,7 @@ class Up(nn.Module):
         if self.temporal:
             self.time = TimeConv((_TAPS, self.features, 2 * self.features), self.dtype)
 
-    def __call__(self, x, past):
+    def __call__(self, x: Float[Array, "B t h w C"], past: Any) -> tuple[Float[Array, "B T H W D"], Any]:
         kept = ()
         if self.temporal and past is None:
             # The first frame of a video stays one frame, and the convolution in time never sees it.
@@ -229,7 +241,7 @@ class Stage(nn.Module):
         if self.resample is not None:
             self.resize = self.resample(self.features, self.temporal, self.dtype)
 
-    def __call__(self, x, past):
+    def __call__(self, x: Float[Array, "B T H W I"], past: Any) -> tuple[Float[Array, "B t h w O"], Any]:
         kept, past = [], past or (None,) * (self.blocks + 1)
         for block, before in zip(self.res, past):
             x, after = block(x, before)
@@ -240,7 +252,7 @@ class Stage(nn.Module):
         return x, tuple(kept)
 
 
-def chain(layers, x, past):
+def chain(layers: Any, x: Float[Array, "B T H W I"], past: Any) -> tuple[Float[Array, "B t h w O"], tuple]:
     """Layers that take and give caches, one after the other: (output, a tuple of what they remember)."""
     kept = []
     for layer, before in zip(layers, past or (None,) * len(layers), strict=True):

@@ -70,7 +70,9 @@ class MemoryBlock(nn.Module):
         width = self.features
         self.conv = [Conv((3, 3, i, width), self.dtype) for i in (2 * width, width, width)]
 
-    def __call__(self, x_BTHWC, past):
+    def __call__(
+        self, x_BTHWC: Float[Array, "B T H W D"], past: Float[Array, "B 1 H W D"] | None
+    ) -> tuple[Float[Array, "B T H W E"], Float[Array, "B 1 H W D"]]:
         """(output, last frame of the input); ``past`` is what the call before it gave, None for zeros."""
         past = jnp.zeros_like(x_BTHWC[:, :1]) if past is None else past
         before = jnp.concatenate([past, x_BTHWC[:, :-1]], axis=1)
@@ -91,7 +93,7 @@ class EncoderStage(nn.Module):
         self.space = Conv((3, 3, width, width), dtype, with_bias=False)
         self.memory = [MemoryBlock(width, dtype) for _ in range(self.cfg.blocks)]
 
-    def __call__(self, x, past):
+    def __call__(self, x: Float[Array, "B T H W C"], past: Cache) -> tuple[Float[Array, "B t h w D"], Cache]:
         if self.pool:
             x = rearrange(x, "b (t n) h w c -> b t h w (n c)", n=2)
         x = self.space(self.time(x), stride=2, padding=((1, 1), (1, 1)))
@@ -111,7 +113,7 @@ class DecoderStage(nn.Module):
         self.time = pointwise(inputs * (2 if self.cfg.grow[self.index] else 1), dtype, use_bias=False)
         self.space = Conv((3, 3, inputs, features), dtype, with_bias=False)
 
-    def __call__(self, x, past, drop: int):
+    def __call__(self, x: Float[Array, "B t h w C"], past: Cache, drop: int) -> tuple[Float[Array, "B T H W D"], Cache]:
         """``drop``: frames to leave out after the change of T; what follows works frame by frame."""
         x, kept = chain(self.memory, x, past)
         x = self.time(x)  # pointwise, so it may come before the doubling of H and W
@@ -131,7 +133,9 @@ class TinyEncoder(nn.Module):
         self.stages = [EncoderStage(self.cfg, pool) for pool in self.cfg.pool]
         self.conv_out = Conv((3, 3, width, self.cfg.channels), dtype)
 
-    def __call__(self, video_BTHW3, cache: Cache = None):
+    def __call__(
+        self, video_BTHW3: Float[Array, "B T H W 3"], cache: Cache = None
+    ) -> tuple[Float[Array, "B F h w C"], Cache]:
         x = (video_BTHW3 * 0.5 + 0.5).astype(jnp.dtype(self.cfg.dtype))
         x, kept = chain(self.stages, nn.relu(self.conv_in(x)), cache)
         return self.conv_out(x).astype(jnp.float32), kept
@@ -148,7 +152,9 @@ class TinyDecoder(nn.Module):
         self.stages = [DecoderStage(self.cfg, index) for index in range(len(self.cfg.grow))]
         self.conv_out = Conv((3, 3, widths[-1], 3), dtype)
 
-    def __call__(self, latents_BFhwC, cache: Cache = None):
+    def __call__(
+        self, latents_BFhwC: Float[Array, "B F h w C"], cache: Cache = None
+    ) -> tuple[Float[Array, "B T H W 3"], Cache]:
         x = (jnp.tanh(latents_BFhwC / 3.0) * 3.0).astype(jnp.dtype(self.cfg.dtype))
         x, kept = nn.relu(self.conv_in(x)), []
         for index, stage in enumerate(self.stages):

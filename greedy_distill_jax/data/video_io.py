@@ -56,7 +56,7 @@ def read_frames(path: str | os.PathLike, *, fps: float | int | None = None) -> I
       UserError: the file is missing or does not decode to its end, or fps is not positive.
     """
     if fps is not None and not fps > 0:
-        raise UserError(f"read_frames: fps={fps} for {path}; use a positive number")
+        raise UserError(f"fps={fps} for {path}; use a positive number", "fps")
     return _read_frames(path, fps)
 
 
@@ -88,21 +88,21 @@ def _read_frames(path: str | os.PathLike, fps: float | int | None) -> Iterator[n
                 count += 1
                 yield image
     if count == 0:
-        raise UserError(f"{path} holds no video frame; give a file with a video stream, or remove it")
+        raise UserError(f"{path} holds no video frame; give a file with a video stream, or remove it", "path")
 
 
 def _opened(path: str | os.PathLike) -> av.container.InputContainer:
     try:
         container = av.open(os.fspath(path), metadata_errors="replace")
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; give the path of a video file") from error
+        raise UserError(f"{path} does not exist; give the path of a video file", "path") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} does not decode as video ({_reason(error)}); convert it to mp4, or remove it"
+            f"{path} does not decode as video ({_reason(error)}); convert it to mp4, or remove it", "path"
         ) from error
     if not container.streams.video:
         container.close()
-        raise UserError(f"{path} has no video stream; give a video file, or remove it")
+        raise UserError(f"{path} has no video stream; give a video file, or remove it", "path")
     return container
 
 
@@ -111,7 +111,7 @@ def _decoded(container: av.container.InputContainer, stream: av.VideoStream, pat
         yield from container.decode(stream)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} stops decoding as video ({_reason(error)}); convert it to mp4, or remove it"
+            f"{path} stops decoding as video ({_reason(error)}); convert it to mp4, or remove it", "path"
         ) from error
 
 
@@ -146,10 +146,14 @@ class VideoWriter:
         suffix = self.path.suffix.lower()
         if suffix not in WRITER_SUFFIXES:
             raise UserError(
-                f"cannot write {self.path}: extension {suffix!r} is unknown; use one of {', '.join(WRITER_SUFFIXES)}"
+                f"cannot write {self.path}: extension {suffix!r} is unknown; use one of {', '.join(WRITER_SUFFIXES)}",
+                "path",
             )
         if not fps > 0 or upscale < 1 or upscale != int(upscale):
-            raise UserError(f"cannot write {self.path}: fps={fps}, upscale={upscale}; use fps > 0, whole upscale >= 1")
+            raise UserError(
+                f"cannot write {self.path}: fps={fps}, upscale={upscale}; use fps > 0, whole upscale >= 1",
+                "upscale" if fps > 0 else "fps",
+            )
         self.fps, self.upscale, self.frames = fps, int(upscale), 0
         self._suffix = suffix
         self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -162,7 +166,7 @@ class VideoWriter:
                 raise IsADirectoryError(0, "a folder")
             self._partial.touch()
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}); choose a writable folder") from error
+            raise UserError(f"cannot write {self.path} ({error.strerror}); choose a writable folder", "path") from error
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -196,7 +200,7 @@ class VideoWriter:
         """Finishes the file and gives it its name; UserError when no frame was written."""
         try:
             if not self.frames:
-                raise UserError(f"cannot write {self.path}: no frame was given; generate at least one")
+                raise UserError(f"cannot write {self.path}: no frame was given; generate at least one", "path")
             if self._suffix == ".gif":
                 _save_gif(self._gif, self._partial, self.fps)
             else:
@@ -218,7 +222,9 @@ class VideoWriter:
         container, codecs = _CODECS[self._suffix]
         name, options = next((c for c in codecs if c[0] in av.codecs_available), (None, {}))
         if name is None:
-            raise UserError(f"cannot write {self.path}: PyAV has no encoder for {self._suffix}; write a .gif instead")
+            raise UserError(
+                f"cannot write {self.path}: PyAV has no encoder for {self._suffix}; write a .gif instead", "path"
+            )
         self._container = av.open(os.fspath(self._partial), "w", format=container)
         rate = Fraction(self.fps).limit_denominator(1001)
         self._stream = self._container.add_stream(name, rate=rate, options=options)

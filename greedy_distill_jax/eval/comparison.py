@@ -75,7 +75,7 @@ class Comparison:
     @property
     def data(self) -> str:
         """What the runs were trained on."""
-        return self.teacher.config.data.source
+        return self.teacher.settings.data.source
 
     @property
     def of_shapes(self) -> bool:
@@ -91,7 +91,7 @@ class Comparison:
 
 def few_step_setting(run: Run) -> int:
     """Returns the few-step setting that is shown beside the many-step one of a student."""
-    steps = run.config.sample.steps
+    steps = run.settings.sample.steps
     return steps if run.model.cfg.context == "last_step_kv" else min(2, steps)
 
 
@@ -139,7 +139,7 @@ def _load(field: str, directory: str | Path, is_student: bool, row: str = "") ->
 
 def _data_of(run: Run) -> str:
     """What a run was trained on, in words: source and latent shape."""
-    return f"{run.config.data.source} ({'x'.join(map(str, run.latent_shape))})"
+    return f"{run.settings.data.source} ({'x'.join(map(str, run.latent_shape))})"
 
 
 def compare(
@@ -168,16 +168,16 @@ def compare(
     teacher, student, *others = runs.values()
     frames = teacher.latent_shape[0]
     long = HORIZON * frames
-    real, captions = held_out_videos(teacher, long if is_shapes(teacher.config.data.source) else frames, videos, seed)
+    real, captions = held_out_videos(teacher, long if is_shapes(teacher.settings.data.source) else frames, videos, seed)
     few = first = few_step_setting(student)
     if others:
-        sample = min((run.config.sample for run in others), key=lambda sample: sample.steps)
+        sample = min((run.settings.sample for run in others), key=lambda sample: sample.steps)
         few, first = sample.steps, sample.first_steps or sample.steps
     announce(f"evaluate: {len(captions)} held-out videos per model, students to {long} frames")
     short = {"steps": few, "first_steps": first}
     todo = {
-        "teacher": ("teacher", frames, {"steps": teacher.config.sample.steps}),
-        "stage1": ("stage1", long, {"steps": student.config.sample.steps}),
+        "teacher": ("teacher", frames, {"steps": teacher.settings.sample.steps}),
+        "stage1": ("stage1", long, {"steps": student.settings.sample.steps}),
         "stage1_few_steps": ("stage1", long, short),
         **{name: (name, long, short) for name in list(runs)[2:]},
     }
@@ -185,5 +185,5 @@ def compare(
     for name, (row, length, options) in tqdm(todo.items(), desc="sampling", disable=not sys.stderr.isatty()):
         run = runs[row]
         video = sampled(run, captions, frames=length, seed=seed, **options)
-        entries[name] = Entry(name, video, run, Path(directories[row]), options["steps"], (run.config.seed, seed))
+        entries[name] = Entry(name, video, run, Path(directories[row]), options["steps"], (run.settings.seed, seed))
     return Comparison(entries, captions, teacher, student, few, seed, lengths)

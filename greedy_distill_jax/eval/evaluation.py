@@ -1,6 +1,7 @@
 """An evaluation: sample a comparison, measure it with every suite, write metrics.json and the report."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def evaluate(
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder.", "output") from error
-    use_compile_cache(runs["teacher"].config.compile_cache)
+    use_compile_cache(runs["teacher"].settings.compile_cache)
     comparison = compare(runs, directories, videos=videos, seed=seed, lengths=lengths, announce=announce)
     measured: dict[Suite, Measured] = {}
     for suite in wanted:
@@ -102,7 +103,7 @@ def evaluate(
         sections=sections_of(comparison, measured),
         videos={name: list(entry.video_VTHWC[:SHOWN]) for name, entry in comparison.entries.items()},
         captions=comparison.captions[:SHOWN],
-        fps=float(comparison.teacher.config.log.fps),
+        fps=float(comparison.teacher.settings.log.fps),
     )
     announce(f"evaluate: {path}")
     return metrics
@@ -131,8 +132,8 @@ def metrics_of(
         "training_frames": comparison.training_frames,
         **environment(),
         "config": {
-            "teacher": comparison.teacher.config.to_dict(),
-            "student": comparison.student.config.to_dict(),
+            "teacher": json.loads(comparison.teacher.settings.text),
+            "student": json.loads(comparison.student.settings.text),
         },
         "extra": {
             "commands": list(commands),
@@ -171,9 +172,9 @@ def loss_plots(comparison: Comparison) -> list[Plot]:
     for name, entry in comparison.entries.items():
         if entry.run is None or name == "stage1_few_steps":  # the same run as stage 1
             continue
-        stage = entry.run.config.stage
+        stage = entry.run.settings.stage
         lines = [line for line in read_scalars(entry.directory) if f"{stage}/loss" in line]
-        terms = [term for term in entry.run.config.losses if lines and f"{stage}/{term}" in lines[0]]
+        terms = [term for term in entry.run.settings.losses if lines and f"{stage}/{term}" in lines[0]]
         plots.append(
             Plot(
                 f"Stage {name}",

@@ -146,7 +146,7 @@ def measure(comparison: Comparison) -> Measured:
     rows = time_per_frame(
         teacher.model,
         teacher.params,
-        noise_levels.uniform_steps(few, teacher.config.sample.shift),
+        noise_levels.uniform_steps(few, teacher.settings.sample.shift),
         student.streamer(few, few),
         student.params,
         student.text(comparison.captions[:1]),

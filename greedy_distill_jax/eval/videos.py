@@ -22,11 +22,11 @@ def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[UInt8
     Raises:
       UserError: the data have no held-out windows.
     """
-    source, codec = data_source(run.config, "held_out", frames=frames, seed=seed)
+    source, codec = data_source(run.settings, "held_out", frames=frames, seed=seed)
     if not len(source):
         raise UserError(
-            f"{run.config.data.source}, which the run was trained on, has no held-out windows; prepare it again with a "
-            "held-out share above 0."
+            f"{run.settings.data.source}, which the run was trained on, has no held-out windows; prepare it again "
+            "with a held-out share above 0."
         )
     examples = [source[i] for i in range(min(count, len(source)))]
     return videos_of(examples, codec), [e["caption"] for e in examples]

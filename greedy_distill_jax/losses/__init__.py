@@ -2,24 +2,39 @@
 
 ``net(x_BTHWC, sigma_BT, batch) -> velocity`` hides model, parameters and precision; ``batch`` is a dict of arrays
 ("latents" and "text", and what a stage adds: stage "dmd" puts the student's own videos in "latents" and, with the
-gradient into the student, in "action"; there a loss may also ask for the scores ``real`` and ``fake`` by keyword-only
-arguments of these names). A loss returns one value per example and a dict for the logs of scalars, or of pairs (sum,
-count) where only some of the values count; ``train.py`` takes the mean over the batch, applies the weight of the config
-and logs every term by its name.
+gradient into the student, in "action"). Keyword-only arguments with a default are options of the config; one without a
+default asks the stage for a network by that name, such as the scores ``real`` and ``fake``. A loss returns one value
+per example and a dict for the logs of scalars, or of pairs (sum, count) where only some of the values count; the stage
+takes the mean over the batch, applies the weight of the config and logs every term by its name.
 
 ``resolve`` finds a loss by name: a built-in one, one given to ``register``, "package.module:function", or
 "path/to/file.py:function".
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One weighted loss of the sum that a stage minimises.
+
+    name: in the logs. options: keyword arguments of the loss.
+    """
+
+    name: str
+    loss: Callable
+    weight: float
+    options: Mapping[str, object]
+
 
 _LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching}
 
@@ -54,18 +69,16 @@ def resolve(name: str) -> Callable:
         raise UserError(f"loss {name!r} cannot be loaded: {error}. Check the path and the function's name.") from error
 
 
-SCORES = ("real", "fake")  # keyword-only arguments that the stage supplies, not the config
-
-
 def option_names(loss: Callable) -> list[str]:
-    """The keyword-only arguments of a loss."""
+    """The options of a loss: its keyword-only arguments with a default."""
     parameters = inspect.signature(loss).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
 
 
-def asks_scores(loss: Callable) -> list[str]:
-    """The score networks that a loss asks for."""
-    return [name for name in option_names(loss) if name in SCORES]
+def asked(loss: Callable) -> list[str]:
+    """The networks that a loss asks its stage for: keyword-only arguments without a default."""
+    parameters = inspect.signature(loss).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def check_options(name: str, loss: Callable, options: dict) -> None:
@@ -73,7 +86,7 @@ def check_options(name: str, loss: Callable, options: dict) -> None:
     parameters = inspect.signature(loss).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return
-    known = [name for name in option_names(loss) if name not in SCORES]
+    known = option_names(loss)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise UserError(

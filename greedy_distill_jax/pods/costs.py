@@ -1,17 +1,17 @@
 """Floating-point operations of a job's updates, in closed form, from its config (networks: ``flops.py``)."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from greedy_distill_jax.config import keys as configuration
-from greedy_distill_jax.losses import dmd, flow_matching, option_names
+from greedy_distill_jax.config import Settings
+from greedy_distill_jax.losses import Term, asked, dmd, flow_matching
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ops.attention.backends.record import FLASH_BACKWARD
 from greedy_distill_jax.pods import flops
 from greedy_distill_jax.pods.flops import Flops
-from greedy_distill_jax.training.stages.build import Stage
-from greedy_distill_jax.training.update import Term
+from greedy_distill_jax.training.stages.base import Stage
+from greedy_distill_jax.training.stages.dmd import critic_terms, teacher_config
 
 
 class Cost(NamedTuple):
@@ -26,31 +26,31 @@ def tokens_per_frame(latent_shape: tuple[int, int, int, int], wan: WanConfig) ->
     return latent_shape[1] // wan.patch * (latent_shape[2] // wan.patch)
 
 
-def assumed(config: Any) -> list[str]:
+def assumed(settings: Settings) -> list[str]:
     """Terms whose loss is not the library's: they are taken to call every network they ask for once."""
-    losses = [*configuration.terms(config), *(configuration.critic_terms(config) if config.stage == "dmd" else ())]
+    losses = [*settings.terms, *(critic_terms(settings) if settings.stage == "dmd" else ())]
     return sorted({term.name for term in losses if term.loss not in (dmd, flow_matching)})
 
 
 def _draws(terms: Sequence[Term], score: str | None) -> list[int]:
     """Noise draws of every term that calls ``score``, or with None the network that is trained."""
-    calls = [t for t in terms if (t.loss is not dmd if score is None else score in option_names(t.loss))]
+    calls = [t for t in terms if (t.loss is not dmd if score is None else score in asked(t.loss))]
     return [int(term.options.get("draws", 1)) for term in calls]
 
 
 def part_costs(
-    config: Any, stage: Stage, latent_shape: tuple[int, int, int, int], *, backward: float = FLASH_BACKWARD
+    settings: Settings, stage: Stage, latent_shape: tuple[int, int, int, int], *, backward: float = FLASH_BACKWARD
 ) -> dict[str, Cost]:
     """{part of the stage: its cost}.
 
     Args:
-      config, stage: as ``train.py`` has them.
+      settings, stage: as ``train.py`` has them.
       latent_shape: [T, H, W, C] of an example.
       backward: attention's backward pass over its forward pass, see ``Backend.backward_flops``.
     """
-    wan, frames = configuration.wan_config(config), latent_shape[0]
-    tokens, batch = tokens_per_frame(latent_shape, wan), config.data.batch
-    terms = configuration.terms(config)
+    wan, frames = settings.wan, latent_shape[0]
+    tokens, batch = tokens_per_frame(latent_shape, wan), settings.data.batch
+    terms = settings.terms
 
     def cost(trained: Flops, fixed: Flops = Flops(), repeated: int = 0) -> Cost:  # noqa: B008 (immutable)
         executed = trained.executed(wan.remat, backward) + trained * repeated + fixed
@@ -59,25 +59,26 @@ def part_costs(
     def total(calls) -> Flops:
         return sum(calls, Flops())
 
-    if config.stage == "teacher":
-        return {"": cost(total(flops.teacher(wan, frames * n, tokens) for n in _draws(terms, None)))}
+    if settings.stage == "teacher":
+        return {"teacher": cost(total(flops.teacher(wan, frames * n, tokens) for n in _draws(terms, None)))}
     cfg = stage.model.cfg
 
     def student(n: int = 1) -> Flops:
         return flops.student(cfg, frames, tokens, n)
 
-    if config.stage == "teacher_forcing":
-        return {"": cost(total(map(student, _draws(terms, None))))}
-    d = config.distill
-    length, sampling = d.frames or frames, configuration.sampling(config)
+    if settings.stage == "teacher_forcing":
+        return {"teacher_forcing": cost(total(map(student, _draws(terms, None))))}
+    d = settings.own["distill"]
+    length, sampling = d.frames or frames, settings.sampling
     own = flops.rollout(cfg, length, tokens, sampling, d.exit)
-    teacher = configuration.teacher_config(config)
+    teacher = teacher_config(settings)
     real = {
         "joint": lambda: flops.teacher(teacher, frames, tokens),
         "autoregressive": student,
         "per_frame": lambda: flops.teacher(teacher, frames, tokens, frames) * (frames // cfg.chunk),
     }[d.real]() * (1 if d.guidance == 1.0 else 2)
-    joint_critic = isinstance(stage.critic, Teacher)
+    critic_net = stage.networks.get("critic")
+    joint_critic = critic_net is not None and isinstance(critic_net.model, Teacher)
     fake = flops.teacher(wan, frames, tokens) if joint_critic else student()
     fixed = own + real * sum(_draws(terms, "real")) + fake * sum(_draws(terms, "fake"))
     nets = total(map(student, _draws(terms, None)))
@@ -88,8 +89,8 @@ def part_costs(
     judged = nets if d.pg == "actor_critic" else Flops()  # once more for the loss, before the first epoch
     acting, losing = cost(act * epochs, repeated=repeated), cost(nets * epochs, fixed + judged)
     critic = [flops.teacher(wan, frames * n, tokens) if joint_critic else student(n)
-              for n in _draws(configuration.critic_terms(config), None)] if stage.critic else []  # fmt: skip
+              for n in _draws(critic_terms(settings), None)] if critic_net else []  # fmt: skip
     return {
-        "": Cost(*(a + b for a, b in zip(acting, losing, strict=True))),
+        "dmd": Cost(*(a + b for a, b in zip(acting, losing, strict=True))),
         "critic": cost(total(critic), own),
     }

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import Settings
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.distribution.mesh import batch_parts, make_mesh
 from greedy_distill_jax.distribution.parallel import on_mesh
 from greedy_distill_jax.distribution.sharding import RULES, leaf_paths, shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.base import StreamingModel
+from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ops.attention import select
 from greedy_distill_jax.ops.attention.backends.record import Backend
@@ -29,8 +30,9 @@ from greedy_distill_jax.pods import costs, flops
 from greedy_distill_jax.pods.costs import Cost, tokens_per_frame
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
-from greedy_distill_jax.train import batch_shapes, check_mesh, jit_parts, one_line, state_shapes
-from greedy_distill_jax.training.stages.build import Sources, Stage, build_model, build_stage, given_params
+from greedy_distill_jax.training.job import batch_shapes, check_mesh, jit_parts, one_line, state_shapes
+from greedy_distill_jax.training.sources import frozen_runs
+from greedy_distill_jax.training.stages.base import Inputs, Stage
 
 GRID = {"480p": (60, 104), "720p": (90, 160)}  # rows and columns of Wan's latents
 STREAM = "stream"
@@ -69,7 +71,7 @@ class Networks(NamedTuple):
 class Job:
     """A job on a mesh of described devices."""
 
-    config: Any
+    settings: Settings
     mesh: Mesh
     stage: Stage
     latent_shape: tuple[int, int, int, int]
@@ -78,10 +80,12 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """What is compiled, read from the shapes that are handed to the compiler wherever they tell."""
-        c, wan = self.config, configuration.wan_config(self.config)
+        c, wan = self.settings, self.settings.wan
         state, frozen, batch = (self.trees[name][0] for name in ("state", "frozen", "batch"))
+        own, critic = state.nets[self.stage.name], state.nets.get("critic")
+        params, critic = own.params, critic and critic.params
         count, frames, height, width, channels = batch["latents"].shape
-        (kernel,) = {x.shape[0] for path, x in leaf_paths(state.params) if path.endswith("embed/patch/kernel")}
+        (kernel,) = {x.shape[0] for path, x in leaf_paths(params) if path.endswith("embed/patch/kernel")}
         tokens = height * width * channels // kernel
         facts = {
             "stage": c.stage,
@@ -92,13 +96,13 @@ class Job:
             "latents": f"{height}x{width}",
             "channels": channels,
             "text_rows": batch["text"].shape[1],
-            "networks": {name: networks(tree) for name, tree in (("trained", state.params), ("critic", state.critic))}
+            "networks": {name: networks(tree) for name, tree in (("trained", params), ("critic", critic))}
             | {name: networks(tree) for name, tree in frozen.items()},
-            "parameters": parameters(state.params),
-            "ema_parameters": parameters(state.ema),
-            "optimizer_parameters": parameters(state.opt_state),
+            "parameters": parameters(params),
+            "ema_parameters": parameters(own.ema),
+            "optimizer_parameters": parameters(own.opt_state),
             "teacher_parameters": parameters(frozen.get("teacher")),
-            "critic_parameters": parameters(state.critic),
+            "critic_parameters": parameters(critic),
             "cfg_branches": cfg_branches(c),
             "batch": count,
             "accumulate": c.data.accumulate,
@@ -114,7 +118,7 @@ class Job:
                 "streams": last.shape[0],
                 "frames_per_step": last.shape[1],
                 "latents": f"{last.shape[2]}x{last.shape[3]}",
-                "denoising_calls": len(configuration.sampling(c).sigmas[-1]),
+                "denoising_calls": len(c.sampling.sigmas[-1]),
             }
         return facts
 
@@ -125,7 +129,7 @@ def networks(tree) -> dict[str, list[int]]:
     return {path.removesuffix(end).strip("/"): list(x.shape[:2]) for path, x in leaf_paths(tree) if path.endswith(end)}
 
 
-def cfg_branches(config) -> int:
+def cfg_branches(settings: Settings) -> int:
     """How often the real score's network is asked for one velocity: counted, by asking."""
     asked = []
 
@@ -133,9 +137,9 @@ def cfg_branches(config) -> int:
         asked.append(batch)
         return x
 
-    if config.stage != "dmd":
+    if settings.stage != "dmd":
         return 1
-    net, one = guidance.guided_score(score, jnp.zeros((1, 1)), config.distill.guidance), jnp.zeros(1)
+    net, one = guidance.guided_score(score, jnp.zeros((1, 1)), settings.own["distill"].guidance), jnp.zeros(1)
     with jax.disable_jit():
         net(one, one, {"text": jnp.zeros((1, 1, 1))})
     return len(asked)
@@ -152,11 +156,11 @@ def device_bytes(shapes, layout) -> int:
     return sum(int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize for x, s in pairs)
 
 
-def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "") -> Networks:
+def build_networks(settings: Settings, size: str | tuple[int, int] = "480p", only: str = "") -> Networks:
     """The part of a job that does not depend on devices.
 
     Args:
-      config: of the job; the runs it starts from need not exist.
+      settings: of the job; the runs it starts from need not exist.
       size: of the frames, a key of ``GRID`` or rows and columns of latents.
       only: steps whose name contains this.
 
@@ -165,15 +169,15 @@ def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "")
     """
     if isinstance(size, str) and size not in GRID:
         raise UserError(f"frames of {size!r} are not known; choose from {', '.join(GRID)}", "size")
-    configuration.validate(config)
     with one_line():
-        model, wan = build_model(config), configuration.wan_config(config)
-        latent_shape = (config.data.frames, *(GRID[size] if isinstance(size, str) else size), wan.channels)
-        sources = _imagined(config, model, latent_shape)
+        model, wan = settings.kind.model(settings), settings.wan
+        latent_shape = (settings.data.frames, *(GRID[size] if isinstance(size, str) else size), wan.channels)
+        sources = _imagined(settings, model, latent_shape)
+        frozen = {name: run.params for name, run in frozen_runs(settings.kind.wanted(settings), sources).items()}
         null = HashWordEncoder(wan.text_len, wan.text_dim)([""])[0]
-        stage = build_stage(config, model, sources, null, latent_shape)
-        state = state_shapes(stage, latent_shape, given_params(stage, sources))
-    names = [part.name or config.stage for part in stage.parts]
+        stage = settings.kind.build(settings, Inputs(frozen, null, latent_shape))
+        state = state_shapes(stage, latent_shape, {name: sources[name].params for name in stage.needed(sources)})
+    names = [part.name for part in stage.parts]
     names += [STREAM] if isinstance(model, StreamingModel) else []
     asked = tuple(name for name in names if only in name)
     if not asked:
@@ -181,16 +185,16 @@ def build_networks(config, size: str | tuple[int, int] = "480p", only: str = "")
             f"no step of this job has {only!r} in its name; choose from {', '.join(names)}",
             "only",
         )
-    return Networks(stage, latent_shape, state, batch_shapes(config, latent_shape), asked)
+    return Networks(stage, latent_shape, state, batch_shapes(settings, latent_shape), asked)
 
 
 def build_job(
-    config, devices, size: str | tuple[int, int] = "480p", only: str = "", one_video: bool = False
-) -> Job:  # fmt: skip
+    settings: Settings, devices, size: str | tuple[int, int] = "480p", only: str = "", one_video: bool = False
+) -> Job:
     """The job that ``train.py`` would run with this config on these devices, with its streaming step.
 
     Args:
-      config, size, only: as for ``build_networks``.
+      settings, size, only: as for ``build_networks``.
       devices: described (``topology.devices``) or real.
       one_video: every group of devices takes one video at a time: ``config.data.accumulate`` is set to what makes of
         the global batch.
@@ -199,42 +203,43 @@ def build_job(
       UserError: a config that cannot be; ``Misfit``: a mesh or a batch that these devices cannot have.
     """
     try:
-        mesh = make_mesh(config.mesh.to_dict(), devices)
+        mesh = make_mesh(dataclasses.asdict(settings.mesh), devices)
     except UserError as error:
         raise Misfit(str(error)) from error
     if one_video:
-        if config.data.batch % batch_parts(mesh):
+        if settings.data.batch % batch_parts(mesh):
             raise Misfit(
-                f"config.data.batch is {config.data.batch}, less than a video for each of the {batch_parts(mesh)} data "
-                f"and fsdp parts of the mesh, or not the same number; choose a multiple, or a larger config.mesh."
+                f"config.data.batch is {settings.data.batch}, less than a video for each of the {batch_parts(mesh)} "
+                f"data and fsdp parts of the mesh, or not the same number; choose a multiple, or a larger config.mesh."
                 f"{RULES.columns[0]}."
             )
-        config.data.accumulate = config.data.batch // batch_parts(mesh)
-        if config.stage == "dmd" and config.distill.pg == "actor_critic" and config.data.accumulate > 1:
+        data = dataclasses.replace(settings.data, accumulate=settings.data.batch // batch_parts(mesh))
+        settings = settings.replace(data=data)
+        if settings.stage == "dmd" and settings.own["distill"].pg == "actor_critic" and data.accumulate > 1:
             raise Misfit(
-                f"distill.pg=actor_critic takes no microbatches, and a batch of {config.data.batch} makes "
-                f"{config.data.accumulate} of a video for each of the {batch_parts(mesh)} data and fsdp parts."
+                f"distill.pg=actor_critic takes no microbatches, and a batch of {data.batch} makes {data.accumulate} "
+                f"of a video for each of the {batch_parts(mesh)} data and fsdp parts."
             )
-    stage, latent_shape, state, batch, names = build_networks(config, size, only)
+    stage, latent_shape, state, batch, names = build_networks(settings, size, only)
     try:
-        check_mesh(config, mesh, latent_shape, hosts(mesh))
+        check_mesh(settings, mesh, latent_shape, hosts(mesh))
         parts, of_state, of_frozen, of_batch = jit_parts(stage, mesh, state, batch)
     except UserError as error:
-        raise Misfit(f"{error}{_accumulate_instead(config, mesh)}") from error
+        raise Misfit(f"{error}{_accumulate_instead(settings, mesh)}") from error
     trees = {"state": (state, of_state), "frozen": (stage.frozen, of_frozen), "batch": (batch, of_batch)}
-    attention = attention_of(config, mesh)
+    attention = attention_of(settings, mesh)
     # Inside stripes the kernels' backward pass repeats their forward pass (parallel.py).
     backward = attention.backward_flops + (not attention.partitionable and mesh.shape[RULES.columns[0]] > 1)
-    cost, steps = costs.part_costs(config, stage, latent_shape, backward=backward), []
-    trips = rollout_trips(config, stage.model.cfg.chunk, latent_shape[0]) if config.stage == "dmd" else None
+    cost, steps = costs.part_costs(settings, stage, latent_shape, backward=backward), []
+    trips = rollout_trips(settings, stage.model.cfg.chunk, latent_shape[0]) if settings.stage == "dmd" else None
     for part in parts:
-        name, arguments = part.name or config.stage, (state, stage.frozen, batch)
-        steps.append(Step(name, part.call, arguments, cost[part.name], dynamic_trips=trips))
+        steps.append(Step(part.name, part.call, (state, stage.frozen, batch, {}), cost[part.name], dynamic_trips=trips))
     if isinstance(stage.model, StreamingModel):
-        step, shapes, of_stream = _stream(config, stage.model, mesh, latent_shape, state.params, of_state.params)
-        trees[STREAM], trees["params"] = (shapes, of_stream), (state.params, of_state.params)
+        params, of_params = (tree.nets[stage.name].params for tree in (state, of_state))
+        step, shapes, of_stream = _stream(settings, stage.model, mesh, latent_shape, params, of_params)
+        trees[STREAM], trees["params"] = (shapes, of_stream), (params, of_params)
         steps.append(step)
-    return Job(config, mesh, stage, latent_shape, trees, tuple(s for s in steps if s.name in names))
+    return Job(settings, mesh, stage, latent_shape, trees, tuple(s for s in steps if s.name in names))
 
 
 def hosts(mesh: Mesh) -> int:
@@ -242,31 +247,30 @@ def hosts(mesh: Mesh) -> int:
     return len({device.process_index for device in mesh.devices.flat})
 
 
-def _accumulate_instead(config, mesh: Mesh) -> str:
+def _accumulate_instead(settings: Settings, mesh: Mesh) -> str:
     """A hint for a batch that does not divide, if another ``config.data.accumulate`` is all it takes."""
-    batch, parts = config.data.batch, batch_parts(mesh)
-    if batch % parts or not batch % (parts * config.data.accumulate):
+    batch, parts = settings.data.batch, batch_parts(mesh)
+    if batch % parts or not batch % (parts * settings.data.accumulate):
         return ""
     return f" Here config.data.accumulate={batch // parts} gives every group of devices one video at a time."
 
 
-def _imagined(config, model, latent_shape) -> Sources:
-    """The runs that the config names or would name, as shapes."""
+def _imagined(settings: Settings, model, latent_shape) -> dict[str, Any]:
+    """The runs that the stage starts from or asks, as shapes."""
 
     def run(network):
         shapes = jax.eval_shape(lambda key: network.init(key, latent_shape), jax.random.key(0))
         return SimpleNamespace(params=shapes)
 
-    if not isinstance(model, StreamingModel):
-        return Sources(None, None)
-    own, dmd = Teacher(model.cfg.base), config.stage == "dmd"
-    teacher = Teacher(configuration.teacher_config(config)) if dmd else own
-    return Sources(run(teacher), run(model) if dmd else None, run(own) if dmd and teacher.cfg != own.cfg else None)
+    return {
+        name: run(Teacher(want.architecture) if isinstance(want.architecture, WanConfig) else model)
+        for name, want in settings.kind.wanted(settings).items()
+    }
 
 
-def _stream(config, model: StreamingModel, mesh: Mesh, latent_shape, params, of_params):
+def _stream(settings: Settings, model: StreamingModel, mesh: Mesh, latent_shape, params, of_params):
     """(streaming inference of one chunk for one stream per device group, shapes of its state, their shardings)."""
-    wan, sampling = model.cfg.base, configuration.sampling(config)
+    wan, sampling = model.cfg.base, settings.sampling
     streamer, count = make_streamer(model, sampling), batch_parts(mesh)
     text = jax.ShapeDtypeStruct((count, wan.text_len, wan.text_dim), jnp.float32)
     init = on_mesh(lambda params, text, key: streamer.init(params, text, key, latent_shape[1:]), mesh)
@@ -285,27 +289,20 @@ def _stream(config, model: StreamingModel, mesh: Mesh, latent_shape, params, of_
     return Step(STREAM, call, (params, state), whole, (STREAM, "params"), looped), state, of_state
 
 
-def rollout_trips(config, chunk: int, frames: int) -> float:
+def rollout_trips(settings: Settings, chunk: int, frames: int) -> float:
     """Mean denoising calls per chunk of a self-made video; with exit "random" each exit is as likely as another.
 
     Args:
       chunk: latent frames made together.
       frames: latent frames of an example.
     """
-    lists, d = configuration.sampling(config).sigmas, config.distill
+    lists, d = settings.sampling.sigmas, settings.own["distill"]
     lengths = [len(lists[min(i, len(lists) - 1)]) for i in range((d.frames or frames) // chunk)]
     return float(np.mean([(n + 1) / 2 if d.exit == "random" else n for n in lengths]))
 
 
-def attention_of(config, mesh: Mesh) -> Backend:
+def attention_of(settings: Settings, mesh: Mesh) -> Backend:
     """The backend that self-attention takes on these devices."""
-    wan = configuration.wan_config(config)
+    wan = settings.wan
     q = jax.ShapeDtypeStruct((1, 8, wan.num_heads, wan.head_dim), jnp.dtype(wan.dtype))
     return on_mesh(lambda: select.choose(None, q, function="chunk_attention"), mesh)()
-
-
-def imaginary_runs(config):
-    """``config`` with names for the runs that it has to start from: to compile, they need not exist."""
-    for key in ("teacher_from", "student_from", "critic_from"):
-        config[key] = config[key] or "not loaded"
-    return config

@@ -15,14 +15,14 @@ from typing import Any
 
 import jax
 
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import Settings
 from greedy_distill_jax.distribution.mesh import batch_parts
 from greedy_distill_jax.distribution.sharding import RULES
 from greedy_distill_jax.ops.attention import aot
 from greedy_distill_jax.pods import costs, hlo, topologies
 from greedy_distill_jax.pods.flops import Flops
 from greedy_distill_jax.pods.jobs import STREAM, Job, Step, attention_of, build_job, device_bytes, hosts
-from greedy_distill_jax.train import one_line
+from greedy_distill_jax.training.job import one_line
 
 GIB = topologies.GIB
 
@@ -73,7 +73,7 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
     """
     start = time.perf_counter(), time.process_time()
     held = sum(device_bytes(*job.trees[name]) for name in step.holds)
-    attention = attention_of(job.config, job.mesh)
+    attention = attention_of(job.settings, job.mesh)
     common = dict(
         name=step.name, model_flops=step.cost.model, executed_flops=step.cost.executed,
         attention=attention.name, hbm=int(hbm),
@@ -148,7 +148,7 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
       name: of the slice.
       done: the step.
     """
-    c, mesh, wan = job.config, job.mesh.shape, configuration.wan_config(job.config)
+    c, mesh, wan = job.settings, job.mesh.shape, job.settings.wan
     copies, stripes, split = RULES.batch[0], RULES.columns[0], RULES.embed[0]
     share = c.data.batch // c.data.accumulate // batch_parts(job.mesh)
     columns = job.latent_shape[2] // wan.patch
@@ -179,18 +179,20 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
     return options
 
 
-def report(config, name: str, size: str, only: str, say: Callable[[str], None], search: bool = False) -> dict[str, Any]:
+def report(
+    settings: Settings, name: str, size: str, only: str, say: Callable[[str], None], search: bool = False
+) -> dict[str, Any]:
     """Compiles a job for a slice, line by line; returns the same as a record for a file.
 
     Args:
-      config, size, only: as for ``pods.build_job``.
+      settings, size, only: as for ``pods.build_job``.
       name: of the slice, such as "v5p:4x4x4".
       say: takes one line.
       search: with one video at a time per group of devices, and no more steps after one that does not fit.
     """
     generation, _ = topologies.check(name)
     chip, steps = topologies.CHIPS[generation], []
-    job = build_job(config, topologies.devices(name), size, only, one_video=search)
+    job = build_job(settings, topologies.devices(name), size, only, one_video=search)
     facts = job.facts()
     for line in _header(job, facts, name):
         say(line)
@@ -233,7 +235,7 @@ def _header(job: Job, facts: dict[str, Any], name: str) -> Iterator[str]:
         for stack, (layers, width) in found.items()
     ]
     yield f"  blocks x width: {', '.join(stacks)}"
-    assumed = costs.assumed(job.config)
+    assumed = costs.assumed(job.settings)
     if assumed:
         yield f"  FLOPs: {', '.join(assumed)}: not losses of the library, taken to call every network they ask for once"
     for tree in dict.fromkeys(tree for step in job.steps for tree in step.holds):

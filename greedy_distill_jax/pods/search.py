@@ -3,18 +3,21 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from greedy_distill_jax.config import Settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.pods import jobs, topologies
 from greedy_distill_jax.pods.report import report
 
 
-def search(config, generation: str, size: str, only: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def search(
+    settings: Settings, generation: str, size: str, only: str, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     """Compiles a job for one slice after the other, the smallest first, up to the first that it fits on.
 
     The global batch stays, and every group of devices takes one video at a time.
 
     Args:
-      config, size, only: as for ``jobs.build_job``.
+      settings, size, only: as for ``jobs.build_job``.
       generation: a key of ``topologies.CHIPS``.
       say: takes one line.
 
@@ -29,12 +32,12 @@ def search(config, generation: str, size: str, only: str, say: Callable[[str], N
             f"{generation!r} is no generation of chips; a search takes one of {', '.join(topologies.CHIPS)}",
             "topology",
         )
-    jobs.build_networks(config, size, only)  # what no slice could mend is said once
-    say(f"global batch {config.data.batch}, on every slice one video at a time per group of devices")
+    jobs.build_networks(settings, size, only)  # what no slice could mend is said once
+    say(f"global batch {settings.data.batch}, on every slice one video at a time per group of devices")
     for slice_ in topologies.CHIPS[generation].slices:
         name = f"{generation}:{slice_}"
         try:
-            record = report(config, name, size, only, say, search=True)
+            record = report(settings, name, size, only, say, search=True)
         except jobs.Misfit as error:
             say(f"{name}: {error}")
             continue

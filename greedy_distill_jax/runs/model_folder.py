@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import Run
@@ -69,8 +69,8 @@ def load_model_folder(
         encoder = TextTable(encoder, [*prompts, negative])
     with about("folder"):
         cfg, params = pipeline.load_transformer(folder, dtype=dtype)
-    config = configuration.base()
+    config = base()
     config.model.update(dataclasses.asdict(cfg))
     config.data.frames, config.data.negative_prompt, config.log.fps = latent_shape[0], negative, 16
     config.sample.update(sampler="unipc", steps=50, shift=pipeline.read_shift(folder), guidance=5.0)
-    return Run(config, Teacher(cfg), params, codec, encoder, latent_shape, {})
+    return Run(read_settings(config), Teacher(cfg), params, codec, encoder, latent_shape, {})

@@ -85,7 +85,7 @@ def follow_teacher(
             "steps": steps,
             "shift": shift,
             "guidance": sampler.guidance,
-            "negative": run.config.data.negative_prompt if negative is None else negative,
+            "negative": run.settings.data.negative_prompt if negative is None else negative,
         },
         **options,
     )

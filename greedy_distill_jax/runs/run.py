@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, UInt8
-from ml_collections import ConfigDict
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import Settings
+from greedy_distill_jax.config.settings import stored_settings
 from greedy_distill_jax.data.sources.moving_shapes import is_shapes
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError, about
@@ -43,10 +43,10 @@ def architecture(model: Teacher | StreamingModel) -> dict[str, Any]:
     return {"kind": type(model).__name__.lower(), **fields}
 
 
-def data_source(config: ConfigDict, split: str, *, frames: int, seed: int):
+def data_source(settings: Settings, split: str, *, frames: int, seed: int):
     """(source, codec) of ``config.data``; clips have a size of their own."""
-    size = config.data.size if is_shapes(config.data.source) else None
-    return load_source(config.data.source, split, size=size, frames=frames, seed=seed)
+    size = settings.data.size if is_shapes(settings.data.source) else None
+    return load_source(settings.data.source, split, size=size, frames=frames, seed=seed)
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class Run:
     """Everything needed to sample.
 
     Attributes:
-      config: that the run was trained with.
+      settings: that the run was trained with.
       model: the network's functions.
       params: the averaged (EMA) weights.
       codec: None for converted weights, which come without one.
@@ -64,7 +64,7 @@ class Run:
       meta: what the checkpoint was saved with.
     """
 
-    config: ConfigDict
+    settings: Settings
     model: Teacher | StreamingModel
     params: Any
     codec: VideoCodec | None
@@ -107,15 +107,11 @@ class Run:
             )
         with about("directory"):
             meta = load_meta(directory / "checkpoints", step=step)
-        config = configuration.base()
-        with config.unlocked():
-            stored = json.loads(meta["config"])
-            config.losses, config.critic.losses = ConfigDict(), ConfigDict()  # the run's, not beside the defaults
-            config.update(ConfigDict(stored))
-        wan = configuration.wan_config(config)
-        model = Teacher(wan) if config.stage == "teacher" else make_student(configuration.student_config(config))
-        params = load_params(directory / "checkpoints", "ema", step=step, sharding=sharding)
-        spec, encoder = config.data.text if text is None else text, None
+        settings = stored_settings(meta["config"])
+        wan = settings.wan
+        model = make_student(settings.student_config) if settings.is_student else Teacher(wan)
+        params = load_params(directory / "checkpoints", f"nets/{meta['network']}/ema", step=step, sharding=sharding)
+        spec, encoder = settings.data.text if text is None else text, None
         if needs_codec or not spec:
             with about("directory" if text is None else "text"):
                 encoder = load_text_encoder(spec, text_len=wan.text_len, text_dim=wan.text_dim)
@@ -131,7 +127,7 @@ class Run:
                 f"them (config.teacher_from), give the directory of a trained run, or name a codec.",
                 "codec",
             )
-        return cls(config, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
+        return cls(settings, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +147,7 @@ class Run:
         """The student's streaming functions with this run's sampling."""
         if not self.is_student:
             raise UserError("a teacher makes whole videos and cannot stream; give a student's run", "directory")
-        chosen, trained = configuration.sampling(self.config, steps, first_steps), configuration.sampling(self.config)
+        chosen, trained = self.settings.sampled_with(steps, first_steps), self.settings.sampling
         last = [(s.sigmas[0][-1], s.sigmas[-1][-1]) for s in (chosen, trained)]
         if self.model.cfg.context == "last_step_kv" and last[0] != last[1]:
             raise UserError(
@@ -176,11 +172,11 @@ class Run:
           solver, steps, shift, guidance: as in ``TeacherSampler``; None for those of ``config.sample``.
           negative_prompt: of the unconditional branch; None for ``config.data.negative_prompt``.
         """
-        own = self.config.sample
+        own = self.settings.sample
         return TeacherSampler(
             self.model.cfg,
             self.params,
-            self.text([self.config.data.negative_prompt if negative_prompt is None else negative_prompt]),
+            self.text([self.settings.data.negative_prompt if negative_prompt is None else negative_prompt]),
             solver=own.sampler if solver is None else solver,
             steps=own.steps if steps is None else steps,
             shift=own.shift if shift is None else shift,

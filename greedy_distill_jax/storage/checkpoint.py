@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from greedy_distill_jax.errors import UserError
 
 Path = tuple[str, ...]
+LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
 _READ_BYTES = 2**29
 
 
@@ -102,7 +103,7 @@ class Checkpointer:
         Returns:
           False if the step existed already and `force` is off.
         """
-        meta = {"versions": versions(), **meta}
+        meta = {"layout": LAYOUT, "versions": versions(), **meta}
         json.dumps(meta)  # fails here, not in the background thread
         step = int(step)
         if step in self._manager.all_steps():
@@ -196,7 +197,15 @@ class Checkpointer:
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
         step = self._existing(step)
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        layout = meta.get("layout", 1)
+        if layout != LAYOUT:
+            wrote = meta.get("versions", {}).get("greedy_distill_jax", "an older one")
+            raise UserError(
+                f"{self.directory} step {step} is in checkpoint layout {layout}, this version reads layout {LAYOUT}; "
+                f"use the version that wrote it ({wrote}), or train again."
+            )
+        return meta
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; raises what went wrong in the background."""

@@ -1,4 +1,4 @@
-"""Streaming of the causal student: one DiT, a ring of cached keys behind a sink (METHOD_SPEC B.2-B.4).
+"""Streaming of the causal student: one DiT, a ring of cached keys behind a sink (docs/method.md, section 4).
 
 One step makes one chunk: it is denoised against [sink | ring | itself], then a clean pass (or its last denoising call,
 ``CausalConfig.context``) leaves its keys in the slot of the chunk that leaves the window. Size of the state and cost of

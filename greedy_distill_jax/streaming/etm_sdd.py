@@ -98,8 +98,8 @@ class Streamer:
     def step_to(self, params, state: StreamState, exits) -> tuple[StreamState, jax.Array, Exit]:
         """``step`` that leaves the step list early: the x0 predicted at step ``exits`` (per list) is the chunk.
 
-        Training by self-rollout draws the exit at random (METHOD_SPEC C.3). Context mode "fused" has no such form; its
-        numbers are those of "clean".
+        Training by self-rollout draws the exit at random (docs/method.md, section 7.1). Context mode "fused" has no
+        such form; its numbers are those of "clean".
         """
         key, key_sample = jax.random.split(state.key)
         z, state = self._etm(params, state._replace(key=key))

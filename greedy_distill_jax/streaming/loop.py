@@ -18,7 +18,7 @@ class Sampling:
     """How a chunk is denoised.
 
     sigmas: per chunk a decreasing list of noise levels starting at 1; chunk i uses list min(i, last). The first
-      list may be longer: chunk 0 has no history and is the hardest (METHOD_SPEC D).
+      list may be longer: chunk 0 has no history and is the hardest (docs/method.md, section 9.1).
     sampler: "euler" follows the flow ODE; "renoise" predicts x0 and adds fresh noise (few-step students).
     """
 

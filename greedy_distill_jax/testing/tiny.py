@@ -2,18 +2,18 @@
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from greedy_distill_jax.config.keys import base
-from greedy_distill_jax.models.students.base import StreamingModel
+from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.training.stages.build import Sources, build_model, build_stage, initial_params
+from greedy_distill_jax.training.stages import base as stage_base, dmd as stage_dmd
+from greedy_distill_jax.training.stages.base import Inputs
 
 BASE = WanConfig(
     **{**WAN_SIZES["tiny"], "dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 3, "freq_dim": 8, "channels": 4,
@@ -80,17 +80,32 @@ def train_config(stage: str = "teacher", **changes):
 
 
 def stage_of(config, latent_shape: tuple[int, int, int, int], seed: int = 0):
-    """(stage, parameters, critic's parameters or None), as ``train`` builds them, from random networks."""
-    model = build_model(config)
-    wan = getattr(model.cfg, "base", model.cfg)
-    runs = {"teacher": Teacher(wan), "student": model if isinstance(model, StreamingModel) else None}
-    given = {name: random_params(net, seed + i, latent_shape) for i, (name, net) in enumerate(runs.items()) if net}
-    sources = Sources(*(SimpleNamespace(params=given.get(name)) for name in Sources._fields))
-    stage = build_stage(config, model, sources, np.zeros((wan.text_len, wan.text_dim), np.float32), latent_shape)
-    if not isinstance(model, StreamingModel):
-        given = {}
-    params = given.get("student") or random_params(model, seed, latent_shape)
-    return stage, *initial_params(stage, jax.random.key(seed), latent_shape, {**given, "student": params})
+    """(stage, first parameters of its networks by name), as ``train`` builds them, from random networks."""
+    settings = read_settings(config, imagine_runs=True)
+    wanted, wan = settings.kind.wanted(settings), settings.wan
+    nets = {
+        name: Teacher(want.architecture) if isinstance(want.architecture, WanConfig) else settings.kind.model(settings)
+        for name, want in wanted.items()
+        if name != "critic" and (want.frozen or name != "teacher" or settings.is_student)
+    }
+    given = {name: random_params(net, seed + (name == "student"), latent_shape) for name, net in nets.items()}
+    frozen = {want.frozen: given[name] for name, want in wanted.items() if want.frozen}
+    null = np.zeros((wan.text_len, wan.text_dim), np.float32)
+    stage = settings.kind.build(settings, Inputs(frozen, null, latent_shape))
+    if not settings.is_student:
+        given = {"teacher": random_params(stage.model, seed, latent_shape)}
+    return stage, stage.initial_params(jax.random.key(seed), latent_shape, given)
+
+
+def descend(monkeypatch, rate: float) -> None:
+    """Plain gradient descent in every stage: the update is the gradient times ``rate``."""
+    for module in (stage_base, stage_dmd):
+        monkeypatch.setattr(module, "make_optimizer", lambda *args, **kwargs: optax.sgd(rate))
+
+
+def call_of(part):
+    """A part that neither takes nor hands on anything: ``call(state, frozen, batch) -> (state, metrics)``."""
+    return lambda state, frozen, batch: part.call(state, frozen, batch, {})[:2]
 
 
 def text_rows(batch: int, key, base: WanConfig = BASE):

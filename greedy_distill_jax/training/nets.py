@@ -29,7 +29,7 @@ def student_net(
       student, params: any student.
       key: for the noise on the history.
       context_noise: the history is noised to a level drawn from U(0, context_noise) per video, and the networks
-        are told the level (METHOD_SPEC E.4, robustness to their own errors).
+        are told the level (robustness to their own errors; docs/method.md, section 6).
       last_sigmas: with context mode "last_step_kv" the history behind the keys (of ETM + SDD: SDD's) is at these
         levels (of the first chunk, of the others), as it will be when streaming.
     """

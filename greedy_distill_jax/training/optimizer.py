@@ -1,7 +1,10 @@
 """Optimisers: AdamW, and Muon for kernels, with their rate schedules."""
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from greedy_distill_jax.config.keys import Optimizer
 
 
 def decay_schedule(peak: float, *, steps: int, warmup: int, final: float) -> optax.Schedule:
@@ -26,40 +29,40 @@ def muon_dimensions(params):
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def make_optimizer(
-    name: str,
-    *,
-    steps: int,
-    learning_rate: float,
-    warmup: int,
-    final: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    clip: float,
-    muon_rate: float,
-) -> optax.GradientTransformation:
+def make_optimizer(o: Optimizer, *, steps: int) -> optax.GradientTransformation:
     """AdamW, or Muon for kernels with AdamW for everything else, behind global-norm clipping.
 
     Args:
-      name: "adamw" or "muon".
-      steps, warmup, final: of the schedule, see ``decay_schedule``.
-      learning_rate: peak rate of AdamW (with "muon": of the leaves Muon does not take).
-      betas, weight_decay: of AdamW.
-      clip: global gradient norm; 0 turns clipping off.
-      muon_rate: peak rate of Muon.
+      o: name and rates.
+      steps: updates of the run, over which the rates decay.
     """
-    schedule = decay_schedule(learning_rate, steps=steps, warmup=warmup, final=final)
-    if name == "adamw":
-        optimizer = optax.adamw(schedule, b1=betas[0], b2=betas[1], weight_decay=weight_decay)
-    elif name == "muon":
+    schedule = decay_schedule(o.learning_rate, steps=steps, warmup=o.warmup, final=o.final)
+    if o.name == "adamw":
+        optimizer = optax.adamw(schedule, b1=o.betas[0], b2=o.betas[1], weight_decay=o.weight_decay)
+    elif o.name == "muon":
         optimizer = optax.contrib.muon(
-            decay_schedule(muon_rate, steps=steps, warmup=warmup, final=final),
+            decay_schedule(o.muon_rate, steps=steps, warmup=o.warmup, final=o.final),
             adam_learning_rate=schedule,
-            adam_b1=betas[0],
-            adam_b2=betas[1],
-            adam_weight_decay=weight_decay,
+            adam_b1=o.betas[0],
+            adam_b2=o.betas[1],
+            adam_weight_decay=o.weight_decay,
             muon_weight_dimension_numbers=muon_dimensions,
         )
     else:
-        raise ValueError(f"optimizer {name!r} is unknown; choose 'adamw' or 'muon'.")
-    return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
+        raise ValueError(f"optimizer {o.name!r} is unknown; choose 'adamw' or 'muon'.")
+    return optax.chain(optax.clip_by_global_norm(o.clip), optimizer) if o.clip else optimizer
+
+
+def new_parameter_scale(scale: float):
+    """Factors on updates: ``scale`` for student parameters that no teacher has, 1 for the rest."""
+
+    def factors(params):
+        def factor(path, leaf):
+            names = {getattr(k, "key", "") for k in path}
+            norm_of_etm = {"etm", "norm"} <= names and "blocks" not in names
+            fresh = norm_of_etm or names & {"z_k", "z_v", "norm_z", "z_in", "z_gate", "bos"}
+            return jnp.asarray(scale if fresh else 1.0, leaf.dtype).reshape((1,) * leaf.ndim)
+
+        return jax.tree_util.tree_map_with_path(factor, params)
+
+    return factors

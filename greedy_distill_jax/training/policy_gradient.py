@@ -1,4 +1,4 @@
-"""Stage 2 as pure step functions: self-rollout, distribution matching, and the critic (METHOD_SPEC C.3-C.6, E.5).
+"""Stage 2 as pure step functions: self-rollout, distribution matching, and the critic (docs/method.md, section 7).
 
 Generator and critic are separate jitted functions on ``train.py``'s schedule. Both roll the student out afresh. The
 generator's gradient comes in three ways ("pg"), which share the rollout and the losses:
@@ -15,19 +15,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from greedy_distill_jax.losses import Term
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.training import rollout as rollouts
+from greedy_distill_jax.training import audit, rollout as rollouts
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.training.update import (
-    Term,
     Update,
     accumulate,
     drop_text,
     logged,
     norms,
+    settle,
     total_loss,
+    update_net,
     value_and_gradients,
 )
 
@@ -112,7 +114,6 @@ def generator_step(
     terms: Sequence[Term],
     update: Update,
     text_dropout: float,
-    counts: bool,
     microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the student on its own videos.
@@ -121,25 +122,24 @@ def generator_step(
       state: donated by the caller.
       frozen: parameters of networks that are not trained.
       batch: "text" [B, M, C]; nothing else of the data is used.
-      seed, null_MC, terms, update, text_dropout, microbatches: as for ``steps.train_step``; the losses get "action"
+      seed, null_MC, terms, update, text_dropout, microbatches: as for ``update.data_step``; the losses get "action"
         (the generated video, through which they act on the student) and "latents" (the same without gradient).
       own: the rollout.
       make_net: ``make_net(params, key) -> net``, the student teacher-forced on its own video.
       make_scores: ``make_scores(state, frozen, key) -> {"real": net, "fake": net}``.
-      counts: this call ends the step (there is no critic step after it).
       microbatches: 1 with "actor_critic", whose epochs need the whole batch's gradient.
 
     Returns:
-      (state, metrics) as ``steps.train_step``.
+      (state, metrics) as ``update.data_step``.
     """
     keys = _keys(seed, state.step, 0, 6)
     exits = own.exits(keys[-1])  # one draw for all microbatches
     text = drop_text(batch["text"], null_MC, keys[0], text_dropout)
-    frozen_state = jax.lax.stop_gradient(state)
+    frozen_state, net = jax.lax.stop_gradient(state), state.nets["student"]
 
     def episode(text, keys):
         key_roll, key_net, key_score, key_loss = keys
-        drawn = own.draw(state.params, text, key_roll, exits)
+        drawn = own.draw(net.params, text, key_roll, exits)
         scores = make_scores(frozen_state, frozen, key_score)
 
         def objective(action, params):
@@ -150,7 +150,8 @@ def generator_step(
 
     if own.pg == "actor_critic":
         drawn, objective = episode(text, keys[1:-1])
-        (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.video_BTHWC, state.params)
+        audit.note(lambda both: objective(*both), (drawn.video_BTHWC, net.params), leaves=False)
+        (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.video_BTHWC, net.params)
 
         def actor(params):
             action = own.act(params, text, drawn)
@@ -163,9 +164,9 @@ def generator_step(
             params, opt_state = update.params(params, opt_state, grads)
             return params, opt_state, norms(grads, params)
 
-        start = (state.params, state.opt_state, norms(state.params, state.params))  # replaced in the first epoch
-        params, opt_state, last = jax.lax.fori_loop(0, own.epochs, epoch, start)
-        metrics = {"loss": loss, **logged(metrics), **last}
+        start = (net.params, net.opt_state, norms(net.params, net.params))  # norms: replaced in the first epoch
+        params, opt_state, sizes = jax.lax.fori_loop(0, own.epochs, epoch, start)
+        state = settle(state, "student", update, params, opt_state)
     else:
 
         def gradients(batch, keys):
@@ -174,14 +175,11 @@ def generator_step(
             def of_actions(params):
                 return objective(own.act(params, batch["text"], drawn), params)
 
-            return value_and_gradients(of_actions, state.params)
+            return value_and_gradients(of_actions, net.params)
 
         (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:-1], microbatches)
-        params, opt_state = update.params(state.params, state.opt_state, grads)
-        metrics = {"loss": loss, **logged(metrics), **norms(grads, params)}
-    step = state.step + 1
-    ema = update.ema(state.ema, params, step)
-    return state._replace(step=step if counts else state.step, params=params, ema=ema, opt_state=opt_state), metrics
+        state, sizes = update_net(state, "student", update, grads)
+    return state, {"loss": loss, **logged(metrics), **sizes}
 
 
 def critic_step(
@@ -198,7 +196,7 @@ def critic_step(
     text_dropout: float,
     microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the fake score on fresh videos of the student, and the end of the step.
+    """One update of the fake score on fresh videos of the student.
 
     Arguments as for ``generator_step``; ``make_net`` is the critic's, and its losses get the generated videos as
     "latents".
@@ -210,15 +208,14 @@ def critic_step(
 
     def gradients(batch, keys):
         key_roll, key_net, key_loss = keys
-        drawn = own.draw(state.params, batch["text"], key_roll, exits)
+        drawn = own.draw(state.nets["student"].params, batch["text"], key_roll, exits)
         videos = {"text": batch["text"], "latents": drawn.video_BTHWC}
 
         def objective(params):
             return total_loss(terms, make_net(params, key_net), videos, key_loss)
 
-        return value_and_gradients(objective, state.critic)
+        return value_and_gradients(objective, state.nets["critic"].params)
 
     (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:-1], microbatches)
-    critic, critic_opt = update.params(state.critic, state.critic_opt, grads)
-    metrics = {f"critic/{name}": x for name, x in {"loss": loss, **logged(metrics), **norms(grads, critic)}.items()}
-    return state._replace(step=state.step + 1, critic=critic, critic_opt=critic_opt), metrics
+    state, sizes = update_net(state, "critic", update, grads)
+    return state, {f"critic/{name}": x for name, x in {"loss": loss, **logged(metrics), **sizes}.items()}

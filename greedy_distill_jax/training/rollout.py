@@ -1,4 +1,4 @@
-"""Self-rollout: the student makes a video from its own frames, and the gradient through it (METHOD_SPEC C.3, E.5).
+"""Self-rollout: the student makes a video from its own frames, and the gradient through it.
 
 ``roll_out`` runs without gradient and keeps the input of the call that made every chunk. From there two forms give the
 gradient of the same video: ``recompute`` in ONE parallel teacher-forced pass (no gradient flows through generated
@@ -33,7 +33,7 @@ class Rollout(NamedTuple):
 def draw_exits(key, lengths, how: str):
     """Number of the last denoising step, per step list; one draw for all chunks, videos and devices.
 
-    "random": uniform over each list (METHOD_SPEC C.3); "last": every list runs to its end.
+    "random": uniform over each list, as in Self-Forcing; "last": every list runs to its end.
     """
     lengths = jnp.asarray(lengths)
     if how == "last":

@@ -8,18 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from greedy_distill_jax.distribution import parallel
-from greedy_distill_jax.losses import option_names
-from greedy_distill_jax.training.state import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One weighted loss of the sum ``train.py`` minimises."""
-
-    name: str
-    loss: Callable
-    weight: float
-    options: Mapping[str, object]
+from greedy_distill_jax.losses import Term, asked
+from greedy_distill_jax.training import audit
+from greedy_distill_jax.training.state import Net, TrainState
 
 
 def drop_text(text_BMC, null_MC, key, rate: float):
@@ -28,15 +19,15 @@ def drop_text(text_BMC, null_MC, key, rate: float):
     return jnp.where(drop, null_MC[None], text_BMC)
 
 
-def total_loss(terms: Sequence[Term], net, batch, key, scores: Mapping[str, Callable] | None = None):
+def total_loss(terms: Sequence[Term], net, batch, key, networks: Mapping[str, Callable] | None = None):
     """(sum of weight * mean(loss_B), metrics by term, see ``logged``); ``net`` is called with x, sigma, batch.
 
-    ``scores``: networks that a loss may ask for by the keyword-only arguments "real" and "fake".
+    ``networks``: those that a loss may ask for, see ``losses.asked``.
     """
     total, metrics = jnp.float32(0.0), {}
     for i, term in enumerate(terms):
-        asked = {name: score for name, score in (scores or {}).items() if name in option_names(term.loss)}
-        loss_B, extra = term.loss(net, batch, jax.random.fold_in(key, i), **asked, **term.options)
+        given = {name: networks[name] for name in asked(term.loss)}
+        loss_B, extra = term.loss(net, batch, jax.random.fold_in(key, i), **given, **term.options)
         value = jnp.mean(loss_B)
         total = total + term.weight * value
         metrics[term.name] = value
@@ -49,13 +40,13 @@ class Update:
     """How gradients become parameters.
 
     optimizer: of the trained parameters.
-    ema_decay, ema_start: the average follows the parameters exactly until step ``ema_start``.
+    ema_decay, ema_start: the average follows the parameters exactly until step ``ema_start``; decay None keeps none.
     rate_scale: ``rate_scale(params) -> tree`` of factors on the update of each leaf (new parameters learn faster).
     """
 
     optimizer: optax.GradientTransformation
-    ema_decay: float
-    ema_start: int
+    ema_decay: float | None = None
+    ema_start: int = 0
     rate_scale: Callable | None = None
 
     def params(self, params, opt_state, grads):
@@ -75,7 +66,8 @@ class Update:
 
 
 def value_and_gradients(objective: Callable, params):
-    """((value, auxiliary values), gradients) of ``objective(params)``."""
+    """((value, metrics by term or None), gradients) of ``objective(params)``."""
+    audit.note(objective, params)
     value, grads = jax.value_and_grad(objective, has_aux=True)(params)
     return value, parallel.at_rest(grads)
 
@@ -105,10 +97,32 @@ def accumulate(gradients: Callable, batch: Mapping[str, jax.Array], keys, count:
     return jax.tree.map(lambda x: x / count, total)
 
 
-def train_step(
+def update_net(state: TrainState, name: str, update: Update, grads) -> tuple[TrainState, dict[str, jax.Array]]:
+    """(the state with one network updated, its norms): the common end of every step.
+
+    Args:
+      state: its ``step`` is that of the last finished step.
+      name: of the network.
+      update: its optimiser and average.
+      grads: tree of its parameters.
+    """
+    net = state.nets[name]
+    params, opt_state = update.params(net.params, net.opt_state, grads)
+    return settle(state, name, update, params, opt_state), norms(grads, params)
+
+
+def settle(state: TrainState, name: str, update: Update, params, opt_state) -> TrainState:
+    """The state with one network at new parameters, its average after them."""
+    ema = state.nets[name].ema
+    ema = None if ema is None else update.ema(ema, params, state.step + 1)
+    return state._replace(nets={**state.nets, name: Net(params, ema, opt_state)})
+
+
+def data_step(
     state: TrainState,
     batch: Mapping[str, jax.Array],
     *,
+    name: str,
     seed: int,
     null_MC,
     make_net: Callable,
@@ -122,6 +136,7 @@ def train_step(
     Args:
       state: donated by the caller.
       batch: "latents" [B, T, H, W, C] and "text" [B, M, C].
+      name: of the network in the state.
       seed, null_MC: randomness is a function of (seed, state.step); null_MC are the unconditional text rows.
       make_net: ``make_net(params, key) -> net``.
       terms: weighted losses.
@@ -139,13 +154,11 @@ def train_step(
         def objective(params):
             return total_loss(terms, make_net(params, keys[0]), batch, keys[1])
 
-        return value_and_gradients(objective, state.params)
+        return value_and_gradients(objective, state.nets[name].params)
 
     (loss, metrics), grads = accumulate(gradients, batch, keys[1:], microbatches)
-    params, opt_state = update.params(state.params, state.opt_state, grads)
-    step = state.step + 1
-    state = state._replace(step=step, params=params, ema=update.ema(state.ema, params, step), opt_state=opt_state)
-    return state, {"loss": loss, **logged(metrics), **norms(grads, params)}
+    state, sizes = update_net(state, name, update, grads)
+    return state, {"loss": loss, **logged(metrics), **sizes}
 
 
 def logged(metrics) -> dict[str, jax.Array]:

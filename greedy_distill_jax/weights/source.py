@@ -164,11 +164,12 @@ class OurSource(Source):
         self.path, self._part, self._step = path, part or "ema", step
         self._checkpoints = Checkpointer(path / "checkpoints", read_only=True)
         self.meta = self._checkpoints.meta(step)
+        self._tree = f"nets/{self.meta['network']}/{self._part}"
         try:
             self.cfg = as_config(self.meta["architecture"], precision_of(self.meta))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} names no architecture that can be converted ({error}).", "path") from error
-        stored = self._checkpoints.shapes(step, self._part)
+        stored = self._checkpoints.shapes(step, self._tree)
         if {leaf: tuple(s.shape) for leaf, s in stored.items()} != self.shapes:
             differing = sorted(set(stored.items()) ^ set(self.shapes.items()), key=str)
             raise UserError(
@@ -186,7 +187,7 @@ class OurSource(Source):
         if path not in self._group:  # not the next one: start there
             self._group, order = {}, list(self.shapes)
             wanted = {leaf: self._stored[leaf] for leaf in order[order.index(path) :]}
-            self._rest = self._checkpoints.read_groups(self._step, self._part, wanted)
+            self._rest = self._checkpoints.read_groups(self._step, self._tree, wanted)
             self._group = next(self._rest)
         value = self._group[path]
         return (value[layer] if names.split_path(path)[1].stacked else value)[index]

@@ -9,8 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from greedy_distill_jax.codecs.tiles import Tiles
 from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
-from greedy_distill_jax.codecs.vae_codec import Tiles, VAECodec
+from greedy_distill_jax.codecs.vae_codec import VAECodec
 from greedy_distill_jax.codecs.vae_tiny import TinyVAE
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.errors import UserError

@@ -11,8 +11,9 @@ import pytest
 
 from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.codecs.protocol import VideoCodec, stream_decoder
+from greedy_distill_jax.codecs.tiles import Tiles, tiled
 from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
-from greedy_distill_jax.codecs.vae_codec import Tiles, VAECodec, tiled, to_pixels, whole
+from greedy_distill_jax.codecs.vae_codec import VAECodec, to_pixels, whole
 from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.testing.vae import SMALL, TINY, random_params

@@ -192,9 +192,10 @@ def test_a_teacher_trains_on_the_folder(prepared, tmp_path):
     assert trained.sample_videos(["pattern 0"], steps=1).shape == (1, 4, 16, 16, 3)
     with pytest.raises(UserError, match="changes pixels, but"):
         train(
-            tiny.train_config(data__source=f"latents:{prepared}", data__augment="labelled"), tmp_path / "x",
+            tiny.train_config(data__source=f"latents:{prepared}", data__augment="labelled"),
+            tmp_path / "x",
             show_progress=False,
-        )  # fmt: skip
+        )
 
 
 def test_damage_names_the_record(prepared, folder, tmp_path):

@@ -180,8 +180,12 @@ def test_a_batch_holds_what_its_source_holds():
 
         def __getitem__(self, index):
             latents = np.full((2, 1, 1, 3), index, np.float32)
-            return {"latents": latents, "states": np.stack([latents + 1, latents + 2]),
-                    "text": np.full((16, 32), index, np.float32), "caption": str(index)}  # fmt: skip
+            return {
+                "latents": latents,
+                "states": np.stack([latents + 1, latents + 2]),
+                "text": np.full((16, 32), index, np.float32),
+                "caption": str(index),
+            }
 
     batch = next(_loader(Ways(50), codec=None))
     assert set(batch) == {"latents", "states", "text"}
@@ -197,8 +201,9 @@ def test_prompts_are_enough_for_a_batch(tmp_path):
     source, codec = load_source(f"prompts:{tmp_path / 'prompts.txt'}")
     assert len(source) == 2 and codec is None and captions_of(source) == {"a red square", "a blue circle"}
     assert [pickle.loads(pickle.dumps(source))[i] for i in range(2)] == [
-        {"caption": "a red square"}, {"caption": "a blue circle"}
-    ]  # fmt: skip
+        {"caption": "a red square"},
+        {"caption": "a blue circle"},
+    ]
     with pytest.raises(IndexError):
         source[2]
     batch = next(_loader(source, codec=None, shuffle=False))

@@ -7,7 +7,7 @@ import pytest
 
 from greedy_distill_jax import cli, prepare
 from greedy_distill_jax.cli.config_flags import read_config
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.loader import make_loader
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.sources.trajectories import TRAJECTORIES, write_trajectories
@@ -151,7 +151,7 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     options = ["--teacher", teacher, "--student", STUDENT, "--prompts", prompts, "--output", tmp_path / "out"]
     assert run(*options, "--steps", 8, "--guidance", 3, "--batch", 2, "--seed", 7) == 0
     student = read_config(STUDENT)
-    lists = configuration.sampling(student).sigmas
+    lists = read_settings(student, imagine_runs=True).sampling.sigmas
     source, loaded = ShardedSource(tmp_path / "out", TRAJECTORIES), Run.load(teacher)
     assert source.levels == tuple(sorted({s for row in lists for s in row}, reverse=True))
     levels = tuple(sorted({*noise_levels.uniform_steps(8, student.sample.shift), *source.levels}, reverse=True))

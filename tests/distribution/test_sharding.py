@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from greedy_distill_jax.distribution.mesh import make_mesh
@@ -16,7 +15,6 @@ from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.training.stages import build
 
 LATENT = (4, 4, 4, 16)
 
@@ -81,21 +79,21 @@ MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
 )  # fmt: skip
 def test_eight_devices_equal_one(stage, kind, meshes, monkeypatch):
     # Plain gradient descent: the update is the gradient.
-    monkeypatch.setattr(build, "make_optimizer", lambda *args, **kwargs: optax.sgd(1.0))
+    tiny.descend(monkeypatch, 1.0)
     config = tiny.train_config(stage, student__kind=kind)
-    built, params, critic = tiny.stage_of(config, LATENT)
+    built, params = tiny.stage_of(config, LATENT)
     rng = np.random.default_rng(0)
     batch = {
         "latents": jnp.asarray(rng.standard_normal((8, *LATENT)), jnp.float32),
         "text": jnp.asarray(rng.standard_normal((8, 6, 8)), jnp.float32),
     }
     for part in built.parts:
-        key = part.name or "params"
-        state = built.state(params, critic)
-        one, one_metrics = jax.jit(part.call)(state, built.frozen, batch)
+        key = {"teacher": "teacher", "critic": "critic"}.get(part.name, "student")
+        state = built.state(params)
+        one, one_metrics = jax.jit(tiny.call_of(part))(state, built.frozen, batch)
 
         def moved(after, key=key, state=state):
-            pairs = zip(jax.tree.leaves(getattr(after, key)), jax.tree.leaves(getattr(state, key)), strict=True)
+            pairs = zip(jax.tree.leaves(after.nets[key].params), jax.tree.leaves(state.nets[key].params), strict=True)
             return np.concatenate([np.ravel(np.asarray(a) - np.asarray(b)) for a, b in pairs])
 
         a = moved(one)
@@ -104,7 +102,7 @@ def test_eight_devices_equal_one(stage, kind, meshes, monkeypatch):
             mesh = make_mesh(mesh_shape)
             spread = [jax.device_put(tree, shardings(tree, mesh)) for tree in (state, built.frozen, batch)]
             assert len(jax.tree.leaves(spread[0])[3].sharding.device_set) == 8
-            many, many_metrics = jax.jit(on_mesh(part.call, mesh))(*spread)
+            many, many_metrics = jax.jit(on_mesh(tiny.call_of(part), mesh))(*spread)
             for name, value in one_metrics.items():
                 np.testing.assert_allclose(many_metrics[name], value, rtol=2e-5, err_msg=f"{name} {mesh_shape}")
             assert np.linalg.norm(a - moved(many)) <= 1e-5 * np.linalg.norm(a), mesh_shape

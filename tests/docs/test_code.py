@@ -11,10 +11,20 @@ import pytest
 from conftest import exit_code
 from documents import blocks
 
-from greedy_distill_jax import convert, train as training
+from greedy_distill_jax import convert, losses, train as training
 from greedy_distill_jax.cli.config_flags import load_config
+from greedy_distill_jax.config import stages
+from greedy_distill_jax.ops.attention import backends
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.metrics import read_scalars
+
+
+@pytest.fixture(autouse=True)
+def registries(monkeypatch):
+    """What a block registers is gone afterwards."""
+    monkeypatch.setattr(losses, "_LOSSES", dict(losses._LOSSES))
+    monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS)
+    monkeypatch.setattr(stages, "_STAGES", dict(stages._STAGES))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.eval import gates
@@ -100,11 +100,12 @@ def test_a_stream_that_fades_fails_the_last_gate_alone(rows, student, reference)
 def test_an_untrained_student_fails(rows, student, codec, reference):
     captions = student[1][:12]
     config = tiny.train_config("teacher_forcing", data__frames=FRAMES, student__rope_frames=FRAMES)
-    model = Student(configuration.student_config(config))
+    settings = read_settings(config)
+    model = Student(settings.student_config)
     shape = (FRAMES, *codec.latent_shape(16, 16))
     params = jax.jit(lambda key: model.init(key, shape))(jax.random.key(0))
     encoder = HashWordEncoder(config.model.text_len, config.model.text_dim)
-    run = Run(config, model, params, codec, encoder, shape, {})
+    run = Run(settings, model, params, codec, encoder, shape, {})
     video = run.sample_videos(captions, frames=LONG)
     assert _passed(rows[0], _row(video, captions, reference[:12])) == [True, False, False]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from greedy_distill_jax import evaluate as command
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import suites
@@ -29,18 +29,20 @@ def runs():
     codec = load_source("moving_shapes")[1]
     shape = (FRAMES, *codec.latent_shape(16, 16))
 
-    def run(config, model):
+    def run(config, make):
+        settings = read_settings(config)
+        model = make(settings)
         params = tiny.random_params(model, latent_shape=shape)
-        encoder = HashWordEncoder(config.model.text_len, config.model.text_dim)
-        return Run(config, model, params, codec, encoder, shape, {"train_cpu_s": 1.5, "steps": 0})
+        encoder = HashWordEncoder(settings.wan.text_len, settings.wan.text_dim)
+        return Run(settings, model, params, codec, encoder, shape, {"train_cpu_s": 1.5, "steps": 0})
 
     teacher = tiny.train_config("teacher", data__frames=FRAMES, sample__steps=1)
     student = tiny.train_config(
         "teacher_forcing", data__frames=FRAMES, student__rope_frames=FRAMES, sample__steps=1, sample__guidance=1.0
     )
     return {
-        "runs/teacher": run(teacher, Teacher(configuration.wan_config(teacher))),
-        "runs/student": run(student, Student(configuration.student_config(student))),
+        "runs/teacher": run(teacher, lambda settings: Teacher(settings.wan)),
+        "runs/student": run(student, lambda settings: Student(settings.student_config)),
     }
 
 

@@ -165,7 +165,7 @@ def test_codecs_are_found(folder, with_codec):
 
 
 def test_the_shift_of_a_folder(folder, tmp_path):
-    assert read_shift(folder) == 3.0 == run_of(folder).config.sample.shift and read_shift(tmp_path) == 5.0
+    assert read_shift(folder) == 3.0 == run_of(folder).settings.sample.shift and read_shift(tmp_path) == 5.0
 
 
 def test_frames_have_to_fit_the_codec(folder):

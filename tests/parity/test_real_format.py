@@ -37,7 +37,7 @@ def test_from_a_model_folder_and_clips_to_a_streaming_pytorch_student(real_clips
     options = ["--clips", clips, "--captions", table, "--codec", model, *cut, "--output", tmp_path / "latents"]
     assert exit_code(prepare.main, "latents", *options) == 0
 
-    sizes = Run.load(tmp_path / "teacher", needs_codec=False).config.model
+    sizes = Run.load(tmp_path / "teacher", needs_codec=False).settings.model
     shared = dict(
         steps=1, checkpoint__every=1, data__source=f"latents:{tmp_path / 'latents'}", data__text=str(tmp_path / "text"),
         data__frames=3, data__negative_prompt="worst quality", teacher_from=str(tmp_path / "teacher"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.students.make import make_student
@@ -122,13 +123,14 @@ def test_an_update_of_every_stage(changes):
         changes |= dict(distill__generator_every=1, distill__critic_warmup=0)
     config = tiny.train_config(changes.pop("stage"), data__batch=2, **changes)
     latent = (FRAMES, 16, 16, 16)
-    stage, params, critic = tiny.stage_of(config, latent)
+    stage, params = tiny.stage_of(config, latent)
+    settings = read_settings(config, imagine_runs=True)
     text = _shape(2, config.model.text_len, config.model.text_dim)
-    state, expected = stage.state(params, critic), costs.part_costs(config, stage, latent)
+    state, expected = stage.state(params), costs.part_costs(settings, stage, latent)
     for part in stage.parts:
         mean_steps = (config.sample.steps + 1) / 2
         batch = {"latents": _shape(2, *latent), "text": text}
-        counted = count_matmuls(part.call, state, stage.frozen, batch, while_trips=mean_steps)
+        counted = count_matmuls(tiny.call_of(part), state, stage.frozen, batch, while_trips=mean_steps)
         assert counted == pytest.approx(expected[part.name].executed.total, rel=0.02), part.name
 
 

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from greedy_distill_jax import compile as command
 from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import aot
@@ -128,6 +129,14 @@ class ToyProgram:
         return "HloModule toy\n\nENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"
 
 
+def settings_of(path, **changes):
+    """The settings of a configuration file, ``changes`` with "__" for "."."""
+    config = read_config(path)
+    with config.unlocked():
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return read_settings(config, imagine_runs=True)
+
+
 def toy_job(unused=0, config="configs/quickstart.py:teacher", error=None):
     """A job of one step that uses one tree of 4 MiB, and keeps another of ``unused`` MiB beside it, on 4 chips."""
     mesh = make_mesh({"fsdp": 4}, topologies.devices("v5e:2x2"))
@@ -136,9 +145,9 @@ def toy_job(unused=0, config="configs/quickstart.py:teacher", error=None):
         name: (jax.ShapeDtypeStruct((size, 2**18), jnp.float32), whole)
         for name, size in (("used", 4), ("unused", unused))
     }
-    cost, stage = Cost(Flops(1.0), Flops(1.0)), jobs.build_networks(read_config("configs/quickstart.py:teacher")).stage
+    cost, stage = Cost(Flops(1.0), Flops(1.0)), jobs.build_networks(settings_of("configs/quickstart.py:teacher")).stage
     step = jobs.Step("toy", ToyProgram(error), (), cost, ("used", "unused"))
-    return jobs.Job(read_config(config), mesh, stage, (21, 60, 104, 16), trees, (step,))
+    return jobs.Job(settings_of(config), mesh, stage, (21, 60, 104, 16), trees, (step,))
 
 
 @needs_libtpu
@@ -156,7 +165,7 @@ def test_what_a_step_does_not_use_is_still_in_memory():
 
 @needs_libtpu
 def test_the_critic_keeps_the_teacher_in_memory():
-    job = jobs.build_job(jobs.imaginary_runs(read_config(DMD)), topologies.devices("v5e:4x4"), only="critic")
+    job = jobs.build_job(settings_of(DMD), topologies.devices("v5e:4x4"), only="critic")
     (step,) = job.steps
     assert step.holds == ("state", "frozen", "batch")
     assert jobs.device_bytes(*job.trees["frozen"]) > 0.1 * GIB
@@ -286,8 +295,8 @@ def published_sizes(benchmarks):
     return benchmarks("published_sizes")
 
 
-def record_of(config, only=""):
-    job = jobs.build_job(config, topologies.devices("v5e:4x4"), only=only)
+def record_of(settings, only=""):
+    job = jobs.build_job(settings, topologies.devices("v5e:4x4"), only=only)
     steps = [{"step": step.name, "collectives": {}, "attention": ""} for step in job.steps]
     return {"facts": job.facts(), "steps": steps, "only": only}
 
@@ -310,10 +319,8 @@ def record_of(config, only=""):
     ],
 )
 def test_a_job_that_was_shrunk_is_found(published_sizes, overrides, said):
-    config = jobs.imaginary_runs(read_config(DMD))
-    with config.unlocked():
-        config.update_from_flattened_dict(overrides)
-    found = published_sizes.differences(record_of(config), stage="dmd", size="wan1_3b", teacher="wan1_3b")
+    settings = settings_of(DMD, **overrides)
+    found = published_sizes.differences(record_of(settings), stage="dmd", size="wan1_3b", teacher="wan1_3b")
     assert bool(found) == bool(said)
     for part in said:
         assert any(part in line for line in found), found
@@ -321,27 +328,24 @@ def test_a_job_that_was_shrunk_is_found(published_sizes, overrides, said):
 
 @needs_libtpu
 def test_part_of_a_job_is_not_the_job(published_sizes):
-    record = record_of(jobs.imaginary_runs(read_config(DMD)), only="critic")
+    record = record_of(settings_of(DMD), only="critic")
     wanted = dict(stage="dmd", size="wan1_3b", teacher="wan1_3b")
     assert any("--only='critic'" in line for line in published_sizes.differences(record, **wanted))
     assert not published_sizes.differences(record, **wanted, only="critic")
 
 
 def test_cfg_branches_of_every_real_score():
-    config = read_config(DMD)
-    config.distill.real = config.distill.fake = "autoregressive"
-    assert config.distill.guidance != 1.0 and jobs.cfg_branches(config) == 2
-    config.distill.guidance = 1.0
-    assert jobs.cfg_branches(config) == 1 == jobs.cfg_branches(read_config(TEACHER))
+    settings = settings_of(DMD, distill__real="autoregressive")
+    assert settings.own["distill"].guidance != 1.0 and jobs.cfg_branches(settings) == 2
+    settings = settings_of(DMD, distill__guidance=1.0)
+    assert jobs.cfg_branches(settings) == 1 == jobs.cfg_branches(settings_of(TEACHER))
 
 
 def test_trips_of_a_rollout():
-    config = read_config(DMD)
-    assert jobs.rollout_trips(config, 1, 21) == 2.5  # four steps, each exit as likely
-    config.distill.exit = "last"
-    assert jobs.rollout_trips(config, 1, 21) == 4.0
-    config.sample.first_steps, config.distill.frames = 8, 4
-    assert jobs.rollout_trips(config, 2, 21) == (8 + 4) / 2
+    assert jobs.rollout_trips(settings_of(DMD), 1, 21) == 2.5  # four steps, each exit as likely
+    assert jobs.rollout_trips(settings_of(DMD, distill__exit="last"), 1, 21) == 4.0
+    changes = dict(distill__exit="last", sample__first_steps=8, data__frames=2, distill__frames=4)
+    assert jobs.rollout_trips(settings_of(DMD, **changes), 2, 21) == (8 + 4) / 2
 
 
 # --- The benchmark --------------------------------------------------------------------------------------------------
@@ -361,10 +365,7 @@ def fake_command(benchmark, monkeypatch, code=0, overrides=None):
             return SimpleNamespace(stdout="0123abc\n")
         asked.append(command[3:])
         given = dict(argument.removeprefix("--").split("=", 1) for argument in command[4:])
-        config = jobs.imaginary_runs(read_config(given["config"]))
-        with config.unlocked():
-            config.update_from_flattened_dict(overrides or {})
-        record = record_of(config, given.get("only", ""))
+        record = record_of(settings_of(given["config"], **(overrides or {})), given.get("only", ""))
         for step in record["steps"]:
             step |= dict(
                 fits=not code, memory={"peak": GIB}, hbm=16 * GIB, model_flops=1.0, model_flops_per_device=1.0,

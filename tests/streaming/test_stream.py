@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax.cli.config_flags import read_config
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.streaming.etm_sdd import Streamer
@@ -101,7 +101,7 @@ def test_streaming_equals_full_on_long_streams(rope_mode, frames):
 
 
 def test_the_defaults_of_the_quickstart():
-    config = configuration.student_config(read_config("configs/quickstart.py:student").lock())
+    config = read_settings(read_config("configs/quickstart.py:student").lock()).student_config
     base = dataclasses.replace(tiny.BASE, num_layers=config.base.num_layers, prediction=config.base.prediction)
     config = dataclasses.replace(config, base=base)
     assert (config.fusion, config.window, config.rope_frames) == ("selfkv", 4, 8)

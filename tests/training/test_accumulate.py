@@ -6,14 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.parallel import on_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training import policy_gradient, rollout, update
-from greedy_distill_jax.training.stages import build
 from greedy_distill_jax.training.update import accumulate, logged
 
 LATENT = (4, 4, 4, 16)
@@ -68,9 +67,9 @@ def _by_hand(gradients, batch, keys, count):
 @pytest.mark.parametrize("stage", ["teacher", "dmd"])
 def test_an_update_is_the_mean_of_its_microbatches(stage, monkeypatch):
     # Plain gradient descent: the update is the gradient.
-    monkeypatch.setattr(build, "make_optimizer", lambda *args, **kwargs: optax.sgd(1.0))
-    built, params, critic = tiny.stage_of(tiny.train_config(stage, data__accumulate=2), LATENT)
-    rng, state = np.random.default_rng(0), built.state(params, critic)
+    tiny.descend(monkeypatch, 1.0)
+    built, params = tiny.stage_of(tiny.train_config(stage, data__accumulate=2), LATENT)
+    rng, state = np.random.default_rng(0), built.state(params)
     batch = {
         "latents": jnp.asarray(rng.standard_normal((8, *LATENT)), jnp.float32),
         "text": jnp.asarray(rng.standard_normal((8, 6, 8)), jnp.float32),
@@ -81,8 +80,8 @@ def test_an_update_is_the_mean_of_its_microbatches(stage, monkeypatch):
     def run(part, mesh=None):
         trees = (state, built.frozen, batch)
         if mesh is None:
-            return jax.jit(part.call)(*trees)
-        return jax.jit(on_mesh(part.call, mesh))(*(jax.device_put(x, shardings(x, mesh)) for x in trees))
+            return jax.jit(tiny.call_of(part))(*trees)
+        return jax.jit(on_mesh(tiny.call_of(part), mesh))(*(jax.device_put(x, shardings(x, mesh)) for x in trees))
 
     for part in built.parts:
         with monkeypatch.context() as m:
@@ -98,9 +97,9 @@ def test_an_update_is_the_mean_of_its_microbatches(stage, monkeypatch):
         for after, metrics in found:
             for name, value in expected[1].items():
                 np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
-            name = part.name or "params"
+            name = {"dmd": "student"}.get(part.name, part.name)
             moved, wanted = (
-                jax.tree.map(jnp.subtract, jax.device_get(getattr(x, name)), jax.device_get(getattr(state, name)))
+                jax.tree.map(jnp.subtract, jax.device_get(x.nets[name].params), jax.device_get(state.nets[name].params))
                 for x in (after, expected[0])
             )
             difference = optax.tree.norm(jax.tree.map(jnp.subtract, moved, wanted))
@@ -109,6 +108,6 @@ def test_an_update_is_the_mean_of_its_microbatches(stage, monkeypatch):
 
 def test_what_does_not_divide_is_refused():
     with pytest.raises(UserError, match="does not divide config.data.batch = 8; choose a divisor"):
-        configuration.validate(tiny.train_config(data__accumulate=3))
+        read_settings(tiny.train_config(data__accumulate=3))
     with pytest.raises(UserError, match="config.data.accumulate=1"):
-        configuration.validate(tiny.train_config("dmd", data__accumulate=2, distill__pg="actor_critic"))
+        read_settings(tiny.train_config("dmd", data__accumulate=2, distill__pg="actor_critic"))

@@ -8,7 +8,7 @@ import pytest
 
 from greedy_distill_jax import sample
 from greedy_distill_jax.cli.config_flags import read_config
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.video_io import probe
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.evaluation import evaluate
@@ -18,7 +18,6 @@ from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
-from greedy_distill_jax.training.stages.build import build_model
 
 
 def _config(**changes):
@@ -107,15 +106,15 @@ def test_context_of_the_last_step_trains_and_samples(tmp_path):
 )
 def test_bad_configs_name_the_key(changes, message):
     with pytest.raises(UserError, match=message):
-        configuration.validate(_config(**changes))
+        read_settings(_config(**changes))
 
 
 @pytest.mark.parametrize("name, frames", [("longlive", 12), ("self_forcing", 21)])
 def test_the_published_settings(name, frames):
     config = read_config(f"configs/wan1_3b/causal.py:{name}").lock()
-    configuration.validate(config)
-    model = build_model(config)
-    cfg, sampling = model.cfg, configuration.sampling(config)
+    settings = read_settings(config)
+    model = settings.kind.model(settings)
+    cfg, sampling = model.cfg, settings.sampling
     assert (cfg.chunk, cfg.sink + (cfg.ring_chunks + 1) * cfg.chunk) == (3, frames)
     np.testing.assert_allclose(sampling.sigmas[0], [1.0, 0.9375, 0.83333, 0.625], atol=1e-4)
     shapes = jax.eval_shape(lambda k: model.init(k, (3, 4, 4, 16)), jax.random.key(0))

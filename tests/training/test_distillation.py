@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from greedy_distill_jax import losses
-from greedy_distill_jax.config import keys as configuration
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
@@ -19,10 +19,12 @@ from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.train import prepare_job, train
+from greedy_distill_jax.train import train
 from greedy_distill_jax.training import nets, policy_gradient
+from greedy_distill_jax.training.job import prepare_job
 from greedy_distill_jax.training.metrics import read_scalars
-from greedy_distill_jax.training.stages import build
+from greedy_distill_jax.training.stages import dmd as stage2
+from greedy_distill_jax.training.state import Net, TrainState
 
 LATENT = (4, 4, 4, 16)
 OWN = dict(loss="flow_matching", weight=0.3, options={})
@@ -36,7 +38,7 @@ def config_of(**changes):
         config.distill.generator_every = 1
     if own:
         config.losses.own = OWN
-    configuration.validate(config)
+    read_settings(config)
     return config
 
 
@@ -65,25 +67,24 @@ def changed(before, after):
     ids=str,
 )  # fmt: skip
 def test_a_step_trains_what_it_should(changes):
-    stage, params, critic = tiny.stage_of(config_of(**changes), LATENT)
-    assert [part.name for part in stage.parts] == (["", "critic"] if critic is not None else [""])
-    start = jax.jit(stage.state)(params, critic)
-    state, metrics = jax.jit(stage.parts[0].call)(start, stage.frozen, batch_of())
+    stage, params = tiny.stage_of(config_of(**changes), LATENT)
+    assert [part.name for part in stage.parts] == ["dmd", *(["critic"] if "critic" in params else [])]
+    start = jax.jit(stage.state)(params)
+    state, metrics = jax.jit(tiny.call_of(stage.parts[0]))(start, stage.frozen, batch_of())
     assert all(np.isfinite(float(x)) for x in metrics.values()) and float(metrics["grad_norm"]) > 0
     assert {"loss", "dmd", "dmd/gradient", "dmd/distance", "grad_norm", "param_norm"} <= set(metrics)
-    assert np.mean(changed(start.params, state.params)) > 0.9
-    if critic is None:
-        assert int(state.step) == 1
+    assert np.mean(changed(start.nets["student"], state.nets["student"])) > 0.9
+    if "critic" not in params:
         return
-    assert int(state.step) == 0 and not any(changed(start.critic, state.critic))
-    after, metrics = jax.jit(stage.parts[1].call)(state, stage.frozen, batch_of())
-    assert int(after.step) == 1 and not any(changed(state.params, after.params))
-    assert np.mean(changed(state.critic, after.critic)) > 0.9
+    assert not any(changed(start.nets["critic"], state.nets["critic"]))
+    after, metrics = jax.jit(tiny.call_of(stage.parts[1]))(state, stage.frozen, batch_of())
+    assert not any(changed(state.nets["student"], after.nets["student"]))
+    assert np.mean(changed(state.nets["critic"].params, after.nets["critic"].params)) > 0.9
     assert all(name.startswith("critic/") for name in metrics)
 
 
 def test_actor_critic_is_the_truncated_gradient_with_epochs_and_an_anchor(monkeypatch):
-    monkeypatch.setattr(build, "make_optimizer", lambda *args, **kwargs: optax.sgd(1e-2))
+    tiny.descend(monkeypatch, 1e-2)
     moves = []
     for pg, epochs, anchor in (
         ("rollout_trunc", 1, 0.0),
@@ -92,9 +93,9 @@ def test_actor_critic_is_the_truncated_gradient_with_epochs_and_an_anchor(monkey
         config = config_of(
             distill__pg=pg, distill__epochs=epochs, distill__anchor=anchor, distill__fake="self_fm", own=True
         )
-        stage, params, critic = tiny.stage_of(config, LATENT)
-        state = jax.jit(stage.parts[0].call)(stage.state(params, critic), stage.frozen, batch_of())[0]
-        moves.append(jax.tree.map(jnp.subtract, state.params, params))
+        stage, params = tiny.stage_of(config, LATENT)
+        state = jax.jit(tiny.call_of(stage.parts[0]))(stage.state(params), stage.frozen, batch_of())[0]
+        moves.append(jax.tree.map(jnp.subtract, state.nets["student"].params, params["student"]))
     truncated, once, thrice, held = moves
     difference = optax.tree.norm(jax.tree.map(jnp.subtract, truncated, once))
     assert float(difference / optax.tree.norm(truncated)) < 1e-5  # in the first epoch the action is the rollout's
@@ -111,7 +112,7 @@ def gaussian(mean, std):
     return velocity
 
 
-@pytest.mark.parametrize("fake", configuration.FAKE)
+@pytest.mark.parametrize("fake", stage2.FAKE)
 def test_every_fake_is_the_reverse_kl_gradient_at_a_perfect_score(fake, monkeypatch):
     # The student's distribution is N(.3, .7^2) whatever network is asked for it, the teacher's N(-.5, .7^2): the two
     # scores differ by a constant, so that one draw is the expectation.
@@ -127,8 +128,9 @@ def test_every_fake_is_the_reverse_kl_gradient_at_a_perfect_score(fake, monkeypa
     monkeypatch.setattr(nets, "teacher_net", teacher_net)
     monkeypatch.setattr(nets, "student_net", lambda student, params, key, **options: net_of(params)())
     config = config_of(distill__fake=fake, own=fake == "self_fm")
-    make_scores = build.score_nets(config, build.build_model(config), jnp.zeros((6, 8)))
-    state = build.TrainState(0, "params", "ema", None, "critic", None)
+    settings = read_settings(config)
+    make_scores = stage2.score_nets(settings, settings.kind.model(settings), jnp.zeros((6, 8)))
+    state = TrainState(0, {"student": Net("params", "ema", None), "critic": Net("critic", None, None)})
     scores = make_scores(state, {"teacher": "teacher", "stage1": "stage1"}, jax.random.key(0))
     expected = {"critic": "fake", "self_ema": "ema", "stage1": "stage1"}.get(fake, "params")
     assert asked == ["teacher", expected]
@@ -221,7 +223,7 @@ def test_a_teacher_of_another_size_and_a_critic_of_the_students(sources, tmp_pat
     config = run_config(sources, **changes, optimizer__warmup=5, critic__optimizer__warmup=5)
     state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
     start = Run.load(sources / "teacher").params
-    for a, b in zip(jax.tree.leaves(state.critic), jax.tree.leaves(start), strict=True):
+    for a, b in zip(jax.tree.leaves(state.nets["critic"].params), jax.tree.leaves(start), strict=True):
         np.testing.assert_array_equal(a, b)
     # What it started from is not needed to go on; the teacher is.
     changes |= dict(student_from="gone", critic_from="gone", steps=2)
@@ -231,8 +233,8 @@ def test_a_teacher_of_another_size_and_a_critic_of_the_students(sources, tmp_pat
 
 def test_no_device_holds_a_whole_network(sources, tmp_path):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    job = prepare_job(run_config(sources), tmp_path, mesh)
-    networks = [job.sources.teacher.params, job.sources.student.params, job.stage.frozen["teacher"]]
+    job = prepare_job(read_settings(run_config(sources)), tmp_path, mesh)
+    networks = [job.given["teacher"], job.given["student"], job.stage.frozen["teacher"]]
     for network in networks:
         held = collections.Counter()
         for x in jax.tree.leaves(network):
@@ -244,7 +246,9 @@ def test_no_device_holds_a_whole_network(sources, tmp_path):
 def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
     config = tiny.train_config("teacher_forcing", steps=1, student_from=str(sources / "student"), optimizer__warmup=5)
     state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(Run.load(sources / "student").params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(state.nets["student"].params), jax.tree.leaves(Run.load(sources / "student").params)
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -271,8 +275,8 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(distill__fake="stage1", distill__real="autoregressive"), "are the same network"),
         (dict(distill__fake="self_sg", distill__critic_warmup=3), "there is no critic to update"),
         (dict(distill__critic_warmup=4), "would never be updated"),
-        (dict(critic_from="a run", distill__fake="self_sg"), "only stage dmd with fake 'critic' and real 'joint' uses"),
-        (dict(distill__teacher_size="wan14b", distill__real="autoregressive"), "only stage dmd with a teacher uses it"),
+        (dict(critic_from="a run", distill__fake="self_sg"), "config.critic_from is 'a run', but stage dmd with"),
+        (dict(distill__teacher_size="wan14b", distill__real="autoregressive"), "real 'autoregressive' asks no teacher"),
     ],
     ids=str,
 )  # fmt: skip
@@ -284,12 +288,14 @@ def test_what_is_refused(sources, tmp_path, changes, message):
 
 def test_scores_are_for_stage_dmd_alone(sources, tmp_path):
     for changes in (dict(critic_from="a run"), dict(distill__teacher_size="wan14b")):
-        with pytest.raises(UserError, match=r"but only stage dmd .* uses it, not stage teacher_forcing"):
+        with pytest.raises(UserError, match=r"but stage teacher_forcing "):
             train(tiny.train_config("teacher_forcing", **changes), tmp_path / "run", show_progress=False)
     config = run_config(sources)
     config.stage = "teacher_forcing"
-    with pytest.raises(UserError, match=r"config\.losses\.dmd: 'dmd' asks for scores"):
-        configuration.validate(config)
+    with pytest.raises(
+        UserError, match=r"config\.losses\.dmd: 'dmd' asks for the network 'real' of stage teacher_forcing"
+    ):
+        read_settings(config)
 
 
 def test_every_config_choice_is_named():
@@ -297,7 +303,7 @@ def test_every_config_choice_is_named():
     with pytest.raises(UserError, match=r"config\.losses has no loss that asks for scores"):
         config = tiny.train_config("dmd")
         config.losses = {"flow_matching": dict(loss="flow_matching", weight=1.0, options={})}
-        configuration.validate(config)
+        read_settings(config)
 
 
 def test_long_rollouts_are_scored_in_random_windows():
@@ -310,8 +316,9 @@ def test_long_rollouts_are_scored_in_random_windows():
     losses.register("sees", loss)
     config = config_of(distill__frames=12, student__chunk=2)
     config.losses.dmd.loss = "sees"
-    stage, params, critic = tiny.stage_of(config, LATENT)
-    own = stage.parts[0].call.keywords["own"]
+    settings = read_settings(config)
+    stage, first = tiny.stage_of(config, LATENT)
+    own, params = stage2.self_rollout(settings, stage.model, LATENT), first["student"]
     text = jnp.zeros((2, 6, 8))
     draw = jax.jit(lambda key: own.draw(params, text, key, own.exits(key)))
     starts = set()
@@ -324,5 +331,6 @@ def test_long_rollouts_are_scored_in_random_windows():
     assert starts <= {0, 2, 4, 6, 8} and len(starts) >= 3
     action = jax.jit(lambda p: own.act(p, text, drawn))(params)
     np.testing.assert_allclose(action, drawn.video_BTHWC, atol=1e-5 * float(jnp.abs(action).max()))
-    state, metrics = jax.jit(stage.parts[0].call)(stage.state(params, critic), stage.frozen, batch_of())
+    step = jax.jit(tiny.call_of(stage.parts[0]))
+    state, metrics = step(stage.state(first), stage.frozen, batch_of())
     assert seen[0]["action"] == seen[0]["latents"] == (2, *LATENT) and float(metrics["grad_norm"]) > 0

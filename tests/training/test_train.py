@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax import losses, train as training
-from greedy_distill_jax.config import keys as configuration
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.config import read_settings
+from greedy_distill_jax.errors import Diverged, UserError
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.train import Diverged, train
+from greedy_distill_jax.train import train
+from greedy_distill_jax.training import loop
 from greedy_distill_jax.training.metrics import read_scalars
 
 CONFIG = """
@@ -140,7 +141,7 @@ def test_a_step_that_compiles_a_part_restarts_the_rate(tmp_path, monkeypatch):
         return job._replace(parts=(*job.parts, job.parts[0]._replace(due=lambda step: step % 3 == 0)))
 
     monkeypatch.setattr(training, "prepare_job", with_a_second_part)
-    monkeypatch.setattr(training, "progress", lambda *args, **options: bar)
+    monkeypatch.setattr(loop, "progress", lambda *args, **options: bar)
     train(tiny.train_config(steps=4), tmp_path)
     assert [call.kwargs["restart"] for call in bar.__enter__().update.call_args_list] == [True, False, True, False]
 
@@ -183,7 +184,7 @@ def test_a_loss_of_ones_own_by_registration_and_by_file(tmp_path):
 
     config.losses.registered.options.weigth = 1.0
     with pytest.raises(UserError, match=r"no option 'weigth'.*scale"):
-        configuration.validate(config)
+        read_settings(config)
 
 
 @pytest.mark.parametrize("name", ["nothing", "no.such.module:f", "missing.py:f", "greedy_distill_jax.losses:absent"])
@@ -254,7 +255,7 @@ def test_commands_answer_bad_input_with_one_line_and_code_2(tmp_path, subprocess
 def test_the_stored_config_is_the_config(tmp_path):
     config = tiny.train_config(steps=2, student__sink=1)
     train(config, tmp_path, show_progress=False)
-    assert json.loads(json.dumps(Run.load(tmp_path).config.to_dict())) == json.loads(json.dumps(config.to_dict()))
+    assert json.loads(Run.load(tmp_path).settings.text) == json.loads(json.dumps(config.to_dict()))
 
 
 def test_training_options_of_the_student_run_together(tmp_path):
@@ -269,6 +270,6 @@ def test_training_options_of_the_student_run_together(tmp_path):
         optimizer__name="adamw",
     )
     config.losses.flow_matching.options.draws = 2
-    assert configuration.terms(config)[0].options["group"] == 2
+    assert read_settings(config).terms[0].options["group"] == 2
     train(config, tmp_path, show_progress=False)
     assert Run.load(tmp_path).sample_videos(["a red square moving left"], frames=6).shape == (1, 6, 16, 16, 3)

@@ -30,12 +30,15 @@ def test_a_job_with_converted_weights(tmp_path, capsys):
 
     config = tiny.train_config("teacher_forcing", teacher_from=str(tmp_path / "converted"), **options)
     state = train(config, tmp_path / "student", show_progress=False)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.nets["student"].params)} == {np.dtype(np.float32)}
 
     assert run("export", tmp_path / "student", tmp_path / "torch", "--format", "torch-student") == 0
     assert {p.name for p in (tmp_path / "torch").iterdir()} == {
-        "codec.npz", "config.json", "model.safetensors", "torch_student.py"
-    }  # fmt: skip
+        "codec.npz",
+        "config.json",
+        "model.safetensors",
+        "torch_student.py",
+    }
     assert run("import", tmp_path / "torch", tmp_path / "back") == 0
     assert compare(open_source(tmp_path / "back"), open_source(tmp_path / "student")) == []
     trained, back = Run.load(tmp_path / "student"), Run.load(tmp_path / "back")

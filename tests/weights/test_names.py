@@ -33,20 +33,29 @@ def test_real_sizes(size, tensors, parameters, dim, ffn, naming):
     last = cfg.num_layers - 1
     wanted = {  # rows of the published checkpoints
         "original": {
-            "patch_embedding.weight": (dim, 16, 1, 2, 2), "text_embedding.0.weight": (dim, 4096),
-            "time_projection.1.bias": (6 * dim,), f"blocks.{last}.modulation": (1, 6, dim),
-            f"blocks.{last}.norm3.weight": (dim,), "blocks.0.ffn.0.weight": (ffn, dim),
-            "blocks.0.cross_attn.norm_k.weight": (dim,), "head.modulation": (1, 2, dim), "head.head.weight": (64, dim),
+            "patch_embedding.weight": (dim, 16, 1, 2, 2),
+            "text_embedding.0.weight": (dim, 4096),
+            "time_projection.1.bias": (6 * dim,),
+            f"blocks.{last}.modulation": (1, 6, dim),
+            f"blocks.{last}.norm3.weight": (dim,),
+            "blocks.0.ffn.0.weight": (ffn, dim),
+            "blocks.0.cross_attn.norm_k.weight": (dim,),
+            "head.modulation": (1, 2, dim),
+            "head.head.weight": (64, dim),
         },
         "diffusers": {
             "patch_embedding.weight": (dim, 16, 1, 2, 2),
             "condition_embedder.text_embedder.linear_1.weight": (dim, 4096),
-            "condition_embedder.time_proj.bias": (6 * dim,), f"blocks.{last}.scale_shift_table": (1, 6, dim),
-            f"blocks.{last}.norm2.weight": (dim,), "blocks.0.ffn.net.0.proj.weight": (ffn, dim),
-            "blocks.0.attn2.norm_k.weight": (dim,), "scale_shift_table": (1, 2, dim), "proj_out.weight": (64, dim),
+            "condition_embedder.time_proj.bias": (6 * dim,),
+            f"blocks.{last}.scale_shift_table": (1, 6, dim),
+            f"blocks.{last}.norm2.weight": (dim,),
+            "blocks.0.ffn.net.0.proj.weight": (ffn, dim),
+            "blocks.0.attn2.norm_k.weight": (dim,),
+            "scale_shift_table": (1, 2, dim),
+            "proj_out.weight": (64, dim),
             "blocks.0.attn1.to_out.0.weight": (dim, dim),
         },
-    }[naming]  # fmt: skip
+    }[naming]
     assert {name: found.get(name) for name in wanted} == wanted
 
 

@@ -72,8 +72,10 @@ def test_pt_round_trip(wrapped, tmp_path, capsys):
         assert run("import", tmp_path / "in.pt", target, "--part", part, *SIZES) == 0
         assert run("export", target, tmp_path / f"out{part}.pt", "--format", "causal-pt") == 0
         back = torch.load(tmp_path / f"out{part}.pt", weights_only=True)[part or "generator_ema"]
-        clean = {n.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module._orig_mod.", ""): x
-                 for n, x in given.items()}  # fmt: skip
+        clean = {
+            n.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module._orig_mod.", ""): x
+            for n, x in given.items()
+        }
         assert set(back) == set(clean) and all(back[n].dtype == x.dtype for n, x in clean.items())
         assert all(torch.equal(back[n], x) for n, x in clean.items())
     assert run("verify", tmp_path / "in.pt", tmp_path / "ours", *SIZES) == 0

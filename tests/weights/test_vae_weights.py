@@ -52,8 +52,9 @@ def test_foreign_tensors_come_back_bit_by_bit(tmp_path):
         save_file(tensors, tmp_path / f"{naming}.safetensors")
         _, params = weights.load_vae(tmp_path / f"{naming}.safetensors", vae)
         again = weights.foreign_tensors(vae, params, naming)
-        assert {n: (x.shape, x.tobytes()) for n, x in again.items()} == \
-               {n: (x.shape, x.tobytes()) for n, x in tensors.items()}  # fmt: skip
+        assert {n: (x.shape, x.tobytes()) for n, x in again.items()} == {
+            n: (x.shape, x.tobytes()) for n, x in tensors.items()
+        }
 
 
 def test_a_diffusers_pipeline_tells_the_sizes(tmp_path):

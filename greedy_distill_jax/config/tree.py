@@ -1,0 +1,123 @@
+"""Dataclasses of keys to ConfigDicts and back: the one place where a ConfigDict is taken apart."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from greedy_distill_jax.config import stages
+from greedy_distill_jax.config.keys import Keys, Loss, Losses
+from greedy_distill_jax.errors import UserError
+
+RESERVED = ("loss", "grad_norm", "param_norm")  # names in the logs that no loss can have
+
+
+def base() -> ConfigDict:
+    """Every key with its default, the groups of all stages included; a key that is absent here is an error."""
+    config = config_of(Keys())
+    for name, group in stages.groups().items():
+        config[name] = config_of(group())
+    config.lock()
+    for losses in _losses_in(config):
+        losses.unlock()  # names and options are open; ``read`` checks them
+    return config
+
+
+def default_text() -> str:
+    """``base()`` as JSON."""
+    return base().to_json_best_effort()
+
+
+def config_of(keys: Any) -> ConfigDict:
+    """The ConfigDict of a dataclass of keys; a field without a value is a typed placeholder."""
+    config, hints = ConfigDict(), typing.get_type_hints(type(keys))
+    for field in dataclasses.fields(keys):
+        value = getattr(keys, field.name)
+        if hints[field.name] == Losses:
+            value = ConfigDict({name: config_of(term) for name, term in value.items()})
+        elif dataclasses.is_dataclass(value):
+            value = config_of(value)
+        elif isinstance(value, Mapping):
+            value = ConfigDict(dict(value))
+        elif value is None:
+            (kind,) = (t for t in typing.get_args(hints[field.name]) if t is not types.NoneType)
+            value = placeholder(kind)
+        config[field.name] = value
+    return config
+
+
+def open_keys() -> tuple[str, ...]:
+    """Dotted paths below which keys may be added."""
+    groups = {"": Keys, **stages.groups()}
+    return tuple(
+        f"{group}.{field}".strip(".")
+        for group, cls in groups.items()
+        for field, hint in typing.get_type_hints(cls).items()
+        if hint == Losses
+    )
+
+
+def _losses_in(config: ConfigDict) -> Iterator[ConfigDict]:
+    for path in open_keys():
+        node = config
+        for key in path.split("."):
+            node = node[key]
+        yield node
+
+
+def read(cls: type, config: ConfigDict, path: str, besides: Collection[str] = ()) -> Any:
+    """An instance of ``cls`` from its ConfigDict; UserError names keys that are unknown, missing or ill-formed.
+
+    ``besides``: keys that somebody else reads.
+    """
+    hints = typing.get_type_hints(cls)
+    _same_keys([key for key in config if key not in besides], hints, path)
+    values = {}
+    for name, hint in hints.items():
+        value = config[name]
+        if hint == Losses:
+            value = {term: _read_loss(node, f"{path}.{name}.{term}") for term, node in value.items()}
+        elif dataclasses.is_dataclass(hint):
+            value = read(hint, value, f"{path}.{name}")
+        elif typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        values[name] = value
+    return cls(**values)
+
+
+def _read_loss(term: ConfigDict, path: str) -> Loss:
+    name = path.rsplit(".", 1)[1]
+    if name in RESERVED:
+        raise UserError(f"{path}: this name is taken in the logs; choose another.")
+    given = term.to_dict() if isinstance(term, ConfigDict) else dict(term)
+    if set(given) - {"loss", "weight", "options"} or not {"loss", "weight"} <= set(given):
+        raise UserError(f"{path} needs the keys loss, weight and options; it has {sorted(given)}.")
+    return Loss(given["loss"], float(given["weight"]), given.get("options", {}))
+
+
+def _same_keys(config: Collection[str], known: Mapping[str, Any], path: str) -> None:
+    unknown = [key for key in config if key not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], list(known), 1)
+        hint = f"did you mean {path}.{close[0]}?" if close else f"known keys: {', '.join(known)}."
+        raise UserError(f"{path}.{unknown[0]} is not a configuration key; {hint}")
+    missing = [key for key in known if key not in config]
+    if missing:
+        raise UserError(f"{path}.{missing[0]} is missing; start your config from greedy_distill_jax.config.base().")
+
+
+def loads(text: str) -> ConfigDict:
+    """A configuration that a run stored as JSON, with today's defaults for keys that it does not have."""
+    config = base()
+    with config.unlocked():
+        for losses in _losses_in(config):
+            for name in list(losses):
+                del losses[name]  # the run's alone, not beside the defaults
+        config.update(ConfigDict(json.loads(text)))
+    return config

@@ -1,0 +1,179 @@
+"""The audit of gradients: which losses train something, and which parameters some loss trains, found by tracing.
+
+A loss whose gradient is stopped somewhere runs, logs a number, and trains nothing. Public trainers shipped that, and
+parameters that no loss reaches, unnoticed. Here the gradient of every term is traced, not computed, and its program is
+searched for zeros that it holds by construction: what differentiation puts where no path leads.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from greedy_distill_jax.distribution.sharding import leaf_paths
+
+
+class Finding(NamedTuple):
+    """What one gradient of a traced part reaches.
+
+    reached: path of every parameter that has a gradient, by term ("" for the sum of a gradient that is not by term).
+    leaves: paths of all parameters.
+    """
+
+    reached: dict[str, set[str]]
+    leaves: set[str]
+
+
+_FOUND: contextvars.ContextVar[list[Finding] | None] = contextvars.ContextVar("gradients under audit", default=None)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Finding]]:
+    """Collects a Finding for every gradient that is traced in here."""
+    found: list[Finding] = []
+    token = _FOUND.set(found)
+    try:
+        yield found
+    finally:
+        _FOUND.reset(token)
+
+
+def note(objective: Callable, params: Any, *, leaves: bool = True) -> None:
+    """Called where a gradient is taken of ``objective(params) -> (value, metrics by term or None)``.
+
+    ``leaves``: ``params`` are those of a network; False where other arrays are among them.
+    """
+    found = _FOUND.get()
+    if found is None:
+        return
+    _, metrics = jax.eval_shape(objective, params)
+    terms = [name for name in metrics or () if "/" not in name] or [""]
+
+    def value(params, term):
+        total, by_term = objective(params)
+        return by_term[term] if term else total
+
+    reached = {}
+    for term in terms:
+        program, shapes = jax.make_jaxpr(jax.grad(lambda p, t=term: value(p, t)), return_shape=True)(params)
+        zeros = zero_outputs(program.jaxpr, program.consts, [False] * len(program.jaxpr.invars))
+        paths = [path for path, _ in leaf_paths(shapes)]
+        reached[term] = {path for path, is_zero in zip(paths, zeros, strict=True) if not is_zero}
+    found.append(Finding(reached, {path for path, _ in leaf_paths(params)} if leaves else set()))
+
+
+def idle_terms(found: Sequence[Finding]) -> list[str]:
+    """Terms that reach no parameter in any of the gradients they take part in."""
+    terms = {term for finding in found for term in finding.reached if term}
+    return sorted(t for t in terms if not any(finding.reached.get(t) for finding in found))
+
+
+def idle_leaves(found: Sequence[Finding]) -> list[str]:
+    """Parameters that no gradient reaches."""
+    leaves = set().union(*(finding.leaves for finding in found))
+    reached = set().union(*(paths for finding in found for paths in finding.reached.values()))
+    return sorted(leaves - reached)
+
+
+# --- zeros by construction -----------------------------------------------------------------------------------------
+
+_KEEPS_ZERO = {  # zero where their first operand is
+    *("neg", "convert_element_type", "reshape", "broadcast_in_dim", "transpose", "reduce_sum", "squeeze", "slice"),
+    *("dynamic_slice", "copy", "copy_p", "real", "rev", "gather", "integer_pow", "cumsum", "sharding_constraint"),
+    *("reduce_precision", "div", "sqrt", "abs", "tanh", "sin", "sign", "expand_dims", "pvary", "pcast", "psum"),
+    *("all_gather", "reduce_scatter", "psum_invariant", "all_to_all", "ppermute", "mul", "dot_general"),
+}
+_ANY_ZERO = {"mul", "dot_general", "conv_general_dilated"}
+_ALL_ZERO = {
+    *("add", "sub", "add_any", "concatenate", "dynamic_update_slice", "scatter-add", "pad", "max", "min"),
+}
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # of pjit, remat, custom derivatives, shard_map
+
+
+def zero_outputs(jaxpr: core.Jaxpr, consts: Sequence[Any], zero_in: Sequence[bool]) -> list[bool]:
+    """Which outputs of a program are zero whatever its other inputs are.
+
+    Args:
+      jaxpr: the program.
+      consts: values of its constants; what is not a concrete array counts as not zero.
+      zero_in: which inputs are zero.
+    """
+    known = dict(zip(jaxpr.invars, zero_in, strict=True))
+    known |= dict(zip(jaxpr.constvars, map(_is_zero, consts), strict=False))
+
+    def zero(atom) -> bool:
+        return _is_zero(atom.val) if isinstance(atom, core.Literal) else known.get(atom, False)
+
+    for equation in jaxpr.eqns:
+        inputs = [zero(atom) for atom in equation.invars]
+        outputs = _zeros_of(equation, inputs)
+        known |= {v: z for v, z in zip(equation.outvars, outputs, strict=True)}
+    return [zero(atom) for atom in jaxpr.outvars]
+
+
+def _is_zero(value: Any) -> bool:
+    if isinstance(value, jax.core.Tracer):
+        return False
+    if not hasattr(value, "dtype") and not isinstance(value, int | float | bool):
+        return False
+    if jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended):
+        return False
+    return not np.any(np.asarray(value))
+
+
+def _zeros_of(equation, inputs: list[bool]) -> list[bool]:
+    name, params, count = equation.primitive.name, equation.params, len(equation.outvars)
+    if name in _ANY_ZERO:
+        return [any(inputs[:2])]
+    if name in _ALL_ZERO:
+        without_indices = {"scatter-add": inputs[::2], "dynamic_update_slice": inputs[:2]}
+        return [all(without_indices.get(name, inputs))]
+    if name == "select_n":
+        return [all(inputs[1:])]
+    if name == "optimization_barrier":
+        return inputs
+    if name in _KEEPS_ZERO:
+        return [inputs[0]] * count
+    if name == "scan":
+        return _zeros_of_scan(params, inputs)
+    if name == "while":
+        return _zeros_of_while(params, inputs)
+    if name == "cond":
+        found = [_inside(branch, inputs[1:]) for branch in params["branches"]]
+        return [all(zeros) for zeros in zip(*found, strict=True)]
+    for key in _CALLS:
+        inner = params.get(key)
+        if inner is not None and len(getattr(inner, "jaxpr", inner).invars) == len(inputs):
+            return _inside(inner, inputs)
+    return [False] * count
+
+
+def _inside(program, inputs: Sequence[bool]) -> list[bool]:
+    jaxpr, consts = (program.jaxpr, program.consts) if hasattr(program, "jaxpr") else (program, ())
+    return zero_outputs(jaxpr, consts, inputs)
+
+
+def _zeros_of_scan(params, inputs: list[bool]) -> list[bool]:
+    consts, carry = params["num_consts"], params["num_carry"]
+    state = inputs[consts : consts + carry]
+    while True:  # what is zero at the start may not stay so; flags only ever fall
+        out = _inside(params["jaxpr"], [*inputs[:consts], *state, *inputs[consts + carry :]])
+        after = [before and now for before, now in zip(state, out[:carry], strict=True)]
+        if after == state:
+            return [*state, *out[carry:]]
+        state = after
+
+
+def _zeros_of_while(params, inputs: list[bool]) -> list[bool]:
+    of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
+    consts, state = inputs[of_test : of_test + of_body], inputs[of_test + of_body :]
+    while True:
+        out = _inside(params["body_jaxpr"], [*consts, *state])
+        after = [before and now for before, now in zip(state, out, strict=True)]
+        if after == state:
+            return state
+        state = after

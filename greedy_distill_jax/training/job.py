@@ -1,0 +1,318 @@
+"""A training run that is ready to start: networks, data and jitted parts. Every mistake in the settings shows here."""
+
+import contextlib
+import functools
+import json
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from greedy_distill_jax.codecs.protocol import VideoCodec
+from greedy_distill_jax.config.settings import Settings
+from greedy_distill_jax.config.tree import default_text
+from greedy_distill_jax.data.augment import augmented
+from greedy_distill_jax.data.loader import SkipBadRecords, latents_of
+from greedy_distill_jax.data.sources.protocol import captions_of
+from greedy_distill_jax.distribution.mesh import batch_parts
+from greedy_distill_jax.distribution.parallel import check_columns, check_heads, on_mesh
+from greedy_distill_jax.distribution.sharding import shardings
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.run import architecture, data_source
+from greedy_distill_jax.storage.checkpoint import has_checkpoint
+from greedy_distill_jax.text.load import load_text_encoder
+from greedy_distill_jax.text.protocol import TextEncoder
+from greedy_distill_jax.text.store import check_captions
+from greedy_distill_jax.training import audit
+from greedy_distill_jax.training.sources import fingerprints, frozen_runs, load_sources
+from greedy_distill_jax.training.stages.base import Inputs, Part, Stage
+from greedy_distill_jax.training.state import TrainState
+from greedy_distill_jax.weights.pipeline import load_codec
+
+
+class Job(NamedTuple):
+    """A run that is ready to start.
+
+    given: parameters of the runs that networks start from. fingerprints: of the runs behind frozen networks.
+    """
+
+    settings: Settings
+    stage: Stage
+    given: dict[str, Any]
+    fingerprints: dict[str, str]
+    source: Any
+    captions: list[str]
+    codec: VideoCodec
+    encoder: TextEncoder
+    latent_shape: tuple[int, int, int, int]
+    state_shape: TrainState
+    state_sharding: TrainState
+    frozen_sharding: Any
+    batch_sharding: dict[str, NamedSharding]
+    parts: tuple[Part, ...]  # of the stage, jitted
+
+    def meta(self, step: int, train_cpu_s: float) -> dict[str, Any]:
+        """What is saved with a checkpoint, as JSON."""
+        settings = self.settings
+        return {
+            "stage": settings.stage,
+            "network": self.stage.name,
+            "data_position": step * settings.data.batch,
+            "config": settings.text,
+            "architecture": architecture(self.stage.model),
+            "train_cpu_s": train_cpu_s,
+            "latent_shape": list(self.latent_shape),
+            "steps": settings.steps,
+            "sources": self.fingerprints,
+        }
+
+
+def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
+    """Builds networks, data and the jitted parts, and traces every part once.
+
+    Raises:
+      UserError: what is wrong with settings, data, runs or mesh.
+    """
+    source, codec = data_source(settings, "train", frames=settings.data.frames, seed=settings.seed)
+    known = captions_of(source)
+    source = SkipBadRecords(source, settings.data.max_bad_records)
+    examples = [source[i] for i in range(min(4, len(source)))]
+    if "latents" in examples[0] and settings.data.augment != "none":
+        raise UserError(
+            f"config.data.augment {settings.data.augment!r} changes pixels, but {settings.data.source} holds latents; "
+            f"set config.data.augment=none."
+        )
+    resumed = has_checkpoint(workdir / "checkpoints")
+    wanted = settings.kind.wanted(settings)
+    sources = load_sources(settings, wanted, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
+    settings.kind.check_sources(settings, sources)
+    for name, run in sources.items():
+        if run.codec is not None:
+            codec = _agreed_codec(codec, run.codec, getattr(settings, wanted[name].key))
+    if resumed:
+        codec = _agreed_codec(codec, load_codec(workdir), str(workdir))
+    wan = settings.wan
+    encoder = load_text_encoder(settings.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
+    check_captions(encoder, [settings.data.negative_prompt, *known], augment=settings.data.augment)
+    latent_shape = latents_of(examples[:1], codec).shape[1:]
+    if latent_shape[-1] != wan.channels:
+        raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
+    frozen = {name: run.params for name, run in frozen_runs(wanted, sources).items()}
+    with one_line():
+        inputs = Inputs(frozen, encoder([settings.data.negative_prompt])[0], latent_shape)
+        stage = settings.kind.build(settings, inputs)
+    check_mesh(settings, mesh, latent_shape, jax.process_count())
+    batch_shape = batch_shapes(settings, latent_shape)
+    with one_line():
+        state_shape = state_shapes(stage, latent_shape)
+        jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
+        for warning in trace_parts(jitted, state_shape, stage.frozen, batch_shape):
+            print(f"warning: {warning}", file=sys.stderr)
+    return Job(
+        settings,
+        stage,
+        {name: sources[name].params for name in stage.needed(sources)},
+        fingerprints(wanted, sources),
+        augmented(source, settings.data.augment, settings.seed),
+        [example["caption"] for example in examples],
+        codec,
+        encoder,
+        latent_shape,
+        state_shape,
+        state_sharding,
+        frozen_sharding,
+        batch_sharding,
+        jitted,
+    )
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """A ValueError of ours while a job is built or traced is a mistake in its config: a UserError of one line.
+
+    What a user's own loss or stage raises passes as it is, with its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, ZeroDivisionError) as error:
+        if _passed_through_users_code(error):
+            raise
+        raise UserError(f"config: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def _passed_through_users_code(error: BaseException) -> bool:
+    """Whether a frame of the traceback is in a file that belongs to neither this package nor an installed one."""
+    package = str(Path(__file__).resolve().parents[1])
+    known = (package, *(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib")), "<")
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any(not file.startswith(known) for file in files)
+
+
+def check_mesh(settings: Settings, mesh: Mesh, latent_shape, processes: int = 1) -> None:
+    """Raises UserError when batch, microbatches, frames or heads do not divide over the mesh."""
+    check_columns(mesh, latent_shape[2] // settings.wan.patch)
+    for wan in settings.kind.sizes(settings):
+        check_heads(mesh, wan.num_heads)
+    batch, count, parts = settings.data.batch, settings.data.accumulate, batch_parts(mesh)
+    if parts % processes:
+        raise UserError(
+            f"the mesh has {parts} data and fsdp parts, which do not divide over the {processes} processes, each of "
+            f"which feeds whole parts; make config.mesh.context or config.mesh.tensor smaller."
+        )
+    if batch % (parts * count):
+        raise UserError(
+            f"config.data.batch is {batch}; it must divide over the {parts} data and fsdp parts of the mesh, times "
+            f"config.data.accumulate = {count}. Change config.data.batch, config.data.accumulate or config.mesh."
+        )
+
+
+def batch_shapes(settings: Settings, latent_shape: tuple[int, int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the loader will hand over."""
+    wan, batch = settings.wan, settings.data.batch
+    return {
+        "latents": jax.ShapeDtypeStruct((batch, *latent_shape), jnp.float32),
+        "text": jax.ShapeDtypeStruct((batch, wan.text_len, wan.text_dim), jnp.float32),
+    }
+
+
+def state_shapes(stage: Stage, latent_shape: tuple[int, int, int, int], given=None) -> TrainState:
+    """The state at step 0, shapes only; ``given`` as for ``Stage.initial_params``."""
+    return jax.eval_shape(
+        lambda key, given: stage.state(stage.initial_params(key, latent_shape, given)), jax.random.key(0), given or {}
+    )
+
+
+def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape: Mapping[str, Any]):
+    """(the stage's parts, jitted for the mesh, shardings of state, of frozen networks, of a batch).
+
+    The last part ends the step: it counts. What parts hand on to each other lies where the compiler leaves it.
+    """
+    of_state, of_frozen, of_batch = (shardings(tree, mesh) for tree in (state_shape, stage.frozen, batch_shape))
+    parts = []
+    for part in stage.parts:
+        if part.host:
+            parts.append(part)
+            continue
+        call = _counting(part.call) if part is stage.parts[-1] else part.call
+        jitted = jax.jit(
+            on_mesh(call, mesh),
+            in_shardings=(of_state, of_frozen, of_batch, None),
+            out_shardings=(of_state, NamedSharding(mesh, PartitionSpec()), None),
+            donate_argnums=0,
+        )
+        parts.append(part._replace(call=jitted))
+    return tuple(parts), of_state, of_frozen, of_batch
+
+
+def _counting(call):
+    @functools.wraps(call)
+    def counted(state, frozen, batch, carry):
+        state, metrics, carry = call(state, frozen, batch, carry)
+        return state._replace(step=state.step + 1), metrics, carry
+
+    return counted
+
+
+def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
+    """Traces every jitted part and audits its gradients (``training.audit``).
+
+    Returns:
+      Warnings about parameters that no loss trains.
+
+    Raises:
+      UserError: a term without a gradient, or a metric that is no scalar.
+    """
+    carry, warnings = {}, []
+    for part in parts:
+        if part.host:
+            break  # what it hands on is known only when it runs
+        with audit.watching() as found:
+            _, metrics, carry = part.call.eval_shape(state, frozen, batch, carry)
+        for term in audit.idle_terms(found):
+            raise UserError(
+                f"{part.losses}.{term} has no gradient: it cannot train anything; remove it, or look for what stops "
+                f"its gradient."
+            )
+        idle = audit.idle_leaves(found)
+        if idle:
+            more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+            warnings.append(f"part {part.name}: no loss trains {', '.join(idle[:5])}{more}")
+        for name, metric in metrics.items():
+            if metric.shape:
+                raise UserError(f"The metric {name} has shape {metric.shape}; a loss must return scalars as metrics.")
+    return warnings
+
+
+def initial_state(job: Job) -> TrainState:
+    """Step 0: random networks, or ones that start from other runs, made where they will live."""
+    mesh = job.batch_sharding["text"].mesh
+    given = jax.device_put(job.given, shardings(job.given, mesh))
+    make = on_mesh(functools.partial(job.stage.initial_params, latent_shape=job.latent_shape), mesh)
+    params = jax.jit(
+        lambda key, given: make(key, given=given),
+        out_shardings={name: net.params for name, net in job.state_sharding.nets.items()},
+    )(jax.random.key(job.settings.seed), given)
+    return jax.jit(job.stage.state, out_shardings=job.state_sharding)(params)
+
+
+def _agreed_codec(codec: VideoCodec, stored: VideoCodec, run: str) -> VideoCodec:
+    """``stored``, the codec that ``run`` was trained with; UserError when the data comes with another one."""
+    arrays = [[np.asarray(x, np.float32) for x in jax.tree.leaves(c.params)] for c in (codec, stored)]
+    same = [x.shape for x in arrays[0]] == [x.shape for x in arrays[1]] and all(
+        np.allclose(a, b, atol=1e-3) for a, b in zip(*arrays, strict=True)
+    )
+    if not same:
+        raise UserError(
+            f"config.data.source comes with another codec than {run} was trained with; use the same data, or train a "
+            f"teacher on this one."
+        )
+    return stored
+
+
+_KEPT = (
+    "stage",
+    "seed",
+    "data.source",
+    "data.size",
+    "data.frames",
+    "data.batch",
+    "data.augment",
+    "data.text",
+    "data.negative_prompt",
+)  # keys that a resumed run must have as they were, besides those of its stage
+
+
+def check_resume(job: Job, workdir: Path, step: int, meta: Mapping[str, Any]) -> None:
+    """Raises UserError when a checkpoint belongs to another stage, seed, data or frozen network.
+
+    Rates, losses and steps may change.
+    """
+    stored, given, defaults = (json.loads(text) for text in (meta["config"], job.settings.text, default_text()))
+    for key in (*_KEPT, *job.settings.kind.kept):
+        old, new, default = stored, given, defaults
+        for part in key.split("."):
+            new, default = new[part], default[part]
+            old = old.get(part, default)  # a key that did not exist then
+        if old != new:
+            raise UserError(
+                f"{workdir} was started with config.{key} = {old!r}, not {new!r}; resume with the same value or choose "
+                f"another workdir."
+            )
+    for key, old in meta.get("sources", {}).items():
+        if job.fingerprints.get(key) != old:
+            raise UserError(
+                f"{workdir} was started with another network than the one now in config.{key} = "
+                f"{getattr(job.settings, key)!r} (fingerprint {old}, not {job.fingerprints.get(key)}); name that run "
+                f"or choose another workdir."
+            )
+    if meta["data_position"] != step * job.settings.data.batch:
+        raise UserError(f"{workdir} step {step} stands at example {meta['data_position']}; the checkpoint is damaged.")

@@ -1,0 +1,183 @@
+"""The one loop that every stage runs in: batches in, parts in their order, scalars, samples and checkpoints out."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from greedy_distill_jax.cli.progress import progress
+from greedy_distill_jax.data.loader import make_loader
+from greedy_distill_jax.errors import Diverged
+from greedy_distill_jax.runs.run import Run, architecture
+from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.training.job import Job, check_resume, initial_state
+from greedy_distill_jax.training.metrics import MetricWriter
+from greedy_distill_jax.training.stages.base import Part
+from greedy_distill_jax.training.state import TrainState
+
+
+class Stop:
+    """Set by SIGTERM and Ctrl-C; the loop saves and leaves. A second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.signal, self._interrupts = 0, 0
+        self._old = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old[number] = signal.signal(number, self._set)
+            except ValueError:  # not the main thread (a notebook server): no handlers there
+                break
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _set(self, number, _):
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        if not self.signal:
+            print("\nstopping after this update ...", file=sys.stderr, flush=True)
+        self.signal = self.signal or number
+
+
+class Progress:
+    """Steps made, what they cost, and how both are saved."""
+
+    def __init__(self, job: Job, workdir: Path, checkpointer: Checkpointer):
+        self.job, self.checkpointer = job, checkpointer
+        self.first = self.step = checkpointer.latest_step() or 0
+        self._cpu_before, self._cpu_start = 0.0, time.process_time()
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        if self.first:
+            meta = checkpointer.meta(self.first)
+            check_resume(job, workdir, self.first, meta)
+            self._cpu_before = meta["train_cpu_s"]
+
+    def start(self) -> TrainState:
+        """The state to go on from: of the newest checkpoint, or of step 0."""
+        job = self.job
+        if not self.first:
+            state = initial_state(job)
+        else:
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), job.state_shape, job.state_sharding
+            )
+            state = self.checkpointer.restore(self.first, target, architecture=architecture(job.stage.model))
+        self._cpu_start = time.process_time()
+        return state
+
+    def meta(self) -> dict[str, Any]:
+        """What is saved with the state of this step."""
+        return self.job.meta(self.step, self._cpu_before + time.process_time() - self._cpu_start)
+
+    def made(self, metrics: dict[str, jax.Array]) -> None:
+        """One more step is made; its metrics stay on the device until ``check``."""
+        self._pending.append((self.step, metrics))
+
+    def check(self) -> dict[str, float]:
+        """Means of the metrics since the last check; raises Diverged at the first that is not finite."""
+        settings, values = self.job.settings, []
+        for step, metrics in self._pending:
+            found = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            bad = [name for name, x in found.items() if not np.isfinite(x)]
+            if bad:
+                named = [name for name in bad if name in settings.losses] or bad
+                kept = self.checkpointer.latest_step()
+                kept = f"step {kept} is kept in {self.checkpointer.directory}" if kept else "there is no checkpoint yet"
+                raise Diverged(
+                    f"stage {settings.stage}, step {step}: {', '.join(named)} is not finite ({found[named[0]]}); "
+                    f"{kept}. Lower the learning rate or look at the data."
+                )
+            values.append(found)
+        self._pending = []
+        names = dict.fromkeys(name for v in values for name in v)
+        return {name: float(np.mean([v[name] for v in values if name in v])) for name in names}
+
+    def save(self, state: TrainState) -> None:
+        """Saves this step."""
+        self.checkpointer.save(self.step, state, self.meta())
+
+
+def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batch):
+    """(state after a step, its metrics, names of the parts that were due)."""
+    metrics: dict[str, jax.Array] = {}
+    carry: Any = {}
+    due = [part for part in parts if part.due(step)]
+    for part in due:
+        if part.host:
+            _, found, carry = part.call(None, None, jax.device_get(batch), jax.device_get(carry))
+        else:
+            state, found, carry = part.call(state, frozen, batch, carry)
+        metrics |= found
+    return state, metrics, {part.name for part in due}
+
+
+def batches(job: Job, first: int) -> Iterator[dict[str, jax.Array]]:
+    """Global batches on their devices, from the example that step ``first`` ended at."""
+    data = job.settings.data
+    loader = make_loader(
+        job.source,
+        codec=job.codec,
+        text_encoder=job.encoder,
+        global_batch=data.batch,
+        seed=job.settings.seed,
+        start=first * data.batch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=data.threads,
+        max_bad_records=data.max_bad_records,
+    )
+    for batch in loader:
+        yield {
+            name: jax.make_array_from_process_local_data(sharding, batch[name])
+            for name, sharding in job.batch_sharding.items()
+        }
+
+
+def run_loop(
+    progress_of: Progress, state: TrainState, frozen: Any, writer: MetricWriter, stop: Stop, show: Callable | bool
+) -> TrainState:
+    """Steps until the last one of the settings, or until ``stop``; returns the last state, saved."""
+    at, job = progress_of, progress_of.job
+    settings, alone = job.settings, jax.process_count() == 1
+    feed, compiled = batches(job, at.first), set()
+    with progress(settings.steps, at.first, settings.stage, enabled=show) as bar:
+        while at.step < settings.steps and not stop.signal:
+            batch, at.step = next(feed), at.step + 1
+            state, metrics, due = run_parts(job.parts, at.step, state, frozen, batch)
+            at.made(metrics)
+            last = at.step == settings.steps
+            save = last or at.step % settings.checkpoint.every == 0
+            if save or at.step % settings.log.every == 0:
+                mean = at.check()
+                writer.scalars(at.step, {f"{settings.stage}/{name}": x for name, x in mean.items()})
+                shown = {name: x for name, x in mean.items() if name in ("loss", "critic/loss")}
+                bar.set_postfix(**{name.replace("/", "_"): f"{x:.4f}" for name, x in shown.items()})
+            if save:
+                at.save(state)
+            every = settings.log.samples_every
+            if alone and every and (last or at.step % every == 0):
+                _write_samples(job, state, at.meta(), at.step, writer)
+            bar.update(1, restart=not due <= compiled)  # the first call of a part compiles it
+            compiled |= due
+    if stop.signal and at.first < at.step < settings.steps:
+        at.check()
+        at.save(state)
+    at.checkpointer.wait()
+    return state
+
+
+def _write_samples(job: Job, state: TrainState, meta: dict[str, Any], step: int, writer: MetricWriter) -> None:
+    ema = state.nets[job.stage.name].ema
+    run = Run(job.settings, job.stage.model, ema, job.codec, job.encoder, job.latent_shape, meta)
+    for number, video in enumerate(run.sample_videos(job.captions)):
+        writer.gif(step, f"samples/{number}: {job.captions[number]}", video)

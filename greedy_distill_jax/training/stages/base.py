@@ -1,0 +1,175 @@
+"""What a stage is: the contract between a file in this folder and the one training loop."""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from greedy_distill_jax.config.settings import Settings, check_student, terms_of
+from greedy_distill_jax.losses import Term
+from greedy_distill_jax.models.students.base import StreamingModel
+from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.models.wan.config import WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.training.optimizer import make_optimizer, new_parameter_scale
+from greedy_distill_jax.training.sources import Wanted
+from greedy_distill_jax.training.state import Net, TrainState
+from greedy_distill_jax.training.update import Update
+
+
+class Part(NamedTuple):
+    """One function of a step: ``call(state, frozen, batch, carry) -> (state, metrics, carry)`` where ``due(step)``.
+
+    Steps count from 1. ``carry`` is a dictionary of arrays, empty at the start of a step, that the parts of a step hand
+    on to each other. A part is jitted and its state donated, unless it is a ``host`` part, which gets numpy arrays as
+    its carry, no state (None) and runs as it is: between a rollout and an update it may ask a reward outside.
+    """
+
+    name: str
+    due: Callable[[int], bool]
+    call: Callable
+    host: bool = False
+    losses: str = "config.losses"  # where its terms stand, for errors
+
+
+class Network(NamedTuple):
+    """A network that a stage trains.
+
+    start_from: sources whose parameters it takes, the first that there is; with none of them it is random.
+    copy_of: the network whose first parameters it takes instead.
+    """
+
+    model: Teacher | StreamingModel
+    update: Update
+    start_from: tuple[str, ...] = ()
+    copy_of: str = ""
+
+
+class Stage(NamedTuple):
+    """A stage with its settings: what the training loop needs to know.
+
+    networks: those it trains; the first is the one it is named for, which samples are made with.
+    frozen: parameters of networks that are not trained, by name.
+    parts: of a step, in order.
+    """
+
+    networks: Mapping[str, Network]
+    frozen: Mapping[str, Any]
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the network that the stage is named for."""
+        return next(iter(self.networks))
+
+    @property
+    def model(self) -> Teacher | StreamingModel:
+        """The network that the stage is named for."""
+        return self.networks[self.name].model
+
+    def state(self, params: Mapping[str, Any]) -> TrainState:
+        """Step 0, from the first parameters of every network."""
+        nets = {}
+        for name, network in self.networks.items():
+            ema = jax.tree.map(jnp.copy, params[name]) if network.update.ema_decay is not None else None
+            nets[name] = Net(params[name], ema, network.update.optimizer.init(params[name]))
+        return TrainState(jnp.int32(0), nets)
+
+    def needed(self, sources: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the sources that networks start from: one that only scores is not among them."""
+        chosen = (next((s for s in n.start_from if s in sources), None) for n in self.networks.values())
+        return tuple(dict.fromkeys(name for name in chosen if name))
+
+    def initial_params(self, key, latent_shape, given: Mapping[str, Any]) -> dict[str, Any]:
+        """First parameters of every network.
+
+        Args:
+          key: of a random start, and of what the sources do not have.
+          latent_shape: (T, H, W, C) of an example.
+          given: parameters of sources, as far as there are any. Shapes do not depend on it.
+        """
+        given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), dict(given))  # converted weights may be bfloat16
+        out: dict[str, Any] = {}
+        for name, network in self.networks.items():
+            source = next((s for s in network.start_from if s in given), None)
+            if network.copy_of:
+                out[name] = jax.tree.map(jnp.copy, out[network.copy_of])
+            elif source is None:
+                out[name] = network.model.init(key, latent_shape)
+            elif isinstance(network.model, StreamingModel) and source == "teacher":
+                out[name] = network.model.from_teacher(key, given[source], latent_shape)
+            else:
+                out[name] = given[source]
+        return out
+
+
+class Inputs(NamedTuple):
+    """What a stage is built of besides its settings.
+
+    frozen: parameters (or their shapes) of the networks that ``StageKind.wanted`` calls frozen, by name.
+    null_MC: the unconditional text rows. latent_shape: (T, H, W, C) of an example.
+    """
+
+    frozen: Mapping[str, Any]
+    null_MC: Any
+    latent_shape: tuple[int, int, int, int]
+
+
+class StageKind(abc.ABC):
+    """A kind of stage: subclass it in a file of its own, and name an instance in ``config.stages``.
+
+    Attributes:
+      trains: "teacher" or "student": the network it is named for.
+      keys: groups of configuration keys that it alone has, name -> frozen dataclass.
+      kept: dotted keys that a resumed run must have as they were, besides those of every stage.
+      offers: networks that losses may ask for.
+    """
+
+    trains = "student"
+    keys: ClassVar[Mapping[str, type]] = {}
+    kept: tuple[str, ...] = ()
+    offers: tuple[str, ...] = ()
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError for settings that the stage cannot run with."""
+        check_student(settings)
+
+    def terms(self, settings: Settings) -> tuple[Term, ...]:
+        """The losses of the network it is named for: of a student, one noise level per chunk, as when streaming."""
+        chunk = settings.student_config.chunk
+        return terms_of(
+            settings.losses, "config.losses", offered=self.offers, chunk_of=lambda loss: chunk, stage=settings.stage
+        )
+
+    def model(self, settings: Settings) -> Teacher | StreamingModel:
+        """The network it is named for."""
+        return make_student(settings.student_config) if self.trains == "student" else Teacher(settings.wan)
+
+    @abc.abstractmethod
+    def wanted(self, settings: Settings) -> dict[str, Wanted]:
+        """The runs that it starts from or asks, by the names that ``Network.start_from`` uses."""
+
+    def sizes(self, settings: Settings) -> tuple[WanConfig, ...]:
+        """Of all networks that it runs."""
+        return (settings.wan,)
+
+    def check_sources(self, settings: Settings, sources: Mapping[str, Any]) -> None:  # noqa: B027 (most accept all)
+        """Raises UserError when a loaded run cannot serve."""
+
+    @abc.abstractmethod
+    def build(self, settings: Settings, inputs: Inputs) -> Stage:
+        """The stage: networks, frozen parameters, parts."""
+
+
+def always(step: int) -> bool:
+    """``Part.due`` of a part of every step."""
+    return True
+
+
+def own_update(settings: Settings, updates: int) -> Update:
+    """How the network that a stage is named for is updated, ``updates`` times in the run."""
+    o = settings.optimizer
+    scale = None if o.new_scale == 1.0 else new_parameter_scale(o.new_scale)
+    return Update(make_optimizer(o, steps=updates), settings.ema.decay, settings.ema.start, scale)

@@ -1,0 +1,365 @@
+"""Stage "dmd" (stage 2): the student on its own videos, matched to the teacher's distribution.
+
+What it computes is in ``training.policy_gradient``; here are its keys, what they exclude, and its networks.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from greedy_distill_jax.config.keys import Losses, Optimizer, flow_matching_alone
+from greedy_distill_jax.config.settings import Settings, check_student, terms_of
+from greedy_distill_jax.diffusion import guidance
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.losses import Term, asked
+from greedy_distill_jax.models.students.base import ContextGrad, StreamingModel
+from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.training import nets, policy_gradient, rollout
+from greedy_distill_jax.training.optimizer import make_optimizer
+from greedy_distill_jax.training.sources import Wanted
+from greedy_distill_jax.training.stages.base import Inputs, Network, Part, Stage, StageKind, always, own_update
+from greedy_distill_jax.training.stages.teacher_forcing import student_net
+from greedy_distill_jax.training.update import Update
+
+REAL = ("joint", "autoregressive", "per_frame")
+FAKE = ("critic", "self_sg", "self_fm", "self_ema", "stage1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """Keys of stage "dmd"."""
+
+    real: str = "joint"  # teacher score: joint (bidirectional) | autoregressive (stage 1, frozen) | per_frame
+    fake: str = "critic"  # student score: critic | self_sg | self_fm | self_ema | stage1 (frozen)
+    teacher_size: str = ""  # the teacher's, a name as in model.size (a 14B teacher of a 1.3B student); "" = model
+    guidance: float = 4.0  # CFG scale of the teacher score; 1 = off
+    pg: str = "rollout_trunc"  # rollout_trunc | rollout_full | actor_critic, see training/policy_gradient.py
+    segment: int = 0  # rollout_full: chunks through which later frames give credit to earlier ones, 0 = all
+    epochs: int = 1  # actor_critic: updates per rollout
+    anchor: float = 0.0  # actor_critic: weight of (action - action of the rollout)^2
+    frames: int = 0  # length of a rollout; beyond data.frames the scores see random windows; 0 = data.frames
+    exit: str = "random"  # denoising step that makes the frames of a rollout: random | last
+    context_grad_etm: str = "params"  # ETM learns through z: params | none
+    context_grad_sdd: str = "none"  # SDD learns through its keys of earlier frames: params | none
+    generator_every: int = 5  # steps from one generator update to the next; the critic is updated in every step
+    critic_warmup: int = 0  # steps before the first generator update
+
+
+@dataclasses.dataclass(frozen=True)
+class Critic:
+    """Keys of the critic, the separate fake score of ``distill.fake = "critic"``."""
+
+    losses: Losses = dataclasses.field(default_factory=flow_matching_alone)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+
+
+class Dmd(StageKind):
+    """See the module."""
+
+    keys: ClassVar = {"distill": Distill, "critic": Critic}
+    kept = ("distill.real", "distill.fake")
+    offers = ("real", "fake")
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError for keys that exclude each other."""
+        check_student(settings)
+        d: Distill = settings.own["distill"]
+        _check_values(d)
+        _check_critic(settings, d)
+        _check_gradient(settings, d)
+        _check_rollout(settings, d)
+        _check_scores(settings, d)
+
+    def terms(self, settings: Settings) -> tuple[Term, ...]:
+        """The student's losses; one that asks a bidirectional teacher for scores keeps one noise level per video."""
+        chunk, joint = settings.student_config.chunk, settings.own["distill"].real == "joint"
+        return terms_of(
+            settings.losses,
+            "config.losses",
+            offered=self.offers,
+            chunk_of=lambda loss: None if asked(loss) and joint else chunk,
+            stage=settings.stage,
+        )
+
+    def wanted(self, settings: Settings) -> dict[str, Wanted]:
+        """The student to start from, the networks that only give scores, the critic's start."""
+        d: Distill = settings.own["distill"]
+        why = f"real {d.real!r} with fake {d.fake!r}"
+        stage1, teacher = d.fake == "stage1" or d.real == "autoregressive", d.real != "autoregressive"
+        student = Wanted("student_from", settings.student_config, why=why)
+        out = {
+            "student": student._replace(frozen="stage1", stage="teacher_forcing") if stage1 else student,
+            "teacher": Wanted("teacher_from", teacher_config(settings), frozen="teacher" if teacher else "", why=why),
+        }
+        if (d.fake, d.real) == ("critic", "joint"):
+            out["critic"] = Wanted("critic_from", settings.wan)
+        return out
+
+    def sizes(self, settings: Settings) -> tuple[WanConfig, ...]:
+        """Student and critic have one size, the teacher may have another."""
+        return settings.wan, teacher_config(settings)
+
+    def check_sources(self, settings: Settings, sources: Mapping[str, Any]) -> None:
+        """A teacher that scores per frame was trained with a noise level per frame."""
+        teacher = sources.get("teacher")
+        if settings.own["distill"].real != "per_frame" or teacher is None or "source" in teacher.meta:
+            return
+        if not any(term.options.get("per_frame") for term in teacher.settings.terms):
+            raise UserError(
+                f"config.distill.real is 'per_frame', but the teacher {settings.teacher_from} was trained with one "
+                f"noise level per video; train one with config.losses.flow_matching.options.per_frame=True or choose "
+                f"another real."
+            )
+
+    def build(self, settings: Settings, inputs: Inputs) -> Stage:
+        """The student and, with a separate fake score, the critic, each with a part of its own."""
+        d: Distill = settings.own["distill"]
+        student = self.model(settings)
+        critic, critic_net = critic_of(settings, student)
+        shared = dict(
+            seed=settings.seed,
+            null_MC=jnp.asarray(inputs.null_MC),
+            own=self_rollout(settings, student, inputs.latent_shape),
+            text_dropout=settings.text_dropout,
+            microbatches=settings.data.accumulate,
+        )
+
+        def due(step: int) -> bool:
+            return step > d.critic_warmup and (step - d.critic_warmup - 1) % d.generator_every == 0
+
+        updates = -(-(settings.steps - d.critic_warmup) // d.generator_every)
+        update = own_update(settings, updates * (d.epochs if d.pg == "actor_critic" else 1))
+        generator = functools.partial(
+            policy_gradient.generator_step,
+            make_net=student_net(settings, student),
+            make_scores=score_nets(settings, student, shared["null_MC"]),
+            terms=settings.terms,
+            update=update,
+            **shared,
+        )
+        networks = {"student": Network(student, update, start_from=("student", "teacher"))}
+        parts = [_part("dmd", due, generator)]
+        if critic is not None:
+            update = Update(make_optimizer(settings.own["critic"].optimizer, steps=settings.steps))
+            start = dict(start_from=("critic", "teacher")) if isinstance(critic, Teacher) else dict(copy_of="student")
+            networks["critic"] = Network(critic, update, **start)
+            step = functools.partial(
+                policy_gradient.critic_step, make_net=critic_net, terms=critic_terms(settings), update=update, **shared
+            )
+            parts.append(_part("critic", always, step)._replace(losses="config.critic.losses"))
+        frozen = {name: _compute_precision(tree, student.cfg.base.dtype) for name, tree in inputs.frozen.items()}
+        return Stage(networks, frozen, tuple(parts))
+
+
+def _part(name: str, due: Callable[[int], bool], step: Callable) -> Part:
+    def call(state, frozen, batch, carry):
+        return *step(state, frozen, batch), carry
+
+    return Part(name, due, call)
+
+
+def teacher_config(settings: Settings) -> WanConfig:
+    """The DiT that is asked for the real score; precision, remat and text are those of ``config.model``."""
+    shared = ("text_dim", "text_len", "dtype", "remat")
+    size = WAN_SIZES.get(settings.own["distill"].teacher_size, {})
+    return dataclasses.replace(settings.wan, **{k: v for k, v in size.items() if k not in shared})
+
+
+def critic_terms(settings: Settings) -> tuple[Term, ...]:
+    """The critic's losses: bidirectional beside a bidirectional teacher score, teacher-forced beside the others."""
+    joint, chunk = settings.own["distill"].real == "joint", settings.student_config.chunk
+    return terms_of(
+        settings.own["critic"].losses,
+        "config.critic.losses",
+        offered=(),
+        chunk_of=lambda loss: None if joint else chunk,
+        stage=settings.stage,
+    )
+
+
+def self_rollout(settings: Settings, student: StreamingModel, latent_shape) -> policy_gradient.SelfRollout:
+    """How the student makes its own videos; context "fused" is rolled out as "clean", whose numbers are the same."""
+    d: Distill = settings.own["distill"]
+    fused = student.cfg.context == "fused"
+    rolled = make_student(dataclasses.replace(student.cfg, context="clean")) if fused else student
+    return policy_gradient.SelfRollout(
+        make_streamer(rolled, settings.sampling),
+        tuple(latent_shape),
+        d.frames or latent_shape[0],
+        d.exit,
+        ContextGrad(d.context_grad_etm, d.context_grad_sdd),
+        d.pg,
+        d.segment,
+        d.epochs,
+        d.anchor,
+    )
+
+
+def critic_of(settings: Settings, student: StreamingModel):
+    """(the separate fake score, its ``make_net(params, key)``), or (None, None)."""
+    d: Distill = settings.own["distill"]
+    if d.fake != "critic":
+        return None, None
+    if d.real == "joint":
+        teacher = Teacher(student.cfg.base)
+        return teacher, functools.partial(nets.teacher_net, teacher)
+    return student, student_net(settings, student)
+
+
+def score_nets(settings: Settings, student: StreamingModel, null_MC) -> Callable:
+    """``make_scores(state, frozen, key) -> {"real": net, "fake": net}`` of ``config.distill``."""
+    d: Distill = settings.own["distill"]
+    own_net, (_, critic_net) = student_net(settings, student), critic_of(settings, student)
+    teacher = Teacher(teacher_config(settings))
+    real_net = {
+        "joint": lambda frozen, key: nets.teacher_net(teacher, frozen["teacher"], key),
+        "per_frame": lambda frozen, key: nets.clean_history_net(teacher, student.cfg.chunk, frozen["teacher"], key),
+        "autoregressive": lambda frozen, key: own_net(frozen["stage1"], key),
+    }[d.real]
+    fake_net = {
+        "critic": lambda state, frozen, key: critic_net(state.nets["critic"].params, key),
+        "self_sg": lambda state, frozen, key: own_net(state.nets["student"].params, key),
+        "self_fm": lambda state, frozen, key: own_net(state.nets["student"].params, key),
+        "self_ema": lambda state, frozen, key: own_net(state.nets["student"].ema, key),
+        "stage1": lambda state, frozen, key: own_net(frozen["stage1"], key),
+    }[d.fake]
+
+    def make_scores(state, frozen, key):
+        key_real, key_fake = jax.random.split(key)
+        real = guidance.guided_score(real_net(frozen, key_real), null_MC, d.guidance)
+        return {"real": real, "fake": fake_net(state, frozen, key_fake)}
+
+    return make_scores
+
+
+def _compute_precision(params, dtype: str):
+    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
+
+    def cast(path, leaf):
+        kernel = getattr(path[-1], "key", None) == "kernel"
+        wanted = jnp.dtype(dtype) if kernel else leaf.dtype
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, wanted)
+        return leaf.astype(wanted)  # where it is
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _check_values(d: Distill) -> None:
+    for key, choices in (
+        ("real", REAL),
+        ("fake", FAKE),
+        ("pg", policy_gradient.PG),
+        ("exit", rollout.EXITS),
+        ("context_grad_etm", ("params", "none")),
+        ("context_grad_sdd", ("params", "none")),
+        ("teacher_size", ("", *WAN_SIZES)),
+    ):
+        if getattr(d, key) not in choices:
+            listed = ", ".join(choice or "'' (that of config.model)" for choice in choices)
+            raise UserError(f"config.distill.{key} is {getattr(d, key)!r}; choose from {listed}.")
+    for key, least in (("generator_every", 1), ("epochs", 1), ("segment", 0), ("critic_warmup", 0)):
+        if getattr(d, key) < least:
+            raise UserError(f"config.distill.{key} is {getattr(d, key)}; it must be at least {least}.")
+    if d.teacher_size and d.real == "autoregressive":
+        raise UserError(
+            f"config.distill.teacher_size is {d.teacher_size!r}, but real 'autoregressive' asks no teacher; leave it "
+            f"empty."
+        )
+
+
+def _check_critic(settings: Settings, d: Distill) -> None:
+    if not settings.student_from:
+        raise UserError("config.student_from is empty; stage dmd starts from a stage-1 student, name its run.")
+    if d.fake == "critic":
+        critic_terms(settings)
+    elif d.generator_every != 1 or d.critic_warmup:
+        raise UserError(
+            f"config.distill.fake is {d.fake!r}: there is no critic to update between generator updates; set "
+            f"config.distill.generator_every=1 and config.distill.critic_warmup=0."
+        )
+    other_size = d.teacher_size and teacher_config(settings) != settings.wan
+    if other_size and (d.fake, d.real) == ("critic", "joint") and not settings.critic_from:
+        raise UserError(
+            f"config.critic_from is empty, and the critic cannot start from a teacher of size {d.teacher_size!r}; name "
+            f"the run of a teacher with the architecture of config.model."
+        )
+    if d.critic_warmup >= settings.steps:
+        raise UserError(
+            f"config.distill.critic_warmup is {d.critic_warmup}, config.steps {settings.steps}: the student would "
+            f"never be updated; train longer or warm up less."
+        )
+
+
+def _check_gradient(settings: Settings, d: Distill) -> None:
+    if d.pg == "actor_critic" and settings.data.accumulate > 1:
+        raise UserError(
+            "config.distill.pg is 'actor_critic', whose epochs need the gradient of the whole batch; set "
+            "config.data.accumulate=1."
+        )
+    if d.pg == "rollout_full" and "none" in (d.context_grad_etm, d.context_grad_sdd):
+        raise UserError(
+            "config.distill.pg is 'rollout_full', which differentiates through the contexts; set "
+            "config.distill.context_grad_etm=params and config.distill.context_grad_sdd=params."
+        )
+    for key, pg in (("segment", "rollout_full"), ("epochs", "actor_critic"), ("anchor", "actor_critic")):
+        value, default = getattr(d, key), getattr(Distill, key)
+        if d.pg != pg and value != default:
+            raise UserError(
+                f"config.distill.{key} is {value}, but only config.distill.pg = {pg!r} uses it, not {d.pg!r}; leave it "
+                f"at {default}."
+            )
+    if settings.student.kind == "causal" and d.context_grad_etm != "params":
+        raise UserError(
+            "config.distill.context_grad_etm is 'none', but a causal student has no ETM; leave it at 'params'."
+        )
+
+
+def _check_rollout(settings: Settings, d: Distill) -> None:
+    chunk, of_data = settings.student.chunk, settings.data.frames
+    frames = d.frames or of_data
+    if frames < of_data or frames % chunk:
+        raise UserError(
+            f"config.distill.frames is {frames}; it must be 0 or a multiple of config.student.chunk = {chunk} from "
+            f"config.data.frames = {of_data} on."
+        )
+    if frames > of_data and (d.real, d.fake) != ("joint", "critic"):
+        raise UserError(
+            f"config.distill.frames is {frames}, beyond config.data.frames = {of_data}: only real 'joint' and fake "
+            f"'critic' can judge a window without what came before it."
+        )
+    if d.segment and frames // chunk % d.segment:
+        raise UserError(
+            f"config.distill.segment is {d.segment}, which does not divide the {frames // chunk} chunks of a video."
+        )
+
+
+def _check_scores(settings: Settings, d: Distill) -> None:
+    on_scores = [asked(term.loss) for term in settings.terms]
+    if not any(on_scores):
+        raise UserError("config.losses has no loss that asks for scores; stage dmd needs one, such as 'dmd'.")
+    noise = settings.student.context_noise
+    if noise and all(on_scores) and (d.real, d.fake) == ("joint", "critic"):
+        raise UserError(
+            f"config.student.context_noise is {noise}, but bidirectional scores see no history and no other loss asks "
+            f"the student for a velocity; leave it at 0."
+        )
+    if d.fake == "self_fm" and all(on_scores):
+        raise UserError(
+            "config.distill.fake is 'self_fm', but nothing keeps the student a score of its own videos; add a term "
+            "such as config.losses.own with the loss 'flow_matching'."
+        )
+    if d.fake == "stage1" and d.real == "autoregressive":
+        raise UserError(
+            "config.distill: real 'autoregressive' and fake 'stage1' are the same network: no gradient; change one."
+        )
+
+
+STAGE = Dmd()
