@@ -1,5 +1,6 @@
 """What every streaming student shares: its history, the stop-gradients of its contexts, its chunks and positions."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -41,11 +42,15 @@ class StreamingModel:
     """What makes a video chunk by chunk: pure functions over the parameters of one frozen config.
 
     Subclasses add ``init``, ``from_teacher`` and the teacher-forced ``__call__`` with the signatures of ``Student``;
-    ``cfg`` has at least ``base``, ``chunk`` and ``context``.
+    ``cfg`` has at least ``base``, ``chunk`` and ``context``. ``derivative``: as for ``Teacher``.
     """
 
-    def __init__(self, cfg: StudentConfig | CausalConfig):
-        self.cfg = cfg
+    def __init__(self, cfg: StudentConfig | CausalConfig, derivative: str = "vjp"):
+        self.cfg, self.derivative = cfg, derivative
+
+    def differentiable(self, layout: Layout | None) -> Layout | None:
+        """The layout for this model's way of differentiation."""
+        return layout and dataclasses.replace(layout, derivative=self.derivative)
 
     def chunk_tokens(self, x_BTHWC) -> int:
         """Tokens of one chunk of the given latents."""

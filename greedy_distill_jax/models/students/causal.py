@@ -21,7 +21,7 @@ class CausalStudent(StreamingModel):
 
     def dit(self, layout: Layout | None = None, **kwargs) -> Dit:
         """The network with this call's layout."""
-        return Dit(self.cfg.base, self.cfg.base.num_layers, layout, **kwargs)
+        return Dit(self.cfg.base, self.cfg.base.num_layers, self.differentiable(layout), **kwargs)
 
     def init(self, key, latent_shape: tuple[int, int, int, int]):
         """Fresh parameters; ``latent_shape`` is (T, H, W, C)."""

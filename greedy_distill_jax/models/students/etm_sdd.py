@@ -24,11 +24,12 @@ class Student(StreamingModel):
     # The modules of one call; parameters do not depend on the layout.
     def etm(self, layout: Layout | None = None, **kwargs) -> ETM:
         """The ETM module with this call's layout."""
-        return ETM(self.cfg, layout, **kwargs)
+        return ETM(self.cfg, self.differentiable(layout), **kwargs)
 
     def sdd(self, layout: Layout | None = None, **kwargs) -> Dit:
         """The SDD module with this call's layout."""
         cfg = self.cfg
+        layout = self.differentiable(layout)
         return Dit(cfg.base, len(cfg.sdd_layers), layout, fusion=cfg.fusion, z_gate_init=cfg.gate_init, **kwargs)
 
     def spatial_rope(self, chunks: int, grid: tuple[int, int]) -> Rope:

@@ -6,6 +6,6 @@ from greedy_distill_jax.models.students.config import CausalConfig, StudentConfi
 from greedy_distill_jax.models.students.etm_sdd import Student
 
 
-def make_student(cfg: StudentConfig | CausalConfig) -> StreamingModel:
-    """The student a config describes."""
-    return Student(cfg) if isinstance(cfg, StudentConfig) else CausalStudent(cfg)
+def make_student(cfg: StudentConfig | CausalConfig, derivative: str = "vjp") -> StreamingModel:
+    """Makes the student that a config describes; ``derivative``: as for ``Teacher``."""
+    return (Student if isinstance(cfg, StudentConfig) else CausalStudent)(cfg, derivative)

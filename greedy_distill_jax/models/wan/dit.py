@@ -133,15 +133,20 @@ class Dit(nn.Module):
 
 
 class Teacher:
-    """The bidirectional Wan2.1 teacher: every frame sees every frame."""
+    """The bidirectional Wan2.1 teacher: every frame sees every frame.
 
-    def __init__(self, cfg: WanConfig):
-        self.cfg = cfg
+    Attributes:
+      cfg: its sizes.
+      derivative: "vjp", or "jvp" for tangents by ``jax.jvp``, which the attention's own gradient does not let through.
+    """
+
+    def __init__(self, cfg: WanConfig, derivative: str = "vjp"):
+        self.cfg, self.derivative = cfg, derivative
 
     def _call(self, x_BTHWC):
         grid = grid_of(x_BTHWC, self.cfg)
         frames, tokens = x_BTHWC.shape[1], grid[0] * grid[1]
-        module = Dit(self.cfg, self.cfg.num_layers, Layout.full(frames, tokens))
+        module = Dit(self.cfg, self.cfg.num_layers, Layout.full(frames, tokens, derivative=self.derivative))
         return module, rope_table(np.arange(frames), grid, self.cfg.head_dim)
 
     def init(self, key, latent_shape: tuple[int, int, int, int]):

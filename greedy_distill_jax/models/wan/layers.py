@@ -39,6 +39,7 @@ class Layout:
       frozen: keys and values of so many own chunks, from the first, pass no gradient.
       own_position: time position of every own chunk, in chunks; () where it is known only at run time.
       key_position: the same of every picked chunk.
+      derivative: "vjp", or "jvp" for a network that has to pass ``jax.jvp``; see ``chunk_attention``.
     """
 
     pattern: Pattern
@@ -48,6 +49,7 @@ class Layout:
     frozen: int = 0
     own_position: tuple[int, ...] = ()
     key_position: tuple[int, ...] = ()
+    derivative: str = "vjp"
 
     @classmethod
     def full(cls, own: int, tokens: int, candidates: int | None = None, **options: Any) -> "Layout":
@@ -246,14 +248,15 @@ class Block(nn.Module):
             k, v = (rearrange(x, "b c l n k -> b (c l) n k") for x in (k, v))
         if layout.rotate_at_use:
             k = apply_rope(k, shared.rope_k)
-        return self.self_attn.out(attention(q, k, v, layout.pattern, visible_QS=shared.visible)), own
+        out = attention(q, k, v, layout.pattern, visible_QS=shared.visible, derivative=layout.derivative)
+        return self.self_attn.out(out), own
 
     def _over_z(self, q, z: KeyValue):
         """Every own chunk attends to the z chunk that conditions it."""
         layout = self.layout
         chunks = z.k.shape[1] // layout.tokens
         pattern = Pattern.from_table([(c,) for c in layout.z_of], q_chunk=layout.tokens, num_k_chunks=chunks)
-        return attention(q, z.k, z.v, pattern)
+        return attention(q, z.k, z.v, pattern, derivative=layout.derivative)
 
     def _cross_attention(self, h, shared: Shared, text: KeyValue | None, z: KeyValue | None):
         q = self.cross_attn.query(h)
@@ -261,7 +264,7 @@ class Block(nn.Module):
             return self.cross_attn.out(self._over_z(q, z))
         tokens = self.layout.tokens
         rows = Pattern.full(q.shape[1] // tokens, tokens, num_k_chunks=1, k_chunk=text.k.shape[1])
-        out = attention(q, text.k, text.v, rows, text=True)
+        out = attention(q, text.k, text.v, rows, text=True, derivative=self.layout.derivative)
         if self.fusion == "xattn2":
             second = self._over_z(apply_rope(q, shared.rope_zq), z)
             out = out + (self.z_gate[None, None, :, None] * second.astype(jnp.float32)).astype(out.dtype)
