@@ -92,9 +92,9 @@ class ShardedSource:
         return set(self.info.get("captions", {}).values())
 
     @property
-    def levels(self) -> tuple[float, ...]:
-        """The noise levels of stored states, decreasing from 1; () where the records hold none."""
-        return tuple(self.info.get("sigmas", ()))
+    def levels(self) -> tuple[float, ...] | None:
+        """The noise levels of stored states, decreasing from 1; None where the records hold none."""
+        return tuple(self.info["sigmas"]) if "sigmas" in self.info else None
 
 
 class Shards:

@@ -123,6 +123,7 @@ def test_damage_names_the_file(tmp_path):
         ShardedSource(folder, KIND, "odd")
     source = ShardedSource(folder, KIND, "even")
     assert repr(source) == f"ShardedSource('{folder}', 'numbers', 'even')" and len(source) == 4
+    assert source.levels is None and source.captions == set()
     for index in (-1, 4):
         with pytest.raises(IndexError):
             source[index]
