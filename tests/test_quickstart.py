@@ -119,7 +119,9 @@ def test_another_job_in_the_same_folder_is_refused(finished, options):
 
 def _execute(path, env):
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}})
+    client = NotebookClient(
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    )
     client.execute(env=env)
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 

@@ -22,7 +22,17 @@ from greedy_distill_jax.train import Diverged, train
 from greedy_distill_jax.types import UserError
 
 CONFIG = """
+import pathlib, time
+from greedy_distill_jax.logging import MetricWriter
 from greedy_distill_jax.testing.tiny import train_config
+write = MetricWriter.scalars
+def scalars(self, step, *args):
+    write(self, step, *args)
+    if step == {hold}:
+        pathlib.Path({held!r}).touch()
+        while pathlib.Path({held!r}).exists():
+            time.sleep(0.01)
+MetricWriter.scalars = scalars
 def get_config(stage="teacher"):
     return train_config(stage, steps=40, checkpoint__every=5)
 """
@@ -41,26 +51,23 @@ def _assert_identical(a, b):
 
 
 class _Process:
-    """A training command in a child process, followed through its scalars.jsonl."""
+    """A training command in a child process, which waits at step ``hold`` for a signal."""
 
-    def __init__(self, tmp_path, workdir, env):
-        config = tmp_path / "config.py"
-        config.write_text(CONFIG)
-        self.workdir = workdir
+    def __init__(self, tmp_path, workdir, env, hold=None):
+        config, self.held = tmp_path / "config.py", tmp_path / "held"
+        config.write_text(CONFIG.format(hold=hold, held=str(self.held)))
         arguments = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={config}", f"--workdir={workdir}"]
         self.process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
 
-    def wait_for_step(self, step):
-        limit = time.time() + 120
-        while time.time() < limit and self.process.poll() is None:
-            lines = read_scalars(self.workdir) if (self.workdir / "scalars.jsonl").exists() else []
-            if lines and lines[-1]["step"] >= step:
-                return
+    def signal(self, number):
+        while not self.held.exists():
+            assert self.process.poll() is None, f"it did not come so far: {self.process.communicate()[1]}"
             time.sleep(0.01)
-        raise AssertionError(f"step {step} was not reached: {self.process.communicate()[1]}")
+        self.process.send_signal(number)
+        self.held.unlink()
 
     def finish(self):
-        error = self.process.communicate(timeout=180)[1]
+        error = self.process.communicate()[1]
         return self.process.returncode, error
 
 
@@ -75,9 +82,8 @@ def undisturbed(tmp_path_factory, subprocess_env):
 @pytest.mark.parametrize("number, step", [(signal.SIGKILL, 7), (signal.SIGKILL, 15), (signal.SIGTERM, 12)])
 def test_an_interrupted_run_ends_bit_identical(undisturbed, tmp_path, subprocess_env, number, step):
     workdir = tmp_path / "run"
-    run = _Process(tmp_path, workdir, subprocess_env)
-    run.wait_for_step(step)
-    run.process.send_signal(number)
+    run = _Process(tmp_path, workdir, subprocess_env, hold=step)
+    run.signal(number)
     code, error = run.finish()
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
         kept = checkpointer.latest_step()
