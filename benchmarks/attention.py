@@ -4,14 +4,24 @@
 
 Prints one table and writes the same figures with device, versions and commit. On CPU: process CPU time in one pinned
 thread, float32, against torch's scaled_dot_product_attention on exact slices (if torch is installed) and masked dense
-attention; and how the time per chunk grows with the number of chunks.
+attention; and how the time per chunk grows with the number of chunks. These ratios are the machine's, too (torch's
+kernels know more instructions of some CPUs than XLA's): with them stand the CPU's name and the rate of a matmul in both
+libraries, and at the end the range over this run and the committed records (`--ranges` prints that alone).
 """
 
 import importlib.metadata
+import json
+import platform
+import re
 import subprocess
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from greedy_distill_jax import cli, profiling
+
+RECORDS = Path(__file__).parent / "results"
+MATMUL = 1024  # side of the square matmul whose rate is given
 
 
 def torch_slices():
@@ -46,6 +56,51 @@ def torch_slices():
         return lambda backward: both if backward else forward
 
     return peer
+
+
+def cpu_name() -> str:
+    """The CPU's model, family and number included: several share a marketing name."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    found = {name: re.search(rf"^{name}\s*:\s*(.+)$", text, re.M) for name in ("model name", "cpu family", "model")}
+    if not found["model name"]:
+        return platform.processor() or platform.machine()
+    numbers = "-".join(match[1] for name, match in found.items() if match and name != "model name")
+    return f"{found['model name'][1]} ({numbers})"
+
+
+def matmul_rates() -> dict[str, float]:
+    """GFLOP/s of a float32 matmul in one thread by library, the best of five; torch only if it is installed."""
+    rates = {"jax": profiling.ceilings("float32")["matmul_flops_per_s"] / 1e9}
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return rates
+    torch.set_num_threads(1)
+    a, b = torch.randn(2, MATMUL, MATMUL)
+    times = []
+    for _ in range(6):
+        start = time.process_time()
+        torch.matmul(a, b)
+        times.append(time.process_time() - start)
+    return {**rates, "torch": 2e-9 * MATMUL**3 / min(times[1:])}
+
+
+def committed() -> list[dict]:
+    """The records of CPUs in ``benchmarks/results``."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("*cpu-attention*.json"))]
+
+
+def print_ranges(records: Iterable[dict]) -> None:
+    """Every machine with its rates and ratios, then the least and the largest of every ratio."""
+    records = list(records)
+    for record in records:
+        rates = record.get("matmul_gflop_per_s", {})
+        cells = [f"{name} matmul {rate:.0f} GFLOP/s" for name, rate in rates.items()] or ["matmul rates not recorded"]
+        print(f"{record.get('cpu', 'CPU not recorded')}: {', '.join(cells)}")
+    for name in dict.fromkeys(name for record in records for name in record["ratios"]):
+        values = [record["ratios"][name] for record in records if name in record["ratios"]]
+        print(f"{name}: {min(values):.2f} to {max(values):.2f} in {len(values)} records")
 
 
 def versions() -> dict[str, str]:
@@ -89,21 +144,34 @@ def _cpu(bench, base, growth) -> dict:
     ratios["time per chunk, longest / shortest"] = per_chunk[growth[-1].name] / per_chunk[growth[0].name]
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
-    return {"milliseconds": rows, "milliseconds_per_chunk_forward_backward": per_chunk, "ratios": ratios}
+    return {
+        "cpu": cpu_name(),
+        "matmul_gflop_per_s": matmul_rates(),
+        "milliseconds": rows,
+        "milliseconds_per_chunk_forward_backward": per_chunk,
+        "ratios": ratios,
+    }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--ranges", action="store_true", help="only print the range over the committed records")
+    args = parser.parse_args(argv)
+    if args.ranges:
+        print_ranges(committed())
+        return
     profiling.one_thread()
     import jax
 
     from greedy_distill_jax.ops.sliding_window import arg_specs, bench
 
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    args = parser.parse_args()
     if jax.default_backend() == "cpu":
+        others = committed()  # before this run may become one of them
         result = _cpu(bench, arg_specs.CPU_PEERS, arg_specs.CPU_GROWTH)
+        print("\nthis run and the committed ones:")
+        print_ranges([result, *others])
     else:
         result = {"milliseconds": {}}
         for spec in arg_specs.SPECS.values():
