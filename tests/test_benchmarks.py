@@ -40,6 +40,9 @@ def test_attention(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(arg_specs, "CPU_PEERS", base)
     monkeypatch.setattr(arg_specs, "CPU_GROWTH", growth)
     monkeypatch.setattr(attention, "RECORDS", tmp_path)
+    monkeypatch.setattr(attention, "MATMUL", 64)
+    monkeypatch.setitem(profiling.MATMUL, "cpu", 64)
+    monkeypatch.setitem(profiling.COPY, "cpu", 2**12)
     attention.main([f"--output={output}"])
     result = json.loads(output.read_text())
     assert result.keys() >= {"device", "versions", "commit"} and result["cpu"]

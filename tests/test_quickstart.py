@@ -448,19 +448,21 @@ def _clips(tmp_path, *, captions="clip,caption\na.mp4,grey\n", good=True):
     return ["--clips", str(tmp_path / "clips"), "--captions", str(tmp_path / "captions.csv")]
 
 
-def _command(subprocess_env, *arguments):
-    command = [sys.executable, "-m", "greedy_distill_jax.quickstart", *map(str, arguments)]
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+def _refused(capsys, *arguments):
+    assert exit_code(quickstart.main, *arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (line,) = (line for line in error.splitlines() if line.startswith("error:"))
+    return line
 
 
 @pytest.mark.subprocesses
 def test_a_workdir_that_cannot_be_written(subprocess_env):
-    assert "--workdir /proc/x cannot be written" in _command(subprocess_env, "--workdir", "/proc/x")
+    command = [sys.executable, "-m", "greedy_distill_jax.quickstart", "--workdir", "/proc/x"]
+    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert "--workdir /proc/x cannot be written" in line
 
 
 @pytest.mark.parametrize("given", [slice(0, 2), slice(2, 4)], ids=["clips", "captions"])
@@ -486,15 +488,13 @@ def test_clips_that_cannot_be_used_leave_nothing(tmp_path, options, message):
     assert not list((tmp_path / "run").iterdir()), "the next attempt, perhaps with another folder, starts from nothing"
 
 
-@pytest.mark.subprocesses
-def test_a_clip_folder_where_nothing_decodes_is_one_line(subprocess_env, tmp_path):
-    error = _command(subprocess_env, "--workdir", tmp_path / "run", *_clips(tmp_path, good=False))
+def test_a_clip_folder_where_nothing_decodes_is_one_line(capsys, tmp_path):
+    error = _refused(capsys, "--workdir", tmp_path / "run", *_clips(tmp_path, good=False))
     assert "none of the 1 clips gives a window" in error
     assert not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.subprocesses
-def test_a_caption_file_without_the_column_is_one_line(subprocess_env, tmp_path):
+def test_a_caption_file_without_the_column_is_one_line(capsys, tmp_path):
     arguments = _clips(tmp_path, captions="clip,text\na.mp4,grey\n")
-    assert "no column 'caption'" in _command(subprocess_env, "--workdir", tmp_path / "run", *arguments)
+    assert "no column 'caption'" in _refused(capsys, "--workdir", tmp_path / "run", *arguments)
     assert not list((tmp_path / "run").iterdir())

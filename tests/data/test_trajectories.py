@@ -11,8 +11,6 @@ from greedy_distill_jax.data.text import HashWordEncoder
 from greedy_distill_jax.data.trajectories import Trajectories, write_trajectories
 from greedy_distill_jax.diffusion import schedules, solvers
 from greedy_distill_jax.run import Run
-from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.train import train
 from greedy_distill_jax.types import UserError
 
 SIGMAS = schedules.uniform_steps(3, 5.0)
@@ -103,11 +101,9 @@ def test_what_is_not_finite_is_refused(tmp_path):
         write(tmp_path / "out", sigmas=(0.9, 0.5))
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ode_teacher") / "run"
-    train(tiny.train_config(steps=1), path, show_progress=False)
-    return path
+@pytest.fixture
+def teacher(tiny_teacher):
+    return tiny_teacher
 
 
 @pytest.fixture(scope="module")
