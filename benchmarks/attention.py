@@ -4,15 +4,21 @@
 
 Prints one table and writes the same figures with device, versions and commit. On CPU: process CPU time in one pinned
 thread, float32, against torch's scaled_dot_product_attention on exact slices (if torch is installed) and masked dense
-attention; and how the time per chunk grows with the number of chunks.
+attention; and how the time per chunk grows with the number of chunks. These ratios are the machine's, too (torch's
+kernels know more instructions of some CPUs than XLA's): with them stand the CPU's name and the rate of a matmul in both
+libraries, and at the end the range over this run and the committed records (`--ranges` prints that alone).
 """
 
-import importlib.metadata
-import subprocess
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
+from torch_rate import matmul_rates
+
 from greedy_distill_jax import cli
-from greedy_distill_jax.measure import clock, record
+from greedy_distill_jax.measure import clock, environment, record
+
+RECORDS = Path(__file__).parent / "results"
 
 
 def torch_slices():
@@ -49,24 +55,22 @@ def torch_slices():
     return peer
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what is compared."""
-    found = {}
-    for name in ("jax", "jaxlib", "torch", "libtpu", "tokamax"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def committed() -> list[dict]:
+    """The records of CPUs in ``benchmarks/results``."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("*cpu-attention*.json"))]
 
 
-def commit() -> str:
-    """The commit that is checked out, "+" for uncommitted changes; "" outside a repository."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    )  # fmt: skip
-    return done.stdout.strip()
+def print_ranges(records: Iterable[dict]) -> None:
+    """Every machine with its rates and ratios, then the least and the largest of every ratio."""
+    records = list(records)
+    for one in records:
+        rates = one.get("matmul_flops_per_s", {})
+        cells = [f"{name} matmul {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()]
+        cells = cells or ["matmul rates not recorded"]
+        print(f"{one.get('cpu', 'CPU not recorded')}: {', '.join(cells)}")
+    for name in dict.fromkeys(name for one in records for name in one["ratios"]):
+        values = [one["ratios"][name] for one in records if name in one["ratios"]]
+        print(f"{name}: {min(values):.2f} to {max(values):.2f} in {len(values)} records")
 
 
 def _print(spec, row) -> None:
@@ -90,29 +94,40 @@ def _cpu(bench, base, growth) -> dict:
     ratios["time per chunk, longest / shortest"] = per_chunk[growth[-1].name] / per_chunk[growth[0].name]
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
-    return {"milliseconds": rows, "milliseconds_per_chunk_forward_backward": per_chunk, "ratios": ratios}
+    return {
+        "matmul_flops_per_s": matmul_rates("float32"),
+        "milliseconds": rows,
+        "milliseconds_per_chunk_forward_backward": per_chunk,
+        "ratios": ratios,
+    }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--ranges", action="store_true", help="only print the range over the committed records")
+    args = parser.parse_args(argv)
+    if args.ranges:
+        print_ranges(committed())
+        return
     clock.one_thread()
     import jax
 
     from greedy_distill_jax.ops.attention import bench
     from greedy_distill_jax.pods import kernels
 
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    args = parser.parse_args()
     if jax.default_backend() == "cpu":
+        others = committed()  # before this run may become one of them
         result = _cpu(bench, kernels.CPU_PEERS, kernels.CPU_GROWTH)
+        print("\nthis run and the committed ones:")
+        print_ranges([{**environment.environment(), **result}, *others])
     else:
         result = {"milliseconds": {}}
         for spec in kernels.SPECS.values():
             result["milliseconds"][spec.name] = bench.measure(spec, bench.default_peers())
             _print(spec, result["milliseconds"][spec.name])
-    result |= {"device": jax.devices()[0].device_kind, "versions": versions(), "commit": commit()}
-    record.write_json(args.output, result)
+    record.write_json(args.output, {**environment.environment(), **result})
 
 
 if __name__ == "__main__":

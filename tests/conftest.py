@@ -1,11 +1,14 @@
 """Every test runs on 8 virtual CPU devices, with strict dtypes and ranks and with shapes checked at run time."""
 
+import ctypes
+import fcntl
 import gc
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import shutil
 import signal
 
 # Before jax is imported: distributed tests need 8 devices, everything else uses the first.
@@ -68,13 +71,53 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+LIMIT = 3 * 2**30  # bytes in memory from where on programs are forgotten
+_kept = [0]  # what a process held after it last forgot
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """A process keeps every program it compiled; a worker that ran half of the suite held 9 GB of them."""
+    """A process keeps every program it compiled; a worker that ran half of the suite held 9 GB of them.
+
+    Forgetting costs: every later module compiles again what they share. It waits for another GB, and the memory is
+    given back to the system, without which a process that was large once would forget after every module.
+    """
     yield
-    if _resident() > 3 * 2**30:
+    if _resident() > max(LIMIT, _kept[0] + 2**30):
         jax.clear_caches()
         gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+            libc.malloc_trim(0)
+        _kept[0] = _resident()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """``(name, make)`` -> a folder that ``make(folder)`` filled in whichever process of the session came first."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"
+    root.mkdir(exist_ok=True)
+
+    def get(name, make):
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(made_once):
+    """The run of a tiny teacher, six updates of ``tiny.train_config()``, for the whole session: only to be read."""
+    from greedy_distill_jax.testing import tiny
+    from greedy_distill_jax.train import train
+
+    return made_once("tiny_teacher", lambda folder: train(tiny.train_config(), folder, show_progress=False))
 
 
 @pytest.fixture

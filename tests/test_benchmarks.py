@@ -3,11 +3,16 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
+import re
 
 import pytest
 from conftest import ROOT, exit_code
 
-from greedy_distill_jax.measure import clock
+from greedy_distill_jax.measure import clock, environment
+from greedy_distill_jax.ops.attention.arg_specs import Spec
+from greedy_distill_jax.ops.attention.pattern import Pattern
+from greedy_distill_jax.pods import kernels
 
 
 @pytest.fixture
@@ -26,6 +31,43 @@ def benchmark(monkeypatch):
 
 
 ENVIRONMENT = {"device", "cpu", "clock", "versions", "commit"}
+
+
+def test_attention(benchmark, tmp_path, capsys, monkeypatch):
+    attention, output = benchmark("attention"), tmp_path / "attention.json"
+    base, *growth = (
+        Spec(f"{chunks} chunks", Pattern.sliding_window(chunks, 4, 2), heads=1, dim=8, dtype="float32")
+        for chunks in (3, 4, 8)
+    )
+    monkeypatch.setattr(kernels, "CPU_PEERS", base)
+    monkeypatch.setattr(kernels, "CPU_GROWTH", growth)
+    monkeypatch.setattr(attention, "RECORDS", tmp_path)
+    monkeypatch.setitem(environment.MATMUL, "cpu", 64)
+    monkeypatch.setitem(environment.COPY, "cpu", 2**12)
+    attention.main([f"--output={output}"])
+    result = json.loads(output.read_text())
+    assert result.keys() >= {"device", "versions", "commit"} and result["cpu"]
+    row = result["milliseconds"]["3 chunks"]
+    assert row.keys() == {"ours", "torch SDPA on slices", "masked dense"} and row["ours"]["forward_backward"] > 0
+    peers, libraries = {"torch SDPA on slices", "masked dense"}, {"jax", "torch"}
+    if importlib.util.find_spec("torch") is None:
+        assert "ModuleNotFoundError" in row["torch SDPA on slices"]["error"]
+        peers, libraries = {"masked dense"}, {"jax"}
+    assert result["matmul_flops_per_s"].keys() == libraries and min(result["matmul_flops_per_s"].values()) > 0
+    expected = {f"{peer} / ours, {label}" for peer in peers for label in ("forward", "forward_backward")}
+    assert result["ratios"].keys() == expected | {"time per chunk, longest / shortest"}
+    assert capsys.readouterr().out.splitlines()[-1].endswith("in 1 records")
+
+
+def test_attention_over_machines(benchmark, capsys):
+    """The range in the documents is that of the committed records."""
+    attention = benchmark("attention")
+    attention.main(["--ranges"])
+    said = dict(re.findall(r"^(.*): (\S+ to \S+) in \d+ records$", capsys.readouterr().out, re.M))
+    page = pathlib.Path(ROOT, "docs", "attention.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| CPU, one thread, float32, 32 chunks"))
+    for name in ("torch SDPA on slices / ours, forward", "torch SDPA on slices / ours, forward_backward"):
+        assert said[name] in row.replace("x", ""), name
 
 
 def test_stream(benchmark, tmp_path, capsys):

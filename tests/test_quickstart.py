@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -115,7 +114,9 @@ def test_another_job_in_the_same_folder_is_refused(finished, options):
 
 def _execute(path, env):
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}})
+    client = NotebookClient(
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    )
     client.execute(env=env)
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
@@ -407,14 +408,12 @@ def _clips(tmp_path, *, captions="clip,caption\na.mp4,grey\n", good=True):
     return ["--clips", str(tmp_path / "clips"), "--captions", str(tmp_path / "captions.csv")]
 
 
-def _command(subprocess_env, *arguments):
-    command = [sys.executable, "-m", "greedy_distill_jax.quickstart", *map(str, arguments)]
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+def _refused(capsys, *arguments):
+    assert exit_code(quickstart.main, *arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (line,) = (line for line in error.splitlines() if line.startswith("error:"))
+    return line
 
 
 @pytest.mark.subprocesses

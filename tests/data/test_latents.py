@@ -4,7 +4,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -130,21 +129,27 @@ def test_kill_9_leaves_no_gap_and_no_repeat(prepared, folder, tmp_path, subproce
     output = tmp_path / "out"
     options = ["--clips", folder / "in", "--captions", folder / "captions.csv", "--output", output, *OPTIONS]
     options += ["--codec", folder / "codec.npz", "--group", "1"]
-    slow = (
-        "import sys, time\nfrom greedy_distill_jax import cli, prepare\n"
+    # It stops for good where a part is written and the next one half, and says so; there it is killed.
+    stops = (
+        "import pathlib, signal, sys\nfrom greedy_distill_jax import cli, prepare\n"
         "from greedy_distill_jax.data.sources import windows\n"
-        "real = windows.encode_record\n"
-        "windows.encode_record = lambda *a, **k: (time.sleep(0.2), real(*a, **k))[1]\n"
+        f"output, real = pathlib.Path({str(output)!r}), windows.encode_record\n"
+        "def encode_record(*a, **k):\n"
+        "    if (output / 'parts' / '00000.json').exists() and list(output.glob('.*.partial')):\n"
+        "        print('half', flush=True)\n"
+        "        signal.pause()\n"
+        "    return real(*a, **k)\n"
+        "windows.encode_record = encode_record\n"
         "cli.run(prepare.main, sys.argv[1:])"
     )
-    job = subprocess.Popen([sys.executable, "-c", slow, "latents", *map(str, options)], env=subprocess_env)
+    command = [sys.executable, "-c", stops, "latents", *map(str, options)]
+    job = subprocess.Popen(command, env=subprocess_env, stdout=subprocess.PIPE, text=True)
     try:
-        while not (output / "parts" / "00000.json").exists() or not list(output.glob(".*.partial")):
-            assert job.poll() is None, "it ended before it could be killed"
-            time.sleep(0.02)
+        assert "half\n" in job.stdout, "it ended before it could be killed"
     finally:
         job.kill()
         job.wait()
+        job.stdout.close()
     assert list(output.glob(".*.partial")), "nothing was half-written; the test killed at the wrong moment"
     assert run(folder, output, "--group", "1") == 0
     assert not list(output.glob(".*.partial"))

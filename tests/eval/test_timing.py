@@ -1,37 +1,76 @@
-"""Cost per frame: flat for ETM + SDD, growing for the full-causal cache and the bidirectional teacher."""
+"""Cost per frame: flat for ETM + SDD, growing for the full-causal cache and the bidirectional teacher.
+
+Counted in FLOPs of the programs that are timed, which are the same on every machine.
+"""
+
+import itertools
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.eval.time_per_frame import causal_frame, time_per_frame
-from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.measure import clock
+from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.streaming.etm_sdd import Streamer
+from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.matmuls import count_matmuls
 
-LATENT = (8, 8, 4)  # 16 tokens a frame
+LATENT, TOKENS = (8, 8, 4), 16
+STUDENTS = {"etm_sdd": tiny.STUDENT, "causal": tiny.causal_config()}
 
 
-def test_time_per_frame_is_flat_for_the_student_and_grows_for_the_others():
-    teacher, student = Teacher(tiny.BASE), Student(tiny.STUDENT)
-    teacher_params, params = (tiny.random_params(model) for model in (teacher, student))
-    streamer = Streamer(student, StepPlan((noise_levels.uniform_steps(2, 5.0),)))
+def _streamer(kind):
+    return make_streamer(make_student(STUDENTS[kind]), StepPlan((noise_levels.uniform_steps(2, 5.0),)))
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_one_program_makes_every_frame_of_a_student(kind):
+    streamer = _streamer(kind)
+    params, text = tiny.random_params(streamer.student), tiny.text_rows(1, jax.random.key(0))
+    first = jax.eval_shape(lambda p, t, key: streamer.init(p, t, key, LATENT), params, text, jax.random.key(0))
+    after, _ = jax.eval_shape(streamer.step, params, first)
+    described = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (first, after)]
+    assert described[0] == described[1], "the state grew, and with it the work of the next frame"
+
+
+def test_work_per_frame_grows_for_the_others():
+    teacher, text = Teacher(tiny.BASE), tiny.text_rows(1, jax.random.key(0))
+    params, sigmas = tiny.random_params(teacher), (1.0, 0.8)
+    lengths = (32, 64, 128, 256)
+    frame = jnp.zeros((1, 1, *LATENT))
+    causal = [count_matmuls(causal_frame(teacher, params, n, sigmas, LATENT, text), frame) for n in lengths]
+    whole = [
+        count_matmuls(teacher, params, jax.ShapeDtypeStruct((1, n, *LATENT), jnp.float32), jnp.ones((1, 1)), text) / n
+        for n in lengths
+    ]
+    # What one more frame adds to a pass: logits and values of all its tokens against those of the new frame, per layer.
+    pairs = tiny.BASE.num_layers * 4 * TOKENS**2 * tiny.BASE.dim
+    for work, passes in ((causal, len(sigmas) + 1), (whole, 1)):
+        assert np.diff(work) / np.diff(lengths) == pytest.approx(passes * pairs, rel=1e-3)
+        assert work[-1] > 1.2 * work[0]
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_every_row_is_the_time_of_one_frame(kind, monkeypatch):
+    """A clock that only goes on when it is read: every measurement takes one second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: next(ticks), perf_counter=None))
+    teacher, streamer = Teacher(tiny.BASE), _streamer(kind)
+    teacher_params, params = (tiny.random_params(model) for model in (teacher, streamer.student))
     text = tiny.text_rows(1, jax.random.key(0))
-
-    def growth():
-        early, late = time_per_frame(
-            teacher, teacher_params, (1.0, 0.8), streamer, params, text, LATENT, frames=(32, 256), repeats=3
-        )
-        assert (early["frames"], late["frames"]) == (32, 256)
-        return {name: late[name] / early[name] for name in ("etm_sdd", "full_causal", "teacher")}
-
-    runs = [growth()]
-    while runs[-1]["etm_sdd"] > 1.1 and len(runs) < 3:  # a neighbour on the machine may disturb one measurement
-        runs.append(growth())
-    assert runs[-1]["etm_sdd"] <= 1.1, runs
-    assert runs[-1]["full_causal"] > 1.2 and runs[-1]["teacher"] > 1.2, runs
+    rows = time_per_frame(teacher, teacher_params, (1.0, 0.8), streamer, params, text, LATENT, frames=(2, 4), repeats=1)
+    calls = 3  # of the full-causal model between two looks at the clock
+    assert rows == [
+        {"frames": n, kind: pytest.approx(1e3), "full_causal": pytest.approx(1e3 / calls),
+         "teacher": pytest.approx(1e3 / n)}
+        for n in (2, 4)
+    ]  # fmt: skip
 
 
 def test_the_causal_peer_makes_a_frame_and_its_keys():

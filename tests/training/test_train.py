@@ -1,7 +1,6 @@
 """The training loop: resume, interruption, divergence, losses of one's own, bad input."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import exit_code
 
 from greedy_distill_jax import losses, train as training
 from greedy_distill_jax.config import read_settings
@@ -24,7 +24,17 @@ from greedy_distill_jax.training import loop
 from greedy_distill_jax.training.metrics import read_scalars
 
 CONFIG = """
+import pathlib, time
+from greedy_distill_jax.logging import MetricWriter
 from greedy_distill_jax.testing.tiny import train_config
+write = MetricWriter.scalars
+def scalars(self, step, *args):
+    write(self, step, *args)
+    if step == {hold}:
+        pathlib.Path({held!r}).touch()
+        while pathlib.Path({held!r}).exists():
+            time.sleep(0.01)
+MetricWriter.scalars = scalars
 def get_config(stage="teacher"):
     return train_config(stage, steps=40, checkpoint__every=5)
 """
@@ -43,26 +53,23 @@ def _assert_identical(a, b):
 
 
 class _Process:
-    """A training command in a child process, followed through its scalars.jsonl."""
+    """A training command in a child process, which waits at step ``hold`` for a signal."""
 
-    def __init__(self, tmp_path, workdir, env):
-        config = tmp_path / "config.py"
-        config.write_text(CONFIG)
-        self.workdir = workdir
+    def __init__(self, tmp_path, workdir, env, hold=None):
+        config, self.held = tmp_path / "config.py", tmp_path / "held"
+        config.write_text(CONFIG.format(hold=hold, held=str(self.held)))
         arguments = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={config}", f"--workdir={workdir}"]
         self.process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
 
-    def wait_for_step(self, step):
-        limit = time.time() + 120
-        while time.time() < limit and self.process.poll() is None:
-            lines = read_scalars(self.workdir) if (self.workdir / "scalars.jsonl").exists() else []
-            if lines and lines[-1]["step"] >= step:
-                return
+    def signal(self, number):
+        while not self.held.exists():
+            assert self.process.poll() is None, f"it did not come so far: {self.process.communicate()[1]}"
             time.sleep(0.01)
-        raise AssertionError(f"step {step} was not reached: {self.process.communicate()[1]}")
+        self.process.send_signal(number)
+        self.held.unlink()
 
     def finish(self):
-        error = self.process.communicate(timeout=180)[1]
+        error = self.process.communicate()[1]
         return self.process.returncode, error
 
 
@@ -77,9 +84,8 @@ def undisturbed(tmp_path_factory, subprocess_env):
 @pytest.mark.parametrize("number, step", [(signal.SIGKILL, 7), (signal.SIGKILL, 15), (signal.SIGTERM, 12)])
 def test_an_interrupted_run_ends_bit_identical(undisturbed, tmp_path, subprocess_env, number, step):
     workdir = tmp_path / "run"
-    run = _Process(tmp_path, workdir, subprocess_env)
-    run.wait_for_step(step)
-    run.process.send_signal(number)
+    run = _Process(tmp_path, workdir, subprocess_env, hold=step)
+    run.signal(number)
     code, error = run.finish()
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
         kept = checkpointer.latest_step()
@@ -240,15 +246,14 @@ def test_unknown_keys_are_errors_wherever_they_are_set(tmp_path):
         (["--config=configs/base.py", "--workdir={}", "--config.data.bach=3"], "data.bach"),
         (["--config=configs/nothing.py", "--workdir={}"], "nothing.py"),
         (["--config=configs/quickstart.py:pupil", "--workdir={}"], "pupil"),
-        (["--config=configs/base.py", "--workdir=/proc/run"], "/proc/run"),
+        (["--config=configs/base.py", "--workdir=/proc/run", "--config.compile_cache="], "/proc/run"),
     ],
 )
-def test_commands_answer_bad_input_with_one_line_and_code_2(tmp_path, subprocess_env, arguments, message):
-    arguments = [a.format(tmp_path / "run") for a in arguments]
-    command = [sys.executable, "-m", "greedy_distill_jax.train", *arguments]
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, cwd=os.getcwd())
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+def test_commands_answer_bad_input_with_one_line_and_code_2(tmp_path, capsys, arguments, message):
+    assert exit_code(training.main, *(a.format(tmp_path / "run") for a in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("error:")]) == 1
     assert not (tmp_path / "run").exists()
 
 

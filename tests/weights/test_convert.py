@@ -19,16 +19,14 @@ from greedy_distill_jax.weights.verify import compare
 run = functools.partial(exit_code, convert.main)
 
 
-def test_a_job_with_converted_weights(tmp_path, capsys):
-    options = dict(steps=1, data__batch=8, checkpoint__every=1)
-    train(tiny.train_config(**options), tmp_path / "teacher", show_progress=False)
-    assert run("export", tmp_path / "teacher", tmp_path / "wan", "--format", "original", "--dtype", "bfloat16") == 0
+def test_a_job_with_converted_weights(tiny_teacher, tmp_path, capsys):
+    assert run("export", tiny_teacher, tmp_path / "wan", "--format", "original", "--dtype", "bfloat16") == 0
     assert "predicts x0" in capsys.readouterr().err
     assert run("import", tmp_path / "wan", tmp_path / "converted") == 0
     with pytest.raises(UserError, match="teacher_from"):
         Run.load(tmp_path / "converted")
 
-    config = tiny.train_config("teacher_forcing", teacher_from=str(tmp_path / "converted"), **options)
+    config = tiny.train_config("teacher_forcing", teacher_from=str(tmp_path / "converted"), steps=1)
     state = train(config, tmp_path / "student", show_progress=False)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.nets["student"].params)} == {np.dtype(np.float32)}
 
@@ -51,7 +49,7 @@ def test_a_job_with_converted_weights(tmp_path, capsys):
     assert not compare(open_source(tmp_path / "raw"), open_source(tmp_path / "student", part="params"))
     assert run("export", tmp_path / "student", tmp_path / "no", "--format", "original") == 2
     assert "torch-student" in capsys.readouterr().err
-    assert run("import", tmp_path / "teacher", tmp_path / "no") == 2
+    assert run("import", tiny_teacher, tmp_path / "no") == 2
     assert "in our format already" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "student" / "checkpoints")
     assert run("export", tmp_path / "student", tmp_path / "no", "--format", "torch-student") == 2
