@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from greedy_distill_jax.cli import progress as progress_lines
 from greedy_distill_jax.cli.progress import _Lines, progress
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.training import metrics
@@ -36,7 +37,7 @@ def test_tensorboard_reads_back_scalars_and_gifs(workdir):
 
 
 def test_scalars_jsonl(workdir, monkeypatch):
-    monkeypatch.setattr(logging.time, "time", lambda: 1234.5)
+    monkeypatch.setattr(metrics.time, "time", lambda: 1234.5)
     with MetricWriter(workdir / "new" / "folder") as writer:
         writer.scalars(7, {"loss": float("nan"), "a": 1})
     (line,) = read_scalars(workdir / "new" / "folder")
@@ -75,7 +76,7 @@ def test_an_unwritable_directory_is_a_user_error(workdir):
 
 
 def test_progress_without_a_terminal_is_lines(monkeypatch, capsys):
-    monkeypatch.setattr(logging.time, "monotonic", lambda: 0.0)  # less than what is between two lines
+    monkeypatch.setattr(progress_lines.time, "monotonic", lambda: 0.0)  # less than what is between two lines
     with progress(100, 40, "teacher") as bar:
         for _ in range(60):
             bar.update(1)
@@ -88,7 +89,7 @@ def test_progress_without_a_terminal_is_lines(monkeypatch, capsys):
 
 def test_progress_lines_have_an_eta(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(logging.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_lines.time, "monotonic", lambda: now[0])
     with _Lines(10, 0, "x", "step", every=0.0) as bar:
         now[0] += 20.0
         bar.update(5)
