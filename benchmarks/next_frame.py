@@ -28,7 +28,7 @@ def main() -> None:
     for name, members in groups.items():
         members = list(members)
         text = run.text([captions[i] for i in members])
-        result[name] = next_frame_psnr(run.model, run.params, run.codec, videos[members], text)
+        result[name] = next_frame_psnr(run.model, run.params, run.codec, videos[members], text, run.settings.plan)
         figures = "  ".join(f"{key} {value:.2f}" for key, value in result[name].items())
         print(f"{name} ({len(members)} windows), PSNR in dB: {figures}")
     record.write_json(args.output, result)

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from greedy_distill_jax import cli
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.measure import clock, environment, memory, record
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training import rollout as rollouts
 
@@ -69,7 +69,7 @@ def measure(frames: int, batch: int, latent: int, dim: int, remat: str, repeats:
     student = Student(StudentConfig(base=base, **layers, window=4, rope_frames=frames))
     shape = (frames, latent, latent, base.channels)
     params, text = tiny.random_params(student, latent_shape=shape), tiny.text_rows(batch, jax.random.key(0), base)
-    return gradients(Streamer(student, Sampling(((1.0, 0.5),), "renoise")), params, text, shape, repeats)
+    return gradients(Streamer(student, StepPlan(((1.0, 0.5),), "renoise")), params, text, shape, repeats)
 
 
 def main() -> None:

@@ -177,7 +177,7 @@ class Bench:
         few = self.config("stage2", task, 0).sample
         real, captions = held_out_videos(run, FRAMES, videos, test)
         reference, _ = held_out_videos(run, FRAMES, videos, test + 1)
-        video = sampled(run, captions, frames=FRAMES, seed=test, steps=few.steps, first_steps=few.first_steps)
+        video = sampled(run, captions, frames=FRAMES, seed=test, steps=few.steps)
         return numbers(video, real, reference, captions) | {"train_cpu_s": run.meta["train_cpu_s"]}
 
     def tried(self, task: str, name: str, row: Row, scale: float, stage2_scale: float = 1.0) -> dict:

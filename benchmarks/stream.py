@@ -37,13 +37,14 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.codecs.vae_codec import VAECodec
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import noise_levels
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.pods import flops
 from greedy_distill_jax.runs.run import Run
-from greedy_distill_jax.streaming.loop import Sampling, cache_bytes
+from greedy_distill_jax.streaming.loop import cache_bytes
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
@@ -65,10 +66,10 @@ TOLERANCE = 1e-4  # of streamed against parallel frames in float32, relative to 
 class Stream:
     """One student, context mode and schedule, compiled."""
 
-    def __init__(self, run: Run, context: str, sampling: Sampling, text):
+    def __init__(self, run: Run, context: str, plan: StepPlan, text):
         cfg = dataclasses.replace(run.model.cfg, context=context)
         self.params, self.text, self.shape = run.params, text, run.latent_shape[1:]
-        self.streamer, self.chunk = make_streamer(make_student(cfg), sampling), cfg.chunk
+        self.streamer, self.chunk = make_streamer(make_student(cfg), plan), cfg.chunk
         self.programs, state = programs(self.streamer), self.open()
         start = clock.now()
         self.step = self.programs.step.lower(self.params, state).compile()
@@ -139,8 +140,8 @@ def check(name: str, students: Sequence[str]) -> dict[str, float]:
         for student in students:
             run = size.run(student)
             text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-            sampling = Sampling((*SCHEDULES["diagonal"],), "renoise")
-            streamer, chunk = make_streamer(run.model, sampling), run.model.cfg.chunk
+            plan = StepPlan((*SCHEDULES["diagonal"],), "renoise")
+            streamer, chunk = make_streamer(run.model, plan), run.model.cfg.chunk
             frames, key = max(8, 5 * chunk), jax.random.key(2)  # longer than either window
             shape = (frames, *run.latent_shape[1:])
             drawn = jax.jit(lambda p, s=streamer, t=text, k=key, d=shape: roll_out(s, p, t, k, d, "last"))(run.params)
@@ -160,13 +161,13 @@ def check(name: str, students: Sequence[str]) -> dict[str, float]:
 
 
 def measure(
-    run: Run, sampling: Sampling, decoders: dict[str, Decoder], ceiling: float, frames: int, repeats: int
+    run: Run, plan: StepPlan, decoders: dict[str, Decoder], ceiling: float, frames: int, repeats: int
 ) -> dict:  # fmt: skip
     """Figures of one student and schedule, see the head of this file.
 
     Args:
       run: of a student.
-      sampling: its schedule.
+      plan: its schedule.
       decoders: by name.
       ceiling: FLOPs per second.
       frames: latent frames of the long stream.
@@ -176,7 +177,7 @@ def measure(
     names = [name for name in CONTEXTS if name != "fused" or run.settings.student.kind == "etm_sdd"]
     first, compile_s, needed, laps = {}, {}, {}, clock.Laps()
     for name in names:
-        stream = Stream(run, CONTEXTS[name], sampling, text)
+        stream = Stream(run, CONTEXTS[name], plan, text)
         compile_s[name], needed[name] = stream.compile_s, memory.program_bytes(stream.step)
         state = stream.at(EARLY)
         if name != "clean":
@@ -201,10 +202,10 @@ def measure(
     switch = jax.jit(kept.streamer.switch_prompt)
     stride, patch = next(iter(decoders.values())).codec.temporal_stride, run.model.cfg.base.patch
     tokens = run.latent_shape[1] * run.latent_shape[2] // patch**2
-    work = flops.stream_step(kept.streamer.cfg, tokens, len(sampling.sigmas[-1])).total / kept.chunk
+    work = flops.stream_step(kept.streamer.cfg, tokens, len(plan.sigmas[-1])).total / kept.chunk
     return {
         "chunk": kept.chunk,
-        "steps": [len(row) for row in sampling.sigmas],
+        "steps": [len(row) for row in plan.sigmas],
         "text_ms": clock.median_ms(kept.open, repeats),
         "switch_ms": clock.median_ms(lambda: switch(kept.params, state, text), repeats),
         "first_chunk_ms": first,
@@ -277,7 +278,7 @@ def main(argv: list[str]) -> None:
         run = size.run(student, args.weights)
         result["models"] = result.get("models", {}) | {student: dataclasses.asdict(run.model.cfg)}
         for name in args.steps:
-            row = measure(run, Sampling(SCHEDULES[name], "renoise"), decoders, ceiling, args.frames, args.repeats)
+            row = measure(run, StepPlan(SCHEDULES[name], "renoise"), decoders, ceiling, args.frames, args.repeats)
             result["rows"].append({"student": student, "schedule": name, **row})
             result["wall_s"] = time.perf_counter() - begin
             record.write_json(args.output, result)

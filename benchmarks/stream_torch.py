@@ -26,9 +26,9 @@ from torch_rate import matmul_rates
 from greedy_distill_jax import cli
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import noise_levels
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, record
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
@@ -39,11 +39,11 @@ CAUSAL, ETM_SDD = "ours, causal", "ours, ETM + SDD (another model)"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
-def _ours(size: Size, student: str, sampling: Sampling):
+def _ours(size: Size, student: str, plan: StepPlan):
     """(run, text rows, state and step of a stream); kernels are stored in the dtype that they are used in."""
     run = size.run(student, read_settings(size.config(student), imagine_runs=True).wan.dtype)
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    init, step, _ = programs(make_streamer(run.model, sampling))
+    init, step, _ = programs(make_streamer(run.model, plan))
     return run, text, init(run.params, text, jax.random.key(2), run.latent_shape[1:]), step
 
 
@@ -60,12 +60,12 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
     Raises:
       RuntimeError: the frames of a peer are not ours.
     """
-    sampling = Sampling((noise_levels.uniform_steps(steps, 5.0),), "renoise")
-    run, text, state, step = _ours(size, "causal", sampling)
-    etm_run, _, etm_state, etm_step = _ours(size, "etm_sdd", sampling)
+    plan = StepPlan((noise_levels.uniform_steps(steps, 5.0),), "renoise")
+    run, text, state, step = _ours(size, "causal", plan)
+    etm_run, _, etm_state, etm_step = _ours(size, "etm_sdd", plan)
     cfg = run.model.cfg
     options = dict(device=device, dtype=cfg.base.dtype)
-    inputs = run.params, cfg, np.asarray(text, np.float32), sampling.sigmas[0], run.latent_shape[1:3]
+    inputs = run.params, cfg, np.asarray(text, np.float32), plan.sigmas[0], run.latent_shape[1:3]
     others = {name: TorchCausal(*inputs, **options, compiled=name == COMPILED) for name in peers}
     etm_chunk = etm_run.model.cfg.chunk
     laps, worst = clock.Laps(), 0.0

@@ -26,6 +26,7 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.config import Settings, read_settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
+from greedy_distill_jax.pods.facts import facts
 from greedy_distill_jax.pods.jobs import STREAM, Job, Step, build_job
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
@@ -89,7 +90,7 @@ def measure(job: Job, step: Step, repeats: int, ceiling: float) -> dict:
         "program_bytes": memory.program_bytes(compiled),
         "peak": memory.peak_bytes(),
         "compile_s": compile_s,
-        "facts": job.facts(),
+        "facts": facts(job),
         "metrics": {name: float(value) for name, value in metrics.items()},
     }
 
@@ -98,7 +99,7 @@ def measure_gradient(size: Size, repeats: int) -> dict:
     """Both forms of a rollout's gradient, see ``rollout_gradient.gradients``."""
     run = size.run("dmd")
     base = run.model.cfg.base
-    streamer = make_streamer(run.model, run.settings.sampling)
+    streamer = make_streamer(run.model, run.settings.plan)
     text = tiny.text_rows(1, jax.random.key(3), base)
     out = gradients(streamer, run.params, text, run.latent_shape, repeats)
     if not out["relative_difference"] < TOLERANCE[base.dtype]:  # not a number is no pass either

@@ -33,6 +33,8 @@ def get_config(arg: str = "teacher"):
         raise ValueError(f"{arg!r} is not one of {', '.join(STAGES)}, each with ',fast' or ',smoke' or neither")
     config = base()
     config.data.batch = 16
+    if speed == "smoke":
+        config.sample.steps = 2
     config.losses.flow_matching.options.update(shift=8.0, weighting="x0")
     if stage == "teacher":
         config.stage = "teacher"
@@ -52,7 +54,6 @@ def get_config(arg: str = "teacher"):
     if speed == "smoke":
         config.data.batch = 4
         config.model.dim, config.model.ffn_dim, config.model.num_layers = 24, 48, 2
-        config.sample.steps = 2
         config.log.every = 2
         config.distill.critic_warmup = min(config.distill.critic_warmup, 1)
     return config
@@ -62,7 +63,8 @@ def _stage2(config):
     """Two evaluations per frame, four for the first; a separate critic, updated twice as often as the student."""
     config.stage = "dmd"
     del config.losses["flow_matching"]
-    config.losses.dmd = dict(loss="dmd", weight=1.0, options=dict(shift=8.0))
+    config.losses.dmd = dict(loss="dmd", weight=1.0, options={})
+    config.distill.shift = 8.0
     config.critic.losses.flow_matching.options.update(shift=8.0, low=0.02, high=0.98, weighting="x0")
     config.distill.generator_every = 2
     config.distill.critic_warmup = 20
@@ -74,5 +76,5 @@ def _stage2(config):
         optimizer.warmup = 5
     config.text_dropout = 0.0
     config.ema.decay, config.ema.start = 0.98, 20
-    config.sample.steps, config.sample.first_steps = 2, 4
+    config.sample.steps = (4, 2)
     config.sample.sampler, config.sample.guidance = "renoise", 1.0

@@ -15,6 +15,7 @@ import functools
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import jax
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.config import base, read_settings
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
@@ -88,8 +90,8 @@ def _meta(source: Source) -> dict[str, Any]:
         for name in config.student:
             if hasattr(cfg, name):
                 config.student[name] = getattr(cfg, name)
-        for name, value in source.meta.get("sampling", {}).get("made_from", {}).items():
-            config.sample[name] = value
+        if plan := source.meta.get("plan"):
+            config.sample.update(_sample_keys({"shift": config.sample.shift, **plan}))
     model = Student(cfg) if isinstance(cfg, StudentConfig) else Teacher(cfg)
     return dict(
         stage=config.stage, network="student" if isinstance(cfg, StudentConfig) else "teacher", data_position=0,
@@ -100,26 +102,32 @@ def _meta(source: Source) -> dict[str, Any]:
 
 
 def export_weights(source: Source, target: str | Path, form: str, **options: Any) -> None:
-    """`export.write.write`, with the sampling and the codec of the run a student comes from.
+    """`export.write.write`, with the step plan and the codec of the run a student comes from.
 
     Raises:
       UserError: as there.
     """
     extra = {}
     if form == "torch-student" and source.format == "ours":
-        extra = dict(student=_sampling(source), codec=saved_codec(source.path))
+        extra = dict(student=_plan(source), codec=saved_codec(source.path))
     write(source, target, form, **extra, **options)
 
 
-def _sampling(source: Source) -> dict[str, Any]:
+def _plan(source: Source) -> dict[str, Any]:
+    """What config.json of an exported student says besides the architecture: its step plan and its latents' shape."""
     stored = json.loads(source.meta["config"])
     config = base()
-    made_from = {k: stored["sample"][k] for k in ("steps", "first_steps", "shift", "sampler")}
     config.stage = "teacher_forcing"  # a student's samplers
-    config.sample.update(made_from)
-    chosen = read_settings(config).sampling
-    sampling = {"sampler": chosen.sampler, "sigmas": [list(row) for row in chosen.sigmas], "made_from": made_from}
-    return {"sampling": sampling, "latent_shape": list(source.meta["latent_shape"])}
+    config.sample.update(stored["sample"])
+    plan = dataclasses.asdict(read_settings(config).plan) | {"shift": config.sample.shift}
+    return {"plan": plan, "latent_shape": list(source.meta["latent_shape"])}
+
+
+def _sample_keys(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of ``config.sample`` that say the plan of an exported student; ``shift`` spaces other numbers of steps."""
+    shift, context = plan["shift"], plan["context_sigmas"]
+    steps = StepPlan.parse(plan["sigmas"], shift=shift, sampler=plan["sampler"], context_sigma=context)
+    return {"shift": shift, **steps.values(shift)}
 
 
 _PLACES = {"path": "SRC", "target": "DST", "form": "--format", "shard_bytes": "--shard-gb"}

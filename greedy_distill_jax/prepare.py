@@ -105,7 +105,7 @@ def _ode(args: argparse.Namespace) -> None:
     student = read_settings(read_config(args.student, "--student"), imagine_runs=True)
     if not student.is_student:
         raise UserError(f"--student {args.student} configures a teacher; name the configuration of a student")
-    sigmas = tuple(sorted({sigma for row in student.sampling.sigmas for sigma in row}, reverse=True))
+    sigmas = tuple(sorted({sigma for row in student.plan.sigmas for sigma in row}, reverse=True))
     with cli.places(**options.ODE):
         width, height = options.parse_size(args.size)
         info = follow_teacher(

@@ -18,10 +18,10 @@ from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 # What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
 
 FRAMES, WAN_FRAMES = 64, 81  # default of a student; what Wan2.1 was trained on
-OPTIONS = ("frames", "steps", "first_steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output")
+OPTIONS = ("frames", "steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output")
 PLACES = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
 PLACES |= {"switches": "--switch", "directory": "--checkpoint", "folder": "--model"}
-OF_A_STUDENT, OF_A_TEACHER = ("switch", "first_steps"), ("negative_prompt", "solver", "shift", "guidance")
+OF_A_STUDENT, OF_A_TEACHER = ("switch",), ("negative_prompt", "solver", "shift", "guidance")
 
 
 def parse_switch(value: str) -> tuple[int, str]:
@@ -30,6 +30,14 @@ def parse_switch(value: str) -> tuple[int, str]:
     if not colon or not frame.strip().isdecimal():
         raise UserError(f'{value!r} is not of the form FRAME:"PROMPT", such as 128:"a blue circle"', "switches")
     return int(frame), prompt
+
+
+def parse_steps(value: str) -> int | str:
+    """Reads one number; what else a step plan can be is left as it is, such as "4,2"."""
+    try:
+        return int(value)
+    except ValueError:
+        return value
 
 
 def _parser() -> cli.Parser:
@@ -42,7 +50,8 @@ def _parser() -> cli.Parser:
     parser.add_argument("--codec", metavar="PATH", help="decodes instead: codec.npz, model folder or weights of a VAE")
     frames = f"of the video (default: {FRAMES}, or the next number that fits; a teacher's training length, with --model"
     parser.add_argument("--frames", type=int, help=f"{frames} {WAN_FRAMES})")
-    parser.add_argument("--steps", type=int, help="evaluations per chunk or video (default: the run's, or 50)")
+    steps = "evaluations per video, or per chunk of a student: 4,2 is four for the first chunk, two for all others"
+    parser.add_argument("--steps", type=parse_steps, help=f"{steps} (default: the run's, or 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, help="default: the run's, with --model 16")
     parser.add_argument("--upscale", type=int, default=0, help="pixels per pixel; 0 makes small videos about 128 wide")
@@ -50,7 +59,6 @@ def _parser() -> cli.Parser:
     student = parser.add_argument_group("streaming students")
     more = dict(action="append", default=[], metavar='FRAME:"PROMPT"')
     student.add_argument("--switch", **more, help="new prompt from a frame on")
-    student.add_argument("--first-steps", type=int, help="of the first chunk")
     teacher = parser.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
     teacher.add_argument("--negative-prompt", metavar="TEXT", help="unconditional branch (Wan2.1's own)")
     teacher.add_argument("--solver", choices=("euler", "unipc"), help="(unipc)")
@@ -65,9 +73,9 @@ def _parser() -> cli.Parser:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what needs no run to be wrong."""
-    for name in ("frames", "steps", "first_steps", "height", "width"):
+    for name in ("frames", "steps", "height", "width"):
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise UserError(f"{value} is too small; it must be at least 1", name)
     if args.shift is not None and not args.shift > 0:
         raise UserError(f"{args.shift} is not positive; choose a number above 0", "shift")
@@ -109,10 +117,12 @@ def _videos(run, args: argparse.Namespace) -> Iterator:
     """The videos as they are made, uint8 [B, some frames, H, W, 3]; sets ``args.frames`` where it was not given."""
     if run.is_student:
         args.frames = args.frames or Timeline(run.codec.temporal_stride, run.model.cfg.chunk).fill(FRAMES)
-        session = run.session(args.prompt, seed=args.seed, steps=args.steps, first_steps=args.first_steps)
+        session = run.session(args.prompt, seed=args.seed, steps=args.steps)
         return session.play(args.frames, args.switches)
     trained = WAN_FRAMES if args.model else Timeline(run.codec.temporal_stride).video_frames(run.latent_shape[0])
     args.frames = args.frames or trained
+    if isinstance(args.steps, str):
+        raise UserError(f"{args.steps} is not one number; a teacher makes the whole video at once", "steps")
     sampler = run.teacher_sampler(steps=args.steps, **{name: getattr(args, name) for name in OF_A_TEACHER})
     if args.frames > trained:
         less = "longer videos are likely worse, and cost the square of their length (a student streams any length)"

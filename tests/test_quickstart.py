@@ -70,7 +70,7 @@ def test_it_leaves_a_report_with_every_number(finished):
     assert [row["name"] for row in metrics["rows"]] == names
     assert set(metrics["rows"][0]) > {"name", "steps", "direction", "valid_last", "fd_last", "train_cpu_s", "seeds"}
     data, teacher, many, few, stage2, control, own = metrics["rows"]
-    assert few["steps"] == stage2["steps"] == control["steps"] == own["steps"] == 2
+    assert few["steps"] == stage2["steps"] == control["steps"] == own["steps"] == "4,2"
     assert stage2["train_cpu_s"] > 0 and own["train_cpu_s"] > 0
     # The control spends what stage 2 spent, to the nearest update.
     steps = load_meta(finished / "stage1_control" / "checkpoints")["steps"]
@@ -266,7 +266,7 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
     [
         ("student", ["--frames", "0"], "--frames: 0 is too small; it must be at least 1"),
         ("student", ["--steps", "0"], "--steps: 0 is too small"),
-        ("student", ["--first-steps", "-1"], "--first-steps: -1 is too small"),
+        ("student", ["--steps", "4,x"], "--steps: the steps of a chunk are 'x'"),
         ("student", ["--switch", "halfway"], "--switch: 'halfway' is not of the form FRAME:"),
         ("student", ["--switch", "x:a red square moving up"], "is not of the form FRAME:"),
         ("student", ["--switch", "-2:a red square moving up"], "is not of the form FRAME:"),
@@ -277,7 +277,7 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
         ("student", ["--fps", "0"], "fps=0"),
         ("student", ["--upscale", "-2"], "upscale=-2"),
         ("teacher", ["--switch", "3:a red square moving up"], "needs a streaming student"),
-        ("teacher", ["--first-steps", "4"], "needs a streaming student"),
+        ("teacher", ["--steps", "4,2"], "--steps: 4,2 is not one number"),
         ("teacher", ["--height", "16"], "--height belongs to --model"),
         ("student", ["--solver", "unipc"], "--solver needs a teacher"),
         ("student", ["--negative-prompt", ""], "--negative-prompt needs a teacher"),

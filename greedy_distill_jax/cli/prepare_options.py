@@ -111,8 +111,7 @@ def add_ode(parser: argparse.ArgumentParser, **_: object) -> None:
         "--student",
         required=True,
         metavar="CONFIG",
-        help="configuration file of the student, such as configs/quickstart.py:student; its sampling says the noise "
-        "levels",
+        help="configuration file of the student, such as configs/quickstart.py:student; its steps say the noise levels",
     )
     _add_prompts(parser)
     _add_output(parser)

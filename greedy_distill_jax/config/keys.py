@@ -128,8 +128,12 @@ class Ema:
 class Sample:
     """How samples are drawn during training, and the default of `sample`."""
 
-    steps: int = 16  # network evaluations per video (teacher) or per chunk (student)
-    first_steps: int = 0  # evaluations of the student's first chunk; 0 = as the others
+    # Network evaluations per video (teacher) or per chunk (student). A student takes one entry per chunk, too, of which
+    # the last repeats: (4, 3, 2); an entry may list noise levels: ((1.0, 0.93, 0.36), (1.0, 0.36)).
+    steps: Any = 16
+    # Noise level at which the student's finished chunks are kept for later ones, 0 = clean. The first chunk stays
+    # clean, unless there is one level per chunk, of which the last repeats.
+    context_sigma: Any = 0.0
     shift: float = 8.0
     sampler: str = "euler"  # euler | unipc (teachers; Wan's default) | renoise (students)
     guidance: float = 2.0  # CFG scale of the teacher; 1 = off

@@ -1,7 +1,7 @@
 """A configuration, read: the frozen tree that everything below the commands sees.
 
 ``Settings`` has the keys' own dataclasses under the keys' names (``settings.data.frames`` is ``config.data.frames``),
-and beside them what follows from several keys: the networks' sizes, the student's sampling, the losses as functions.
+and beside them what follows from several keys: the networks' sizes, the student's step plan, the losses as functions.
 """
 
 import dataclasses
@@ -12,12 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from greedy_distill_jax.config import keys, stages, tree
-from greedy_distill_jax.diffusion import noise_levels
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, asked, check_options, option_names, resolve
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig, split_layers
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
-from greedy_distill_jax.streaming.loop import Sampling
 
 STUDENTS = ("etm_sdd", "causal")
 SHARED_BY_STUDENTS = ("kind", "chunk", "context", "context_noise")  # the other keys of config.student are of one kind
@@ -54,18 +53,21 @@ class Settings(keys.Keys):
         return _student(self.student, self.wan, self.data.frames)
 
     @functools.cached_property
-    def sampling(self) -> Sampling:
-        """How the student denoises a chunk."""
-        return self.sampled_with()
+    def plan(self) -> StepPlan:
+        """How the student denoises its chunks, and the level at which it keeps them."""
+        return self.plan_with()
 
-    def sampled_with(self, steps: int | None = None, first_steps: int | None = None) -> Sampling:
-        """``sampling`` with other numbers of steps."""
+    def plan_with(self, steps: Any = None) -> StepPlan:
+        """``plan`` with other steps, see ``StepPlan.parse``; an error about these has the field "steps"."""
         s = self.sample
-        steps = steps or s.steps
-        first = first_steps or s.first_steps or steps
-        with placed("config.sample"):
-            lists = [noise_levels.uniform_steps(n, s.shift) for n in ((first, steps) if first != steps else (steps,))]
-            return Sampling(tuple(lists), s.sampler)
+        given = s.steps if steps is None else steps
+        try:
+            plan = StepPlan.parse(given, shift=s.shift, sampler=s.sampler, context_sigma=s.context_sigma)
+            plan.check_context(self.student.context)
+        except UserError as error:
+            fields = {"sampler", "context_sigma"} | ({"steps"} if steps is None else set())
+            raise error.at({field: f"config.sample.{field}" for field in fields}) from error
+        return plan
 
     @functools.cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -234,7 +236,6 @@ def check(settings: Settings) -> None:
         "steps": settings.steps, "data.batch": settings.data.batch, "data.frames": settings.data.frames,
         "data.accumulate": settings.data.accumulate, "checkpoint.every": settings.checkpoint.every,
         "checkpoint.keep": settings.checkpoint.keep, "log.every": settings.log.every, "log.fps": settings.log.fps,
-        "sample.steps": settings.sample.steps,
     }  # fmt: skip
     for name, value in at_least_one.items():
         if value < 1:
@@ -268,4 +269,8 @@ def check_student(settings: Settings) -> None:
             f"config.data.frames is {settings.data.frames}, which does not divide into chunks of "
             f"config.student.chunk = {chunk}; choose a multiple of {chunk}."
         )
-    _ = settings.sampling
+    if not settings.plan.keeps_clean and settings.student.context_noise:
+        raise UserError(
+            f"config.student.context_noise is {settings.student.context_noise}, but config.sample.context_sigma = "
+            f"{settings.sample.context_sigma} says the history's noise level; set one of them to 0."
+        )

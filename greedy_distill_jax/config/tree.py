@@ -9,12 +9,15 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from greedy_distill_jax.config import stages
 from greedy_distill_jax.config.keys import Keys, Loss, Losses
 from greedy_distill_jax.errors import UserError
 
+GONE = {
+    "config.sample.first_steps": "write config.sample.steps=4,2 for four steps in the first chunk and two in others."
+}
 RESERVED = ("loss", "grad_norm", "param_norm")  # names in the logs that no loss can have
 
 
@@ -48,6 +51,8 @@ def config_of(keys: Any) -> ConfigDict:
         elif value is None:
             (kind,) = (t for t in typing.get_args(hints[field.name]) if t is not types.NoneType)
             value = placeholder(kind)
+        elif hints[field.name] is Any:
+            value = FieldReference(value, field_type=object)
         config[field.name] = value
     return config
 
@@ -106,6 +111,7 @@ def _same_keys(config: Collection[str], known: Mapping[str, Any], path: str) -> 
     if unknown:
         close = difflib.get_close_matches(unknown[0], list(known), 1)
         hint = f"did you mean {path}.{close[0]}?" if close else f"known keys: {', '.join(known)}."
+        hint = GONE.get(f"{path}.{unknown[0]}", hint)
         raise UserError(f"{path}.{unknown[0]} is not a configuration key; {hint}")
     missing = [key for key in known if key not in config]
     if missing:

@@ -13,7 +13,7 @@ from greedy_distill_jax.streaming.loop import cache_bytes
 def measure(comparison: Comparison) -> Measured:
     """Counts the bytes of the student's state, and of the keys and values of all frames at the longest timed length."""
     teacher, student = comparison.teacher, comparison.student
-    streamer, latent_shape = student.streamer(comparison.few_steps, comparison.few_steps), student.latent_shape[1:]
+    streamer, latent_shape = student.streamer(comparison.few_steps), student.latent_shape[1:]
     text = student.text(comparison.captions[:1])
     state = jax.eval_shape(lambda p, key: streamer.init(p, text, key, latent_shape), student.params, jax.random.key(0))
     cfg, frames = teacher.model.cfg, max(timed_lengths(comparison))

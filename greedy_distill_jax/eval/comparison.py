@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,7 +37,7 @@ class Entry:
     video_VTHWC: UInt8[np.ndarray, "V T H W 3"]
     run: Run | None = None
     directory: Path | None = None
-    steps: int | None = None
+    steps: int | str | None = None
     seeds: tuple[int, ...] = ()
 
     @property
@@ -54,7 +55,7 @@ class Comparison:
         students.
       captions: of the videos, V of them.
       teacher, student: the runs that are compared in every report.
-      few_steps: evaluations per frame of the few-step rows.
+      few_steps: steps of the few-step rows, see ``StepPlan.parse``.
       seed: of held-out data and noise.
       lengths: lengths of video at which time is measured; None lets the suite choose.
     """
@@ -63,7 +64,7 @@ class Comparison:
     captions: Sequence[str]
     teacher: Run
     student: Run
-    few_steps: int
+    few_steps: Any
     seed: int
     lengths: Sequence[int] | None = None
 
@@ -89,10 +90,17 @@ class Comparison:
         return held_out_videos(self.teacher, frames, len(self.captions), self.seed + 1)[0]
 
 
-def few_step_setting(run: Run) -> int:
-    """Returns the few-step setting that is shown beside the many-step one of a student."""
-    steps = run.settings.sample.steps
-    return steps if run.model.cfg.context == "last_step_kv" else min(2, steps)
+def few_step_setting(run: Run) -> Any:
+    """Returns the few-step setting that is shown beside the many-step one of a student, see ``StepPlan.parse``."""
+    if run.model.cfg.context == "last_step_kv":
+        return run.settings.sample.steps
+    return min(2, int(run.settings.plan.lengths[-1]))
+
+
+def shown_steps(run: Run, steps: Any) -> int | str:
+    """Returns numbers of steps as a row shows them: 16, or "4,2" where chunks differ."""
+    lengths = run.settings.plan_with(steps).lengths.tolist() if run.is_student else [steps]
+    return lengths[0] if len(lengths) == 1 else ",".join(map(str, lengths))
 
 
 def load_runs(teacher: str | Path, student: str | Path, more: Mapping[str, str | Path]) -> dict[str, Run]:
@@ -169,21 +177,21 @@ def compare(
     frames = teacher.latent_shape[0]
     long = HORIZON * frames
     real, captions = held_out_videos(teacher, long if is_shapes(teacher.settings.data.source) else frames, videos, seed)
-    few = first = few_step_setting(student)
+    few = few_step_setting(student)
     if others:
-        sample = min((run.settings.sample for run in others), key=lambda sample: sample.steps)
-        few, first = sample.steps, sample.first_steps or sample.steps
+        few = min(others, key=lambda run: int(run.settings.plan.lengths[-1])).settings.sample.steps
     announce(f"evaluate: {len(captions)} held-out videos per model, students to {long} frames")
-    short = {"steps": few, "first_steps": first}
     todo = {
-        "teacher": ("teacher", frames, {"steps": teacher.settings.sample.steps}),
-        "stage1": ("stage1", long, {"steps": student.settings.sample.steps}),
-        "stage1_few_steps": ("stage1", long, short),
-        **{name: (name, long, short) for name in list(runs)[2:]},
+        "teacher": ("teacher", frames, teacher.settings.sample.steps),
+        "stage1": ("stage1", long, student.settings.sample.steps),
+        "stage1_few_steps": ("stage1", long, few),
+        **{name: (name, long, few) for name in list(runs)[2:]},
     }
     entries = {"data": Entry("data", real, seeds=(seed,))}
-    for name, (row, length, options) in tqdm(todo.items(), desc="sampling", disable=not sys.stderr.isatty()):
+    for name, (row, length, steps) in tqdm(todo.items(), desc="sampling", disable=not sys.stderr.isatty()):
         run = runs[row]
-        video = sampled(run, captions, frames=length, seed=seed, **options)
-        entries[name] = Entry(name, video, run, Path(directories[row]), options["steps"], (run.settings.seed, seed))
+        video = sampled(run, captions, frames=length, seed=seed, steps=steps)
+        entries[name] = Entry(
+            name, video, run, Path(directories[row]), shown_steps(run, steps), (run.settings.seed, seed)
+        )
     return Comparison(entries, captions, teacher, student, few, seed, lengths)

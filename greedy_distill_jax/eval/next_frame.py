@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.comparison import Comparison
 from greedy_distill_jax.eval.suites import Column, Measured, Suite
@@ -31,6 +32,7 @@ def next_frame_psnr(
     codec: VideoCodec,
     videos_VTHWC: UInt8[np.ndarray, "V T H W 3"],
     text_VMC: Float[Array, "V M C"],
+    plan: StepPlan,
     *,
     batch: int = 8,
     seed: int = 0,
@@ -42,6 +44,7 @@ def next_frame_psnr(
       codec: between pixels and the student's latents.
       videos_VTHWC: real videos.
       text_VMC: rows of their captions.
+      plan: the student sees the real frames as its stream of this plan keeps its own.
       batch: videos at a time.
       seed: of the noise.
 
@@ -56,8 +59,12 @@ def next_frame_psnr(
     @jax.jit
     def predict(params, latents, text, key):
         noise = jax.random.normal(key, latents.shape, jnp.float32)
-        one, zero = (jnp.full((len(latents), 1), level, jnp.float32) for level in (1.0, 0.0))
-        velocity = student(params, noise, one, text, History(latents, zero))
+        one, chunks = jnp.ones((len(latents), 1), jnp.float32), student.chunks_of(latents.shape[1])
+        level = jnp.repeat(plan.context_sigma(jnp.arange(chunks)), chunk)[None]
+        seen = latents
+        if not plan.keeps_clean:
+            seen = flow.add_noise(latents, jax.random.normal(jax.random.fold_in(key, 1), latents.shape), level)
+        velocity = student(params, noise, one, text, History(seen, level))
         return flow.x0_from_velocity(noise, velocity, one)
 
     predicted, decoded = [], []
@@ -83,7 +90,9 @@ def next_frame_psnr(
 def measure(comparison: Comparison) -> Measured:
     """Measures the student's prediction on the real videos of the comparison, and what it is compared with."""
     student, real = comparison.student, comparison.entries["data"].video_VTHWC
-    scores = next_frame_psnr(student.model, student.params, student.codec, real, student.text(comparison.captions))
+    scores = next_frame_psnr(
+        student.model, student.params, student.codec, real, student.text(comparison.captions), student.settings.plan
+    )
     return Measured([{"prediction": name, "psnr": value} for name, value in scores.items()])
 
 

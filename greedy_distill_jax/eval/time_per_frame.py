@@ -107,7 +107,7 @@ def time_per_frame(
     key, laps = jax.random.key(0), clock.Laps()
     init = jax.jit(streamer.init, static_argnums=3)
     step = jax.jit(streamer.step, donate_argnums=1)
-    sigmas, student, chunk = streamer.sampling.sigmas[-1], kind_of(streamer), streamer.cfg.chunk
+    sigmas, student, chunk = streamer.plan.sigmas[-1], kind_of(streamer), streamer.cfg.chunk
     noise = jax.random.normal(key, (1, 1, *latent_shape), jnp.float32)
     causal = {n: causal_frame(teacher, teacher_params, n, sigmas, latent_shape, text_BMC) for n in frames}
     whole = jax.jit(lambda p, x, t: solvers.euler(lambda x, s: teacher(p, x, s, t), x, tuple(teacher_sigmas)))
@@ -142,12 +142,14 @@ def timed_lengths(comparison: Comparison) -> Sequence[int]:
 
 def measure(comparison: Comparison) -> Measured:
     """Times teacher, student and the full-causal model at the comparison's lengths, with equal step lists."""
-    teacher, student, few = comparison.teacher, comparison.student, comparison.few_steps
+    teacher, student = comparison.teacher, comparison.student
+    streamer = student.streamer(comparison.few_steps)
+    few = int(streamer.plan.lengths[-1])
     rows = time_per_frame(
         teacher.model,
         teacher.params,
         noise_levels.uniform_steps(few, teacher.settings.sample.shift),
-        student.streamer(few, few),
+        streamer,
         student.params,
         student.text(comparison.captions[:1]),
         student.latent_shape[1:],

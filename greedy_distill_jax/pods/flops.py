@@ -8,12 +8,12 @@ once and knows nothing of kernels.
 import dataclasses
 from typing import NamedTuple
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.layers import Layout
 from greedy_distill_jax.ops.attention.backends.record import FLASH_BACKWARD
-from greedy_distill_jax.streaming.loop import Sampling
 
 TRAINED = 3.0  # forward, and backward twice: with respect to inputs and to parameters
 
@@ -158,11 +158,11 @@ def _unfused(cfg: StudentConfig | CausalConfig):
     return dataclasses.replace(cfg, context="clean") if cfg.context == "fused" else cfg
 
 
-def rollout(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, sampling: Sampling, exit: str) -> Flops:
+def rollout(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, plan: StepPlan, exit: str) -> Flops:
     """A self-made video; with ``exit`` "random" the mean over the exits."""
     total = _all_text(cfg)
     for chunk in range(frames // cfg.chunk):
-        steps = len(sampling.sigmas[min(chunk, len(sampling.sigmas) - 1)])
+        steps = len(plan.steps_of(chunk))
         total += stream_step(_unfused(cfg), tokens, (steps + 1) / 2 if exit == "random" else steps)
     return total
 

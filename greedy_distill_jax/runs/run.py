@@ -143,12 +143,13 @@ class Run:
         """Encoder rows [B, M, C]."""
         return jnp.asarray(self.encoder(list(prompts)))
 
-    def streamer(self, steps: int | None = None, first_steps: int | None = None) -> Streamer | CausalStreamer:
-        """The student's streaming functions with this run's sampling."""
+    def streamer(self, steps: Any = None) -> Streamer | CausalStreamer:
+        """The student's streaming functions with this run's step plan; ``steps`` changes it, see ``StepPlan.parse``."""
         if not self.is_student:
             raise UserError("a teacher makes whole videos and cannot stream; give a student's run", "directory")
-        chosen, trained = self.settings.sampled_with(steps, first_steps), self.settings.sampling
-        last = [(s.sigmas[0][-1], s.sigmas[-1][-1]) for s in (chosen, trained)]
+        chosen, trained = self.settings.plan_with(steps), self.settings.plan
+        chunks = max(len(chosen.sigmas), len(trained.sigmas))
+        last = [plan.last_sigmas(chunks).tolist() for plan in (chosen, trained)]
         if self.model.cfg.context == "last_step_kv" and last[0] != last[1]:
             raise UserError(
                 f"this student keeps the keys of its last denoising step and was trained for last noise levels "
@@ -183,11 +184,9 @@ class Run:
             guidance=own.guidance if guidance is None else guidance,
         )
 
-    def session(
-        self, prompts: Sequence[str], *, seed: int = 0, steps: int | None = None, first_steps: int | None = None
-    ) -> Session:
-        """Opens a stream of the student, one video per prompt; ``steps`` and ``first_steps`` as for ``streamer``."""
-        streamer, shape = self.streamer(steps, first_steps), self.latent_shape[1:]
+    def session(self, prompts: Sequence[str], *, seed: int = 0, steps: Any = None) -> Session:
+        """Opens a stream of the student, one video per prompt; ``steps`` as for ``streamer``."""
+        streamer, shape = self.streamer(steps), self.latent_shape[1:]
         return Session(streamer, self.params, self.codec, self.text, prompts, seed=seed, latent_shape=shape)
 
     def sample_latents(
@@ -195,8 +194,7 @@ class Run:
         prompts: Sequence[str],
         *,
         frames: int | None = None,
-        steps: int | None = None,
-        first_steps: int | None = None,
+        steps: Any = None,
         seed: int = 0,
     ) -> Float32[np.ndarray, "B T H W C"]:
         """Returns latents of so many latent frames; the teacher denoises all together, the student streams them.
@@ -204,7 +202,7 @@ class Run:
         Args:
           prompts: one for each video.
           frames: latent frames; None for as many as the run was trained on.
-          steps, first_steps: network evaluations, see ``streamer``; None for the run's own.
+          steps: network evaluations of a teacher's video, or see ``streamer``; None for the run's own.
           seed: of the noise.
         """
         frames = frames or self.latent_shape[0]
@@ -212,7 +210,7 @@ class Run:
             shape = (frames, *self.latent_shape[1:])
             return self.teacher_sampler(steps=steps).sample(self.text(prompts), shape, seed)
         chunks = self.model.chunks_of(frames)
-        session = self.session(prompts, seed=seed, steps=steps, first_steps=first_steps)
+        session = self.session(prompts, seed=seed, steps=steps)
         return np.concatenate([np.asarray(session.next_latents()) for _ in range(chunks)], axis=1)
 
     def sample_videos(self, prompts: Sequence[str], **options) -> UInt8[np.ndarray, "B T H W 3"]:

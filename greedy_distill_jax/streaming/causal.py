@@ -11,13 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.wan.dit import grid_of
 from greedy_distill_jax.models.wan.layers import KeyValue, Layer
-from greedy_distill_jax.streaming.loop import Exit, Sampling, denoise, ring_slot, write_slot
+from greedy_distill_jax.streaming.loop import Exit, context_noise, denoise, kept, ring_slot, write_slot
 
 
 class CausalState(NamedTuple):
@@ -25,18 +26,19 @@ class CausalState(NamedTuple):
 
     index: jax.Array  # int32: chunks made so far
     key: jax.Array
-    last: jax.Array  # [B, g, H, W, C] the last chunk, clean
+    last: jax.Array  # [B, g, H, W, C] the last chunk as it is kept, at its context level
     cache: KeyValue | None  # [layers, B, (sink + ring) * tokens, N, K]
     slots: jax.Array  # int32 [sink + ring]: which chunk each cache slot holds, -1 for none
     text: KeyValue  # [layers, B, M, N, K]
-    frames: jax.Array | None  # with ``recache`` [B, ring * g, H, W, C]: the clean frames behind the ring's keys
+    frames: jax.Array | None  # with ``recache`` [B, ring * g, H, W, C]: the frames behind the ring's keys, as kept
 
 
 class CausalStreamer:
-    """``init``, ``step`` and ``switch_prompt`` of a causal student and one way of sampling."""
+    """``init``, ``step`` and ``switch_prompt`` of a causal student and one step plan."""
 
-    def __init__(self, student: CausalStudent, sampling: Sampling):
-        self.student, self.sampling, self.cfg = student, sampling, student.cfg
+    def __init__(self, student: CausalStudent, plan: StepPlan):
+        plan.check_context(student.cfg.context)
+        self.student, self.plan, self.cfg = student, plan, student.cfg
 
     def init(self, params, text_BMC, key, latent_shape: tuple[int, int, int]) -> CausalState:
         """An empty stream for prompts [B, M, C] and latents (H, W, C)."""
@@ -65,11 +67,11 @@ class CausalStreamer:
     def switch_prompt(self, params, state: CausalState, text_BMC) -> CausalState:
         """The same stream under new prompts: cached text is replaced, the visual history stays.
 
-        With ``CausalConfig.recache`` the keys of the ring are recomputed from its clean frames under the new text, in
-        one bidirectional pass that also sees the sink, at sigma 0 in every context mode; the sink keeps its keys, as
-        LongLive's global sink does. It costs one forward pass over the ring, and the state holds the ring's latents:
-        at 1.3B, 480p and window 12 they are 2.4 MB beside 2.6 GB of keys. (LongLive recomputes one chunk more, which
-        no later chunk sees.)
+        With ``CausalConfig.recache`` the keys of the ring are recomputed from its frames as they are kept (with
+        "last_step_kv" clean) under the new text, in one bidirectional pass that also sees the sink; the sink keeps its
+        keys, as LongLive's global sink does. It costs one forward pass over the ring, and the state holds the ring's
+        latents: at 1.3B, 480p and window 12 they are 2.4 MB beside 2.6 GB of keys. (LongLive recomputes one chunk
+        more, which no later chunk sees.)
         """
         state = state._replace(text=self._project_text(params, text_BMC))
         return state if state.frames is None else self._recached(params, state)
@@ -81,16 +83,24 @@ class CausalStreamer:
         positions = jnp.where(filled, patterns.causal_positions(cfg, state.slots, state.index), 0)
         before = jax.tree.map(lambda c: c[:, :, : sink * tokens], state.cache)
         own = self.student.dit(layout, with_head=False, emit=("own",)).apply(
-            {"params": params}, state.frames, jnp.zeros((len(state.frames), 1), jnp.float32),
+            {"params": params}, state.frames, self._ring_sigma(state),
             rope_q=self.student.rope(positions[sink:], grid), rope_k=self.student.rope(positions, grid),
             visible=jnp.broadcast_to(filled[None], (cfg.ring_chunks, len(filled))),
             layer=Layer(cache=before if sink else None, text=state.text),
         )[1].own  # fmt: skip
         return state._replace(cache=jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), before, own))
 
+    def _ring_sigma(self, state: CausalState):
+        """Noise levels of the ring's frames, [B, ring * g] or [B, 1]; slots that hold nothing yet count as clean."""
+        if self.plan.keeps_clean:
+            return jnp.zeros((len(state.frames), 1), jnp.float32)
+        chunks = state.slots[self.cfg.sink_chunks :]
+        sigma = jnp.where(chunks >= 0, self.plan.context_sigma(jnp.maximum(chunks, 0)), 0.0)
+        return jnp.broadcast_to(jnp.repeat(sigma, self.cfg.chunk)[None], state.frames.shape[:2])
+
     def step(self, params, state: CausalState) -> tuple[CausalState, jax.Array]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
-        state, x, _ = self.step_to(params, state, self.sampling.ends)
+        state, x, _ = self.step_to(params, state, self.plan.ends)
         return state, x
 
     def step_to(self, params, state: CausalState, exits) -> tuple[CausalState, jax.Array, Exit]:
@@ -100,17 +110,18 @@ class CausalStreamer:
         emit = ("own",) if self.cfg.context == "last_step_kv" and state.cache is not None else ()
         own = self._empty(state.last, 1) if emit else None
         velocity = functools.partial(call, emit=emit)
-        x, own, exit = denoise(self.sampling, velocity, state.index, shape, own, key_sample, exits)
-        return self._conclude(call, state._replace(key=key), x, own), x, exit
+        x, own, exit = denoise(self.plan, velocity, state.index, shape, own, key_sample, exits)
+        noise = context_noise(self.plan, state.index, key_sample, shape)
+        return self._conclude(call, state._replace(key=key), x, own, noise), x, exit
 
-    def replay(self, params, state: CausalState, exit: Exit, grads: ContextGrad, frames: bool):
+    def replay(self, params, state: CausalState, exit: Exit, noise, grads: ContextGrad, frames: bool):
         """As ``Streamer.replay``."""
         call = self._caller(params, state)
         last_kv = self.cfg.context == "last_step_kv" and state.cache is not None
         v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv else ())
         x = exit.x - exit.sigma * v
         seen = x if frames else jax.lax.stop_gradient(x)
-        return self._conclude(call, state, seen, emitted.own, frozen=grads.sdd == "none"), x
+        return self._conclude(call, state, seen, emitted.own, noise, frozen=grads.sdd == "none"), x
 
     def _caller(self, params, state: CausalState):
         """The network's call for the next chunk: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
@@ -129,13 +140,14 @@ class CausalStreamer:
 
         return call
 
-    def _conclude(self, call, state: CausalState, x, own: KeyValue | None, frozen: bool = False) -> CausalState:
-        """The state after chunk ``x``: its clean pass (or the keys of its last step) goes into the cache."""
+    def _conclude(self, call, state: CausalState, x, own: KeyValue | None, noise, frozen: bool = False) -> CausalState:
+        """The state after chunk ``x``: a pass over it as it is kept (or its last step's keys) goes into the cache."""
+        last, sigma = kept(self.plan, state.index, x, noise)
         if state.cache is not None:
             if own is None:
-                own = call(x, jnp.float32(0.0), with_head=False, emit=("own",))[1].own
-            state = self._remember(state, jax.lax.stop_gradient(own) if frozen else own, x)
-        return state._replace(index=state.index + 1, last=x)
+                own = call(last, sigma, with_head=False, emit=("own",))[1].own
+            state = self._remember(state, jax.lax.stop_gradient(own) if frozen else own, last)
+        return state._replace(index=state.index + 1, last=last)
 
     def _remember(self, state: CausalState, own: KeyValue, x) -> CausalState:
         """Writes chunk ``state.index``: its keys into its slot, its latents beside them."""

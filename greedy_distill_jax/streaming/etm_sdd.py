@@ -1,10 +1,11 @@
 """Streaming inference: ``init`` / ``step`` / ``switch_prompt``, pure functions with every cache in the state.
 
-Sampling and its loop serve every student; the streamer here is that of ETM + SDD, ``stream_causal`` has the other.
+The plan and its loop serve every student; the streamer here is that of ETM + SDD, ``streaming.causal`` has the other.
 
 One step makes one chunk: ETM reads the last chunk and gives z; SDD denoises the new chunk from frame 0, the last
 frame and z; a clean pass (or one of its alternatives, ``StudentConfig.context``) leaves the keys the next chunk will
-look at. The state has a fixed size, so does the cost: neither depends on how many frames came before.
+look at. What ETM reads and what that pass sees is the finished chunk at its context level (``StepPlan``). The state has
+a fixed size, so does the cost: neither depends on how many frames came before.
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.base import ContextGrad
@@ -20,7 +22,7 @@ from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import grid_of
 from greedy_distill_jax.models.wan.layers import KeyValue, Layer
-from greedy_distill_jax.streaming.loop import Exit, Sampling, denoise, ring_slot, write_slot
+from greedy_distill_jax.streaming.loop import Exit, context_noise, denoise, kept, last_sigma, ring_slot, write_slot
 
 
 class StreamState(NamedTuple):
@@ -28,7 +30,7 @@ class StreamState(NamedTuple):
 
     index: jax.Array  # int32: chunks made so far
     key: jax.Array
-    last: jax.Array  # [B, g, H, W, C] the last chunk, clean
+    last: jax.Array  # [B, g, H, W, C] the last chunk as it is kept, at its context level
     etm_cache: KeyValue | None  # [layers, B, (sink + window - 1) * tokens, N, K]
     etm_slots: jax.Array  # int32 [sink + window - 1]: which slot each cache chunk holds, -1 for none
     etm_text: KeyValue
@@ -43,10 +45,11 @@ def _past(cfg: StudentConfig, i):
 
 
 class Streamer:
-    """``init``, ``step`` and ``switch_prompt`` of ETM + SDD and one way of sampling."""
+    """``init``, ``step`` and ``switch_prompt`` of ETM + SDD and one step plan."""
 
-    def __init__(self, student: Student, sampling: Sampling):
-        self.student, self.sampling, self.cfg = student, sampling, student.cfg
+    def __init__(self, student: Student, plan: StepPlan):
+        plan.check_context(student.cfg.context)
+        self.student, self.plan, self.cfg = student, plan, student.cfg
 
     def init(self, params, text_BMC, key, latent_shape: tuple[int, int, int]) -> StreamState:
         """An empty stream for prompts [B, M, C] and latents (H, W, C)."""
@@ -88,12 +91,13 @@ class Streamer:
     def step(self, params, state: StreamState) -> tuple[StreamState, jax.Array]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
         if self.cfg.context != "fused":
-            state, x, _ = self.step_to(params, state, self.sampling.ends)
+            state, x, _ = self.step_to(params, state, self.plan.ends)
             return state, x
         key, key_sample = jax.random.split(state.key)
         z, state = self._etm(params, state._replace(key=key))
         x, state = self._denoise_fused(params, state, z, key_sample)
-        return state._replace(z=z, index=state.index + 1, last=x), x
+        last, _ = kept(self.plan, state.index, x, context_noise(self.plan, state.index, key_sample, x.shape))
+        return state._replace(z=z, index=state.index + 1, last=last), x
 
     def step_to(self, params, state: StreamState, exits) -> tuple[StreamState, jax.Array, Exit]:
         """``step`` that leaves the step list early: the x0 predicted at step ``exits`` (per list) is the chunk.
@@ -108,15 +112,17 @@ class Streamer:
         tokens = self.student.chunk_tokens(state.last)
         own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
         velocity = functools.partial(call, emit=emit)
-        x, own, exit = denoise(self.sampling, velocity, state.index, state.last.shape, own, key_sample, exits)
-        return self._conclude(call, state, x, own), x, exit
+        x, own, exit = denoise(self.plan, velocity, state.index, state.last.shape, own, key_sample, exits)
+        noise = context_noise(self.plan, state.index, key_sample, x.shape)
+        return self._conclude(call, state, x, own, noise), x, exit
 
-    def replay(self, params, state: StreamState, exit: Exit, grads: ContextGrad, frames: bool):
+    def replay(self, params, state: StreamState, exit: Exit, noise, grads: ContextGrad, frames: bool):
         """The chunk of ``step_to`` again, from its exit: differentiable in ``params``.
 
         Args:
           params, state: as for ``step``.
           exit: input and noise level of the step that made the chunk.
+          noise: its ``loop.context_noise``.
           grads: what flows through the parameters that made the contexts.
           frames: gradients also flow through the generated frames that later chunks see.
 
@@ -130,15 +136,16 @@ class Streamer:
         v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv else ())
         x = exit.x - exit.sigma * v
         seen = x if frames else jax.lax.stop_gradient(x)
-        return self._conclude(call, state, seen, emitted.own, frozen=grads.sdd == "none"), x
+        return self._conclude(call, state, seen, emitted.own, noise, frozen=grads.sdd == "none"), x
 
-    def _conclude(self, call, state: StreamState, x, own: KeyValue | None, frozen: bool = False) -> StreamState:
-        """The state after chunk ``x``: its clean pass (or the keys of its last step) becomes the cache."""
+    def _conclude(self, call, state: StreamState, x, own: KeyValue | None, noise, frozen: bool = False) -> StreamState:
+        """The state after chunk ``x``: a pass over it as it is kept (or its last step's keys) becomes the cache."""
+        last, sigma = kept(self.plan, state.index, x, noise)
         if own is None:
-            own = call(x, jnp.float32(0.0), with_head=False, emit=("own",))[1].own
+            own = call(last, sigma, with_head=False, emit=("own",))[1].own
         own = jax.lax.stop_gradient(own) if frozen else own
         cache = self._remember(state.sdd_cache, own, state.index == 0)
-        return state._replace(sdd_cache=cache, index=state.index + 1, last=x)
+        return state._replace(sdd_cache=cache, index=state.index + 1, last=last)
 
     def _etm(self, params, state: StreamState):
         """z of the next chunk; the ring takes the new slot's keys and values."""
@@ -154,9 +161,9 @@ class Streamer:
             ropes = dict(rope_q=self.student.rope(own[None], grid), rope_k=self.student.rope(key_position, grid))
         else:
             ropes = dict(rope_q=self.student.rope(j[None], grid))
-        zero = jnp.zeros((state.last.shape[0], 1), jnp.float32)
+        sigma = jnp.broadcast_to(last_sigma(self.plan, j), (state.last.shape[0], 1))
         z, emitted = self.student.etm(layout, emit=("own",)).apply(
-            {"params": params["etm"]}, state.last, (j == 0)[None], zero, visible=visible,
+            {"params": params["etm"]}, state.last, (j == 0)[None], sigma, visible=visible,
             layer=Layer(cache=state.etm_cache, text=state.etm_text), **ropes,
         )  # fmt: skip
         if state.etm_cache is None:
@@ -224,7 +231,7 @@ class Streamer:
 
         def first(x, sigma):
             own = jnp.concatenate([state.last, x], axis=1)
-            levels = jnp.repeat(jnp.stack([jnp.zeros_like(sigma), sigma]), cfg.chunk)
+            levels = jnp.repeat(jnp.stack([last_sigma(self.plan, i), sigma]), cfg.chunk)
             v, emitted = student.sdd(layout, emit=("own",)).apply(
                 {"params": params["sdd"]}, own, jnp.broadcast_to(levels[None], own.shape[:2]),
                 rope_q=student.rope(own_position, grid), rope_k=student.rope(keys, grid), visible=visible,
@@ -249,5 +256,5 @@ class Streamer:
                 z_BSD=z, layer=Layer(fresh[0], state.sdd_text, z_kv), **z_ropes,
             )  # fmt: skip
 
-        x, _, _ = denoise(self.sampling, velocity, i, state.last.shape, None, key, self.sampling.ends, first)
+        x, _, _ = denoise(self.plan, velocity, i, state.last.shape, None, key, self.plan.ends, first)
         return x, state._replace(sdd_cache=fresh[0])

@@ -1,49 +1,14 @@
-"""What the streams of all students share: step lists, the denoising loop of a chunk, the slots of a ring."""
+"""What the streams of all students share: the denoising loop of a chunk, what is kept of it, the slots of a ring."""
 
-import dataclasses
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
 
-SAMPLERS = ("euler", "renoise")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a chunk is denoised.
-
-    sigmas: per chunk a decreasing list of noise levels starting at 1; chunk i uses list min(i, last). The first
-      list may be longer: chunk 0 has no history and is the hardest (docs/method.md, section 9.1).
-    sampler: "euler" follows the flow ODE; "renoise" predicts x0 and adds fresh noise (few-step students).
-    """
-
-    sigmas: tuple[tuple[float, ...], ...]
-    sampler: str = "euler"
-
-    def __post_init__(self):
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"Sampling.sampler is {self.sampler!r}; choose from {', '.join(SAMPLERS)}.")
-        for row in self.sigmas:
-            if not row or any(a <= b for a, b in itertools.pairwise(row)) or row[-1] <= 0 or row[0] > 1:
-                raise ValueError(f"Sampling.sigmas must decrease within (0, 1], got {row}.")
-
-    def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """(sigmas [lists, longest + 1] ending in zeros, number of steps [lists])."""
-        longest = max(map(len, self.sigmas))
-        table = np.zeros((len(self.sigmas), longest + 1), np.float32)
-        for i, row in enumerate(self.sigmas):
-            table[i, : len(row)] = row
-        return table, np.asarray([len(row) for row in self.sigmas], np.int32)
-
-    @property
-    def ends(self) -> np.ndarray:
-        """Number of the last step of every list."""
-        return self.tables()[1] - 1
+CONTEXT_FOLD = 2**31 - 1  # folded into a chunk's key for the noise on its context; denoising step n folds in n
 
 
 class Exit(NamedTuple):
@@ -58,23 +23,23 @@ def initial_noise(key, shape) -> jax.Array:
     return parallel.normal(jax.random.fold_in(key, 0), shape)
 
 
-def denoise(sampling: Sampling, velocity, index, shape, own, key, exits, first=None):
+def denoise(plan: StepPlan, velocity, index, shape, own, key, exits, first=None):
     """Runs the step list of chunk ``index`` up to its exit, the loop of every student.
 
     Args:
-      sampling: step lists and sampler.
+      plan: step lists and sampler.
       velocity: ``velocity(x, sigma) -> (v, Emitted)``.
       index: int32, which chunk this is.
       shape: of the chunk, [B, g, H, W, C].
       own: keys and values of the right shapes, replaced by those that the last call emits; None to drop them.
       key: of the chunk's noise.
-      exits: number of the last step, per list; ``Sampling.ends`` runs them whole.
+      exits: number of the last step, per list; ``StepPlan.ends`` runs them whole.
       first: ``first(x, sigma) -> v`` in place of the first call.
 
     Returns:
       (x0, own, the last call).
     """
-    table, _ = sampling.tables()
+    table = plan.table
     row = jnp.minimum(index, len(table) - 1)
     sigmas, last = jnp.asarray(table)[row], jnp.asarray(exits, jnp.int32)[row]
     x = initial_noise(key, shape)
@@ -82,7 +47,7 @@ def denoise(sampling: Sampling, velocity, index, shape, own, key, exits, first=N
     def update(n, x, v):
         sigma, after = sigmas[n], sigmas[n + 1]
         x0 = x - sigma * v
-        if sampling.sampler == "euler":
+        if plan.sampler == "euler":
             between = x + (after - sigma) * v
         else:
             noise = parallel.normal(jax.random.fold_in(key, n + 1), x.shape)
@@ -99,6 +64,35 @@ def denoise(sampling: Sampling, velocity, index, shape, own, key, exits, first=N
         x, start = update(0, x, first(x, sigmas[0])), 1
     x, own, entered = jax.lax.fori_loop(start, last + 1, body, (x, own, entered))
     return x, own, Exit(entered, sigmas[last])
+
+
+def context_noise(plan: StepPlan, index, key, shape) -> jax.Array | None:
+    """sigma noise, what a finished chunk gets on top of (1 - sigma) x0 for later chunks to look at; None for nothing.
+
+    Args:
+      plan: says sigma.
+      index: int32, which chunk this is.
+      key: of the chunk's noise, the one that ``denoise`` takes.
+      shape: of the chunk, [B, g, H, W, C].
+    """
+    if plan.keeps_clean:
+        return None
+    return plan.context_sigma(index) * parallel.normal(jax.random.fold_in(key, CONTEXT_FOLD), shape)
+
+
+def kept(plan: StepPlan, index, x, noise) -> tuple[jax.Array, jax.Array]:
+    """(chunk ``x`` as later ones see it, its noise level), given its ``context_noise``."""
+    if noise is None:
+        return x, jnp.float32(0.0)
+    sigma = plan.context_sigma(index)
+    return (1.0 - sigma) * x + noise, sigma
+
+
+def last_sigma(plan: StepPlan, index) -> jax.Array:
+    """Noise level at which chunk ``index`` sees the one before it, a float32 scalar; 0 for the first chunk."""
+    if plan.keeps_clean:
+        return jnp.float32(0.0)
+    return jnp.where(index > 0, plan.context_sigma(index - 1), 0.0)
 
 
 def ring_slot(index, sink: int, ring: int) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from greedy_distill_jax.codecs.protocol import VideoCodec, stream_decoder
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
@@ -31,16 +32,16 @@ class Programs(NamedTuple):
 
 
 def programs(streamer: Streamer | CausalStreamer) -> Programs:
-    """Returns the jitted functions that all streams of the same student and the same sampling share.
+    """Returns the jitted functions that all streams of the same student and the same step plan share.
 
     They are compiled once for every shape of text and latents.
     """
-    return _programs(streamer.cfg, streamer.sampling)
+    return _programs(streamer.cfg, streamer.plan)
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(student_config, sampling) -> Programs:
-    streamer = make_streamer(make_student(student_config), sampling)
+def _programs(student_config, plan: StepPlan) -> Programs:
+    streamer = make_streamer(make_student(student_config), plan)
     return Programs(
         jax.jit(streamer.init, static_argnums=3),
         jax.jit(streamer.step, donate_argnums=1),
@@ -73,7 +74,7 @@ class Session:
         """Opens the stream.
 
         Args:
-          streamer: of the student and its way of sampling.
+          streamer: of the student and its step plan.
           params: of the student.
           codec: that makes video of its latents; None where only latents are asked for.
           text: the encoder of prompts.

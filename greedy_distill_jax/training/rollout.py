@@ -23,11 +23,13 @@ EXITS = ("random", "last")
 
 
 class Rollout(NamedTuple):
-    """A generated video and how each of its frames came about; no gradients."""
+    """A generated video, how each of its frames came about, and as what it was kept for later ones; no gradients."""
 
     x0_BTHWC: jax.Array
     exit_BTHWC: jax.Array  # input of the call whose x0 it is
     sigma_T: jax.Array  # noise level of that call
+    context_BTHWC: jax.Array  # the frame as later chunks saw it
+    context_sigma_T: jax.Array  # noise level of that frame
 
 
 def draw_exits(key, lengths, how: str):
@@ -49,24 +51,28 @@ def roll_out(
     """Streams ``latent_shape`` = (T, H, W, C) for prompts [B, M, C], without gradient.
 
     Args:
-      streamer: student and step lists; its context mode must not be "fused" (whose numbers are those of "clean").
+      streamer: student and step plan; its context mode must not be "fused" (whose numbers are those of "clean").
       params, text_BMC: of the student.
       key: of the noise and of the exits.
       how: as for ``draw_exits``, or the exits that it has drawn.
     """
     frames, height, width, channels = latent_shape
+    chunks, clean = streamer.student.chunks_of(frames), streamer.plan.keeps_clean
     key_exit, key_stream = jax.random.split(key)
-    exits = draw_exits(key_exit, streamer.sampling.ends + 1, how) if isinstance(how, str) else how
+    exits = draw_exits(key_exit, streamer.plan.lengths, how) if isinstance(how, str) else how
 
     def call(params, text, key, exits):
         state = streamer.init(params, text, key, (height, parallel.stripe_columns(width), channels))
 
         def chunk(state, _):
             state, x, exit = streamer.step_to(params, state, exits)
-            return state, (x, exit.x, exit.sigma)
+            return state, (x, exit.x, exit.sigma, None if clean else state.last)
 
-        _, (x0, entered, sigma) = jax.lax.scan(chunk, state, length=streamer.student.chunks_of(frames))
-        return Rollout(_in_time(x0), _in_time(entered), jnp.repeat(sigma, streamer.cfg.chunk))
+        _, (x0, entered, sigma, last) = jax.lax.scan(chunk, state, length=chunks)
+        x0 = _in_time(x0)
+        context = x0 if clean else _in_time(last)
+        kept_at = jnp.repeat(streamer.plan.context_sigma(jnp.arange(chunks)), streamer.cfg.chunk)
+        return Rollout(x0, _in_time(entered), jnp.repeat(sigma, streamer.cfg.chunk), context, kept_at)
 
     return parallel.split_videos(call, jax.lax.stop_gradient(params), text_BMC, key_stream, exits, whole=1)
 
@@ -77,11 +83,12 @@ def _in_time(x):
 
 def history(student: StreamingModel, rollout: Rollout) -> History:
     """What the frames of a rollout look back on, as it was when they were made."""
-    clean = jnp.zeros((rollout.x0_BTHWC.shape[0], 1), jnp.float32)
+    sigma = jnp.broadcast_to(rollout.context_sigma_T[None], rollout.x0_BTHWC.shape[:2])
+    seen = History(rollout.context_BTHWC, sigma)
     if student.cfg.context != "last_step_kv":
-        return History(rollout.x0_BTHWC, clean)
+        return seen
     sigma = jnp.broadcast_to(rollout.sigma_T[None], rollout.x0_BTHWC.shape[:2])
-    return History(rollout.x0_BTHWC, clean, rollout.exit_BTHWC, sigma)
+    return seen._replace(sdd_frames_BTHWC=rollout.exit_BTHWC, sdd_sigma_BT=sigma)
 
 
 def recompute(student: StreamingModel, params, text_BMC, rollout: Rollout, grads: ContextGrad):
@@ -116,18 +123,25 @@ def replay(
 def _replay(streamer, params, text_BMC, rollout: Rollout, *, grads: ContextGrad, frames: bool, segment: int):
     shape, g = rollout.x0_BTHWC.shape, streamer.cfg.chunk
     state = streamer.init(params, text_BMC, jax.random.key(0), shape[2:])
-    inputs = rearrange(rollout.exit_BTHWC, "b (s n g) h w c -> s n b g h w c", g=g, n=segment)
+    by_chunk = functools.partial(rearrange, pattern="b (s n g) h w c -> s n b g h w c", g=g, n=segment)
     levels = rearrange(rollout.sigma_T[::g], "(s n) -> s n", n=segment)
+    noise = None
+    if not streamer.plan.keeps_clean:  # a chunk that moves is kept with the noise it had in the rollout
+        noise = by_chunk(
+            rollout.context_BTHWC
+            - flow.expand(1.0 - rollout.context_sigma_T[None], rollout.x0_BTHWC) * rollout.x0_BTHWC
+        )
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
-    def chunk(state, exit):
-        return streamer.replay(params, state, Exit(*exit), grads, frames)
+    def chunk(state, made):
+        *exit, noise = made
+        return streamer.replay(params, state, Exit(*exit), noise, grads, frames)
 
-    def section(state, exits):
+    def section(state, made):
         if frames:  # cut the past, not the projected text: it is the same for all sections
             text = {name: getattr(state, name) for name in state._fields if name.endswith("text")}
             state = jax.lax.stop_gradient(state)._replace(**text)
-        return jax.lax.scan(chunk, state, exits)
+        return jax.lax.scan(chunk, state, made)
 
-    _, x = jax.lax.scan(section, state, (inputs, levels))
+    _, x = jax.lax.scan(section, state, (by_chunk(rollout.exit_BTHWC), levels, noise))
     return rearrange(x, "s n b g h w c -> b (s n g) h w c")

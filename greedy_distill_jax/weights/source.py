@@ -130,7 +130,7 @@ class TreeSource(Source):
     Args:
       cfg: architecture.
       params: our tree, as the model's ``init`` makes it.
-      meta: "sampling" and "latent_shape" for an exported student, "part" for a `.pt`.
+      meta: "plan" and "latent_shape" for an exported student, "part" for a `.pt`.
     """
 
     path, format = Path("parameters"), "ours"

@@ -59,7 +59,7 @@ class Config:
     rope_mode: str  # time positions: "clamped" below rope_frames, "absolute" or "fixed"
     rope_frames: int
     anchor: bool  # SDD sees frame 0
-    context: str  # keys of the previous chunk: "clean" pass, "fused" (it is delayed to the next step), "last_step_kv"
+    context: str  # keys of the previous chunk: a pass over it as it is kept ("fused": in the next step), "last_step_kv"
 
     @classmethod
     def from_json(cls, architecture: dict) -> "Config":
@@ -357,9 +357,9 @@ class SDD(Backbone):
 class Student(nn.Module):
     """ETM + SDD: `forward` for all frames of a known video, `stream` to make new ones."""
 
-    def __init__(self, cfg: Config, sampling: dict | None = None):
+    def __init__(self, cfg: Config, plan: dict | None = None):
         super().__init__()
-        self.cfg, self.sampling, self.etm, self.sdd = cfg, sampling or {}, ETM(cfg), SDD(cfg)
+        self.cfg, self.plan, self.etm, self.sdd = cfg, plan or {}, ETM(cfg), SDD(cfg)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device="cpu", dtype: torch.dtype | None = None) -> "Student":
@@ -372,7 +372,7 @@ class Student(nn.Module):
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         dtype = dtype or getattr(torch, config["architecture"]["base"]["dtype"])
         with torch.device("meta"):
-            student = cls(Config.from_json(config["architecture"]), config.get("sampling"))
+            student = cls(Config.from_json(config["architecture"]), config.get("plan"))
         matmuls = tuple(name for name, m in student.named_modules() if isinstance(m, nn.Linear | nn.Conv3d))
         state = {}
         for file in sorted(Path(folder).glob("*.safetensors")):
@@ -425,19 +425,17 @@ class Student(nn.Module):
 class Stream:
     """A video in the making; its memory does not grow.
 
-    sigmas: per chunk a decreasing list of noise levels (the last list serves all further chunks); sampler: "euler"
-    follows the flow, "renoise" predicts the clean chunk and adds fresh noise; None for those of config.json.
+    plan: the steps, by default those of config.json. "sigmas": per chunk a decreasing list of noise levels;
+    "context_sigmas": per chunk the level at which it is kept for later ones (both: the last entry serves all further
+    chunks); "sampler": "euler" follows the flow, "renoise" predicts the clean chunk and adds fresh noise.
     """
 
-    def __init__(
-        self, student: Student, text: Tensor, size: tuple[int, int], sigmas=None, sampler=None, generator=None
-    ):
-        self.student, self.generator, self.index = student, generator, 0
-        self.sigmas, self.sampler = sigmas or student.sampling["sigmas"], sampler or student.sampling["sampler"]
+    def __init__(self, student: Student, text: Tensor, size: tuple[int, int], plan: dict | None = None, generator=None):
+        self.student, self.plan, self.generator, self.index = student, {**student.plan, **(plan or {})}, generator, 0
         self._ropes = student._ropes(size, text.device)
         self._last = torch.zeros(text.shape[0], student.cfg.chunk, student.cfg.channels, *size, device=text.device)
         self._etm, self._sdd = ([{} for _ in part.blocks] for part in (student.etm, student.sdd))
-        self._pending = None  # context "fused": the call whose clean pass is due
+        self._level, self._pending = 0.0, None  # of _last; context "fused": the call whose pass over _last is due
         self.switch_prompt(text)
 
     @torch.inference_mode()
@@ -449,11 +447,12 @@ class Stream:
     def step(self, noise: list[Tensor] | None = None) -> Tensor:
         """The next clean chunk [B, g, C, H, W] float32.
 
-        noise: [B, g, C, H, W] each: what the chunk starts from and, with "renoise", one more per further step.
+        noise: [B, g, C, H, W] each: what the chunk starts from, with "renoise" one more per further step, and at the
+        end what it is kept with, where its context has a noise level.
         """
         cfg, i, shape = self.student.cfg, self.index, self._last.shape
         if self._pending:
-            self._remember(self._pending(self._last, 0.0)[1])
+            self._remember(self._pending(self._last, self._level)[1])
         z = self._think()
         z_kv = self.student.sdd.project_z(z, self._ropes)
         chunk = [self.student.sdd_chunk(i, "first", "previous")]
@@ -465,27 +464,28 @@ class Stream:
         def draw(n):
             return noise[n].float() if noise else torch.randn(shape, generator=self.generator, device=self._last.device)
 
-        sigmas = [*self.sigmas[min(i, len(self.sigmas) - 1)], 0.0]
-        x = draw(0)
+        sigmas, level = (self.plan[name][: i + 1][-1] for name in ("sigmas", "context_sigmas"))
+        sigmas, x = [*sigmas, 0.0], draw(0)
         for n, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
             velocity, own = call(x, sigma)
-            if self.sampler == "euler":
+            if self.plan["sampler"] == "euler":
                 x = x + (after - sigma) * velocity
             else:
                 x = x - sigma * velocity
                 x = (1 - after) * x + after * draw(n + 1) if after else x
-        self._last, self.index = x, i + 1
+        self._last = (1 - level) * x + level * draw(-1) if level else x
+        self._level, self.index = level, i + 1
         if cfg.context == "fused":
             self._pending = call
         else:
-            self._remember(own if cfg.context == "last_step_kv" else call(x, 0.0)[1])
+            self._remember(own if cfg.context == "last_step_kv" else call(self._last, level)[1])
         return x
 
     def _think(self) -> Tensor:
         """ETM's z [B, 1, tokens, D] for the next chunk; keeps the keys later slots will look at."""
         cfg, j = self.student.cfg, self.index
         chunk = Chunk(j, [(str(slot), position) for slot, position in cfg.etm_keys(j)[:-1]])
-        sigma = torch.zeros(self._last.shape[:2], device=self._last.device)
+        sigma = torch.full(self._last.shape[:2], self._level, device=self._last.device)
         z, own = self.student.etm(self._last, sigma, [chunk], self._ropes, self._text[0], self._etm)
         kept = {str(slot) for slot, _ in cfg.etm_keys(j + 1)}
         for layer, (key_value,) in enumerate(own):

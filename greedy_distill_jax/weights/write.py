@@ -59,7 +59,7 @@ def write(
       form: one of `WRITABLE`.
       dtype: of the written tensors, "keep" or a name.
       shard_bytes: largest safetensors file; more than one get an index.json.
-      student: for "torch-student": "sampling" and "latent_shape" for config.json.
+      student: for "torch-student": "plan" and "latent_shape" for config.json.
       codec: for "torch-student": the codec of a run, copied along.
       overwrite: replace the target.
 
@@ -170,5 +170,5 @@ def _wan_config(source: Source, form: str) -> dict[str, Any]:
 
 
 def _student_config(source: Source, student: dict[str, Any]) -> dict[str, Any]:
-    known = {k: source.meta[k] for k in ("sampling", "latent_shape") if k in source.meta}
+    known = {k: source.meta[k] for k in ("plan", "latent_shape") if k in source.meta}
     return {"format": STUDENT_FORMAT, "architecture": architecture_json(source.cfg), **known, **student}

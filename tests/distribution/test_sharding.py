@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.parallel import check_columns, on_mesh
 from greedy_distill_jax.distribution.sharding import RULES, TABLE, leaf_paths, rows_of, shardings
@@ -12,7 +13,6 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.config import FUSIONS
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.students.make import make_student
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 
@@ -26,7 +26,7 @@ def _state_shapes(config):
 
 def _stream_shapes(cfg):
     student = make_student(cfg)
-    streamer = make_streamer(student, Sampling(((1.0, 0.5),), "renoise"))
+    streamer = make_streamer(student, StepPlan(((1.0, 0.5),), "renoise"))
     params = jax.eval_shape(lambda key: student.init(key, (1, 4, 4, 4)), jax.random.key(0))
     text = jax.ShapeDtypeStruct((1, cfg.base.text_len, cfg.base.text_dim), jnp.float32)
     return jax.eval_shape(lambda p, t, k: streamer.init(p, t, k, (4, 4, 4)), params, text, jax.random.key(0))

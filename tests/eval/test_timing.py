@@ -4,11 +4,11 @@ import jax
 import numpy as np
 
 from greedy_distill_jax.diffusion import noise_levels
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.eval.time_per_frame import causal_frame, time_per_frame
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.testing import tiny
 
 LATENT = (8, 8, 4)  # 16 tokens a frame
@@ -17,7 +17,7 @@ LATENT = (8, 8, 4)  # 16 tokens a frame
 def test_time_per_frame_is_flat_for_the_student_and_grows_for_the_others():
     teacher, student = Teacher(tiny.BASE), Student(tiny.STUDENT)
     teacher_params, params = (tiny.random_params(model) for model in (teacher, student))
-    streamer = Streamer(student, Sampling((noise_levels.uniform_steps(2, 5.0),)))
+    streamer = Streamer(student, StepPlan((noise_levels.uniform_steps(2, 5.0),)))
     text = tiny.text_rows(1, jax.random.key(0))
 
     def growth():

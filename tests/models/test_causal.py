@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.causal import CausalStudent
@@ -15,7 +16,7 @@ from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ops.attention import Pattern
 from greedy_distill_jax.streaming.causal import CausalStreamer
-from greedy_distill_jax.streaming.loop import Sampling, cache_bytes, initial_noise
+from greedy_distill_jax.streaming.loop import cache_bytes, initial_noise
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
 
@@ -39,9 +40,9 @@ def _params(student):
     return tiny.random_params(student, latent_shape=(1, *LATENT))
 
 
-def _stream(student, params, text, frames, sampling):
+def _stream(student, params, text, frames, plan):
     """(frames [B, T, H, W, C], the key each chunk was made with)."""
-    streamer = CausalStreamer(student, sampling)
+    streamer = CausalStreamer(student, plan)
 
     def body(state, _):
         key = jax.random.split(state.key)[1]
@@ -62,9 +63,9 @@ def _noise(keys, n, shape):
     return jnp.concatenate([draw(k, shape) for k in keys], axis=1)
 
 
-def _parallel(student, params, text, frames, keys, sampling):
+def _parallel(student, params, text, frames, keys, plan):
     """The same denoising, every chunk at once, given the streamed frames as history."""
-    sigmas, shape = sampling.sigmas[0], (len(frames), student.cfg.chunk, *LATENT)
+    sigmas, shape = plan.sigmas[0], (len(frames), student.cfg.chunk, *LATENT)
     zero = jnp.zeros((len(frames), 1), jnp.float32)
     call = jax.jit(lambda params, x, s, history: student(params, x, s, text, history))
     noises = [_noise(keys, n, shape) for n in range(len(sigmas))]
@@ -80,7 +81,7 @@ def _parallel(student, params, text, frames, keys, sampling):
         for n, (sigma, after) in enumerate(zip(sigmas, (*sigmas[1:], 0.0), strict=True)):
             last = x
             v = call(params, x, zero + sigma, history)
-            if sampling.sampler == "euler" or after == 0:
+            if plan.sampler == "euler" or after == 0:
                 x = x + (after - sigma) * v
             else:
                 x = (1 - after) * (x - sigma * v) + after * noises[n + 1]
@@ -90,9 +91,9 @@ def _parallel(student, params, text, frames, keys, sampling):
 def _compare(frames, batch=2, sampler="euler", **changes):
     student = _student(**changes)
     params, text = _params(student), tiny.text_rows(batch, jax.random.key(3))
-    sampling = Sampling(((1.0, 0.6),), sampler)
-    streamed, keys = _stream(student, params, text, frames, sampling)
-    full = _parallel(student, params, text, streamed, keys, sampling)
+    plan = StepPlan(((1.0, 0.6),), sampler)
+    streamed, keys = _stream(student, params, text, frames, plan)
+    full = _parallel(student, params, text, streamed, keys, plan)
     assert float(jnp.abs(streamed).mean()) > 0.1
     np.testing.assert_allclose(streamed, full, atol=1e-5 * max(1.0, float(jnp.abs(full).max())))
 
@@ -124,7 +125,7 @@ def test_bfloat16_streams_close_to_float32():
     for dtype in ("float32", "bfloat16"):
         student = _student(base=dataclasses.replace(tiny.BASE, dtype=dtype))
         text = tiny.text_rows(1, jax.random.key(3))
-        streams.append(_stream(student, _params(student), text, 6, Sampling(((1.0, 0.6),)))[0])
+        streams.append(_stream(student, _params(student), text, 6, StepPlan(((1.0, 0.6),)))[0])
     error = jnp.linalg.norm(streams[0] - streams[1]) / jnp.linalg.norm(streams[0])
     assert 0 < float(error) < 0.1
 
@@ -238,7 +239,7 @@ def test_gradients_reach_every_parameter_and_match_a_finite_difference(one_layer
 def switching(request):
     """(student, params, two prompts, jitted step, the streamer, state after 3 chunks) with recache and no sink."""
     student = _student(rope_mode=request.param, window=4, sink=0, recache=True)
-    params, streamer = _params(student), CausalStreamer(student, Sampling(((1.0, 0.5),)))
+    params, streamer = _params(student), CausalStreamer(student, StepPlan(((1.0, 0.5),)))
     a, b = (tiny.text_rows(1, jax.random.key(i)) for i in (3, 4))
     step = jax.jit(streamer.step)
     state, made = streamer.init(params, a, jax.random.key(7), LATENT), []
@@ -250,7 +251,7 @@ def switching(request):
 
 def test_switch_prompt_changes_the_future(switching):
     student, params, (a, b), step, streamer, state, _ = switching
-    plain = CausalStreamer(CausalStudent(dataclasses.replace(student.cfg, recache=False)), streamer.sampling)
+    plain = CausalStreamer(CausalStudent(dataclasses.replace(student.cfg, recache=False)), streamer.plan)
     old = state._replace(frames=None)
     outs = [step(params, s)[1] for s in (
         state, plain.switch_prompt(params, old, a)._replace(frames=state.frames),
@@ -278,7 +279,7 @@ def test_recached_keys_are_the_teachers_of_those_frames(switching):
 @pytest.mark.parametrize("made", [2, 7])
 def test_recache_keeps_the_sink_and_reads_only_filled_slots(made):
     student = _student(chunk=2, window=8, sink=2, recache=True)
-    params, streamer = _params(student), CausalStreamer(student, Sampling(((1.0,),)))
+    params, streamer = _params(student), CausalStreamer(student, StepPlan(((1.0,),)))
     step = jax.jit(streamer.step)
     state = streamer.init(params, tiny.text_rows(1, jax.random.key(3)), jax.random.key(7), LATENT)
     for _ in range(made):
@@ -298,7 +299,7 @@ def test_recache_keeps_the_sink_and_reads_only_filled_slots(made):
 
 def test_the_state_does_not_grow_and_the_step_compiles_once():
     student = _student(recache=True)
-    params, streamer = _params(student), CausalStreamer(student, Sampling(((1.0, 0.5), (1.0,)), "renoise"))
+    params, streamer = _params(student), CausalStreamer(student, StepPlan(((1.0, 0.5), (1.0,)), "renoise"))
     step = jax.jit(streamer.step, donate_argnums=1)
     state = streamer.init(params, tiny.text_rows(1, jax.random.key(3)), jax.random.key(7), LATENT)
     sizes = []

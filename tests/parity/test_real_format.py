@@ -58,7 +58,7 @@ def test_from_a_model_folder_and_clips_to_a_streaming_pytorch_student(real_clips
     assert exit_code(convert.main, "export", *options) == 0
     run = Run.load(tmp_path / "stage2")
     rows = run.text([prompt])
-    frames, noise = jax_stream(run.model, run.params, rows, run.streamer().sampling, run.latent_shape[1:], 6)
+    frames, noise = jax_stream(run.model, run.params, rows, run.streamer().plan, run.latent_shape[1:], 6)
     stream = loaded(tmp_path / "torch").stream(torch.from_numpy(np.array(rows)), run.latent_shape[1:3])
     made = [from_torch(stream.step([to_torch(n) for n in row])) for row in np.asarray(noise)]
     scale = max(1.0, float(np.abs(frames).std()))

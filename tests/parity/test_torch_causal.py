@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.streaming.causal import CausalStreamer
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.testing import tiny
 
 pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
@@ -22,7 +22,7 @@ def test_streams_the_same_frames(benchmarks, chunk, window, sink):
     peer = benchmarks("torch_causal")
     base = dataclasses.replace(tiny.BASE, prediction="velocity", dtype="float32", remat="none")
     cfg = tiny.causal_config(base=base, chunk=chunk, window=window, sink=sink)
-    streamer = CausalStreamer(CausalStudent(cfg), Sampling((SIGMAS,), "renoise"))
+    streamer = CausalStreamer(CausalStudent(cfg), StepPlan((SIGMAS,), "renoise"))
     params = tiny.random_params(streamer.student, latent_shape=(1, *LATENT))
     text = tiny.text_rows(2, jax.random.key(1))
     other = peer.TorchCausal(params, cfg, np.asarray(text), SIGMAS, LATENT[:2])

@@ -1,5 +1,6 @@
 """The exported PyTorch student against the JAX one: same noise in, same frames out, in both forms."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.streaming.loop import Sampling, initial_noise
+from greedy_distill_jax.streaming.loop import CONTEXT_FOLD, initial_noise
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
 from greedy_distill_jax.weights.source import TreeSource
@@ -30,7 +32,7 @@ OPTIONS = {
     "sampler": ["euler", "renoise"],
     "prediction": ["velocity", "x0"],
 }
-SIGMAS = ((1.0, 0.8, 0.4), (1.0, 0.6))
+SIGMAS = ((1.0, 0.8, 0.4), (1.0, 0.7, 0.5), (1.0, 0.6))
 
 
 def exported(folder, cfg, params, **meta):
@@ -57,14 +59,15 @@ def from_torch(x):
     return x.detach().float().permute(0, 1, 3, 4, 2).numpy()
 
 
-def jax_stream(student, params, text, sampling, latent=LATENT, length=FRAMES):
-    """(frames, all noise a step may use [chunks, 1 + steps, B, g, H, W, C])."""
-    streamer, steps = Streamer(student, sampling), max(map(len, sampling.sigmas))
+def jax_stream(student, params, text, plan, latent=LATENT, length=FRAMES):
+    """(frames, all noise a step may use [chunks, 1 + steps + 1, B, g, H, W, C])."""
+    streamer, steps = Streamer(student, plan), max(map(len, plan.sigmas))
 
     def body(state, _):
         _, key = jax.random.split(state.key)
         more = [jax.random.normal(jax.random.fold_in(key, n + 1), state.last.shape, jnp.float32) for n in range(steps)]
-        noise = jnp.stack([initial_noise(key, state.last.shape), *more])
+        context = jax.random.normal(jax.random.fold_in(key, CONTEXT_FOLD), state.last.shape, jnp.float32)
+        noise = jnp.stack([initial_noise(key, state.last.shape), *more, context])
         state, x = streamer.step(params, state)
         return state, (x, noise)
 
@@ -77,6 +80,10 @@ def jax_stream(student, params, text, sampling, latent=LATENT, length=FRAMES):
 
 
 CASES = pairwise(OPTIONS)
+CASES += [
+    {**CASES[0], "context": context, "sampler": sampler, "context_sigmas": (0.0, 0.357)}
+    for context, sampler in (("clean", "renoise"), ("fused", "euler"))
+]
 CASES += [{**case, "anchor": False} for case in CASES[:2]]
 
 
@@ -84,18 +91,16 @@ CASES += [{**case, "anchor": False} for case in CASES[:2]]
 def test_parallel_and_streamed(case, tmp_path):
     case = dict(case)
     case["etm_layers"], case["sdd_layers"] = case.pop("split")
-    sampling = Sampling(SIGMAS, case.pop("sampler"))
+    plan = StepPlan(SIGMAS, case.pop("sampler"), case.pop("context_sigmas", (0.0,)))
     base = dict(prediction=case.pop("prediction"), dtype="float32", remat="none")
     cfg = tiny.student_config(base=tiny.dataclasses.replace(tiny.BASE, **base), **case)
     student = Student(cfg)
     params = tiny.random_params(student, latent_shape=(1, *LATENT))
     text = tiny.text_rows(2, jax.random.key(1))
-    other = exported(
-        tmp_path / "out", cfg, params, sampling={"sigmas": [list(s) for s in SIGMAS], "sampler": sampling.sampler}
-    )
+    other = exported(tmp_path / "out", cfg, params, plan=dataclasses.asdict(plan))
     text_t = torch.from_numpy(np.array(text))
 
-    frames, noise = jax_stream(student, params, text, sampling)
+    frames, noise = jax_stream(student, params, text, plan)
     stream = other.stream(text_t, LATENT[:2])
     made = [from_torch(stream.step([to_torch(n) for n in row])) for row in np.asarray(noise)]
     scale = max(1.0, float(np.abs(frames).std()))

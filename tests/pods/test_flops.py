@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from greedy_distill_jax.config import read_settings
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.pods import costs, flops
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.matmuls import count_matmuls
@@ -59,14 +59,14 @@ def test_the_students(cfg):
     expected = flops.student(cfg, FRAMES, TOKENS)
     counted = count_matmuls(student, params, VIDEO, _shape(1, FRAMES), TEXT, History(VIDEO, _shape(1, 1)))
     assert counted == pytest.approx(expected.total, rel=0.001)
-    sampling = Sampling(((1.0, 0.7, 0.4),), "renoise")
-    streamer = make_streamer(student, sampling)
+    plan = StepPlan(((1.0, 0.7, 0.4),), "renoise")
+    streamer = make_streamer(student, plan)
 
     def self_made(params, text, key):
         return rollout.roll_out(streamer, params, text, key, (FRAMES, *LATENT), "last")
 
     counted = count_matmuls(self_made, params, TEXT, jax.random.key(0), while_trips=3.0)
-    expected = flops.rollout(cfg, FRAMES, TOKENS, sampling, "last")
+    expected = flops.rollout(cfg, FRAMES, TOKENS, plan, "last")
     assert counted == pytest.approx(expected.total, rel=0.02)
 
 
@@ -86,7 +86,7 @@ def test_an_update_with_what_it_recomputes(remat):
 @pytest.mark.parametrize("context", ["clean", "last_step_kv", "fused"])
 def test_a_step_of_a_stream(fusion, context):
     cfg = dataclasses.replace(STUDENT, fusion=fusion, context=context)
-    streamer = make_streamer(make_student(cfg), Sampling(((1.0, 0.7, 0.4),), "renoise"))
+    streamer = make_streamer(make_student(cfg), StepPlan(((1.0, 0.7, 0.4),), "renoise"))
     params = _params(streamer.student)
     state = jax.eval_shape(lambda p, text, key: streamer.init(p, text, key, LATENT), params, TEXT, jax.random.key(0))
     loop = 2.0 if context == "fused" else 3.0
@@ -97,7 +97,7 @@ def test_a_step_of_a_stream(fusion, context):
 UPDATES = {
     "teacher": dict(stage="teacher"),
     "stage 1, two draws": dict(stage="teacher_forcing", losses__flow_matching__options=dict(draws=2)),
-    "joint teacher, critic": dict(stage="dmd", losses__dmd__options=dict(draws=2)),
+    "joint teacher, critic": dict(stage="dmd", distill__draws=2),
     "causal, stage 1's score": dict(
         stage="dmd", student__kind="causal", distill__real="autoregressive", distill__fake="stage1"
     ),

@@ -6,10 +6,10 @@ import pytest
 
 from greedy_distill_jax.codecs.vae_codec import VAECodec
 from greedy_distill_jax.data.video_io import read_frames
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.students.etm_sdd import Student
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.recording import Recording, output_paths
 from greedy_distill_jax.streaming.session import Session, programs
@@ -28,7 +28,7 @@ def text(prompts):
 def session(prompts=("a", "b"), *, model=None, codec=None, seed=0, chunk=1):
     model = model or Student(tiny.student_config(chunk=chunk))
     params = tiny.random_params(model)
-    streamer = make_streamer(model, Sampling(((1.0, 0.5),)))
+    streamer = make_streamer(model, StepPlan(((1.0, 0.5),)))
     return Session(streamer, params, codec, text, list(prompts), seed=seed, latent_shape=SHAPE)
 
 
@@ -52,7 +52,7 @@ def test_a_seed_and_a_prompt_are_a_video():
 def test_a_session_is_its_programs_called_by_hand():
     stream = session()
     model = Student(tiny.student_config(chunk=1))
-    init, step, switch_prompt = programs(make_streamer(model, Sampling(((1.0, 0.5),))))
+    init, step, switch_prompt = programs(make_streamer(model, StepPlan(((1.0, 0.5),))))
     params = tiny.random_params(model)
     state = init(params, text("ab"), jax.random.key(0), SHAPE)
     for number in range(3):
@@ -69,7 +69,7 @@ def test_a_second_session_compiles_nothing(model):
         stream = session(model=model, seed=seed)
         stream.next_latents()
         stream.switch_prompts("c")
-    shared = programs(make_streamer(model, Sampling(((1.0, 0.5),))))
+    shared = programs(make_streamer(model, StepPlan(((1.0, 0.5),))))
     assert [jitted._cache_size() for jitted in shared] == [1, 1, 1]
 
 

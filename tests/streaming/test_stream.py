@@ -12,14 +12,16 @@ import pytest
 
 from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import read_settings
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.streaming.loop import Sampling, cache_bytes, initial_noise
+from greedy_distill_jax.streaming.loop import cache_bytes, initial_noise
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
 
 LATENT = (4, 4, 4)
+NOISY = StepPlan(((1.0, 0.6),), context_sigmas=(0.0, 0.357))
 OPTIONS = {
     "fusion": ["selfkv", "xattn2", "replace", "add", "concat", "adaln"],
     "rope_mode": ["clamped", "absolute", "fixed"],
@@ -42,9 +44,9 @@ def _params(student):
     return tiny.random_params(student, latent_shape=(1, *LATENT))
 
 
-def _stream(student, params, text, frames, sigmas):
+def _stream(student, params, text, frames, plan):
     """(frames, the noise every chunk started from), both [B, T, H, W, C]."""
-    streamer = Streamer(student, Sampling((sigmas,), "euler"))
+    streamer = Streamer(student, plan)
 
     def body(state, _):
         _, key = jax.random.split(state.key)
@@ -83,7 +85,7 @@ def _compare(case, frames, batch=2):
     student = Student(_config(case))
     params, text = _params(student), tiny.text_rows(batch, jax.random.key(3))
     sigmas = (1.0, 0.6)
-    streamed, noise = _stream(student, params, text, frames, sigmas)
+    streamed, noise = _stream(student, params, text, frames, StepPlan((sigmas,)))
     full = _parallel(student, params, text, streamed, noise, sigmas)
     assert float(jnp.abs(streamed).mean()) > 0.1
     np.testing.assert_allclose(streamed, full, atol=1e-5 * max(1.0, float(jnp.abs(full).max())))
@@ -113,7 +115,7 @@ def test_bfloat16_streams_close_to_float32():
     for dtype in ("float32", "bfloat16"):
         student = Student(tiny.student_config(base=dataclasses.replace(tiny.BASE, dtype=dtype)))
         params, text = _params(student), tiny.text_rows(1, jax.random.key(3))
-        streams.append(_stream(student, params, text, 4, (1.0, 0.6))[0])
+        streams.append(_stream(student, params, text, 4, StepPlan(((1.0, 0.6),)))[0])
     error = jnp.linalg.norm(streams[0] - streams[1]) / jnp.linalg.norm(streams[0])
     assert 0 < float(error) < 0.1
 
@@ -122,12 +124,13 @@ def test_past_the_training_length_of_wan():
     _compare(dict(rope_frames=21, window=7), frames=30, batch=1)
 
 
-def test_fused_and_clean_give_the_same_stream():
-    streams = []
+@pytest.mark.parametrize("context_sigma", [0.0, 0.357])
+def test_fused_and_clean_give_the_same_stream(context_sigma):
+    streams, plan = [], StepPlan.parse("4,3,2", shift=5.0, sampler="renoise", context_sigma=context_sigma)
     for mode in ("clean", "fused"):
         student = Student(tiny.student_config(context=mode))
         params = _params(student)
-        streams.append(_stream(student, params, tiny.text_rows(1, jax.random.key(3)), 8, (1.0, 0.6))[0])
+        streams.append(_stream(student, params, tiny.text_rows(1, jax.random.key(3)), 8, plan)[0])
     np.testing.assert_allclose(*streams, atol=1e-5)
 
 
@@ -159,7 +162,7 @@ def test_first_chunk_takes_its_own_step_list():
     params, text = _params(student), tiny.text_rows(1, jax.random.key(3))
     outs = []
     for sigmas in [((1.0, 0.5), (1.0,)), ((1.0, 0.5),), ((1.0,),)]:
-        streamer = Streamer(student, Sampling(sigmas, "renoise"))
+        streamer = Streamer(student, StepPlan(sigmas, "renoise"))
         state = streamer.init(params, text, jax.random.key(7), LATENT)
         outs.append(jax.jit(streamer.step)(params, state)[1])
     np.testing.assert_allclose(outs[0], outs[1], atol=1e-6)
@@ -170,7 +173,7 @@ def test_switch_prompt_changes_the_future_only_through_text():
     student = Student(tiny.STUDENT)
     params = _params(student)
     a, b = (tiny.text_rows(1, jax.random.key(i)) for i in (3, 4))
-    streamer = Streamer(student, Sampling(((1.0, 0.5),)))
+    streamer = Streamer(student, StepPlan(((1.0, 0.5),)))
     step = jax.jit(streamer.step)
     state = streamer.init(params, a, jax.random.key(7), LATENT)
     for _ in range(3):
@@ -190,7 +193,7 @@ def _resident_bytes() -> int:
 def test_state_and_live_buffers_do_not_grow():
     student = Student(tiny.STUDENT)
     params = _params(student)
-    streamer = Streamer(student, Sampling(((1.0,),)))
+    streamer = Streamer(student, StepPlan(((1.0,),)))
     step = jax.jit(streamer.step, donate_argnums=1)
     state = streamer.init(params, tiny.text_rows(1, jax.random.key(3)), jax.random.key(7), LATENT)
     bytes_, live, resident = {}, {}, {}
@@ -208,8 +211,7 @@ def test_state_and_live_buffers_do_not_grow():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: Sampling(((1.0, 1.0),)), "must decrease"),
-        (lambda: Sampling(((0.5,),), "ddim"), "choose from"),
+        (lambda: Streamer(Student(tiny.student_config(context="last_step_kv")), NOISY), "'last_step_kv' keeps"),
         (lambda: Student(tiny.student_config(chunk=3)).chunks_of(8), "do not divide into chunks of 3"),
         (lambda: tiny.student_config(fusion="sum"), "choose from"),
         (lambda: tiny.student_config(etm_layers=(5,)), "numbered from 0"),

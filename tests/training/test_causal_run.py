@@ -114,8 +114,8 @@ def test_the_published_settings(name, frames):
     config = read_config(f"configs/wan1_3b/causal.py:{name}").lock()
     settings = read_settings(config)
     model = settings.kind.model(settings)
-    cfg, sampling = model.cfg, settings.sampling
+    cfg, plan = model.cfg, settings.plan
     assert (cfg.chunk, cfg.sink + (cfg.ring_chunks + 1) * cfg.chunk) == (3, frames)
-    np.testing.assert_allclose(sampling.sigmas[0], [1.0, 0.9375, 0.83333, 0.625], atol=1e-4)
+    np.testing.assert_allclose(plan.sigmas[0], [1.0, 0.9375, 0.83333, 0.625], atol=1e-4)
     shapes = jax.eval_shape(lambda k: model.init(k, (3, 4, 4, 16)), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 1_418_996_800

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.students.etm_sdd import Student
-from greedy_distill_jax.streaming.loop import Sampling
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
@@ -19,6 +19,9 @@ from greedy_distill_jax.training import rollout as rollouts
 
 FRAMES, LATENT = 6, (4, 4, 4)
 SIGMAS = ((1.0, 0.8, 0.5), (1.0, 0.6))
+OLD = StepPlan(SIGMAS, "renoise")
+DIAGONAL = StepPlan(((1.0, 0.9, 0.7, 0.4), (1.0, 0.8, 0.4), (1.0, 0.4)), "renoise")
+NOISY = StepPlan(DIAGONAL.sigmas, "renoise", (0.0, 0.357))
 OPTIONS = {
     "fusion": ("selfkv", "xattn2", "add"), "rope_mode": ("clamped", "absolute"), "context": ("clean", "last_step_kv"),
     "anchor": (True, False), "chunk": (1, 2), "sink": (0, 1), "etm": ("params", "none"), "sdd": ("none", "params"),
@@ -29,13 +32,22 @@ CAUSAL = [
 ]
 
 
+PLANS = [
+    dict(plan=NOISY, sdd="none"),
+    dict(plan=StepPlan(SIGMAS, "euler", (0.1, 0.3, 0.357)), chunk=2, sink=1, rope_mode="absolute", sdd="params"),
+    dict(plan=DIAGONAL, context="last_step_kv", sdd="params"),
+    dict(plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative", sdd="params"),
+    dict(plan=DIAGONAL, causal=True, window=3, sink=0, context="last_step_kv", sdd="none"),
+]
+
+
 @functools.cache
-def _setup(how="random", seed=1, **changes):
+def _setup(how="random", seed=1, plan=OLD, **changes):
     if changes.pop("causal", False):
         student = CausalStudent(tiny.causal_config(**changes))
     else:
         student = Student(tiny.student_config(rope_frames=4, **changes))
-    streamer = make_streamer(student, Sampling(SIGMAS, "renoise"))
+    streamer = make_streamer(student, plan)
     params, text = tiny.random_params(student), tiny.text_rows(2, jax.random.key(3))
     drawn = jax.jit(
         lambda p: rollouts.roll_out(streamer, p, text, jax.random.key(seed), (FRAMES, *LATENT), how)
@@ -58,11 +70,15 @@ def _gradient(act, params):
     return both(params)
 
 
+def _name(case):
+    return "-".join(str(list(v.lengths)) if isinstance(v, StepPlan) else str(v) for v in case.values())
+
+
 def _distance(a, b):
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(b))
 
 
-@pytest.mark.parametrize("case", [*pairwise(OPTIONS), *CAUSAL], ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize("case", [*pairwise(OPTIONS), *CAUSAL, *PLANS], ids=_name)
 def test_parallel_and_sequential_forms_agree(case):
     case = dict(case)
     grads = ContextGrad(case.pop("etm", "params"), case.pop("sdd"))
@@ -85,9 +101,10 @@ def test_every_stop_changes_the_gradient():
     assert _distance(*found) > 1e-2
 
 
-def test_gradient_through_frames_is_the_whole_derivative():
+@pytest.mark.parametrize("plan", [OLD, NOISY], ids=["clean", "noisy"])
+def test_gradient_through_frames_is_the_whole_derivative(plan):
     # Against the change of the replayed video itself when the parameters move a little.
-    _, streamer, params, text, drawn = _setup()
+    _, streamer, params, text, drawn = _setup(plan=plan)
     weights = jax.random.normal(jax.random.key(9), (2, FRAMES, *LATENT))
 
     @jax.jit
@@ -139,3 +156,12 @@ def test_running_every_list_to_its_end_is_the_stream():
         state, x = step(params, state)
         np.testing.assert_allclose(drawn.x0_BTHWC[:, i : i + 1], x, atol=1e-5 * float(jnp.abs(x).max()))
     np.testing.assert_allclose(drawn.sigma_T, [0.5] + [0.6] * (FRAMES - 1))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
+def test_the_kept_frames_are_recorded(causal):
+    _, streamer, params, text, drawn = _setup(plan=NOISY, **(dict(causal=True) if causal else {}))
+    np.testing.assert_allclose(drawn.context_sigma_T, [0.0] + [0.357] * (FRAMES - 1), atol=1e-7)
+    np.testing.assert_array_equal(drawn.context_BTHWC[:, 0], drawn.x0_BTHWC[:, 0])
+    noise = (drawn.context_BTHWC - (1 - 0.357) * drawn.x0_BTHWC)[:, 1:] / 0.357
+    assert abs(float(noise.std()) - 1) < 0.1 and float(jnp.abs(noise[:, 0] - noise[:, 1]).max()) > 0.1

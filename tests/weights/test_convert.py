@@ -43,7 +43,7 @@ def test_a_job_with_converted_weights(tmp_path, capsys):
     assert compare(open_source(tmp_path / "back"), open_source(tmp_path / "student")) == []
     trained, back = Run.load(tmp_path / "student"), Run.load(tmp_path / "back")
     assert back.model.cfg == trained.model.cfg and back.latent_shape == trained.latent_shape
-    assert back.streamer().sampling == trained.streamer().sampling
+    assert back.streamer().plan == trained.streamer().plan
     videos = [r.sample_videos(["a red square moving left"], frames=2) for r in (trained, back)]
     np.testing.assert_array_equal(*videos)
 

@@ -90,8 +90,8 @@ def test_pt_round_trip(wrapped, tmp_path, capsys):
 def test_student_round_trip(fusion, tmp_path):
     cfg = tiny.student_config(fusion=fusion, chunk=2, sink=1, gate_init=0.2)
     source = TreeSource(cfg, tiny.random_params(Student(cfg)))
-    sampling = {"sampler": "renoise", "sigmas": [[1.0, 0.5]], "made_from": {"steps": 2, "sampler": "renoise"}}
-    write(source, tmp_path / "torch", "torch-student", student={"sampling": sampling, "latent_shape": [8, 4, 4, 4]})
+    plan = {"sampler": "renoise", "sigmas": [[1.0, 0.5]], "context_sigmas": [0.0], "shift": 1.0}
+    write(source, tmp_path / "torch", "torch-student", student={"plan": plan, "latent_shape": [8, 4, 4, 4]})
     assert {p.name for p in (tmp_path / "torch").iterdir()} == {"config.json", "model.safetensors", "torch_student.py"}
     assert run("import", tmp_path / "torch", tmp_path / "ours") == 0
     ours = open_source(tmp_path / "ours")
@@ -101,7 +101,7 @@ def test_student_round_trip(fusion, tmp_path):
     assert bits(files[0]) == bits(files[1])
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("torch", "again")]
     assert configs[0]["architecture"] == configs[1]["architecture"]
-    assert configs[1]["sampling"]["sampler"] == "renoise" and configs[1]["latent_shape"] == [8, 4, 4, 4]
+    assert configs[1]["plan"]["sampler"] == "renoise" and configs[1]["latent_shape"] == [8, 4, 4, 4]
 
 
 def test_layouts_that_are_recognised(tmp_path):

@@ -14,15 +14,23 @@ from greedy_distill_jax.training.update import data_step
 
 
 class Teacher(StageKind):
-    """See the module."""
+    """See the module. Losses may ask for the "target", the average of the network itself."""
 
     trains = "teacher"
+    offers = ("target",)
 
     def check(self, settings: Settings) -> None:
-        """Raises UserError for a sampler that teachers do not have."""
+        """Raises UserError for a sampler that teachers do not have, and for what only students take."""
         if settings.sample.sampler not in SOLVERS:
             raise UserError(
                 f"config.sample.sampler is {settings.sample.sampler!r}; a teacher's are {', '.join(SOLVERS)}."
+            )
+        if not isinstance(settings.sample.steps, int) or settings.sample.steps < 1:
+            raise UserError(f"config.sample.steps is {settings.sample.steps}; a teacher takes a number of at least 1.")
+        if settings.sample.context_sigma:
+            raise UserError(
+                f"config.sample.context_sigma is {settings.sample.context_sigma}, but a teacher makes whole videos; "
+                "leave it at 0."
             )
 
     def terms(self, settings: Settings) -> tuple[Term, ...]:
@@ -44,6 +52,8 @@ class Teacher(StageKind):
             seed=settings.seed,
             null_MC=inputs.null_MC,
             make_net=functools.partial(nets.teacher_net, model),
+            make_asked=lambda state, frozen: {"target": nets.teacher_net(model, state.nets["teacher"].ema)},
+            prepare=lambda batch, key: batch,
             terms=settings.terms,
             update=update,
             text_dropout=settings.text_dropout,
@@ -54,10 +64,10 @@ class Teacher(StageKind):
 
 
 def on_data(name: str, step) -> Part:
-    """The one part of a stage that trains on data: ``step(state, batch) -> (state, metrics)``."""
+    """The one part of a stage that trains on data: ``step(state, frozen, batch) -> (state, metrics)``."""
 
     def call(state, frozen: Mapping, batch, carry):
-        return *step(state, batch), carry
+        return *step(state, frozen, batch), carry
 
     return Part(name, always, call)
 

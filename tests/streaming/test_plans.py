@@ -1,0 +1,99 @@
+"""Plans with a step list and a context level per chunk: streams against the parallel form, for every student."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.models.students.causal import CausalStudent
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.streaming.loop import initial_noise
+from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.training import rollout as rollouts
+
+LATENT, FRAMES = (4, 4, 4), 12
+DIAGONAL = ((1.0, 0.9, 0.7, 0.4), (1.0, 0.8, 0.4), (1.0, 0.4), (1.0, 0.4))  # 4, 3, 2, 2
+CASES = {
+    "etm_sdd 4322 noisy": (Student, {}, StepPlan(DIAGONAL, "renoise", (0.0, 0.357))),
+    "etm_sdd 31 noisy, in chunks": (
+        Student, dict(chunk=2, rope_mode="absolute", sink=1, fusion="xattn2"),
+        StepPlan(((1.0, 0.8, 0.5), (1.0,)), "euler", (0.1, 0.2, 0.357))),
+    "etm_sdd 4322 last step": (Student, dict(context="last_step_kv"), StepPlan(DIAGONAL, "renoise")),
+    "causal 4322 noisy": (
+        CausalStudent, dict(window=3, rope_mode="relative"), StepPlan(DIAGONAL, "renoise", (0.0, 0.357))),
+    "causal 31 last step, in chunks": (
+        CausalStudent, dict(chunk=2, window=6, sink=2, context="last_step_kv"), StepPlan(((1.0, 0.8, 0.5), (1.0,)))),
+}  # fmt: skip
+
+
+def _setup(case):
+    model, changes, plan = CASES[case]
+    config = tiny.causal_config if model is CausalStudent else tiny.student_config
+    student = model(config(**changes))
+    return make_streamer(student, plan), tiny.random_params(student), tiny.text_rows(1, jax.random.key(3))
+
+
+def _all_at_once(streamer, params, text, history, keys):
+    """Every chunk denoised from its noise together, each by its own list, given what the stream kept."""
+    student, plan, g = streamer.student, streamer.plan, streamer.cfg.chunk
+    table = jnp.asarray([plan.table[min(i, len(plan.sigmas) - 1)] for i in range(len(keys))])
+    table = jnp.repeat(table, g, axis=0).T  # [steps + 1, T]
+
+    def noise(draw):
+        return jnp.concatenate([draw(key, (1, g, *LATENT)) for key in keys], axis=1)
+
+    @jax.jit
+    def call(x, sigma):
+        return student(params, x, sigma[None], text, history)
+
+    x = noise(initial_noise)
+    for n, (sigma, after) in enumerate(itertools.pairwise(table)):
+        s, a = (y[None, :, None, None, None] for y in (sigma, after))
+        v = call(x, sigma)
+        if plan.sampler == "euler":
+            new = x + (a - s) * v
+        else:
+            fresh = noise(lambda key, shape, n=n: jax.random.normal(jax.random.fold_in(key, n + 1), shape))
+            new = (1 - a) * (x - s * v) + a * fresh
+        x = jnp.where(s > 0, new, x)  # a shorter list is at its end
+    return x
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_streaming_equals_the_parallel_form(case):
+    streamer, params, text = _setup(case)
+    key = jax.random.key(7)
+    drawn = jax.jit(lambda p: rollouts.roll_out(streamer, p, text, key, (FRAMES, *LATENT), "last"))(params)
+    state, step = streamer.init(params, text, jax.random.split(key)[1], LATENT), jax.jit(streamer.step)
+    made, kept, keys = [], [], []
+    for _ in range(FRAMES // streamer.cfg.chunk):
+        keys.append(jax.random.split(state.key)[1])
+        state, x = step(params, state)
+        made.append(x)
+        kept.append(state.last)
+    made, kept = (jnp.concatenate(x, axis=1) for x in (made, kept))
+    scale = max(1.0, float(jnp.abs(made).max()))
+    np.testing.assert_allclose(drawn.x0_BTHWC, made, atol=1e-5 * scale)
+    np.testing.assert_allclose(drawn.context_BTHWC, kept, atol=1e-5 * scale)
+    full = _all_at_once(streamer, params, text, rollouts.history(streamer.student, drawn), keys)
+    np.testing.assert_allclose(full, made, atol=1e-5 * scale)
+
+
+def test_a_recache_reads_the_frames_as_they_are_kept():
+    """Three frames, no sink: the keys after a switch are those of one pass over the kept frames at their levels."""
+    student = CausalStudent(tiny.causal_config(window=4, sink=0, recache=True))
+    streamer = make_streamer(student, StepPlan(((1.0, 0.5),), "renoise", (0.0, 0.357)))
+    params, (a, b) = tiny.random_params(student), (tiny.text_rows(1, jax.random.key(i)) for i in (3, 4))
+    state, step = streamer.init(params, a, jax.random.key(7), LATENT), jax.jit(streamer.step)
+    for _ in range(3):
+        state, _ = step(params, state)
+    np.testing.assert_allclose(streamer._ring_sigma(state)[0], [0.0, 0.357, 0.357], atol=1e-7)
+    np.testing.assert_array_equal(state.frames[:, 2:], state.last)
+    other = step(params, streamer.switch_prompt(params, state, b))[1]
+    clean = streamer.switch_prompt(params, state._replace(slots=jnp.zeros_like(state.slots)), b)  # all told level 0
+    told = step(params, clean._replace(slots=state.slots))[1]
+    assert float(jnp.abs(other - told).max()) > 1e-3
