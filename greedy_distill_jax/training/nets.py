@@ -34,7 +34,8 @@ def student_net(
       key: for the noise on the history.
       plan: the steps and context levels of the student's streams.
       context_noise: the history is noised to a level drawn from U(0, context_noise) per video, and the networks
-        are told the level (robustness to their own errors; docs/method.md, section 6); for plans that keep chunks clean.
+        are told the level (robustness to their own errors; docs/method.md, section 6). For plans that keep chunks
+        clean.
     """
     key_level, key_noise, key_last = jax.random.split(key, 3)
 
