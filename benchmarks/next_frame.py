@@ -9,7 +9,7 @@ from pathlib import Path
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.eval.next_frame import next_frame_psnr
-from greedy_distill_jax.evaluate import held_out_videos
+from greedy_distill_jax.eval.videos import held_out_videos
 from greedy_distill_jax.measure import record
 from greedy_distill_jax.runs.run import Run
 

@@ -30,10 +30,17 @@ def steps(stage: str, critic: bool) -> list[str]:
 
 
 def differences(
-    record: Mapping[str, Any], *, stage: str, size: str, teacher: str = "", student: str = "etm_sdd",
-    critic: bool = True, batch: int = 64, only: str = "",
-) -> list[str]:  # fmt: skip
-    """What of a record of ``pods.report.report`` is not as published, one line each; an empty list is the whole job.
+    record: Mapping[str, Any],
+    *,
+    stage: str,
+    size: str,
+    teacher: str = "",
+    student: str = "etm_sdd",
+    critic: bool = True,
+    batch: int = 64,
+    only: str = "",
+) -> list[str]:
+    """Returns what of a record of ``pods.report.report`` is not as published, a line each; [] is the whole job.
 
     Args:
       stage: of training.

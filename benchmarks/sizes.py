@@ -1,4 +1,4 @@
-"""Named sizes that benchmarks run: the configurations of ``wan1_3b`` as they are, and narrow ones of the same code."""
+"""Sizes that benchmarks run, by name: the configurations of ``wan1_3b``, and narrow ones of the same code."""
 
 import dataclasses
 import functools
@@ -77,25 +77,28 @@ class Size:
 SIZES = {
     # Of the tests.
     "tiny": Size(
-        32, 32, 6,
+        *(32, 32, 6),
         dict(dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=6, dtype="float32"),
-        VAEConfig(dim=2, res_blocks=1), TinyVAEConfig(decoder_widths=(8, 4, 4, 4), blocks=1),
+        VAEConfig(dim=2, res_blocks=1),
+        TinyVAEConfig(decoder_widths=(8, 4, 4, 4), blocks=1),
     ),
     # Of a CPU: minutes in one thread.
     "small": Size(
-        128, 128, 21,
+        *(128, 128, 21),
         dict(dim=128, ffn_dim=768, num_heads=2, num_layers=4, freq_dim=64, text_dim=64, text_len=32, dtype="float32"),
-        VAEConfig(dim=8), TinyVAEConfig(decoder_widths=(32, 16, 8, 8)),
+        VAEConfig(dim=8),
+        TinyVAEConfig(decoder_widths=(32, 16, 8, 8)),
     ),
     # A few frames of it on a CPU: large enough that the overhead of single operations does not count.
     "medium": Size(
-        240, 416, 21,
-        dict(dim=512, ffn_dim=3072, num_heads=4, num_layers=8, freq_dim=128, text_dim=256, text_len=128,
-             dtype="float32"),
-        VAEConfig(dim=32), TinyVAEConfig(decoder_widths=(128, 64, 32, 32)),
+        *(240, 416, 21),
+        dict(dim=512, ffn_dim=3072, num_heads=4, num_layers=8, freq_dim=128, text_dim=256, text_len=128)
+        | dict(dtype="float32"),
+        VAEConfig(dim=32),
+        TinyVAEConfig(decoder_widths=(128, 64, 32, 32)),
     ),
     "wan1_3b": Size(480, 832, 21, {}, VAEConfig(dtype="bfloat16"), TinyVAEConfig(dtype="bfloat16")),
-}  # fmt: skip
+}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

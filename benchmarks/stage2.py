@@ -32,7 +32,7 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos, frechet_distance, random_conv_features
-from greedy_distill_jax.evaluate import held_out_videos, sampled
+from greedy_distill_jax.eval.videos import held_out_videos, sampled
 from greedy_distill_jax.measure.environment import environment
 from greedy_distill_jax.measure.record import write_json
 from greedy_distill_jax.quickstart import control_config

@@ -43,9 +43,17 @@ class TorchCausal:
     """
 
     def __init__(
-        self, params: Any, cfg: CausalConfig, text: np.ndarray, sigmas: Sequence[float], grid: tuple[int, int],
-        *, device: str = "cpu", dtype: str = "float32", compiled: bool = False,
-    ):  # fmt: skip
+        self,
+        params: Any,
+        cfg: CausalConfig,
+        text: np.ndarray,
+        sigmas: Sequence[float],
+        grid: tuple[int, int],
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        compiled: bool = False,
+    ):
         import torch
 
         if (cfg.rope_mode, cfg.context, cfg.base.prediction) != ("absolute", "clean", "velocity"):

@@ -26,6 +26,7 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.config import Settings, read_settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
+from greedy_distill_jax.pods.facts import facts
 from greedy_distill_jax.pods.jobs import STREAM, Job, Step, build_job
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
@@ -89,7 +90,7 @@ def measure(job: Job, step: Step, repeats: int, ceiling: float) -> dict:
         "program_bytes": memory.program_bytes(compiled),
         "peak": memory.peak_bytes(),
         "compile_s": compile_s,
-        "facts": job.facts(),
+        "facts": facts(job),
         "metrics": {name: float(value) for name, value in metrics.items()},
     }
 

@@ -63,7 +63,8 @@ def _stage2(config):
     """Two evaluations per frame, four for the first; a separate critic, updated twice as often as the student."""
     config.stage = "dmd"
     del config.losses["flow_matching"]
-    config.losses.dmd = dict(loss="dmd", weight=1.0, options=dict(shift=8.0))
+    config.losses.dmd = dict(loss="dmd", weight=1.0, options={})
+    config.distill.shift = 8.0
     config.critic.losses.flow_matching.options.update(shift=8.0, low=0.02, high=0.98, weighting="x0")
     config.distill.generator_every = 2
     config.distill.critic_warmup = 20

@@ -6,7 +6,6 @@ Every stage is the public command of the same name and resumes where it was inte
 """
 
 import itertools
-import os
 import time
 from pathlib import Path
 
@@ -15,10 +14,12 @@ from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, prepare, sample
 from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.cli.workdir import claim
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.evaluate import evaluate, print_table
+from greedy_distill_jax.eval.evaluation import evaluate
+from greedy_distill_jax.evaluate import print_table
 from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.train import train
 
@@ -45,18 +46,15 @@ def stage_configs(speed: str, clips: Path | None, workdir: Path) -> dict[str, Co
         if config.stage == "dmd":
             config.student_from = str(workdir / "student")
         if clips:
-            config.data.source = f"clips:{clips}"
-            config.data.frames = CLIP_FRAMES
-            config.data.augment = "labelled"
-            config.data.batch = {"teacher": 4, "student": 2}[name]
+            batch = {"teacher": 4, "student": 2}[name]
+            config.data.update(source=f"clips:{clips}", frames=CLIP_FRAMES, augment="labelled", batch=batch)
             config.student.fusion = "add"  # z sits on the frame's own grid: the shortest way to copy what does not move
             if name == "student":
-                config.optimizer.muon_rate, config.optimizer.learning_rate = 2e-2, 2e-3
+                config.optimizer.update(muon_rate=2e-2, learning_rate=2e-3)
             if speed != "smoke":
                 config.steps = CLIP_STEPS[speed][name]
             config.log.samples_every = config.steps
-        devices = jax.device_count()
-        config.data.batch = -(-config.data.batch // devices) * devices
+        config.data.batch = -(-config.data.batch // jax.device_count()) * jax.device_count()
         read_settings(config)
     return configs
 
@@ -72,17 +70,6 @@ def control_config(config: ConfigDict, stage1: Path, stage2: Path) -> ConfigDict
     return control
 
 
-def check_workdir(workdir: Path) -> None:
-    """Creates the folder; UserError when nothing can be written there."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written ({error.strerror}); choose another folder.") from error
-
-
 def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | None = None, speed: str = "full") -> Path:
     """Runs (or resumes) all stages in ``workdir`` and returns the path of the report.
 
@@ -92,59 +79,48 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
       speed: "full", "fast" (a third of the updates, a worse result) or "smoke" (a few updates, for CI).
     """
     if (clips is None) != (captions is None):
-        raise UserError(
-            "--clips and --captions belong together: a folder of videos, and a CSV with columns clip,caption."
-        )
-    check_workdir(workdir)
-    begin = time.time()
-    marker, report = workdir / "job", workdir / "report" / "report.html"
-    job = f"clips {clips.resolve()}, captions {captions.resolve()}" if clips else "moving_shapes"
-    job += f", {speed}"
-    if marker.exists() and marker.read_text() != job:
-        other = marker.read_text()
-        raise UserError(f"--workdir {workdir} holds another job ({other}); choose another folder or delete it.")
+        raise UserError("clips and captions belong together: a folder, and a CSV with columns clip,caption.", "clips")
+    begin, command = time.time(), f"bash launch/quickstart.sh --workdir {workdir}"
+    data = f"clips {clips.resolve()}, captions {captions.resolve()}" if clips else "moving_shapes"
+    job, report = f"{data}, {speed}", workdir / "report" / "report.html"
+    marker = claim(workdir, job)
     if report.exists():
         print(f"quickstart: already done; report in {report}. Delete {workdir} to start over.")
         return report
 
-    dataset = (workdir / "dataset").resolve() if clips else None
-    if clips and not (marker.exists() and (dataset / "dataset.json").exists()):
-        print("quickstart: preparing the clips")
-        folders = ["--clips", str(clips), "--captions", str(captions), "--output", str(dataset), "--overwrite"]
-        prepare.main(["clips", *folders, *PREPARE])
-    if not marker.exists():
-        marker.write_text(job)  # only now: clips that cannot be used leave the folder free for another job
+    dataset, prompt = (workdir / "dataset").resolve() if clips else None, "a red square moving left"
+    if clips:
+        if not (marker.exists() and (dataset / "dataset.json").exists()):
+            print("quickstart: preparing the clips")
+            folders = ["--clips", str(clips), "--captions", str(captions), "--output", str(dataset), "--overwrite"]
+            prepare.main(["clips", *folders, *PREPARE])
+        prompt = load_source(f"clips:{dataset}")[0][0]["caption"]
+    marker.write_text(job)  # only now: clips that cannot be used leave the folder free for another job
     configs = stage_configs(speed, dataset, workdir)
-    more, parts = {}, len(configs) + (2 if clips else 3)
-    count = itertools.count(1)
+    numbers, parts = itertools.count(1), len(configs) + (2 if clips else 3)
 
     def announce(what: str):
-        print(f"quickstart: {next(count)}/{parts} {what}", flush=True)
+        print(f"quickstart: {next(numbers)}/{parts} {what}", flush=True)
 
     for name, config in configs.items():
         announce(f"training the {name}, {config.steps} steps, in {workdir / name}")
         train(config, workdir / name)
+    more: dict[str, Path] = {}
     if not clips:
         more = {name: workdir / name for name in ("stage2", "stage1_control", "stage2_fake_self")}
-        control = control_config(configs["student"], workdir / "student", workdir / "stage2")
+        control = control_config(configs["student"], workdir / "student", more["stage2"])
         announce(f"training the student further, for as long as stage 2 took, {control.steps} steps")
         train(control, more["stage1_control"])
 
-    prompt = "a red square moving left"
-    if clips:
-        prompt = load_source(f"clips:{dataset}")[0][0]["caption"]
-    video = workdir / "stream.mp4"
+    best, video = more.get("stage2", workdir / "student"), workdir / "stream.mp4"
     announce(f"streaming {prompt!r} to {video}")
-    best = workdir / ("student" if clips else "stage2")
     sample.main(["--checkpoint", str(best), "--prompt", prompt, "--frames", "128", "--output", str(video)])
 
     announce("measuring and writing the report")
-    command = f"bash launch/quickstart.sh --workdir {workdir}" + (f" --{speed}" if speed != "full" else "")
-    if clips:
-        command += f" --clips {clips} --captions {captions}"
-    metrics = evaluate(workdir / "teacher", workdir / "student", report.parent, more=more, videos=VIDEOS[speed],
-                       commands=[command])  # fmt: skip
-    print_table(metrics)
+    command += "" if speed == "full" else f" --{speed}"
+    command += f" --clips {clips} --captions {captions}" if clips else ""
+    runs = (workdir / "teacher", workdir / "student")
+    print_table(evaluate(*runs, report.parent, more=more, videos=VIDEOS[speed], commands=[command]))
     print(f"quickstart: done in {time.time() - begin:.0f} s\n  video   {video}\n  report  {report}")
     return report
 
@@ -159,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="learns nothing: for CI")
     args = parser.parse_args(argv)
     speed = "smoke" if args.smoke else "fast" if args.fast else "full"
-    quickstart(args.workdir, clips=args.clips, captions=args.captions, speed=speed)
+    with cli.places(workdir="--workdir", clips="--clips"):
+        quickstart(args.workdir, clips=args.clips, captions=args.captions, speed=speed)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def get_config(arg: str = "critic"):
     config.stage = "dmd"
     config.steps = 600
     del config.losses["flow_matching"]
-    config.losses.dmd = dict(loss="dmd", weight=1.0, options=dict(shift=5.0))
+    config.losses.dmd = dict(loss="dmd", weight=1.0, options={})
     config.critic.losses.flow_matching.options.update(shift=5.0, low=0.02, high=0.98)
     config.distill.guidance = 4.0
     config.distill.generator_every = 5

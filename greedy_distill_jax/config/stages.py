@@ -12,6 +12,7 @@ from greedy_distill_jax.errors import UserError
 _STAGES: dict[str, Any] = {  # name -> "module:attribute", or the StageKind itself
     "teacher": "greedy_distill_jax.training.stages.teacher:STAGE",
     "teacher_forcing": "greedy_distill_jax.training.stages.teacher_forcing:STAGE",  # stage 1 of the student
+    "ode": "greedy_distill_jax.training.stages.ode:STAGE",  # the student on a teacher's trajectories
     "dmd": "greedy_distill_jax.training.stages.dmd:STAGE",  # stage 2: on its own videos
 }
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
+from greedy_distill_jax.losses.ode import ode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Term:
     options: Mapping[str, object]
 
 
-_LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching}
+_LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching, "ode": ode}
 
 
 def register(name: str, loss: Callable | None = None):

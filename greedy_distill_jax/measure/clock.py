@@ -72,9 +72,9 @@ class Laps:
             self._seconds.setdefault(name, []).append(spent / per)
         return result
 
-    def median_ms(self, name: Hashable) -> float:
-        """Returns the median lap of ``name`` in milliseconds."""
-        return 1e3 * statistics.median(self._seconds[name])
+    def median_ms(self, *names: Hashable) -> float:
+        """Returns the median of all laps of ``names`` in milliseconds."""
+        return 1e3 * statistics.median(lap for name in names for lap in self._seconds[name])
 
     def medians_ms(self) -> dict[Hashable, float]:
         """Returns the median lap of every name in milliseconds."""

@@ -32,10 +32,15 @@ def assumed(settings: Settings) -> list[str]:
     return sorted({term.name for term in losses if term.loss not in (dmd, flow_matching)})
 
 
-def _draws(terms: Sequence[Term], score: str | None) -> list[int]:
-    """Noise draws of every term that calls ``score``, or with None the network that is trained."""
-    calls = [t for t in terms if (t.loss is not dmd if score is None else score in asked(t.loss))]
-    return [int(term.options.get("draws", 1)) for term in calls]
+def _draws(terms: Sequence[Term]) -> list[int]:
+    """Noise draws of every term that calls the network that is trained."""
+    return [int(term.options.get("draws", 1)) for term in terms if term.loss is not dmd]
+
+
+def _calls(terms: Sequence[Term], score: str, draws: int) -> int:
+    """How often a score is called: once per draw of the pair, and once by every term that asks for it by itself."""
+    asks = [asked(term.loss) for term in terms]
+    return draws * any("pair" in names for names in asks) + sum(score in names for names in asks)
 
 
 def part_costs(
@@ -60,14 +65,14 @@ def part_costs(
         return sum(calls, Flops())
 
     if settings.stage == "teacher":
-        return {"teacher": cost(total(flops.teacher(wan, frames * n, tokens) for n in _draws(terms, None)))}
+        return {"teacher": cost(total(flops.teacher(wan, frames * n, tokens) for n in _draws(terms)))}
     cfg = stage.model.cfg
 
     def student(n: int = 1) -> Flops:
         return flops.student(cfg, frames, tokens, n)
 
     if settings.stage == "teacher_forcing":
-        return {"teacher_forcing": cost(total(map(student, _draws(terms, None))))}
+        return {"teacher_forcing": cost(total(map(student, _draws(terms))))}
     d = settings.own["distill"]
     length, plan = d.frames or frames, settings.plan
     own = flops.rollout(cfg, length, tokens, plan, d.exit)
@@ -80,8 +85,8 @@ def part_costs(
     critic_net = stage.networks.get("critic")
     joint_critic = critic_net is not None and isinstance(critic_net.model, Teacher)
     fake = flops.teacher(wan, frames, tokens) if joint_critic else student()
-    fixed = own + real * sum(_draws(terms, "real")) + fake * sum(_draws(terms, "fake"))
-    nets = total(map(student, _draws(terms, None)))
+    fixed = own + real * _calls(terms, "real", d.draws) + fake * _calls(terms, "fake", d.draws)
+    nets = total(map(student, _draws(terms)))
     if d.pg == "rollout_full":
         act, epochs, repeated = flops.replay(cfg, length, tokens), 1, 1  # every chunk is checkpointed
     else:
@@ -89,7 +94,7 @@ def part_costs(
     judged = nets if d.pg == "actor_critic" else Flops()  # once more for the loss, before the first epoch
     acting, losing = cost(act * epochs, repeated=repeated), cost(nets * epochs, fixed + judged)
     critic = [flops.teacher(wan, frames * n, tokens) if joint_critic else student(n)
-              for n in _draws(critic_terms(settings), None)] if critic_net else []  # fmt: skip
+              for n in _draws(critic_terms(settings))] if critic_net else []  # fmt: skip
     return {
         "dmd": Cost(*(a + b for a, b in zip(acting, losing, strict=True))),
         "critic": cost(total(critic), own),

@@ -16,10 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from greedy_distill_jax.config import Settings
-from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.distribution.mesh import batch_parts, make_mesh
 from greedy_distill_jax.distribution.parallel import on_mesh
-from greedy_distill_jax.distribution.sharding import RULES, leaf_paths, shardings
+from greedy_distill_jax.distribution.sharding import RULES, shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.wan.config import WanConfig
@@ -30,7 +29,7 @@ from greedy_distill_jax.pods import costs, flops
 from greedy_distill_jax.pods.costs import Cost, tokens_per_frame
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
-from greedy_distill_jax.training.job import batch_shapes, check_mesh, jit_parts, one_line, state_shapes
+from greedy_distill_jax.training.job import check_mesh, jit_parts, one_line, state_shapes
 from greedy_distill_jax.training.sources import frozen_runs
 from greedy_distill_jax.training.stages.base import Inputs, Stage
 
@@ -78,80 +77,9 @@ class Job:
     trees: dict[str, tuple[Any, Any]]  # name -> (shapes, shardings)
     steps: tuple[Step, ...]
 
-    def facts(self) -> dict[str, Any]:
-        """What is compiled, read from the shapes that are handed to the compiler wherever they tell."""
-        c, wan = self.settings, self.settings.wan
-        state, frozen, batch = (self.trees[name][0] for name in ("state", "frozen", "batch"))
-        own, critic = state.nets[self.stage.name], state.nets.get("critic")
-        params, critic = own.params, critic and critic.params
-        count, frames, height, width, channels = batch["latents"].shape
-        (kernel,) = {x.shape[0] for path, x in leaf_paths(params) if path.endswith("embed/patch/kernel")}
-        tokens = height * width * channels // kernel
-        facts = {
-            "stage": c.stage,
-            "steps": [step.name for step in self.steps],
-            "frames": frames,
-            "tokens_per_frame": tokens,
-            "tokens": frames * tokens,
-            "latents": f"{height}x{width}",
-            "channels": channels,
-            "text_rows": batch["text"].shape[1],
-            "networks": {name: networks(tree) for name, tree in (("trained", params), ("critic", critic))}
-            | {name: networks(tree) for name, tree in frozen.items()},
-            "parameters": parameters(params),
-            "ema_parameters": parameters(own.ema),
-            "optimizer_parameters": parameters(own.opt_state),
-            "teacher_parameters": parameters(frozen.get("teacher")),
-            "critic_parameters": parameters(critic),
-            "cfg_branches": cfg_branches(c),
-            "batch": count,
-            "accumulate": c.data.accumulate,
-            "microbatch_per_group": count // c.data.accumulate // batch_parts(self.mesh),
-            "mesh": {name: int(size) for name, size in self.mesh.shape.items()},
-            "devices": int(self.mesh.size),
-            "dtype": wan.dtype,
-            "remat": wan.remat,
-        }
-        if STREAM in self.trees:
-            last = self.trees[STREAM][0].last
-            facts["streams"] = {
-                "streams": last.shape[0],
-                "frames_per_step": last.shape[1],
-                "latents": f"{last.shape[2]}x{last.shape[3]}",
-                "denoising_calls": int(c.plan.lengths[-1]),
-            }
-        return facts
-
-
-def networks(tree) -> dict[str, list[int]]:
-    """{path of every stack of blocks: [blocks, width]} of a tree of parameters."""
-    end = "blocks/self_attn/q/kernel"
-    return {path.removesuffix(end).strip("/"): list(x.shape[:2]) for path, x in leaf_paths(tree) if path.endswith(end)}
-
-
-def cfg_branches(settings: Settings) -> int:
-    """How often the real score's network is asked for one velocity: counted, by asking."""
-    asked = []
-
-    def score(x, sigma, batch):
-        asked.append(batch)
-        return x
-
-    if settings.stage != "dmd":
-        return 1
-    net, one = guidance.guided_score(score, jnp.zeros((1, 1)), settings.own["distill"].guidance), jnp.zeros(1)
-    with jax.disable_jit():
-        net(one, one, {"text": jnp.zeros((1, 1, 1))})
-    return len(asked)
-
-
-def parameters(tree) -> int:
-    """Number of elements."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
-
 
 def device_bytes(shapes, layout) -> int:
-    """Bytes of a tree on one device."""
+    """Returns the bytes of a tree on one device."""
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(layout), strict=True)
     return sum(int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize for x, s in pairs)
 
@@ -185,7 +113,7 @@ def build_networks(settings: Settings, size: str | tuple[int, int] = "480p", onl
             f"no step of this job has {only!r} in its name; choose from {', '.join(names)}",
             "only",
         )
-    return Networks(stage, latent_shape, state, batch_shapes(settings, latent_shape), asked)
+    return Networks(stage, latent_shape, state, settings.kind.batch_shapes(settings, latent_shape), asked)
 
 
 def build_job(
@@ -279,9 +207,11 @@ def _stream(settings: Settings, model: StreamingModel, mesh: Mesh, latent_shape,
         of_state = shardings(state, mesh)
     batch = NamedSharding(mesh, RULES.spec(("batch",)))
     call = jax.jit(
-        on_mesh(streamer.step, mesh), in_shardings=(of_params, of_state), out_shardings=(of_state, batch),
+        on_mesh(streamer.step, mesh),
+        in_shardings=(of_params, of_state),
+        out_shardings=(of_state, batch),
         donate_argnums=1,
-    )  # fmt: skip
+    )
     calls = int(plan.lengths[-1])
     cost = flops.stream_step(model.cfg, tokens_per_frame(latent_shape, wan), calls) * count
     looped = float(calls - (model.cfg.context == "fused"))  # there the first call is outside of the loop

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -25,7 +24,7 @@ from greedy_distill_jax.distribution.mesh import batch_parts
 from greedy_distill_jax.distribution.parallel import check_columns, check_heads, on_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.runs.run import architecture, data_source
+from greedy_distill_jax.runs.run import Run, architecture, data_source
 from greedy_distill_jax.storage.checkpoint import has_checkpoint
 from greedy_distill_jax.text.load import load_text_encoder
 from greedy_distill_jax.text.protocol import TextEncoder
@@ -74,42 +73,52 @@ class Job(NamedTuple):
         }
 
 
+class Data(NamedTuple):
+    """What a run trains on. ``examples``: the first few. ``codec``: None while none is known, as of prompts alone."""
+
+    raw: Any  # as it was opened, with its attributes
+    source: Any  # bad records are skipped
+    examples: list[dict[str, Any]]
+    codec: VideoCodec | None
+
+
+def open_data(settings: Settings) -> Data:
+    """Opens the training data; UserError when it is not what the stage trains on."""
+    raw, codec = data_source(settings, "train", frames=settings.data.frames, seed=settings.seed)
+    settings.kind.check_source(settings, raw)
+    source = SkipBadRecords(raw, settings.data.max_bad_records)
+    examples = [source[i] for i in range(min(4, len(source)))]
+    if "video" not in examples[0] and settings.data.augment != "none":
+        raise UserError(
+            f"config.data.augment {settings.data.augment!r} changes pixels, but {settings.data.source} holds none; set "
+            f"config.data.augment=none."
+        )
+    return Data(raw, source, examples, codec)
+
+
 def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     """Builds networks, data and the jitted parts, and traces every part once.
 
     Raises:
       UserError: what is wrong with settings, data, runs or mesh.
     """
-    source, codec = data_source(settings, "train", frames=settings.data.frames, seed=settings.seed)
-    known = captions_of(source)
-    source = SkipBadRecords(source, settings.data.max_bad_records)
-    examples = [source[i] for i in range(min(4, len(source)))]
-    if "latents" in examples[0] and settings.data.augment != "none":
-        raise UserError(
-            f"config.data.augment {settings.data.augment!r} changes pixels, but {settings.data.source} holds latents; "
-            f"set config.data.augment=none."
-        )
+    data, wan = open_data(settings), settings.wan
     resumed = has_checkpoint(workdir / "checkpoints")
     wanted = settings.kind.wanted(settings)
     sources = load_sources(settings, wanted, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
     settings.kind.check_sources(settings, sources)
-    for name, run in sources.items():
-        if run.codec is not None:
-            codec = _agreed_codec(codec, run.codec, getattr(settings, wanted[name].key))
-    if resumed:
-        codec = _agreed_codec(codec, load_codec(workdir), str(workdir))
-    wan = settings.wan
+    codecs = {getattr(settings, wanted[name].key): run.codec for name, run in sources.items()}
+    codec = _agreed_codec(settings, data.codec, codecs | ({str(workdir): load_codec(workdir)} if resumed else {}))
     encoder = load_text_encoder(settings.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
-    check_captions(encoder, [settings.data.negative_prompt, *known], augment=settings.data.augment)
-    latent_shape = latents_of(examples[:1], codec).shape[1:]
-    if latent_shape[-1] != wan.channels:
-        raise UserError(f"The codec has {latent_shape[-1]} channels, config.model.channels is {wan.channels}.")
+    known = [settings.data.negative_prompt, *captions_of(data.raw)]
+    check_captions(encoder, known, augment=settings.data.augment)
+    latent_shape = _latent_shape(settings, data, codec, sources)
     frozen = {name: run.params for name, run in frozen_runs(wanted, sources).items()}
     with one_line():
-        inputs = Inputs(frozen, encoder([settings.data.negative_prompt])[0], latent_shape)
-        stage = settings.kind.build(settings, inputs)
+        null_MC = encoder([settings.data.negative_prompt])[0]
+        stage = settings.kind.build(settings, Inputs(frozen, null_MC, latent_shape, data.raw))
     check_mesh(settings, mesh, latent_shape, jax.process_count())
-    batch_shape = batch_shapes(settings, latent_shape)
+    batch_shape = settings.kind.batch_shapes(settings, latent_shape, data.raw)
     with one_line():
         state_shape = state_shapes(stage, latent_shape)
         jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
@@ -120,8 +129,8 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         stage,
         {name: sources[name].params for name in stage.needed(sources)},
         fingerprints(wanted, sources),
-        augmented(source, settings.data.augment, settings.seed),
-        [example["caption"] for example in examples],
+        augmented(data.source, settings.data.augment, settings.seed),
+        [example["caption"] for example in data.examples],
         codec,
         encoder,
         latent_shape,
@@ -131,6 +140,51 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         batch_sharding,
         jitted,
     )
+
+
+def _agreed_codec(settings: Settings, codec: VideoCodec | None, stored: Mapping[str, VideoCodec | None]) -> VideoCodec:
+    """The codec of the data and of runs by folder, which are one; UserError where they differ or nothing has one."""
+    for directory, other in stored.items():
+        if other is not None:
+            codec = _same_codec(codec, other, directory)
+    if codec is None:
+        raise UserError(
+            f"config.data.source {settings.data.source} holds prompts alone, and no run that this one starts from "
+            f"comes with a codec; start from a run that was trained on videos."
+        )
+    return codec
+
+
+def _same_codec(codec: VideoCodec | None, stored: VideoCodec, run: str) -> VideoCodec:
+    """``stored``, the codec that ``run`` was trained with; UserError when the data comes with another one."""
+    if codec is None:
+        return stored
+    arrays = [[np.asarray(x, np.float32) for x in jax.tree.leaves(c.params)] for c in (codec, stored)]
+    same = [x.shape for x in arrays[0]] == [x.shape for x in arrays[1]] and all(
+        np.allclose(a, b, atol=1e-3) for a, b in zip(*arrays, strict=True)
+    )
+    if not same:
+        raise UserError(
+            f"config.data.source comes with another codec than {run} was trained with; use the same data, or train a "
+            f"teacher on this one."
+        )
+    return stored
+
+
+def _latent_shape(settings: Settings, data: Data, codec: VideoCodec, runs: Mapping[str, Run]):
+    """(T, H, W, C) of an example: of the data, or where that has none of the runs that this one starts from."""
+    if data.examples[0].keys() & {"video", "latents"}:
+        shape = latents_of(data.examples[:1], codec).shape[1:]
+    elif runs:
+        shape = (settings.data.frames, *next(iter(runs.values())).latent_shape[1:])
+    else:
+        raise UserError(
+            f"config.data.source {settings.data.source} holds prompts alone, so the size of the videos is not known; "
+            f"start from a run, or train on videos."
+        )
+    if shape[-1] != settings.wan.channels:
+        raise UserError(f"The codec has {shape[-1]} channels, config.model.channels is {settings.wan.channels}.")
+    return shape
 
 
 @contextlib.contextmanager
@@ -173,15 +227,6 @@ def check_mesh(settings: Settings, mesh: Mesh, latent_shape, processes: int = 1)
             f"config.data.batch is {batch}; it must divide over the {parts} data and fsdp parts of the mesh, times "
             f"config.data.accumulate = {count}. Change config.data.batch, config.data.accumulate or config.mesh."
         )
-
-
-def batch_shapes(settings: Settings, latent_shape: tuple[int, int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the loader will hand over."""
-    wan, batch = settings.wan, settings.data.batch
-    return {
-        "latents": jax.ShapeDtypeStruct((batch, *latent_shape), jnp.float32),
-        "text": jax.ShapeDtypeStruct((batch, wan.text_len, wan.text_dim), jnp.float32),
-    }
 
 
 def state_shapes(stage: Stage, latent_shape: tuple[int, int, int, int], given=None) -> TrainState:
@@ -262,20 +307,6 @@ def initial_state(job: Job) -> TrainState:
         out_shardings={name: net.params for name, net in job.state_sharding.nets.items()},
     )(jax.random.key(job.settings.seed), given)
     return jax.jit(job.stage.state, out_shardings=job.state_sharding)(params)
-
-
-def _agreed_codec(codec: VideoCodec, stored: VideoCodec, run: str) -> VideoCodec:
-    """``stored``, the codec that ``run`` was trained with; UserError when the data comes with another one."""
-    arrays = [[np.asarray(x, np.float32) for x in jax.tree.leaves(c.params)] for c in (codec, stored)]
-    same = [x.shape for x in arrays[0]] == [x.shape for x in arrays[1]] and all(
-        np.allclose(a, b, atol=1e-3) for a, b in zip(*arrays, strict=True)
-    )
-    if not same:
-        raise UserError(
-            f"config.data.source comes with another codec than {run} was trained with; use the same data, or train a "
-            f"teacher on this one."
-        )
-    return stored
 
 
 _KEPT = (

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax.losses import Term
+from greedy_distill_jax.losses import Term, asked
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
@@ -109,8 +109,10 @@ def generator_step(
     seed: int,
     null_MC,
     own: SelfRollout,
+    prepare: Callable,
     make_net: Callable,
     make_scores: Callable,
+    make_pair: Callable,
     terms: Sequence[Term],
     update: Update,
     text_dropout: float,
@@ -125,8 +127,10 @@ def generator_step(
       seed, null_MC, terms, update, text_dropout, microbatches: as for ``update.data_step``; the losses get "action"
         (the generated video, through which they act on the student) and "latents" (the same without gradient).
       own: the rollout.
-      make_net: ``make_net(params, key) -> net``, the student teacher-forced on its own video.
-      make_scores: ``make_scores(state, frozen, key) -> {"real": net, "fake": net}``.
+      prepare: ``prepare(videos, key) -> videos`` with the history that all networks of the update look back on.
+      make_net: ``make_net(params) -> net``, the student teacher-forced on its own video.
+      make_scores: ``make_scores(state, frozen) -> {"real": net, "fake": net}``.
+      make_pair: ``make_pair(key, video, real, fake, videos)``, see ``losses.pair.draw_pair``; once for all losses.
       microbatches: 1 with "actor_critic", whose epochs need the whole batch's gradient.
 
     Returns:
@@ -138,13 +142,15 @@ def generator_step(
     frozen_state, net = jax.lax.stop_gradient(state), state.nets["student"]
 
     def episode(text, keys):
-        key_roll, key_net, key_score, key_loss = keys
+        key_roll, key_history, key_pair, key_loss = keys
         drawn = own.draw(net.params, text, key_roll, exits)
-        scores = make_scores(frozen_state, frozen, key_score)
+        videos = prepare({"text": text, "latents": drawn.video_BTHWC}, key_history)
+        offered = make_scores(frozen_state, frozen)
+        if any("pair" in asked(term.loss) for term in terms):
+            offered["pair"] = make_pair(key_pair, drawn.video_BTHWC, offered["real"], offered["fake"], videos)
 
         def objective(action, params):
-            videos = {"text": text, "latents": drawn.video_BTHWC, "action": action}
-            return total_loss(terms, make_net(params, key_net), videos, key_loss, scores)
+            return total_loss(terms, make_net(params), {**videos, "action": action}, key_loss, offered)
 
         return drawn, objective
 
@@ -190,6 +196,7 @@ def critic_step(
     seed: int,
     null_MC,
     own: SelfRollout,
+    prepare: Callable,
     make_net: Callable,
     terms: Sequence[Term],
     update: Update,
@@ -207,12 +214,12 @@ def critic_step(
     text = drop_text(batch["text"], null_MC, keys[0], text_dropout)
 
     def gradients(batch, keys):
-        key_roll, key_net, key_loss = keys
+        key_roll, key_history, key_loss = keys
         drawn = own.draw(state.nets["student"].params, batch["text"], key_roll, exits)
-        videos = {"text": batch["text"], "latents": drawn.video_BTHWC}
+        videos = prepare({"text": batch["text"], "latents": drawn.video_BTHWC}, key_history)
 
         def objective(params):
-            return total_loss(terms, make_net(params, key_net), videos, key_loss)
+            return total_loss(terms, make_net(params), videos, key_loss)
 
         return value_and_gradients(objective, state.nets["critic"].params)
 

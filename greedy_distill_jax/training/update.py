@@ -120,12 +120,15 @@ def settle(state: TrainState, name: str, update: Update, params, opt_state) -> T
 
 def data_step(
     state: TrainState,
+    frozen: Mapping[str, object],
     batch: Mapping[str, jax.Array],
     *,
     name: str,
     seed: int,
     null_MC,
     make_net: Callable,
+    make_asked: Callable,
+    prepare: Callable,
     terms: Sequence[Term],
     update: Update,
     text_dropout: float,
@@ -135,10 +138,13 @@ def data_step(
 
     Args:
       state: donated by the caller.
+      frozen: parameters of networks that are not trained.
       batch: "latents" [B, T, H, W, C] and "text" [B, M, C].
       name: of the network in the state.
       seed, null_MC: randomness is a function of (seed, state.step); null_MC are the unconditional text rows.
-      make_net: ``make_net(params, key) -> net``.
+      make_net: ``make_net(params) -> net``.
+      make_asked: ``make_asked(state, frozen) -> {name: net}``, the networks that losses may ask for.
+      prepare: ``prepare(batch, key) -> batch`` with what the networks look back on, one for all.
       terms: weighted losses.
       update: optimiser and average.
       text_dropout: fraction of examples trained without text.
@@ -151,8 +157,10 @@ def data_step(
     batch = {**batch, "text": drop_text(batch["text"], null_MC, keys[0], text_dropout)}
 
     def gradients(batch, keys):
+        batch, asked = prepare(batch, keys[0]), make_asked(jax.lax.stop_gradient(state), frozen)
+
         def objective(params):
-            return total_loss(terms, make_net(params, keys[0]), batch, keys[1])
+            return total_loss(terms, make_net(params), batch, keys[1], asked)
 
         return value_and_gradients(objective, state.nets[name].params)
 

@@ -35,6 +35,6 @@ def test_quickstart_on_real_clips(real_clips, tmp_path):
     info, frames = probe(work / "stream.mp4"), list(read_frames(work / "stream.mp4"))
     assert (info.width, info.height, info.fps, len(frames)) == (128, 128, 8.0, 128)
     metrics = json.loads((work / "report" / "metrics.json").read_text())
-    scores = metrics["extra"]["next_frame_psnr_db"]
+    scores = {row["prediction"]: row["psnr"] for row in metrics["tables"]["next_frame"]}
     assert scores.keys() == {"student", "repeat", "repeat_decoded", "codec"} and scores["codec"] > 25
-    assert {row["frames"] for row in metrics["time_per_frame_ms"]} >= {32, 256}
+    assert {row["frames"] for row in metrics["tables"]["time_per_frame"]} >= {32, 256}

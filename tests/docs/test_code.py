@@ -13,7 +13,7 @@ from documents import blocks
 
 from greedy_distill_jax import convert, losses, train as training
 from greedy_distill_jax.cli.config_flags import load_config
-from greedy_distill_jax.config import stages
+from greedy_distill_jax.config import open_keys, stages
 from greedy_distill_jax.ops.attention import backends
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.metrics import read_scalars
@@ -113,4 +113,4 @@ def test_commands_have_the_options_and_keys_that_documents_use(module, words):
     assert not [option for option in options if not re.search(rf"{option}\b", shown.getvalue())]
     keys = [word for word in words if word.startswith("--config.") or word.startswith("--config=")]
     if keys:
-        load_config(keys, {})  # UserError for a key that does not exist
+        load_config(keys, {}, open_keys=open_keys())  # UserError for a key that does not exist

@@ -9,6 +9,7 @@ from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos
+from greedy_distill_jax.eval.time_per_frame import cost_gate
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny
@@ -99,11 +100,12 @@ def test_a_stream_that_fades_fails_the_last_gate_alone(rows, student, reference)
 def test_an_untrained_student_fails(rows, student, codec, reference):
     captions = student[1][:12]
     config = tiny.train_config("teacher_forcing", data__frames=FRAMES, student__rope_frames=FRAMES)
-    model = Student(read_settings(config).student_config)
+    settings = read_settings(config)
+    model = Student(settings.student_config)
     shape = (FRAMES, *codec.latent_shape(16, 16))
     params = jax.jit(lambda key: model.init(key, shape))(jax.random.key(0))
     encoder = HashWordEncoder(config.model.text_len, config.model.text_dim)
-    run = Run(config, model, params, codec, encoder, shape, {})
+    run = Run(settings, model, params, codec, encoder, shape, {})
     video = run.sample_videos(captions, frames=LONG)
     assert _passed(rows[0], _row(video, captions, reference[:12])) == [True, False, False]
 
@@ -127,7 +129,7 @@ def test_the_student_may_lose_five_points_and_a_tenth():
 def test_the_cost_gate_compares_two_lengths(late, passed):
     times = [{"frames": n, "etm_sdd": ms, "full_causal": 9.0, "teacher": 9.0} for n, ms in ((32, 1.0), (128, 7.0))]
     times.append({"frames": 256, "etm_sdd": late, "full_causal": 1.0, "teacher": 1.0})
-    gate = gates.cost_gate(times, 32, 256)
+    gate = cost_gate(times, 32, 256)
     assert gate["passed"] is passed and gate["value"] == late and "256" in gate["name"]
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax.data.sources.registry import load_source
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.eval.next_frame import next_frame_psnr, psnr
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.testing import tiny
@@ -22,6 +23,9 @@ class Stub(Student):
     def __call__(self, params, x_BTHWC, sigma_BT, text_BMC, history):
         assert text_BMC.shape[0] == x_BTHWC.shape[0] and sigma_BT.shape == (x_BTHWC.shape[0], 1)
         return x_BTHWC - self.predict(history.frames_BTHWC, self.cfg.chunk)
+
+
+PLAN = StepPlan(((1.0,),))
 
 
 def _perfect(frames, chunk):
@@ -42,7 +46,7 @@ def data():
 
 def _scores(data, predict, chunk):
     text = jnp.zeros((COUNT, tiny.BASE.text_len, tiny.BASE.text_dim), jnp.float32)
-    return next_frame_psnr(Stub(predict, chunk), {}, data[1], data[0], text, batch=4)
+    return next_frame_psnr(Stub(predict, chunk), {}, data[1], data[0], text, PLAN, batch=4)
 
 
 @pytest.mark.parametrize("chunk", [1, 2])

@@ -12,10 +12,27 @@ import pytest
 from PIL import Image
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.eval import report
-from greedy_distill_jax.eval.report import validate_metrics, write_report
+from greedy_distill_jax.eval.page import Section
+from greedy_distill_jax.eval.report import write_report
+from greedy_distill_jax.eval.suites import Plot
+from greedy_distill_jax.eval.tables import validate_metrics
 
 COLUMNS = ("data", "teacher", "student (16 steps)", "student (2 steps)")
+TABLES = {
+    "rows": {"name": "text", "steps": "count", "share_first": "share", "distance": "distance", "cost": "seconds",
+             "seeds": "text"},
+    "time": {"frames": "count", "ours": "number", "theirs": "number"},
+    "cache": {"cache": "text", "bytes": "bytes"},
+}  # fmt: skip
+
+
+def columns_of(table) -> list[dict]:
+    """Column descriptions as metrics.json has them; the first is not explained."""
+    return [
+        {"name": name, "label": f"The {name}", "text": f"About {name}." if i else "", "unit": "px" if i == 3 else "",
+         "format": kind, "better": "higher" if kind == "share" else ""}
+        for i, (name, kind) in enumerate(TABLES[table].items())
+    ]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -51,29 +68,26 @@ def make_inputs(captions=("a red square moving left", "a blue circle moving up")
     def line(level, drop):
         return (level - drop * np.linspace(0, 1, 64) + random.normal(0, 0.01, 64)).clip(0, 1).tolist()
 
-    def row(name, steps, valid):
-        return {
-            "name": name, "steps": steps, "direction": 0.97, "valid_first": valid, "valid_last": valid - 0.01,
-            "caption": 0.76, "fd_first": 0.0161, "fd_last": 0.0172, "step_std": 0.61, "step_std_last": 0.61,
-            "flicker": 0.0312, "wobble": 0.1,
-            "train_cpu_s": 68.4, "seeds": [0, 1],
-        }  # fmt: skip
+    def row(name, steps, share):
+        return {"name": name, "steps": steps, "share_first": share, "distance": 0.0161, "cost": 68.4, "seeds": [0, 1]}
 
     steps = list(range(0, 2000, 5))
     metrics = {
         "rows": [
-            {**row("data", None, 1.0), "train_cpu_s": None},
+            {**row("data", None, 1.0), "cost": None},
             row("teacher", 16, 0.88),
             row("student", 16, 0.87),
             row("student", 2, 0.71),
         ],
-        "time_per_frame_ms": [
-            {"frames": n, "etm_sdd": 0.88, "full_causal": 2.1 + n / 65, "teacher": 1.7 + n / 53}
-            for n in (8, 32, 128, 256, 1024)
-        ],
-        "cache_bytes": {"etm": 98_304, "sdd": 24_576},
+        "tables": {
+            "time": [{"frames": n, "ours": 0.88, "theirs": 2.1 + n / 65} for n in (8, 32, 128, 256, 1024)],
+            "cache": [{"cache": "etm", "bytes": 98_304}, {"cache": "sdd", "bytes": 24_576}],
+        },
+        "columns": {table: columns_of(table) for table in TABLES},
         "versions": {"python": "3.11", "jax": "0.10.2"},
-        "device": "cpu, 2 cores",
+        "device": "CPU, 2 cores",
+        "cpu": "A model of CPU (6-1)",
+        "clock": "process CPU time",
         "commit": "0123456789abcdef",
         "gates": [
             {"name": "teacher follows the caption", "value": 0.97, "threshold": ">= 0.95", "passed": True},
@@ -87,15 +101,48 @@ def make_inputs(captions=("a red square moving left", "a blue circle moving up")
         "metrics": metrics,
         "videos": {column: [video(i + j) for i in range(len(captions))] for j, column in enumerate(COLUMNS)},
         "captions": list(captions),
-        "curves": {
-            "teacher": {"step": steps, "flow_matching": [0.9 / (1 + s / 60) + 0.02 * random.random() for s in steps]},
-            "teacher_forcing": {"step": steps[:50], "flow_matching": [0.4 / (1 + s / 60) for s in steps[:50]]},
-        },
-        "by_frame": {
-            "validity": {"student (16 steps)": line(0.88, 0.01), "teacher": line(0.88, 0)[:8]},
-            "quality": {"student (16 steps)": line(0.83, 0.01), "teacher": line(0.81, 0)[:8]},
-        },
-    }
+        "sections": [
+            Section("rows", "Quality", note="First and last."),
+            Section(
+                "frames",
+                "Long videos",
+                plots=(
+                    by_frame("Validity", {"student (16 steps)": line(0.88, 0.01), "teacher": line(0.88, 0)[:8]}),
+                    by_frame("Agreement", {"student (16 steps)": line(0.83, 0.01), "teacher": line(0.81, 0)[:8]}),
+                ),
+            ),
+            Section(
+                "time",
+                "Cost",
+                plots=(
+                    Plot("Time", "Lower is better.", "Frames", "ms", {"ours": [0.9, 0.9], "theirs": [2.0, 9.0]},
+                         x=[32, 1024], log="xy", points=True),
+                ),
+                summary={"frames": "Growth, 256 / 32", "ours": "1.00 x", "theirs": "2.70 x"},
+            ),
+            Section("cache", "Cache"),
+            Section(
+                "training",
+                "Training",
+                plots=(
+                    losses("teacher", steps, [0.9 / (1 + s / 60) + 0.02 * random.random() for s in steps]),
+                    losses("stage1", steps[:50], [0.4 / (1 + s / 60) for s in steps[:50]]),
+                ),
+            ),
+        ],
+    }  # fmt: skip
+
+
+def by_frame(what: str, lines: dict) -> Plot:
+    return Plot(
+        f"{what} over the frame index", "Flat is good.", "Frame index", what, lines, x_end=64, y_limits=(0.0, 1.0),
+        marker=(8, "training length"),
+    )  # fmt: skip
+
+
+def losses(stage: str, steps: list, values: list) -> Plot:
+    lines = {"flow_matching": values}
+    return Plot(f"Stage {stage}", "Falls.", "Training step", "Loss", lines, x=steps, log="wide", smooth=True)
 
 
 def write(directory, **changes) -> Page:
@@ -127,36 +174,34 @@ def test_everything_given_is_shown(tmp_path):
     inputs = make_inputs()
     page = write(tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == inputs["metrics"]
+    columns = [column for table in inputs["metrics"]["columns"].values() for column in table]
     for text in (
-        *(column[1] for column in report.ROW_COLUMNS),
+        *(column["label"] for column in columns),
+        *(column["text"] for column in columns),
         *(row["name"] for row in inputs["metrics"]["rows"]),
         *inputs["captions"],
         *COLUMNS,
         *(gate["name"] for gate in inputs["metrics"]["gates"]),
-        *(
-            "All 2 gates passed",
-            "Full-causal cache",
-            "96.0 KiB",
-            "98,304",
-            "jax",
-            "0.10.2",
-            "cpu, 2 cores",
-            "0123456789abcdef",
-        ),
-        *(
-            "python -m greedy_distill_jax.train",
-            '"width": 96',
-            '"psnr_db": 27.3',
-            "training length",
-            "88.0%",
-            "Growth, 256 / 32",
-        ),
-        *(
-            "1.00\N{MULTIPLICATION SIGN}",
-            "Stage teacher_forcing",
-            "Validity over the frame index",
-            "Quality over the frame index",
-        ),
+        *(section.title for section in inputs["sections"]),
+        *(plot.title for section in inputs["sections"] for plot in section.plots),
+        "All 2 gates passed",
+        "First and last.",
+        "The distance, px",
+        "Higher is better.",
+        "96.0 KiB",
+        "jax",
+        "0.10.2",
+        "CPU, 2 cores",
+        "A model of CPU (6-1)",
+        "process CPU time",
+        "0123456789abcdef",
+        "python -m greedy_distill_jax.train",
+        '"width": 96',
+        '"psnr_db": 27.3',
+        "training length",
+        "88.0%",
+        "Growth, 256 / 32",
+        "1.00 x",
     ):
         assert text in page.text, text
     plots = [attributes for attributes in page.named("svg") if attributes.get("role") == "img"]
@@ -203,8 +248,9 @@ def test_any_caption_is_only_text(tmp_path):
     inputs = make_inputs(captions=(caption, "a blue circle"))
     metrics = inputs["metrics"]
     metrics["rows"][0]["name"] = metrics["gates"][0]["name"] = metrics["device"] = metrics["config"]["name"] = caption
-    inputs["by_frame"][caption] = {caption: [0.1, 0.2]}
-    inputs["curves"][caption] = {caption: [0.1, 0.2]}
+    metrics["columns"]["time"][0]["label"] = metrics["columns"]["time"][1]["text"] = caption
+    plot = Plot(caption, caption, caption, caption, {caption: [0.1, 0.2]}, marker=(1, caption))
+    inputs["sections"].append(Section("more", caption, caption, (plot,), caption))
     inputs["videos"][caption] = inputs["videos"]["data"]
     page = write(tmp_path, **inputs)
     assert not page.named("script")
@@ -215,25 +261,32 @@ def test_any_caption_is_only_text(tmp_path):
 
 def test_missing_values_say_so(tmp_path):
     inputs = make_inputs()
-    metrics = {**inputs["metrics"], "commit": None, "versions": {}, "config": {}, "cache_bytes": {}}
-    metrics["rows"] = [{**metrics["rows"][1], "fd_last": None, "caption": float("nan")}]
-    metrics["time_per_frame_ms"] = [{"frames": 32, "etm_sdd": np.float32(0.9), "full_causal": None, "teacher": None}]
+    metrics = {**inputs["metrics"], "commit": None, "versions": {}, "config": {}}
+    metrics["rows"] = [{**metrics["rows"][1], "distance": None, "share_first": float("nan")}]
+    metrics["tables"] = {"time": [{"frames": 32, "ours": np.float32(0.9), "theirs": None}], "cache": []}
     metrics["gates"] = [*metrics["gates"], {"name": "linear", "value": None, "threshold": 1.1, "passed": None}]
     del metrics["extra"]
     videos = {"data": inputs["videos"]["data"], "teacher": [None, None]}
-    by_frame = {"validity": {"student": [0.9, None, float("nan"), 0.8]}}
-    page = write(tmp_path, metrics=metrics, videos=videos, by_frame=by_frame, curves={"teacher": {"loss": []}})
+    sections = [
+        *inputs["sections"][:1],
+        Section("frames", "Long", plots=(by_frame("Validity", {"student": [0.9, None, float("nan"), 0.8]}),)),
+        *inputs["sections"][2:4],
+        Section("training", "Training", plots=(losses("teacher", [], []),)),
+    ]
+    page = write(tmp_path, metrics=metrics, videos=videos, sections=sections)
     assert page.text.count("not yet measured") >= 12
     assert "1 of 3 gates not yet measured" in page.text
     written = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert written["rows"][0]["caption"] is None and written["time_per_frame_ms"][0]["etm_sdd"] == pytest.approx(0.9)
+    assert written["rows"][0]["share_first"] is None
+    assert written["tables"]["time"][0]["ours"] == pytest.approx(0.9)
 
 
 def test_an_empty_report_is_still_a_report(tmp_path):
-    metrics = {**make_inputs()["metrics"], "rows": [], "gates": [], "time_per_frame_ms": []}
-    page = write(tmp_path / "new" / "folder", metrics=metrics, videos={}, captions=[], curves={}, by_frame={})
+    metrics = {**make_inputs()["metrics"], "rows": [], "gates": [], "tables": {"time": [], "cache": []}}
+    sections = [Section(name, name) for name in ("rows", "time", "cache", "training")]
+    page = write(tmp_path / "new" / "folder", metrics=metrics, videos={}, captions=[], sections=sections)
     assert "No gate measured yet" in page.text
-    assert page.text.count("not yet measured") >= 6
+    assert page.text.count("not yet measured") == 6  # videos, every section, seeds
 
 
 def test_one_failed_gate_decides_the_verdict(tmp_path):
@@ -247,8 +300,10 @@ def test_one_failed_gate_decides_the_verdict(tmp_path):
     ("change", "message"),
     [
         (lambda m: m.pop("device"), "missing key 'device'"),
-        (lambda m: m["rows"][2].pop("flicker"), r"\['rows'\]\[2\]: missing key 'flicker'"),
-        (lambda m: m["time_per_frame_ms"][0].pop("teacher"), r"\['time_per_frame_ms'\]\[0\]: missing key 'teacher'"),
+        (lambda m: m["rows"][2].pop("distance"), r"\['rows'\]\[2\]: missing key 'distance'"),
+        (lambda m: m["tables"]["time"][0].pop("ours"), r"\['tables'\]\['time'\]\[0\]: missing key 'ours'"),
+        (lambda m: m["columns"].pop("cache"), r"\['columns'\]: missing key 'cache'"),
+        (lambda m: m["tables"].pop("cache"), r"\['columns'\]: unknown key 'cache'"),
         (lambda m: m["gates"][1].pop("passed"), r"\['gates'\]\[1\]: missing key 'passed'"),
         (lambda m: m.update(speed=1), "unknown key 'speed'.*'extra'"),
         (lambda m: m["rows"][0].update(iou=1), r"\['rows'\]\[0\]: unknown key 'iou'"),

@@ -9,6 +9,7 @@ from greedy_distill_jax.diffusion import flow, noise_levels
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import check_options, resolve
 from greedy_distill_jax.losses.dmd import dmd
+from greedy_distill_jax.losses.pair import draw_pair
 
 SHAPE = (3, 4, 2, 2, 5)  # B T H W C
 
@@ -26,15 +27,17 @@ def gaussian(mean, std):
     return velocity
 
 
-def action_gradient(action, key, **options):
+def action_gradient(action, key, *, real, fake, normalizer="real", weighting="none", **draw):
     def loss(action):
-        return jnp.sum(dmd(None, {"action": action}, key, **options)[0])
+        batch = {"action": action}
+        pair = draw_pair(key, action, real, fake, batch, **draw)
+        return jnp.sum(dmd(None, batch, None, pair=pair, normalizer=normalizer, weighting=weighting)[0])
 
     return jax.grad(loss)(action) * action[0].size
 
 
 def noised(action, key, **draw):
-    """The noise levels and inputs that ``dmd`` draws from this key."""
+    """The noise levels and inputs that ``draw_pair`` draws from this key."""
     key_sigma, key_noise = jax.random.split(key)
     sigma = jnp.clip(noise_levels.draw_sigma(key_sigma, (action.shape[0], 1), **draw), 0.02, 0.98)
     return sigma, flow.add_noise(action, jax.random.normal(key_noise, action.shape), sigma)
@@ -113,7 +116,8 @@ def test_one_level_per_group_of_frames_and_several_draws():
         return jnp.zeros_like(x)
 
     action = jax.random.normal(jax.random.key(1), SHAPE)
-    loss, metrics = dmd(None, {"action": action}, jax.random.key(0), real=score, fake=score, per_frame=True, group=2)
+    pair = draw_pair(jax.random.key(0), action, score, score, {}, group=2)
+    loss, metrics = dmd(None, {"action": action}, None, pair=pair)
     assert loss.shape == (3,) and set(metrics) == {"gradient", "distance"}
     assert seen[0].shape == (3, 4)
     np.testing.assert_array_equal(seen[0][:, 0], seen[0][:, 1])
@@ -129,9 +133,19 @@ def test_one_level_per_group_of_frames_and_several_draws():
 def test_what_it_refuses():
     action = {"action": jnp.zeros(SHAPE)}
     score = gaussian(0.0, 1.0)
+    pair = draw_pair(jax.random.key(0), action["action"], score, score, action)
     with pytest.raises(ValueError, match="normalizer is 'mean'"):
-        dmd(None, action, jax.random.key(0), real=score, fake=score, normalizer="mean")
+        dmd(None, action, None, pair=pair, normalizer="mean")
     with pytest.raises(ValueError, match="4 frames do not divide into groups of 3"):
-        dmd(None, action, jax.random.key(0), real=score, fake=score, per_frame=True, group=3)
-    with pytest.raises(UserError, match="no option 'real'"):
-        check_options("dmd", resolve("dmd"), {"real": 1})
+        draw_pair(jax.random.key(0), action["action"], score, score, action, group=3)
+    for name in ("pair", "shift"):
+        with pytest.raises(UserError, match=f"no option '{name}'"):
+            check_options("dmd", resolve("dmd"), {name: 1})
+
+
+def test_skipped_frames_have_no_gradient_and_the_others_keep_the_scale():
+    action = jax.random.normal(jax.random.key(1), SHAPE)
+    scores = dict(real=gaussian(0.5, 1.0), fake=gaussian(0.0, 1.0), normalizer="none")
+    whole, part = (action_gradient(action, jax.random.key(2), skip=skip, **scores) for skip in (0, 1))
+    assert float(jnp.abs(part[:, 0]).max()) == 0.0
+    np.testing.assert_allclose(part[:, 1:], whole[:, 1:] * 4 / 3, rtol=1e-5)

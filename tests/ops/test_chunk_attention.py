@@ -86,9 +86,13 @@ def test_xla_equals_dense(form, pattern, masked):
 
 @settings(max_examples=8)
 @given(
-    patterns(longest=24), st.sampled_from([(8, 8), (8, 16), (24, 24)]), st.sampled_from([64, 128]),
-    st.integers(1, 2), st.integers(1, 2), st.booleans(),
-)  # fmt: skip
+    patterns(longest=24),
+    st.sampled_from([(8, 8), (8, 16), (24, 24)]),
+    st.sampled_from([64, 128]),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.booleans(),
+)
 def test_mosaic_tpu_equals_dense(pattern, pair, dim, heads, batch, masked):
     """Ragged chunks included: blocks that hang over the end of a chunk read NaN in interpret mode."""
     pair = tuple(min(block, chunk) for block, chunk in zip(pair, (pattern.q_chunk, pattern.k_chunk), strict=True))

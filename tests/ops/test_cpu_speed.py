@@ -18,8 +18,11 @@ def test_faster_than_its_peers_and_flat_in_the_number_of_chunks(tmp_path, subpro
     for _ in range(ATTEMPTS):
         done = subprocess.run(
             [sys.executable, f"{ROOT}/benchmarks/attention.py", "--output", str(output)],
-            env=env, capture_output=True, text=True, timeout=190,
-        )  # fmt: skip
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=190,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         result = json.loads(output.read_text())
         broken = _broken(result["ratios"])

@@ -21,9 +21,7 @@ def _arrays(seed, batch=1):
 def test_jvp_equals_numeric_differences(area, monkeypatch):
     monkeypatch.setattr(xla, "GATHER_AREA", area)
     primal, tangent = _arrays(0), _arrays(1)
-    _, ours = jax.jvp(
-        jax.jit(lambda *x: chunk_attention(*x, SCHEDULE, scale=0.3, derivative="jvp")), primal, tangent
-    )  # fmt: skip
+    _, ours = jax.jvp(jax.jit(lambda *x: chunk_attention(*x, SCHEDULE, scale=0.3, derivative="jvp")), primal, tangent)
 
     def exact(step):
         moved = [np.asarray(p, np.float64) + step * np.asarray(t) for p, t in zip(primal, tangent, strict=True)]

@@ -15,8 +15,10 @@ def patterns(draw):
     rows = draw(st.lists(st.sets(st.integers(0, num_k - 1)), min_size=1, max_size=6))
     return Pattern.from_table(
         [draw(st.permutations(sorted(row))) for row in rows],
-        q_chunk=draw(st.integers(1, 7)), k_chunk=draw(st.integers(1, 7)), num_k_chunks=num_k,
-    )  # fmt: skip
+        q_chunk=draw(st.integers(1, 7)),
+        k_chunk=draw(st.integers(1, 7)),
+        num_k_chunks=num_k,
+    )
 
 
 @settings(max_examples=200)
@@ -26,12 +28,16 @@ def test_block_lists_cover_exactly_the_table(pattern, block_q, block_k):
     by_query, by_key = pattern.block_lists(block_q, block_k)
     expected = {
         (i * per_q + a, j * per_k + b)
-        for i, row in enumerate(pattern.table) for j in row for a in range(per_q) for b in range(per_k)
-    }  # fmt: skip
+        for i, row in enumerate(pattern.table)
+        for j in row
+        for a in range(per_q)
+        for b in range(per_k)
+    }
     seen = {}
     for name, pairs, blocks in (
-        ("query", by_query, pattern.num_q_chunks * per_q), ("key", by_key, pattern.num_k_chunks * per_k),
-    ):  # fmt: skip
+        ("query", by_query, pattern.num_q_chunks * per_q),
+        ("key", by_key, pattern.num_k_chunks * per_k),
+    ):
         visits = list(zip(pairs.outer.tolist(), pairs.inner.tolist(), strict=True))
         assert visits == sorted(visits) and len(set(visits)) == len(visits)
         assert sorted(set(pairs.outer.tolist())) == list(range(blocks)), "every result block is written"

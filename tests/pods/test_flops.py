@@ -97,7 +97,7 @@ def test_a_step_of_a_stream(fusion, context):
 UPDATES = {
     "teacher": dict(stage="teacher"),
     "stage 1, two draws": dict(stage="teacher_forcing", losses__flow_matching__options=dict(draws=2)),
-    "joint teacher, critic": dict(stage="dmd", losses__dmd__options=dict(draws=2)),
+    "joint teacher, critic": dict(stage="dmd", distill__draws=2),
     "causal, stage 1's score": dict(
         stage="dmd", student__kind="causal", distill__real="autoregressive", distill__fake="stage1"
     ),

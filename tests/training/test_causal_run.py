@@ -11,7 +11,7 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.video_io import probe
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.evaluate import evaluate
+from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import load_meta
@@ -72,8 +72,9 @@ def test_evaluate_times_the_causal_student_under_its_own_name(runs, tmp_path):
     metrics = evaluate(
         runs / "teacher", runs / "student", tmp_path / "report", videos=4, lengths=(8, 16), announce=lambda _: None
     )
-    assert all(set(row) == {"frames", "causal", "full_causal", "teacher"} for row in metrics["time_per_frame_ms"])
-    assert "causal student" in metrics["gates"][-1]["name"] and "causal, any length" in metrics["cache_bytes"]
+    times, caches = metrics["tables"]["time_per_frame"], metrics["tables"]["cache_bytes"]
+    assert all(set(row) == {"frames", "causal", "full_causal", "teacher"} for row in times)
+    assert "causal student" in metrics["gates"][-1]["name"] and caches[0]["cache"] == "causal, any length"
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["rows"]
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Causal student" in page and "ETM + SDD (ours)" not in page

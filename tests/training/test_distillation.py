@@ -15,6 +15,8 @@ from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses.dmd import dmd
+from greedy_distill_jax.losses.pair import draw_pair
+from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import load_meta
@@ -122,47 +124,60 @@ def test_every_fake_is_the_reverse_kl_gradient_at_a_perfect_score(fake, monkeypa
     def net_of(which):
         return lambda *args, **options: asked.append(which) or gaussian(m if which != "teacher" else mean, std)
 
-    def teacher_net(teacher, params, key):
+    def teacher_net(teacher, params):
         return net_of("teacher" if params == "teacher" else "fake")()
 
     monkeypatch.setattr(nets, "teacher_net", teacher_net)
-    monkeypatch.setattr(nets, "student_net", lambda student, params, key, **options: net_of(params)())
+    monkeypatch.setattr(nets, "student_net", lambda student, params: net_of(params)())
     config = config_of(distill__fake=fake, own=fake == "self_fm")
     settings = read_settings(config)
     make_scores = stage2.score_nets(settings, settings.kind.model(settings), jnp.zeros((6, 8)))
     state = TrainState(0, {"student": Net("params", "ema", None), "critic": Net("critic", None, None)})
-    scores = make_scores(state, {"teacher": "teacher", "stage1": "stage1"}, jax.random.key(0))
+    scores = make_scores(state, {"teacher": "teacher", "stage1": "stage1"})
     expected = {"critic": "fake", "self_ema": "ema", "stage1": "stage1"}.get(fake, "params")
     assert asked == ["teacher", expected]
 
     action = m + std * jax.random.normal(jax.random.key(1), (2, *LATENT))
-    options = dict(normalizer="none", weighting="score", low=sigma, high=sigma)
+    options = dict(normalizer="none", weighting="score")
 
     def loss(action):
         videos = {"action": action, "text": jnp.zeros((2, 6, 8))}
-        return jnp.sum(dmd(None, videos, jax.random.key(2), **scores, **options)[0])
+        pair = draw_pair(jax.random.key(2), action, **scores, batch=videos, low=sigma, high=sigma)
+        return jnp.sum(dmd(None, videos, None, pair=pair, **options)[0])
 
     g = jax.grad(loss)(action) * action[0].size
     kl = jax.grad(lambda m: (1 - sigma) ** 2 * (m - mean) ** 2 / (2 * ((1 - sigma) ** 2 * std**2 + sigma**2)))(m)
     np.testing.assert_allclose(jnp.mean(g), kl, rtol=1e-4)
 
 
-def test_the_per_frame_teacher_sees_clean_frames_before_and_noise_after():
+def test_the_per_frame_teacher_sees_the_history_before_and_noise_after():
     teacher = Teacher(tiny.BASE)
     params = tiny.random_params(teacher)
     shape = (1, 4, 4, 4, 4)
     keys = jax.random.split(jax.random.key(0), 3)
     x, frames = (jax.random.normal(k, shape) for k in keys[:2])
-    batch = {"latents": frames, "text": tiny.text_rows(1, keys[2])}
+    noise, kept = jax.random.normal(keys[0], shape), jnp.full((1, 1), 0.1)
+    batch = {"text": tiny.text_rows(1, keys[2]), "history": History(frames, kept), "later": noise}
     sigma = jnp.asarray([[0.9, 0.7, 0.5, 0.3]])
-    v = nets.clean_history_net(teacher, 1, params, keys[0])(x, sigma, batch)
-    noise = jax.random.normal(keys[0], shape)
+    v = nets.given_history_net(teacher, 1, params)(x, sigma, batch)
     for i in range(4):
         inputs = jnp.concatenate([frames[:, :i], x[:, i : i + 1], noise[:, i + 1 :]], axis=1)
-        levels = jnp.concatenate([jnp.zeros((1, i)), sigma[:, i : i + 1], jnp.ones((1, 3 - i))], axis=1)
+        levels = jnp.concatenate([jnp.full((1, i), 0.1), sigma[:, i : i + 1], jnp.ones((1, 3 - i))], axis=1)
         np.testing.assert_allclose(v[:, i], teacher(params, inputs, levels, batch["text"])[:, i], atol=1e-5)
-    two = nets.clean_history_net(teacher, 2, params, keys[0])(x, sigma, batch)
+    two = nets.given_history_net(teacher, 2, params)(x, sigma, batch)
     assert two.shape == shape and float(jnp.abs(two - v).max()) > 1e-3
+
+
+@pytest.mark.parametrize("context", [dict(student__context_noise=0.4), dict(student__context="last_step_kv")], ids=str)
+def test_one_network_as_both_scores_gives_no_gradient(context):
+    """Both scores are asked about the same noise and the same history, however noisy it is."""
+    config = config_of(
+        distill__real="autoregressive", distill__fake="self_fm", own=True, distill__guidance=1.0, **context
+    )
+    stage, params = tiny.stage_of(config, LATENT)
+    frozen = {"stage1": params["student"]}
+    metrics = jax.jit(tiny.call_of(stage.parts[0]))(stage.state(params), frozen, batch_of())[1]
+    assert float(metrics["dmd/gradient"]) < 1e-6 and float(metrics["dmd/distance"]) > 1e-2
 
 
 # --- through the command ----------------------------------------------------------------------------------------------
@@ -293,7 +308,7 @@ def test_scores_are_for_stage_dmd_alone(sources, tmp_path):
     config = run_config(sources)
     config.stage = "teacher_forcing"
     with pytest.raises(
-        UserError, match=r"config\.losses\.dmd: 'dmd' asks for the network 'real' of stage teacher_forcing"
+        UserError, match=r"config\.losses\.dmd: 'dmd' asks for the network 'pair' of stage teacher_forcing"
     ):
         read_settings(config)
 
@@ -310,7 +325,7 @@ def test_long_rollouts_are_scored_in_random_windows():
     seen = []
 
     def loss(net, batch, key, *, real, fake):
-        seen.append({name: x.shape for name, x in batch.items()})
+        seen.append({name: batch[name].shape for name in ("action", "latents")})
         return jnp.mean(batch["action"], axis=(1, 2, 3, 4)), {}
 
     losses.register("sees", loss)

@@ -5,9 +5,11 @@ loads into the other. The step-by-step form with caches is ``greedy_distill_jax.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
@@ -34,13 +36,13 @@ class CausalStudent(StreamingModel):
 
     def __call__(
         self,
-        params,
-        x_BTHWC,
-        sigma_BT,
-        text_BMC,
+        params: Any,
+        x_BTHWC: Float[Array, "B F H W C"],
+        sigma_BT: Float[Array, "B _"],
+        text_BMC: Float[Array, "B M D"],
         history: History,
         grads: ContextGrad = ContextGrad(),  # noqa: B008
-    ):
+    ) -> Float[Array, "B F H W C"]:
         """Teacher-forced velocity: every noisy chunk sees the clean chunks of its window, in one parallel pass.
 
         Args:

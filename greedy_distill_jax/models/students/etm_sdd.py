@@ -4,10 +4,12 @@ Parameters are ``{"etm": ..., "sdd": ...}``. Step by step, with caches: ``greedy
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
@@ -103,13 +105,13 @@ class Student(StreamingModel):
 
     def __call__(
         self,
-        params,
-        x_BTHWC,
-        sigma_BT,
-        text_BMC,
+        params: Any,
+        x_BTHWC: Float[Array, "B F H W C"],
+        sigma_BT: Float[Array, "B _"],
+        text_BMC: Float[Array, "B M D"],
         history: History,
         grads: ContextGrad = ContextGrad(),  # noqa: B008
-    ):
+    ) -> Float[Array, "B F H W C"]:
         """Teacher-forced velocity: every noisy chunk i sees the history before it, in one parallel pass.
 
         Args:

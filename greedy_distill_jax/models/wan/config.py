@@ -58,7 +58,18 @@ WAN_SIZES: dict[str, dict] = {
     "wan1_3b": dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan14b": dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "tiny": dict(
-        dim=96, ffn_dim=480, num_heads=2, num_layers=4, freq_dim=64, text_dim=32, text_len=16, dtype="float32",
-        remat="none", prediction="x0", gate_init=0.3, text_init=0.1, time_init=0.1,
+        dim=96,
+        ffn_dim=480,
+        num_heads=2,
+        num_layers=4,
+        freq_dim=64,
+        text_dim=32,
+        text_len=16,
+        dtype="float32",
+        remat="none",
+        prediction="x0",
+        gate_init=0.3,
+        text_init=0.1,
+        time_init=0.1,
     ),
-}  # fmt: skip
+}

@@ -1,10 +1,13 @@
 """The Wan2.1 DiT: teacher, SDD and causal students are this module with different layouts."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
+from jaxtyping import Array, Float
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.wan.config import WanConfig
@@ -52,9 +55,14 @@ class Dit(nn.Module):
         cfg = self.cfg
         self.embed = Embeddings(cfg, with_text=self.fusion != "replace")
         self.blocks = block_stack(
-            cfg, self.depth, layout=self.layout, fusion=self.fusion, z_gate_init=self.z_gate_init,
-            emit=self.emit, project_only=self.project_only,
-        )  # fmt: skip
+            cfg,
+            self.depth,
+            layout=self.layout,
+            fusion=self.fusion,
+            z_gate_init=self.z_gate_init,
+            emit=self.emit,
+            project_only=self.project_only,
+        )
         if self.fusion in ("add", "adaln"):
             self.z_in = dense(cfg.dim, cfg, nn.initializers.zeros)
         elif self.fusion == "concat":
@@ -109,9 +117,15 @@ class Dit(nn.Module):
         text = None if text_BMC is None or self.fusion == "replace" else self.embed.text(text_BMC)
         uses_z_kv = self.fusion in ("selfkv", "xattn2", "replace")
         shared = Shared(
-            modulation=e0, rope_q=rope_q, rope_k=rope_k, visible=visible, text=text,
-            z=z_BSD if uses_z_kv and layer.z is None else None, rope_z=rope_z, rope_zq=rope_zq,
-        )  # fmt: skip
+            modulation=e0,
+            rope_q=rope_q,
+            rope_k=rope_k,
+            visible=visible,
+            text=text,
+            z=z_BSD if uses_z_kv and layer.z is None else None,
+            rope_z=rope_z,
+            rope_zq=rope_zq,
+        )
         tokens, emitted = self.blocks(tokens, shared, layer)
         if not self.with_head:
             return None, emitted
@@ -156,8 +170,14 @@ class Teacher:
         module, rope = self._call(x)
         return module.init(key, x, jnp.ones((1, 1), jnp.float32), text, rope_q=rope)["params"]
 
-    def __call__(self, params, x_BTHWC, sigma_BT, text_BMC):
-        """Velocity [B, T, H, W, C]; sigma [B, 1] (one per video) or [B, T] (one per frame)."""
+    def __call__(
+        self,
+        params: Any,
+        x_BTHWC: Float[Array, "B T H W C"],
+        sigma_BT: Float[Array, "B _"],
+        text_BMC: Float[Array, "B M D"],
+    ) -> Float[Array, "B T H W C"]:
+        """Gives the velocity; sigma is [B, 1] (one per video) or [B, T] (one per frame)."""
 
         def call(params, x, sigma, text):
             module, rope = self._call(x)

@@ -304,9 +304,13 @@ def block_stack(cfg: WanConfig, depth: int, *, layout: Layout | None, name: str 
     if cfg.remat != "none":
         body = nn.remat(Block, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=False)
     scanned = nn.scan(
-        body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0), length=depth,
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        length=depth,
         check_constancy_invariants=False,  # nothing of the body is broadcast: saves one trace of it
-    )  # fmt: skip
+    )
     return scanned(cfg, layout=layout, name=name, **block)
 
 
@@ -380,6 +384,11 @@ class Head(nn.Module):
         h = settled(modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]).astype(jnp.dtype(cfg.dtype)))
         out = dense(cfg.patch**2 * cfg.channels, cfg, nn.initializers.zeros, name="projection")(h)
         return rearrange(
-            out.astype(jnp.float32), "b (t h w) (p q c) -> b t (h p) (w q) c",
-            t=frames, h=grid[0], w=grid[1], p=cfg.patch, q=cfg.patch,
-        )  # fmt: skip
+            out.astype(jnp.float32),
+            "b (t h w) (p q c) -> b t (h p) (w q) c",
+            t=frames,
+            h=grid[0],
+            w=grid[1],
+            p=cfg.patch,
+            q=cfg.patch,
+        )

@@ -66,9 +66,13 @@ def chunk_attention(
     if derivative not in DERIVATIVES:
         raise UserError(f'chunk_attention: derivative must be "vjp" or "jvp", got {derivative!r}.', field="derivative")
     backend = select.choose(
-        implementation, q_BLNK, visible_QS=visible_QS, derivative=derivative, interpret=interpret,
+        implementation,
+        q_BLNK,
+        visible_QS=visible_QS,
+        derivative=derivative,
+        interpret=interpret,
         function="chunk_attention",
-    )  # fmt: skip
+    )
     call = _call(backend, pattern, q_BLNK, scale, blocks, interpret)
     if derivative == "jvp" or backend.backward is None:
         return backend.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)

@@ -43,9 +43,12 @@ def choose(
     """
     platform = device()[0]
     request = Request(
-        "gpu" if platform == "cuda" else platform, q_BLNK.shape[-1], q_BLNK.dtype, visible_QS is not None,
+        "gpu" if platform == "cuda" else platform,
+        q_BLNK.shape[-1],
+        q_BLNK.dtype,
+        visible_QS is not None,
         bool(interpret) and name is not None,
-    )  # fmt: skip
+    )
 
     def reason(backend: Backend) -> str | None:
         if decode and backend.decode is None:

@@ -109,12 +109,14 @@ class Inputs(NamedTuple):
     """What a stage is built of besides its settings.
 
     frozen: parameters (or their shapes) of the networks that ``StageKind.wanted`` calls frozen, by name.
-    null_MC: the unconditional text rows. latent_shape: (T, H, W, C) of an example.
+    null_MC: the unconditional text rows. latent_shape: (T, H, W, C) of an example. source: of the data, None for a job
+    that is only compiled.
     """
 
     frozen: Mapping[str, Any]
     null_MC: Any
     latent_shape: tuple[int, int, int, int]
+    source: Any = None
 
 
 class StageKind(abc.ABC):
@@ -151,6 +153,21 @@ class StageKind(abc.ABC):
     def wanted(self, settings: Settings) -> dict[str, Wanted]:
         """The runs that it starts from or asks, by the names that ``Network.start_from`` uses."""
 
+    def check_source(self, settings: Settings, source: Any) -> None:  # noqa: B027 (most accept all)
+        """Raises UserError when the data is not what it trains on."""
+
+    def batch_shapes(self, settings: Settings, latent_shape, source: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """What it takes of a batch: the examples' latents [B, T, H, W, C] and text rows [B, M, D].
+
+        Args:
+          latent_shape: (T, H, W, C) of an example.
+          source: of the data; None for a job that is only compiled.
+        """
+        return {
+            "latents": jax.ShapeDtypeStruct((settings.data.batch, *latent_shape), jnp.float32),
+            **text_shape(settings),
+        }
+
     def sizes(self, settings: Settings) -> tuple[WanConfig, ...]:
         """Of all networks that it runs."""
         return (settings.wan,)
@@ -163,6 +180,12 @@ class StageKind(abc.ABC):
         """The stage: networks, frozen parameters, parts."""
 
 
+def text_shape(settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of text rows, which is all that a stage without data takes."""
+    shape = (settings.data.batch, settings.wan.text_len, settings.wan.text_dim)
+    return {"text": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
 def always(step: int) -> bool:
     """``Part.due`` of a part of every step."""
     return True
@@ -173,3 +196,16 @@ def own_update(settings: Settings, updates: int) -> Update:
     o = settings.optimizer
     scale = None if o.new_scale == 1.0 else new_parameter_scale(o.new_scale)
     return Update(make_optimizer(o, steps=updates), settings.ema.decay, settings.ema.start, scale)
+
+
+def compute_precision(params, dtype: str):
+    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
+
+    def cast(path, leaf):
+        kernel = getattr(path[-1], "key", None) == "kernel"
+        wanted = jnp.dtype(dtype) if kernel else leaf.dtype
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, wanted)
+        return leaf.astype(wanted)  # where it is
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -16,6 +16,7 @@ from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, asked
+from greedy_distill_jax.losses.pair import draw_pair
 from greedy_distill_jax.models.students.base import ContextGrad, StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
@@ -24,8 +25,18 @@ from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import nets, policy_gradient, rollout
 from greedy_distill_jax.training.optimizer import make_optimizer
 from greedy_distill_jax.training.sources import Wanted
-from greedy_distill_jax.training.stages.base import Inputs, Network, Part, Stage, StageKind, always, own_update
-from greedy_distill_jax.training.stages.teacher_forcing import student_net
+from greedy_distill_jax.training.stages.base import (
+    Inputs,
+    Network,
+    Part,
+    Stage,
+    StageKind,
+    always,
+    compute_precision,
+    own_update,
+    text_shape,
+)
+from greedy_distill_jax.training.stages.teacher_forcing import looking_back
 from greedy_distill_jax.training.update import Update
 
 REAL = ("joint", "autoregressive", "per_frame")
@@ -45,6 +56,11 @@ class Distill:
     epochs: int = 1  # actor_critic: updates per rollout
     anchor: float = 0.0  # actor_critic: weight of (action - action of the rollout)^2
     frames: int = 0  # length of a rollout; beyond data.frames the scores see random windows; 0 = data.frames
+    shift: float = 5.0  # of the noise levels at which both scores are asked, drawn uniformly before it
+    low: float = 0.02  # these levels are clipped to [low, high]
+    high: float = 0.98
+    draws: int = 1  # noise draws per video, averaged
+    skip: int = 0  # first latent frames of what the scores see that no loss counts
     exit: str = "random"  # denoising step that makes the frames of a rollout: random | last
     context_grad_etm: str = "params"  # ETM learns through z: params | none
     context_grad_sdd: str = "none"  # SDD learns through its keys of earlier frames: params | none
@@ -65,7 +81,7 @@ class Dmd(StageKind):
 
     keys: ClassVar = {"distill": Distill, "critic": Critic}
     kept = ("distill.real", "distill.fake")
-    offers = ("real", "fake")
+    offers = ("pair", "real", "fake")
 
     def check(self, settings: Settings) -> None:
         """Raises UserError for keys that exclude each other."""
@@ -79,12 +95,12 @@ class Dmd(StageKind):
 
     def terms(self, settings: Settings) -> tuple[Term, ...]:
         """The student's losses; one that asks a bidirectional teacher for scores keeps one noise level per video."""
-        chunk, joint = settings.student_config.chunk, settings.own["distill"].real == "joint"
+        chunk = score_group(settings)
         return terms_of(
             settings.losses,
             "config.losses",
             offered=self.offers,
-            chunk_of=lambda loss: None if asked(loss) and joint else chunk,
+            chunk_of=lambda loss: chunk if asked(loss) else settings.student_config.chunk,
             stage=settings.stage,
         )
 
@@ -101,6 +117,10 @@ class Dmd(StageKind):
         if (d.fake, d.real) == ("critic", "joint"):
             out["critic"] = Wanted("critic_from", settings.wan)
         return out
+
+    def batch_shapes(self, settings: Settings, latent_shape, source: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Text rows alone: the student makes its own videos."""
+        return text_shape(settings)
 
     def sizes(self, settings: Settings) -> tuple[WanConfig, ...]:
         """Student and critic have one size, the teacher may have another."""
@@ -127,6 +147,7 @@ class Dmd(StageKind):
             seed=settings.seed,
             null_MC=jnp.asarray(inputs.null_MC),
             own=self_rollout(settings, student, inputs.latent_shape),
+            prepare=looking_back(settings, student),
             text_dropout=settings.text_dropout,
             microbatches=settings.data.accumulate,
         )
@@ -138,8 +159,17 @@ class Dmd(StageKind):
         update = own_update(settings, updates * (d.epochs if d.pg == "actor_critic" else 1))
         generator = functools.partial(
             policy_gradient.generator_step,
-            make_net=student_net(settings, student),
+            make_net=functools.partial(nets.student_net, student),
             make_scores=score_nets(settings, student, shared["null_MC"]),
+            make_pair=functools.partial(
+                draw_pair,
+                shift=d.shift,
+                low=d.low,
+                high=d.high,
+                draws=d.draws,
+                skip=d.skip,
+                group=score_group(settings),
+            ),
             terms=settings.terms,
             update=update,
             **shared,
@@ -154,7 +184,7 @@ class Dmd(StageKind):
                 policy_gradient.critic_step, make_net=critic_net, terms=critic_terms(settings), update=update, **shared
             )
             parts.append(_part("critic", always, step)._replace(losses="config.critic.losses"))
-        frozen = {name: _compute_precision(tree, student.cfg.base.dtype) for name, tree in inputs.frozen.items()}
+        frozen = {name: compute_precision(tree, student.cfg.base.dtype) for name, tree in inputs.frozen.items()}
         return Stage(networks, frozen, tuple(parts))
 
 
@@ -203,53 +233,44 @@ def self_rollout(settings: Settings, student: StreamingModel, latent_shape) -> p
 
 
 def critic_of(settings: Settings, student: StreamingModel):
-    """(the separate fake score, its ``make_net(params, key)``), or (None, None)."""
+    """(the separate fake score, its ``make_net(params)``), or (None, None)."""
     d: Distill = settings.own["distill"]
     if d.fake != "critic":
         return None, None
     if d.real == "joint":
         teacher = Teacher(student.cfg.base)
         return teacher, functools.partial(nets.teacher_net, teacher)
-    return student, student_net(settings, student)
+    return student, functools.partial(nets.student_net, student)
 
 
 def score_nets(settings: Settings, student: StreamingModel, null_MC) -> Callable:
-    """``make_scores(state, frozen, key) -> {"real": net, "fake": net}`` of ``config.distill``."""
+    """``make_scores(state, frozen) -> {"real": net, "fake": net}`` of ``config.distill``."""
     d: Distill = settings.own["distill"]
-    own_net, (_, critic_net) = student_net(settings, student), critic_of(settings, student)
+    own_net, (_, critic_net) = functools.partial(nets.student_net, student), critic_of(settings, student)
     teacher = Teacher(teacher_config(settings))
     real_net = {
-        "joint": lambda frozen, key: nets.teacher_net(teacher, frozen["teacher"], key),
-        "per_frame": lambda frozen, key: nets.clean_history_net(teacher, student.cfg.chunk, frozen["teacher"], key),
-        "autoregressive": lambda frozen, key: own_net(frozen["stage1"], key),
+        "joint": lambda frozen: nets.teacher_net(teacher, frozen["teacher"]),
+        "per_frame": lambda frozen: nets.given_history_net(teacher, student.cfg.chunk, frozen["teacher"]),
+        "autoregressive": lambda frozen: own_net(frozen["stage1"]),
     }[d.real]
     fake_net = {
-        "critic": lambda state, frozen, key: critic_net(state.nets["critic"].params, key),
-        "self_sg": lambda state, frozen, key: own_net(state.nets["student"].params, key),
-        "self_fm": lambda state, frozen, key: own_net(state.nets["student"].params, key),
-        "self_ema": lambda state, frozen, key: own_net(state.nets["student"].ema, key),
-        "stage1": lambda state, frozen, key: own_net(frozen["stage1"], key),
+        "critic": lambda state, frozen: critic_net(state.nets["critic"].params),
+        "self_sg": lambda state, frozen: own_net(state.nets["student"].params),
+        "self_fm": lambda state, frozen: own_net(state.nets["student"].params),
+        "self_ema": lambda state, frozen: own_net(state.nets["student"].ema),
+        "stage1": lambda state, frozen: own_net(frozen["stage1"]),
     }[d.fake]
 
-    def make_scores(state, frozen, key):
-        key_real, key_fake = jax.random.split(key)
-        real = guidance.guided_score(real_net(frozen, key_real), null_MC, d.guidance)
-        return {"real": real, "fake": fake_net(state, frozen, key_fake)}
+    def make_scores(state, frozen):
+        real = guidance.guided_score(real_net(frozen), null_MC, d.guidance)
+        return {"real": real, "fake": fake_net(state, frozen)}
 
     return make_scores
 
 
-def _compute_precision(params, dtype: str):
-    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
-
-    def cast(path, leaf):
-        kernel = getattr(path[-1], "key", None) == "kernel"
-        wanted = jnp.dtype(dtype) if kernel else leaf.dtype
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, wanted)
-        return leaf.astype(wanted)  # where it is
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+def score_group(settings: Settings) -> int | None:
+    """Latent frames that share a noise level when scores are asked: a bidirectional teacher has seen one per video."""
+    return None if settings.own["distill"].real == "joint" else settings.student_config.chunk
 
 
 def _check_values(d: Distill) -> None:
@@ -265,7 +286,8 @@ def _check_values(d: Distill) -> None:
         if getattr(d, key) not in choices:
             listed = ", ".join(choice or "'' (that of config.model)" for choice in choices)
             raise UserError(f"config.distill.{key} is {getattr(d, key)!r}; choose from {listed}.")
-    for key, least in (("generator_every", 1), ("epochs", 1), ("segment", 0), ("critic_warmup", 0)):
+    at_least = {"generator_every": 1, "epochs": 1, "draws": 1, "segment": 0, "critic_warmup": 0, "skip": 0}
+    for key, least in at_least.items():
         if getattr(d, key) < least:
             raise UserError(f"config.distill.{key} is {getattr(d, key)}; it must be at least {least}.")
     if d.teacher_size and d.real == "autoregressive":

@@ -14,9 +14,10 @@ from greedy_distill_jax.training.update import data_step
 
 
 class Teacher(StageKind):
-    """See the module."""
+    """See the module. Losses may ask for the "target", the average of the network itself."""
 
     trains = "teacher"
+    offers = ("target",)
 
     def check(self, settings: Settings) -> None:
         """Raises UserError for a sampler that teachers do not have, and for what only students take."""
@@ -51,6 +52,8 @@ class Teacher(StageKind):
             seed=settings.seed,
             null_MC=inputs.null_MC,
             make_net=functools.partial(nets.teacher_net, model),
+            make_asked=lambda state, frozen: {"target": nets.teacher_net(model, state.nets["teacher"].ema)},
+            prepare=lambda batch, key: batch,
             terms=settings.terms,
             update=update,
             text_dropout=settings.text_dropout,
@@ -61,10 +64,10 @@ class Teacher(StageKind):
 
 
 def on_data(name: str, step) -> Part:
-    """The one part of a stage that trains on data: ``step(state, batch) -> (state, metrics)``."""
+    """The one part of a stage that trains on data: ``step(state, frozen, batch) -> (state, metrics)``."""
 
     def call(state, frozen: Mapping, batch, carry):
-        return *step(state, batch), carry
+        return *step(state, frozen, batch), carry
 
     return Part(name, always, call)
 

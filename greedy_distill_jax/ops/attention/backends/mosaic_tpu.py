@@ -60,10 +60,15 @@ def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
     q, k, v = launch.view_q(q_BLNK), launch.view_k(k_BSNK), launch.view_k(v_BSNK)
     statistics = pltpu.VMEM((1, launch.block_q), jnp.float32)
     out, lse = launch.run(
-        _forward_kernel, by_query, visible_QS, ("q", "k", "k"), (q, k, v), ("q", "row"),
+        _forward_kernel,
+        by_query,
+        visible_QS,
+        ("q", "k", "k"),
+        (q, k, v),
+        ("q", "row"),
         (like(q, q.shape, v.dtype), like(q, launch.row_shape, jnp.float32)),
         [statistics, statistics, pltpu.VMEM((launch.dim, launch.block_q), jnp.float32)],
-    )  # fmt: skip
+    )
     out = launch.unview(out, q_BLNK.shape)
     return out, (q_BLNK, k_BSNK, v_BSNK, visible_QS, out, launch.from_rows(lse))
 
@@ -184,10 +189,11 @@ class _Launch:
         matmuls, _, by_key = KERNELS[name]
         visits = self._visits(pairs, visible_QS, by_key)
         bound = functools.partial(
-            kernel, scale=self.scale,
+            kernel,
+            scale=self.scale,
             tail_q=_Tail(self.pattern.q_chunk, self.per_q, self.block_q),
             tail_k=_Tail(self.pattern.k_chunk, self.per_k, self.block_k),
-        )  # fmt: skip
+        )
         work = self.batch * self.heads * pairs.pairs * self.block_q * self.block_k
         return pl.pallas_call(
             bound,
@@ -239,9 +245,22 @@ def _visit(outer_ref, inner_ref, code_ref):
 
 
 def _forward_kernel(
-    outer_ref, inner_ref, code_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, peak_ref, total_ref, acc_ref,
-    *, scale, tail_q, tail_k,
-):  # fmt: skip
+    outer_ref,
+    inner_ref,
+    code_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    lse_ref,
+    peak_ref,
+    total_ref,
+    acc_ref,
+    *,
+    scale,
+    tail_q,
+    tail_k,
+):
     _, j, code = _visit(outer_ref, inner_ref, code_ref)
 
     @pl.when(code & FIRST != 0)
@@ -298,9 +317,22 @@ def _probabilities(q, k, v, g, lse, delta, i, j, scale, tail_q, tail_k):
 
 
 def _dq_kernel(
-    outer_ref, inner_ref, code_ref, q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, dq_ref, acc_ref,
-    *, scale, tail_q, tail_k,
-):  # fmt: skip
+    outer_ref,
+    inner_ref,
+    code_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    g_ref,
+    lse_ref,
+    delta_ref,
+    dq_ref,
+    acc_ref,
+    *,
+    scale,
+    tail_q,
+    tail_k,
+):
     i, j, code = _visit(outer_ref, inner_ref, code_ref)
 
     @pl.when(code & FIRST != 0)
@@ -321,9 +353,24 @@ def _dq_kernel(
 
 
 def _dkv_kernel(
-    outer_ref, inner_ref, code_ref, q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, dk_ref, dv_ref, acc_k, acc_v,
-    *, scale, tail_q, tail_k,
-):  # fmt: skip
+    outer_ref,
+    inner_ref,
+    code_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    g_ref,
+    lse_ref,
+    delta_ref,
+    dk_ref,
+    dv_ref,
+    acc_k,
+    acc_v,
+    *,
+    scale,
+    tail_q,
+    tail_k,
+):
     j, i, code = _visit(outer_ref, inner_ref, code_ref)
 
     @pl.when(code & FIRST != 0)
@@ -371,7 +418,8 @@ def decode(q_BLNK, k_BSNK, v_BSNK, length, call: Call):
             num_scalar_prefetch=1,
             grid=(
                 *((batch, heads) if in_place else (batch * heads, 1)),
-                pl.cdiv(tokens, block_q), pl.cdiv(slots, block_k),
+                pl.cdiv(tokens, block_q),
+                pl.cdiv(slots, block_k),
             ),
             in_specs=[q_spec, k_spec, k_spec],
             out_specs=q_spec,
@@ -384,7 +432,7 @@ def decode(q_BLNK, k_BSNK, v_BSNK, length, call: Call):
         ),
         interpret=call.interpret,
         name="decode_kernel",
-    )(jnp.minimum(length, slots).reshape(1), q, k, v)  # fmt: skip
+    )(jnp.minimum(length, slots).reshape(1), q, k, v)
     if in_place:
         return out.reshape(q_BLNK.shape)
     return jnp.swapaxes(out.reshape(batch, heads, tokens, dim), 1, 2)

@@ -1,0 +1,48 @@
+"""Videos to judge: held-out real ones, and a run's own for the same captions."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+
+from greedy_distill_jax.data.loader import videos_of
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.run import Run, data_source
+
+
+def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[UInt8[np.ndarray, "V T H W 3"], list[str]]:
+    """Returns real videos of captions that the run was not trained on, and the captions.
+
+    Args:
+      run: whose data are drawn.
+      frames: of a video; clips have a length of their own.
+      count: videos at most.
+      seed: of the draw.
+
+    Raises:
+      UserError: the data have no held-out windows.
+    """
+    source, codec = data_source(run.settings, "held_out", frames=frames, seed=seed)
+    if not len(source):
+        raise UserError(
+            f"{run.settings.data.source}, which the run was trained on, has no held-out windows; prepare it again "
+            "with a held-out share above 0."
+        )
+    examples = [source[i] for i in range(min(count, len(source)))]
+    return videos_of(examples, codec), [e["caption"] for e in examples]
+
+
+def sampled(
+    run: Run, captions: Sequence[str], *, batch: int = 256, seed: int = 0, **options
+) -> UInt8[np.ndarray, "V T H W 3"]:
+    """Samples one video per caption in batches.
+
+    Args:
+      run: of a teacher or a student.
+      captions: the prompts.
+      batch: videos at a time; batch i has the seed ``seed`` + i * ``batch``.
+      seed: of the noise.
+      **options: of ``run.sample_videos``, such as frames and steps.
+    """
+    starts = range(0, len(captions), batch)
+    return np.concatenate([run.sample_videos(captions[i : i + batch], seed=seed + i, **options) for i in starts])

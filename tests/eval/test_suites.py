@@ -1,0 +1,129 @@
+"""Suites: one from outside the package is measured, judged, drawn and stored like the package's own."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from greedy_distill_jax import evaluate as command
+from greedy_distill_jax.config import read_settings
+from greedy_distill_jax.data.sources.registry import load_source
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.eval import suites
+from greedy_distill_jax.eval.evaluation import evaluate
+from greedy_distill_jax.eval.suites import Column, Measured, Suite
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
+
+OUTSIDE = f"{Path(__file__).parent / 'brightness.py'}:SUITE"
+FRAMES = 4
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """A teacher and a student that were never trained, by the folder they would lie in."""
+    codec = load_source("moving_shapes")[1]
+    shape = (FRAMES, *codec.latent_shape(16, 16))
+
+    def run(config, make):
+        settings = read_settings(config)
+        model = make(settings)
+        params = tiny.random_params(model, latent_shape=shape)
+        encoder = HashWordEncoder(settings.wan.text_len, settings.wan.text_dim)
+        return Run(settings, model, params, codec, encoder, shape, {"train_cpu_s": 1.5, "steps": 0})
+
+    teacher = tiny.train_config("teacher", data__frames=FRAMES, sample__steps=1)
+    student = tiny.train_config(
+        "teacher_forcing", data__frames=FRAMES, student__rope_frames=FRAMES, sample__steps=1, sample__guidance=1.0
+    )
+    return {
+        "runs/teacher": run(teacher, lambda settings: Teacher(settings.wan)),
+        "runs/student": run(student, lambda settings: Student(settings.student_config)),
+    }
+
+
+@pytest.fixture
+def loaded(runs, monkeypatch):
+    """``Run.load`` gives these runs."""
+    monkeypatch.setattr(Run, "load", lambda directory: runs[str(directory)])
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(suites, "_REGISTERED", {})
+
+
+ARGUMENTS = ("--teacher", "runs/teacher", "--student", "runs/student", "--videos", "3")
+
+
+def test_a_suite_from_a_file_through_the_command(loaded, tmp_path, capsys):
+    command.main([*ARGUMENTS, "--output", str(tmp_path), "--suite", OUTSIDE])
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in metrics["rows"]] == ["data", "teacher", "stage1", "stage1_few_steps"]
+    names = ["name", "steps", "brightness", "train_cpu_s", "seeds"]
+    assert all(list(row) == names and row["brightness"] > 0 for row in metrics["rows"])
+    assert [column["name"] for column in metrics["columns"]["rows"]] == names and metrics["tables"] == {}
+    (gate,) = metrics["gates"]
+    assert gate["name"] == "the student is not black" and gate["passed"] in (True, False)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in ("Brightness, of 255", "Does the light stay on?", "Brightness by frame", "Means over all pixels.",
+                 "Close to the data row is best."):  # fmt: skip
+        assert text in page, text
+    assert "Fréchet" not in page and "Full-causal" not in page
+    said = capsys.readouterr().out
+    assert "evaluate: brightness" in said and "the student is not black" in said
+
+
+def test_a_registered_suite_has_a_table_of_its_own(loaded, registry, tmp_path):
+    columns = (Column("layer", "Layer", format="count"), Column("reach", "Reach", unit="frames", better="higher"),
+               Column("never", "Never measured"))  # fmt: skip
+    rows = [{"layer": 0, "reach": 1.5}, {"layer": 1}]
+    suite = suites.register(
+        Suite("locality", "Locality", "How far attention reaches.", columns, lambda comparison: Measured(rows))
+    )
+    assert suites.resolve("locality") is suite and suites.suite_names()[-1] == "locality"
+    metrics = evaluate("runs/teacher", "runs/student", tmp_path, videos=2, suites=["locality"])
+    assert metrics["tables"] == {"locality": [{"layer": 0, "reach": 1.5}, {"layer": 1, "reach": None}]}
+    assert "not yet measured" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_suite_that_does_not_apply_is_refused_by_name_and_left_out_otherwise(loaded, registry, monkeypatch, tmp_path):
+    monkeypatch.setattr(suites, "_FILES", ())
+    never = Suite("never", "Never", "", (), lambda comparison: Measured([]), applies=lambda comparison: False)
+    suites.register(never)
+    with pytest.raises(UserError, match="never does not apply to runs on moving_shapes") as error:
+        evaluate("runs/teacher", "runs/student", tmp_path, videos=2, suites=["never"])
+    assert error.value.field == "suites"
+    assert evaluate("runs/teacher", "runs/student", tmp_path, videos=2)["tables"] == {}
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nothing", "--suite: 'nothing' is no suite; choose from moving_shapes, next_frame, time_per_frame, cache_by"),
+        ("nothing.py:SUITE", "--suite: 'nothing.py:SUITE' cannot be loaded"),
+        (OUTSIDE + "S", "--suite: .*brightness.py:SUITES' cannot be loaded"),
+        (OUTSIDE.replace("SUITE", "NO_SUITE"), "--suite: .*NO_SUITE' is a str; give an eval.suites.Suite"),
+    ],
+)
+def test_errors_of_suites_name_the_option(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        command.main([*ARGUMENTS, "--output", str(tmp_path / "report"), "--suite", name])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", suites.suite_names())
+def test_the_packages_own_suites_are_called_like_their_files(name):
+    suite = suites.resolve(name)
+    assert suite.name == name and suite.columns and suite.title and suite.text
+
+
+@pytest.mark.parametrize("change", [dict(format="percent"), dict(better="more")])
+def test_a_column_of_an_unknown_kind(change):
+    with pytest.raises(ValueError, match="must be one of"):
+        dataclasses.replace(Column("a", "A"), **change)
