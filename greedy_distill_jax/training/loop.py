@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.data.loader import make_loader
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
-from greedy_distill_jax.training.job import Job, check_resume, initial_state
+from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.training.stages.base import Part
 from greedy_distill_jax.training.state import TrainState
@@ -136,7 +137,9 @@ def batches(job: Job, first: int) -> Iterator[dict[str, jax.Array]]:
         num_threads=data.threads,
         max_bad_records=data.max_bad_records,
     )
-    for batch in loader:
+    while True:
+        with cli.places(**DATA_PLACES):
+            batch = next(loader)
         yield {
             name: jax.make_array_from_process_local_data(sharding, batch[name])
             for name, sharding in job.batch_sharding.items()
