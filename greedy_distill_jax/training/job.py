@@ -245,7 +245,7 @@ def state_shapes(stage: Stage, latent_shape: tuple[int, int, int, int], given=No
 def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape: Mapping[str, Any]):
     """(the stage's parts, jitted for the mesh, shardings of state, of frozen networks, of a batch).
 
-    The last part ends the step: it counts. What parts hand on to each other lies where the compiler leaves it.
+    What parts hand on to each other lies where the compiler leaves it.
     """
     of_state, of_frozen, of_batch = (shardings(tree, mesh) for tree in (state_shape, stage.frozen, batch_shape))
     parts = []
@@ -253,24 +253,14 @@ def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape: Ma
         if part.host:
             parts.append(part)
             continue
-        call = _counting(part.call) if part is stage.parts[-1] else part.call
         jitted = jax.jit(
-            on_mesh(call, mesh),
+            on_mesh(part.call, mesh),
             in_shardings=(of_state, of_frozen, of_batch, None),
             out_shardings=(of_state, NamedSharding(mesh, PartitionSpec()), None),
             donate_argnums=0,
         )
         parts.append(part._replace(call=jitted))
     return tuple(parts), of_state, of_frozen, of_batch
-
-
-def _counting(call):
-    @functools.wraps(call)
-    def counted(state, frozen, batch, carry):
-        state, metrics, carry = call(state, frozen, batch, carry)
-        return state._replace(step=state.step + 1), metrics, carry
-
-    return counted
 
 
 def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:

@@ -109,7 +109,7 @@ class Progress:
 
 
 def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batch):
-    """(state after a step, its metrics, names of the parts that were due)."""
+    """(state after the parts of a step, their metrics, names of those that were due)."""
     metrics: dict[str, jax.Array] = {}
     carry: Any = {}
     due = [part for part in parts if part.due(step)]
@@ -157,6 +157,7 @@ def run_loop(
         while at.step < settings.steps and not stop.signal:
             batch, at.step = next(feed), at.step + 1
             state, metrics, due = run_parts(job.parts, at.step, state, frozen, batch)
+            state = state._replace(step=jax.device_put(np.int32(at.step), job.state_sharding.step))
             at.made(metrics)
             last = at.step == settings.steps
             save = last or at.step % settings.checkpoint.every == 0

@@ -24,16 +24,17 @@ from greedy_distill_jax.training.update import Update
 class Part(NamedTuple):
     """One function of a step: ``call(state, frozen, batch, carry) -> (state, metrics, carry)`` where ``due(step)``.
 
-    Steps count from 1. ``carry`` is a dictionary of arrays, empty at the start of a step, that the parts of a step hand
-    on to each other. A part is jitted and its state donated, unless it is a ``host`` part, which gets numpy arrays as
-    its carry, no state (None) and runs as it is: between a rollout and an update it may ask a reward outside.
+    Steps count from 1; the loop sets ``state.step``, the number of steps that are finished. ``carry`` is a dictionary
+    of arrays, empty at the start of a step, that the parts of a step hand on to each other. A part is jitted and its
+    state donated, unless it is a ``host`` part, which gets numpy arrays as its carry, no state (None) and runs as it
+    is: between a rollout and an update it may ask a reward outside. ``losses``: where its terms stand, for errors.
     """
 
     name: str
     due: Callable[[int], bool]
     call: Callable
     host: bool = False
-    losses: str = "config.losses"  # where its terms stand, for errors
+    losses: str = "config.losses"
 
 
 class Network(NamedTuple):
