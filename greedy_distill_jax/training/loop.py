@@ -57,7 +57,7 @@ class Progress:
         self.job, self.checkpointer = job, checkpointer
         self.first = self.step = checkpointer.latest_step() or 0
         self._cpu_before, self._cpu_start = 0.0, time.process_time()
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._pending: list[tuple[int, dict[str, Any]]] = []
         if self.first:
             meta = checkpointer.meta(self.first)
             check_resume(job, workdir, self.first, meta)
@@ -80,7 +80,7 @@ class Progress:
         """What is saved with the state of this step."""
         return self.job.meta(self.step, self._cpu_before + time.process_time() - self._cpu_start)
 
-    def made(self, metrics: dict[str, jax.Array]) -> None:
+    def made(self, metrics: dict[str, Any]) -> None:
         """One more step is made; its metrics stay on the device until ``check``."""
         self._pending.append((self.step, metrics))
 
@@ -110,7 +110,7 @@ class Progress:
 
 def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batch):
     """(state after the parts of a step, their metrics, names of those that were due)."""
-    metrics: dict[str, jax.Array] = {}
+    metrics: dict[str, Any] = {}
     carry: Any = {}
     due = [part for part in parts if part.due(step)]
     for part in due:
