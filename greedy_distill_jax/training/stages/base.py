@@ -27,9 +27,9 @@ class Part(NamedTuple):
 
     Steps count from 1; the loop sets ``state.step``, the number of steps that are finished. ``carry`` is a dictionary
     of arrays, empty at the start of a step, that the parts of a step hand on to each other. A part is jitted and its
-    state donated, unless it is a ``host`` part: that gets numpy arrays as its batch and carry, None as state and frozen,
-    and runs as it is, in a single process; between a rollout and an update it may ask a reward outside. ``losses``:
-    where its terms stand, for errors.
+    state donated, unless it is a ``host`` part: that gets numpy arrays as its batch and carry, None as its state and
+    frozen networks, and runs as it is, in a single process; between a rollout and an update it may ask a reward
+    outside. ``losses``: where its terms stand, for errors.
     """
 
     name: str
