@@ -18,7 +18,7 @@ import numpy as np
 
 from device_items import ceilings, prefix, torch_attention
 from device_items.record import NotHere, Record
-from device_items.timing import error, median_ms
+from device_items.timing import UNTUNED, error, median_ms
 from greedy_distill_jax import config as configuration
 from greedy_distill_jax.models import layouts
 from greedy_distill_jax.models.causal import make_student
@@ -89,30 +89,39 @@ def works(size: Size) -> list[Work]:
 
 
 def run(record: Record) -> None:
-    """Streams, then training tables, then what is slow to compile or to run."""
+    """Streams, then training tables, then what is slow to compile or to run; the larger model last."""
     every = works(SIZES[record.data["size"]])
     ceiling = ceilings.matmul_flops(record, "float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def row(work, name, measure, needs):
         record.row(f"{work.name}: {name}", lambda: measure(work, ceiling), needs)
 
+    def measure_streams(works):
+        for work in works:
+            row(work, "cuDNN, no mask", functools.partial(by_jax, attend=cudnn), 5)
+            row(work, "cuDNN, key lengths", functools.partial(by_jax, attend=cudnn_lengths, partly=True), 5)
+            row(work, "prefix", functools.partial(by_jax, attend=visible_first), 4)
+            row(work, "torch SDPA", functools.partial(by_torch, make=torch_attention.sdpa), 4)
+
+    def measure_tables(works):
+        for work in works:
+            row(work, "ours (slices + cuDNN)", functools.partial(by_jax, attend=ours("cudnn"), sets=1), 8)
+            row(work, "torch SDPA on slices", functools.partial(by_torch, make=torch_attention.slices), 6)
+
     streams, tables = ([w for w in every if w.stream == kind] for kind in (True, False))
-    for work in streams:
-        row(work, "cuDNN, no mask", functools.partial(by_jax, attend=cudnn), 4)
-        row(work, "cuDNN, key lengths", functools.partial(by_jax, attend=cudnn_lengths, partly=True), 4)
-        row(work, "prefix", functools.partial(by_jax, attend=visible_first), 4)
-        row(work, "torch SDPA", functools.partial(by_torch, make=torch_attention.sdpa), 4)
-        if not work.name.endswith("14B"):
-            row(work, "ours as it is (XLA scan)", functools.partial(by_jax, attend=hidden, sets=1), 6)
-            row(work, "ours, decode (XLA)", functools.partial(by_jax, attend=by_decode, sets=1), 6)
-    for work in tables:
-        row(work, "ours (slices + cuDNN)", functools.partial(by_jax, attend=ours("cudnn"), sets=1), 6)
-        row(work, "torch SDPA on slices", functools.partial(by_torch, make=torch_attention.slices), 5)
+    small = len(every) // len({w.heads for w in every}) // 2  # of each kind, those of the smallest model
+    measure_streams(streams[:small])
+    measure_tables(tables[:small])
     for work in [w for w in tables if "ETM" in w.name][:1]:
-        row(work, "cuDNN, every pair", functools.partial(by_jax, attend=cudnn, sets=1, whole=True), 5)
-        row(work, "torch FlexAttention", functools.partial(by_torch, make=torch_attention.flex), 25)
+        row(work, "cuDNN, every pair", functools.partial(by_jax, attend=cudnn, sets=1, whole=True), 6)
         row(work, "ours, XLA scan", functools.partial(by_jax, attend=ours("xla"), sets=1), 10)
+        row(work, "torch FlexAttention", functools.partial(by_torch, make=torch_attention.flex), 25)
         row(work, "tokamax", functools.partial(by_jax, attend=tokamax, sets=1), 10)
+    for work in streams[:small]:
+        row(work, "ours as it is (XLA scan)", functools.partial(by_jax, attend=hidden, sets=1), 6)
+        row(work, "ours, decode (XLA)", functools.partial(by_jax, attend=by_decode, sets=1), 6)
+    measure_streams(streams[small:])
+    measure_tables(tables[small:])
     record.leave_out("block sizes", "not built yet: there is no GPU kernel of our own to tune")
 
 
@@ -247,17 +256,19 @@ def _row(work: Work, ceiling: float, forward: float, both: float | None, checks:
     }  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3, compiler_options=UNTUNED)
 def _dense(q, k, v, table: Schedule):
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):
         return dense(q, k, v, table, None, scale=q.shape[-1] ** -0.5)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4, compiler_options=UNTUNED)
 def _dense_gradients(q, k, v, g, table: Schedule):
     with jax.default_matmul_precision("highest"):
-        out, pull = jax.vjp(lambda q, k, v: _dense(q, k, v, table), *(x.astype(jnp.float32) for x in (q, k, v)))
+        scale = q.shape[-1] ** -0.5
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        out, pull = jax.vjp(lambda q, k, v: dense(q, k, v, table, None, scale=scale), q, k, v)
         return out, *pull(g.astype(jnp.float32))
 
 
@@ -282,11 +293,10 @@ def compared(work: Work, inputs, found) -> dict[str, tuple[float, float]]:
     def take(x, chunks, size):
         return jnp.concatenate([x[:, c * size : (c + 1) * size, :CHECKED_HEADS] for c in chunks], axis=1)
 
-    exact = _dense_gradients(
-        take(q, rows, table.q_chunk), *(take(x, keys, table.k_chunk) for x in (k, v)), take(g, rows, table.q_chunk), part
-    )  # fmt: skip
+    mine = [take(x, rows, table.q_chunk) for x in (q, g)]
+    exact = _dense_gradients(mine[0], *(take(x, keys, table.k_chunk) for x in (k, v)), mine[1], part)
     checks = {}
-    for name, mine, expected in zip(("output", "dq", "dk", "dv"), found, exact):
+    for name, whole, expected in zip(("output", "dq", "dk", "dv"), found, exact):
         of_keys = name in ("dk", "dv")
         if of_keys and not complete:
             continue
@@ -294,5 +304,5 @@ def compared(work: Work, inputs, found) -> dict[str, tuple[float, float]]:
         if of_keys:
             expected = take(expected, [keys.index(key)], size)
         limit = (OUTPUT if name == "output" else GRADIENT)[work.dtype]
-        checks[name] = (error(take(mine, place, size), expected), limit)
+        checks[name] = (error(take(whole, place, size), expected), limit)
     return checks

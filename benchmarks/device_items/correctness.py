@@ -13,7 +13,7 @@ import numpy as np
 
 from device_items import prefix
 from device_items.record import NotHere, Record
-from device_items.timing import error
+from device_items.timing import UNTUNED, error
 from greedy_distill_jax.diffusion import schedules
 from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention, decode_attention, select
 from greedy_distill_jax.run import open_stream
@@ -49,23 +49,24 @@ def run(record: Record) -> None:
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as cpu:
             try:
-                attention(record, chunk=130 if on_gpu else 20, heads=2, dim=128 if on_gpu else 16)
+                shape = dict(chunk=130 if on_gpu else 20, heads=2, dim=128 if on_gpu else 16)
+                attention(record, "bfloat16", **shape)
                 for student in STUDENTS:
                     record.row(f"clip, {student}, tiny", lambda s=student: clip(s, cpu, expected, record))
                 for name in DECODERS:
                     record.row(f"pixels, {name}, tiny", lambda n=name: pixels(n, cpu, expected, record))
+                attention(record, "float32", **shape)
             finally:
                 cpu.kill()
 
 
-def attention(record: Record, chunk: int, heads: int, dim: int) -> None:
+def attention(record: Record, dtype: str, **shape) -> None:
     """Rows of ``chunk_attention``, its form with a traced mask, and ``decode_attention``."""
-    for dtype in ("bfloat16", "float32"):
-        for name in ("cudnn", "xla"):
-            record.row(f"{name}, {dtype}", lambda n=name, d=dtype: backend(n, d, chunk, heads, dim))
-        for name in ("xla", "prefix"):
-            record.row(f"mask at run time, {name}, {dtype}", lambda n=name, d=dtype: masked(n, d, chunk, heads, dim))
-        record.row(f"decode, xla, {dtype}", lambda d=dtype: decode(d, chunk, heads, dim))
+    for name in ("cudnn", "xla"):
+        record.row(f"{name}, {dtype}", lambda n=name: backend(n, dtype, **shape))
+    for name in ("xla", "prefix"):
+        record.row(f"mask at run time, {name}, {dtype}", lambda n=name: masked(n, dtype, **shape))
+    record.row(f"decode, xla, {dtype}", lambda: decode(dtype, **shape))
 
 
 def arrays(table: Schedule, dtype: str, heads: int, dim: int) -> list[jax.Array]:
@@ -81,9 +82,9 @@ def compare(attend, inputs, mask, gradients: bool = True) -> dict[str, float]:
     q, k, v, g = inputs
     exact = dense_attention(q, k, v, mask, q.shape[-1] ** -0.5, g if gradients else None)
     if not gradients:
-        return {"output": error(jax.jit(attend)(q, k, v), exact)}
+        return {"output": error(jax.jit(attend, compiler_options=UNTUNED)(q, k, v), exact)}
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=UNTUNED)
     def both(q, k, v, g):
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(g)

@@ -99,8 +99,9 @@ def _judged(work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     except NotHere as error:
         return {"status": NOT_HERE, "why": str(error)}
     except Exception as error:  # whatever it is, the other rows do not depend on it
-        trace = traceback.format_exc().splitlines()
-        return {"status": FAILED, "why": f"{type(error).__name__}: {first_line(error)}", "traceback": trace[-12:]}
+        frames = traceback.extract_tb(error.__traceback__)[-8:]
+        trace = [f"{Path(f.filename).name}:{f.lineno} {f.name}: {f.line}" for f in frames]
+        return {"status": FAILED, "why": f"{type(error).__name__}: {first_line(error)}", "traceback": trace}
     figures, checks = found.get("figures", {}), found.get("checks", {})
     bad = [f"{what} {value:.2g}, not below {limit:g}" for what, (value, limit) in checks.items() if not value < limit]
     bad += [f"{what} is {value}" for what, value in figures.items() if not math.isfinite(value)]

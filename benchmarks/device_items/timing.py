@@ -10,17 +10,21 @@ import jax.numpy as jnp
 
 from greedy_distill_jax import profiling
 
+UNTUNED = {"xla_gpu_autotune_level": 0}  # for references, which are run once: float32 products take long to tune
 SHORT = 5e-3  # seconds: runs that are shorter are timed several at once
 
 
 def median_ms(run: Callable[[], Any], *, seconds: float, most: int = 100, least: int = 3) -> tuple[float, int]:
     """(median milliseconds of a run until its result is there, timed runs) after two that count for nothing.
 
+    On a CPU, where this is a test of the command, ``least`` runs are enough.
+
     Args:
       run: returns device arrays, or has waited for its work itself.
       seconds: stop when so much time is spent, once there are ``least`` runs.
       most, least: timed runs.
     """
+    most = least if jax.default_backend() == "cpu" else most
     jax.block_until_ready(run())
     first, times, begin = profiling.seconds(run), [], time.perf_counter()
     together = 1 if first > SHORT else max(1, min(20, round(SHORT / max(first, 1e-5))))

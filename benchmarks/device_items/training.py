@@ -19,11 +19,11 @@ def run(record: Record) -> None:
     """Stage 1 has no stream in it; the rest as the probe first, and as it is where time remains."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     ceiling = ceilings.matmul_flops(record, dtype)
-    record.row("stage 1", lambda: step(record, "stage 1", ceiling, contextlib.nullcontext()), needs=20)
+    record.row("stage 1", lambda: step(record, "stage 1", ceiling, contextlib.nullcontext()), needs=50)
     for name in ("critic", "generator"):
-        record.row(f"{name}, prefix", lambda n=name: step(record, n, ceiling, prefix.streams_by()), needs=25)
-    record.row("rollout gradient, prefix", lambda: gradient(record, prefix.streams_by()), needs=25)
-    slow = 15 + 2 * rollout_seconds(record)
+        record.row(f"{name}, prefix", lambda n=name: step(record, n, ceiling, prefix.streams_by()), needs=55)
+    record.row("rollout gradient, prefix", lambda: gradient(record, prefix.streams_by()), needs=60)
+    slow = 45 + 2 * rollout_seconds(record)
     for name in ("critic", "generator"):
         record.row(f"{name}, as it is", lambda n=name: step(record, n, ceiling, contextlib.nullcontext()), needs=slow)
 
