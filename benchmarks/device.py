@@ -8,6 +8,11 @@ training steps, a profile. Each is a process of its own with a share of the time
 A row of an item is written to OUTPUT/N-ITEM.json when it is done; the command goes on where it stopped, row by row, and
 prints one table last (OUTPUT/table.md). A figure counts if it was checked in the same run, on random data; rows that
 could not be measured say why. Exits with 1 if a row failed, was wrong, or found no time left.
+
+Where the package is not installed, PYTHONPATH has to name the checkout; beyond what images for jax and PyTorch usually
+have it imports ml-collections, grain (which needs portpicker), array_record and av. Expect a quarter of an hour on an
+H100, in one run or in several into the same folder; PyTorch under torch.compile is measured only where --only
+torch_peer has several minutes for itself.
 """
 
 import argparse

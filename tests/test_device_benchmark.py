@@ -35,7 +35,7 @@ def run(output, env, *arguments):
 @pytest.mark.subprocesses
 @pytest.mark.timeout(2400)
 def test_every_item(tmp_path, subprocess_env):
-    done = run(tmp_path, subprocess_env, "--minutes=30", "--commit=abc")
+    done = run(tmp_path, subprocess_env, "--minutes=300", "--commit=abc")
     assert done.returncode == 0, done.stdout + done.stderr
     names = [f"{number}-{item}.json" for number, item in enumerate(ITEMS, 1)]
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "table.md"]

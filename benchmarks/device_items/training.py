@@ -25,6 +25,9 @@ def run(record: Record) -> None:
     record.row("rollout gradient, prefix", lambda: gradient(record, prefix.streams_by()), needs=60)
     slow = 45 + 2 * rollout_seconds(record)
     for name in ("critic", "generator"):
+        if record.data["size"] == "tiny":  # as tests/test_benchmarks.py runs them
+            record.leave_out(f"{name}, as it is", "the tiny size is a test of this command, where one form is enough")
+            continue
         record.row(f"{name}, as it is", lambda n=name: step(record, n, ceiling, contextlib.nullcontext()), needs=slow)
 
 
