@@ -18,6 +18,7 @@ torch_peer has several minutes for itself.
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ from pathlib import Path
 from device_items import record as records
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.types import UserError
+from greedy_distill_jax.errors import UserError
 
 ITEMS = ("ceilings", "correctness", "streaming", "torch_peer", "attention", "training", "trace")
 SECONDS = dict(zip(ITEMS, (20, 60, 130, 60, 110, 120, 45)))  # shares of the time
@@ -79,10 +80,12 @@ def _stop(child: subprocess.Popen) -> None:
 
 def item_process(args: argparse.Namespace) -> None:
     """What runs in an item's own process."""
-    from greedy_distill_jax import profiling
+    from greedy_distill_jax.measure import clock, environment
 
-    profiling.one_thread()
-    found = profiling.environment()
+    clock.one_thread()
+    found = environment.environment()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # items import it when they need it
+        found["versions"]["torch"] = importlib.metadata.version("torch")
     about = {"item": args.item, "size": SIZES[args.size], **found, "commit": args.commit or found["commit"]}
     about |= {"card": records.driver(), "host": records.machine()}
     record = records.Record(path_of(args.output, args.item), args.seconds, about)

@@ -70,7 +70,8 @@ class Stream:
         cfg = dataclasses.replace(run.model.cfg, context=context)
         self.params, self.text, self.shape = run.params, text, run.latent_shape[1:]
         self.streamer, self.chunk = make_streamer(make_student(cfg), plan), cfg.chunk
-        self.programs, state = programs(self.streamer), self.open()
+        self.programs = programs(self.streamer)
+        state = self.open()
         start = clock.now()
         self.step = self.programs.step.lower(self.params, state).compile()
         self.compile_s, self.cache_bytes = clock.now() - start, cache_bytes(state)

@@ -68,17 +68,17 @@ def measure(job: Job, step: Step, repeats: int, ceiling: float) -> dict:
       RuntimeError: a metric is not finite, or the update left the parameters as they were.
     """
     state, frozen, batch = arrays(job)
-    trained = "critic" if step.name == "critic" else "params"
-    before = jax.tree.map(jnp.copy, jax.tree.leaves(getattr(state, trained))[0])
+    trained = step.name if step.name in state.nets else job.stage.name
+    before = jax.tree.map(jnp.copy, jax.tree.leaves(state.nets[trained].params)[0])
     start = clock.now()
-    compiled = step.call.lower(state, frozen, batch).compile()
+    compiled = step.call.lower(state, frozen, batch, {}).compile()
     compile_s, laps = clock.now() - start, clock.Laps()
     for number in range(repeats + 1):
-        state, metrics = laps.time(step.name, compiled, state, frozen, batch, counts=number > 0)
+        state, metrics, _ = laps.time(step.name, compiled, state, frozen, batch, {}, counts=number > 0)
         bad = [name for name, value in metrics.items() if not np.isfinite(value)]
         if bad:
             raise RuntimeError(f"{step.name}, update {number}: {', '.join(bad)} is not finite; its time says nothing")
-    if bool(jnp.all(before == jax.tree.leaves(getattr(state, trained))[0])):
+    if bool(jnp.all(before == jax.tree.leaves(state.nets[trained].params)[0])):
         raise RuntimeError(f"{step.name}: {repeats + 1} updates changed nothing; its time says nothing")
     ms, model, executed = laps.median_ms(step.name), step.cost.model.total, step.cost.executed.total
     return {

@@ -1,29 +1,28 @@
-"""``benchmarks/device.py`` from end to end on a CPU at the tiny size; what it refuses, keeps and counts."""
+"""``benchmarks/device.py`` on a CPU at the tiny size, two items from end to end; what it refuses, keeps and counts."""
 
-import importlib
 import json
 import math
 import subprocess
 import sys
-import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention
+from greedy_distill_jax.ops.attention import Pattern, backends
+from greedy_distill_jax.ops.attention.backends.record import Call
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
 
 ITEMS = ("ceilings", "correctness", "streaming", "torch_peer", "attention", "training", "trace")
-NOT_BUILT = {"diagonal plan", "saved executable", "block sizes"}
+ITEMS_RUN = ("ceilings", "streaming")
+NOT_BUILT = {"diagonal plan", "saved executable"}
 
 
 @pytest.fixture
-def items(monkeypatch):
+def items(benchmarks):
     """Imports a module of ``benchmarks/device_items``."""
-    monkeypatch.syspath_prepend(f"{ROOT}/benchmarks")
-    return lambda name: importlib.import_module(f"device_items.{name}")
+    return lambda name: benchmarks(f"device_items.{name}")
 
 
 def run(output, env, *arguments):
@@ -33,14 +32,15 @@ def run(output, env, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.subprocesses
-@pytest.mark.timeout(2400)
-def test_every_item(tmp_path, subprocess_env):
-    done = run(tmp_path, subprocess_env, "--minutes=300", "--commit=abc")
+def test_items_from_end_to_end(tmp_path, subprocess_env):
+    """Ceilings, and streams by the library and by both probes; all items take minutes."""
+    only = ("--only", *ITEMS_RUN, "--commit=abc")
+    done = run(tmp_path, subprocess_env, "--minutes=60", *only)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = [f"{number}-{item}.json" for number, item in enumerate(ITEMS, 1)]
+    names = [f"{ITEMS.index(item) + 1}-{item}.json" for item in ITEMS_RUN]
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "table.md"]
     rows = {}
-    for item, name in zip(ITEMS, names):
+    for item, name in zip(ITEMS_RUN, names):
         data = json.loads((tmp_path / name).read_text())
         assert (data["item"], data["size"], data["commit"], data["state"]) == (item, "tiny", "abc", "done")
         assert data.keys() >= {"device", "clock", "versions", "card", "host", "limit_s", "wall_s"}
@@ -54,16 +54,60 @@ def test_every_item(tmp_path, subprocess_env):
             assert all(value < limit for value, limit in row.get("checks", {}).values()), label
     assert {label for (_, label), row in rows.items() if "not built yet" in row.get("why", "")} == NOT_BUILT
     assert rows["streaming", "as it is, 4 steps"]["status"] == "ok"
-    assert {"frame 0 against as it is", "frame 2 against as it is"} < rows["streaming", "prefix, 4 steps"][
-        "checks"
-    ].keys()
-    assert rows["correctness", "clip, etm_sdd, tiny"]["status"] == "ok"
+    checked = rows["streaming", "prefix, 4 steps"]["checks"].keys()
+    assert checked > {"frame 0 against as it is", "frame 2 against as it is"}
     table = (tmp_path / "table.md").read_text()
     assert done.stdout.endswith(table) and all(f"| {item} | {label} |" in table for item, label in rows)
     # Again: nothing is left to do, and figures of another commit are not mixed with these.
-    assert run(tmp_path, subprocess_env, "--commit=abc").stdout == table
+    assert run(tmp_path, subprocess_env, *only).stdout == table
     other = run(tmp_path, subprocess_env, "--commit=def")
     assert other.returncode == 2 and "holds figures of commit abc" in other.stderr
+
+
+@pytest.fixture
+def chosen(items, tmp_path, monkeypatch):
+    """``chosen(item, rows)``: every row of an item by name, of which those in ``rows`` are measured."""
+    records = items("record")
+
+    def rows_of(item, measured=()):
+        record = records.Record(tmp_path / "rows.json", 600.0, {"item": item, "size": "tiny"})
+        whole, found = record.row, {}
+        monkeypatch.setattr(record, "row", lambda name, work, needs=0.0: found.update(
+            {name: whole(name, work) if name in measured else {}}
+        ))  # fmt: skip
+        items(item).run(record)
+        return found
+
+    return rows_of
+
+
+def test_rows_of_the_attention_item(chosen):
+    measured = ("stream SDD tiny: prefix", "stream ETM tiny: cuDNN, no mask", "train ETM tiny: ours, XLA scan")
+    rows = chosen("attention", (*measured, "block sizes"))
+    kinds = {name.partition(":")[0] for name in rows} - {"block sizes"}
+    assert kinds == {f"{kind} {part} tiny" for kind in ("stream", "train") for part in ("SDD", "ETM", "causal")}
+    assert [rows[name]["status"] for name in measured] == ["ok", "not here", "ok"], rows
+    assert rows[measured[2]]["checks"].keys() >= {"output", "dq"} and "NVIDIA GPU" in rows[measured[1]]["why"]
+    assert "not built yet" in rows["block sizes"]["why"]
+
+
+@pytest.mark.subprocesses  # the item starts one for the clips, which ends with it
+def test_rows_of_the_correctness_item(chosen):
+    measured = {f"{name}, float32" for name in ("xla", "mask at run time, prefix", "decode, xla")}
+    rows = chosen("correctness", measured)
+    assert {rows[name]["status"] for name in measured} == {"ok"}, rows
+    assert rows.keys() >= {"cudnn, bfloat16", "clip, etm_sdd, tiny", "pixels, Wan VAE, tiny"}
+
+
+@pytest.mark.parametrize(
+    "item, rows",
+    [("torch_peer", {"float32, tiny", "eager", "compiled", "ours, causal, as it is"}),
+     ("training", {"stage 1", "critic, prefix", "generator, prefix", "rollout gradient, prefix"}),
+     ("trace", {"stage 1", "frame, prefix, 4 steps", "frame, as it is, 4 steps"})],
+)  # fmt: skip
+def test_rows_of_an_item(chosen, item, rows):
+    """What they measure is tested with the benchmarks it is from (``test_benchmarks.py``)."""
+    assert chosen(item).keys() >= rows
 
 
 @pytest.mark.subprocesses
@@ -118,27 +162,22 @@ def test_rows_are_written_judged_and_kept(items, tmp_path, capsys):
 @pytest.mark.parametrize("visible", [((1, 0, 1, 1), (1, 1, 0, 1)), ((0, 0, 0, 1), (0, 0, 0, 0))])
 def test_visible_chunks_first_is_the_same_attention(items, visible):
     prefix, rng = items("prefix"), np.random.default_rng(0)
-    table, visible = Schedule.from_table([(3, 1, 0), (0, 2, 3)], q_chunk=6, num_k_chunks=4), np.asarray(visible, bool)
+    table, visible = Pattern.from_table([(3, 1, 0), (0, 2, 3)], q_chunk=6, num_k_chunks=4), np.asarray(visible, bool)
     q, k, v = (rng.standard_normal((2, n, 2, 8)).astype(np.float32) for n in (12, 24, 24))
-    found = prefix.attend(*map(jnp.asarray, (q, k, v)), table, jnp.asarray(visible), inner="xla")
+    found = prefix.attend(*map(jnp.asarray, (q, k, v, visible)), Call(table, 8**-0.5))
     mask = table.dense_mask() & visible.repeat(6, 0).repeat(6, 1)
     assert relative_error(found, dense_attention(q, k, v, mask, 8**-0.5)) < 1e-6
 
 
-def test_the_probe_says_when_it_replaced_nothing(items):
-    from greedy_distill_jax import parallel
-
-    prefix = items("prefix")
-    with pytest.raises(RuntimeError, match="replaced no attention"), prefix.streams_by():
-        pass
-    assert parallel.chunk_attention is chunk_attention
+def test_a_probe_that_computed_nothing(items):
+    prefix, before = items("prefix"), backends.BACKENDS
+    with pytest.raises(RuntimeError, match="the probe 'prefix' was not used"), prefix.streams_by():
+        assert backends.names()[0] == "prefix"
+    assert backends.BACKENDS is before
 
 
 def test_medians_are_of_finished_work(items):
-    timing = items("timing")
-    ms, runs = timing.median_ms(lambda: sum(i for i in range(200_000)), seconds=0.1)
-    assert ms > 0.5 and runs >= 3
-    begin = time.perf_counter()
-    timing.median_ms(lambda: jnp.zeros(1), seconds=60.0)
-    assert time.perf_counter() - begin < 30
+    timing, calls = items("timing"), []
+    ms, runs = timing.median_ms(lambda: calls.append(1) or jnp.zeros(1), seconds=60.0)
+    assert ms > 0 and runs >= 3 and len(calls) == runs + 2  # two count for nothing
     assert timing.error(jnp.asarray([3.0, 4.5]), jnp.asarray([3.0, 4.0])) == pytest.approx(0.1)

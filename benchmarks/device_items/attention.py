@@ -15,16 +15,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sizes import SIZES, Size
 
 from device_items import ceilings, prefix, torch_attention
+from device_items.correctness import needs
 from device_items.record import NotHere, Record
 from device_items.timing import UNTUNED, error, median_ms
-from greedy_distill_jax import config as configuration
-from greedy_distill_jax.models import layouts
-from greedy_distill_jax.models.causal import make_student
-from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention, decode_attention, select
-from greedy_distill_jax.ops.sliding_window.reference import attend as dense
-from greedy_distill_jax.testing.sizes import SIZES, Size
+from greedy_distill_jax.config import read_settings
+from greedy_distill_jax.models.students import patterns
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention, decode_attention
+from greedy_distill_jax.ops.attention.backends import reference
+from greedy_distill_jax.ops.attention.backends.record import Call
 
 HEADS = {"1.3B": 12, "14B": 40}  # of 128
 BACKWARD = 3.5  # FLOPs of forward and backward over those of forward
@@ -39,7 +40,7 @@ class Work:
     """One table at one number of heads; ``stream``: forward only, with slots that may be empty."""
 
     name: str
-    table: Schedule
+    table: Pattern
     heads: int
     dim: int
     dtype: str
@@ -52,7 +53,7 @@ class Work:
 
     def inputs(self, sets: int) -> list[list[jax.Array]]:
         """Sets of q, k, v and a cotangent."""
-        q, k = self.table.num_q_chunks * self.table.q_chunk, self.table.num_k_chunks * self.table.k_chunk
+        q, k = self.table.q_tokens, self.table.k_tokens
         return [_draw(jax.random.key(n), q, k, self.heads, self.dim, self.dtype) for n in range(sets)]
 
 
@@ -64,27 +65,26 @@ def _draw(key, q, k, heads, dim, dtype):
 
 def works(size: Size) -> list[Work]:
     """What the configurations of this size run; at 1.3B the same frames with the heads of 14B as well."""
-    etm_sdd, causal = (make_student(configuration.student_config(size.config(n))).cfg for n in ("etm_sdd", "causal"))
+    etm_sdd, causal = (
+        read_settings(size.config(name), imagine_runs=True).student_config for name in ("etm_sdd", "causal")
+    )
     base = etm_sdd.base
     tokens = size.latent_shape[0] * size.latent_shape[1] // base.patch**2
     heads = HEADS if base.head_dim == 128 else {"tiny": base.num_heads}
 
-    def table(layout, length):
-        return Schedule.from_table(layout.table, q_chunk=length, num_k_chunks=len(layout.source))
-
     own, three, out = tokens * etm_sdd.chunk, tokens * causal.chunk, []
     chunks = size.frames // etm_sdd.chunk
     for label, count in heads.items():
-        for name, found, stream in (
-            ("SDD", table(layouts.sdd_step(etm_sdd, own), own), True),
-            ("ETM", table(layouts.etm_step(etm_sdd, own), own), True),
-            ("causal", table(layouts.causal_step(causal, three), three), True),
-            ("SDD", table(layouts.sdd_parallel(etm_sdd, chunks, own).layout, own), False),
-            ("ETM", table(layouts.etm_parallel(etm_sdd, chunks, own).layout, own), False),
-            ("causal", table(layouts.causal_parallel(causal, size.frames // causal.chunk, three).layout, three), False),
+        for name, layout, stream in (
+            ("SDD", patterns.sdd_step(etm_sdd, own), True),
+            ("ETM", patterns.etm_step(etm_sdd, own), True),
+            ("causal", patterns.causal_step(causal, three), True),
+            ("SDD", patterns.sdd_parallel(etm_sdd, chunks, own), False),
+            ("ETM", patterns.etm_parallel(etm_sdd, chunks, own), False),
+            ("causal", patterns.causal_parallel(causal, size.frames // causal.chunk, three), False),
         ):
             kind = "stream" if stream else "train"
-            out.append(Work(f"{kind} {name} {label}", found, count, base.head_dim, base.dtype, stream))
+            out.append(Work(f"{kind} {name} {label}", layout.pattern, count, base.head_dim, base.dtype, stream))
     return sorted(out, key=lambda w: (not w.stream, w.name.endswith("14B")))
 
 
@@ -128,21 +128,16 @@ def run(record: Record) -> None:
 # --- ways to attend: attend(work, q, k, v) ------------------------------------------------------------------------
 
 
-def _needs_cudnn(q) -> None:
-    if why := select.why_not("cudnn", q):
-        raise NotHere(f"cuDNN: {why}")
-
-
 def cudnn(work: Work, q, k, v):
     """cuDNN's fused attention of everything to everything."""
     del work
-    _needs_cudnn(q)
+    needs("cudnn", q)
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def cudnn_lengths(work: Work, q, k, v, length=None):
     """The same, told how many keys count."""
-    _needs_cudnn(q)
+    needs("cudnn", q)
     length = jnp.int32(k.shape[1]) if length is None else length
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length[None], implementation="cudnn")
 
@@ -154,9 +149,9 @@ def _all(work: Work):
 def visible_first(work: Work, q, k, v):
     """The probe of streaming, copies included."""
     if jax.default_backend() != "cpu":
-        _needs_cudnn(q)
-    inner = "xla" if jax.default_backend() == "cpu" else "cudnn"
-    return prefix.attend(q, k, v, work.table, jax.lax.optimization_barrier(_all(work)), inner=inner)
+        needs("cudnn", q)
+    visible = jax.lax.optimization_barrier(_all(work))
+    return prefix.attend(q, k, v, visible, Call(work.table, q.shape[-1] ** -0.5))
 
 
 def hidden(work: Work, q, k, v):
@@ -174,8 +169,7 @@ def ours(implementation: str) -> Callable:
     """The op by one implementation."""
 
     def attend(work: Work, q, k, v):
-        if why := select.why_not(implementation, q):
-            raise NotHere(f"{implementation}: {why}")
+        needs(implementation, q)
         return chunk_attention(q, k, v, work.table, implementation=implementation)
 
     return attend
@@ -208,9 +202,7 @@ def by_jax(
     """One way in jax; ``whole``: it computes every pair of the table; ``partly``: check it with fewer keys as well."""
     if whole:
         table = work.table
-        full = Schedule.from_table(
-            [range(table.num_k_chunks)] * table.num_q_chunks, q_chunk=table.q_chunk, num_k_chunks=table.num_k_chunks
-        )
+        full = Pattern.full(table.num_q_chunks, table.q_chunk, table.num_k_chunks, table.k_chunk)
         work = dataclasses.replace(work, table=full)
     inputs = work.inputs(sets)
     call = functools.partial(attend, work)
@@ -227,7 +219,7 @@ def by_jax(
         q, k, v = (x[:, :, :CHECKED_HEADS] for x in inputs[0][:3])
         length = 3 * k.shape[1] // 4
         got = jax.jit(call)(*inputs[0][:3], jnp.int32(length))
-        part = Schedule(q.shape[1], length, 1, ((0,),))
+        part = Pattern(q.shape[1], length, 1, ((0,),))
         expected = _dense(q, k[:, :length], v[:, :length], part)
         checks["output, three quarters of the keys"] = (error(got[:, :, :CHECKED_HEADS], expected), OUTPUT[work.dtype])
     ms, runs = median_ms(lambda: forward(inputs), seconds=1.0)
@@ -250,25 +242,25 @@ def _row(work: Work, ceiling: float, forward: float, both: float | None, checks:
     table = work.table
     return {
         "figures": figures(work, work.flops, ceiling, forward, both), "checks": checks, "runs": runs,
-        "queries": [1, table.num_q_chunks * table.q_chunk, work.heads, work.dim],
-        "keys": [1, table.num_k_chunks * table.k_chunk, work.heads, work.dim],
+        "queries": [1, table.q_tokens, work.heads, work.dim],
+        "keys": [1, table.k_tokens, work.heads, work.dim],
         "dtype": work.dtype, "pairs": table.pairs, "flops_forward": work.flops,
     }  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=3, compiler_options=UNTUNED)
-def _dense(q, k, v, table: Schedule):
+def _dense(q, k, v, table: Pattern):
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):
-        return dense(q, k, v, table, None, scale=q.shape[-1] ** -0.5)
+        return reference.attend(q, k, v, None, Call(table, q.shape[-1] ** -0.5))
 
 
 @functools.partial(jax.jit, static_argnums=4, compiler_options=UNTUNED)
-def _dense_gradients(q, k, v, g, table: Schedule):
+def _dense_gradients(q, k, v, g, table: Pattern):
     with jax.default_matmul_precision("highest"):
-        scale = q.shape[-1] ** -0.5
+        call = Call(table, q.shape[-1] ** -0.5)
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        out, pull = jax.vjp(lambda q, k, v: dense(q, k, v, table, None, scale=scale), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: reference.attend(q, k, v, None, call), q, k, v)
         return out, *pull(g.astype(jnp.float32))
 
 
@@ -285,7 +277,7 @@ def compared(work: Work, inputs, found) -> dict[str, tuple[float, float]]:
     rows = [i for i, row in enumerate(table.table) if key in row][:CHECKED_ROWS]
     complete = len(rows) == sum(key in row for row in table.table)
     keys = sorted({j for i in rows for j in table.table[i]})
-    part = Schedule.from_table(
+    part = Pattern.from_table(
         [[keys.index(j) for j in table.table[i]] for i in rows],
         q_chunk=table.q_chunk, k_chunk=table.k_chunk, num_k_chunks=len(keys),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 
 from device_items.record import OK, Record
 from device_items.timing import median_ms
-from greedy_distill_jax import profiling
+from greedy_distill_jax.measure import environment
 from greedy_distill_jax.testing.attention import relative_error
 
 ROWS = 4  # of the product that are computed again in float64
@@ -24,7 +24,7 @@ def run(record: Record) -> None:
 
 def matmul(dtype: str) -> dict:
     """A square product of random matrices."""
-    n = profiling.MATMUL.get(jax.default_backend(), profiling.LARGE_MATMUL)
+    n = environment.matmul_side()
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.dtype(dtype)) for i in range(2))
     multiply = jax.jit(jnp.matmul)
     exact = np.asarray(a[:ROWS], np.float64) @ np.asarray(b, np.float64)
@@ -39,7 +39,7 @@ def matmul(dtype: str) -> dict:
 
 def copy() -> dict:
     """An array read and written once; its sign changes, so that the compiler cannot leave it out."""
-    size = profiling.COPY.get(jax.default_backend(), profiling.LARGE_COPY)
+    size = environment.COPY.get(jax.default_backend(), environment.LARGE_COPY)
     x = jax.random.normal(jax.random.key(2), (size // 4,), jnp.float32)
     negative = jax.jit(jnp.negative)
     wrong = int(jnp.sum(negative(x) + x != 0.0))

@@ -10,18 +10,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sizes import SIZES
 
 from device_items import prefix
 from device_items.record import NotHere, Record
 from device_items.timing import UNTUNED, error
-from greedy_distill_jax.diffusion import schedules
-from greedy_distill_jax.ops.sliding_window import Schedule, chunk_attention, decode_attention, select
-from greedy_distill_jax.run import open_stream
-from greedy_distill_jax.stream import Sampling
-from greedy_distill_jax.stream_causal import make_streamer
+from greedy_distill_jax.diffusion.noise_levels import uniform_steps
+from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.students import patterns
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention, decode_attention, select
+from greedy_distill_jax.ops.attention.backends.record import Call
+from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.attention import dense_attention
-from greedy_distill_jax.testing.sizes import SIZES
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 GRADIENT = {"float32": 5e-5, "bfloat16": 2e-2}
@@ -29,13 +32,13 @@ STUDENTS, DECODERS, FRAMES, CLIP_TOLERANCE = ("etm_sdd", "causal"), ("tiny VAE",
 PARTIAL = ((True, False, True, True), (True, True, False, True))  # slots that are filled, by query chunk
 
 
-def tables(chunk: int) -> dict[str, Schedule]:
+def tables(chunk: int) -> dict[str, Pattern]:
     """Small tables of every kind that the models have."""
     return {
-        "window 3, sink 1": Schedule.sliding_window(6, chunk, 3, 1),
-        "teacher forcing": Schedule.teacher_forcing(4, chunk, 2, 1),
-        "full": Schedule.full(3, chunk),
-        "text": Schedule.from_table([(0,)] * 3, q_chunk=chunk, k_chunk=512 if chunk > 100 else 8, num_k_chunks=1),
+        "window 3, sink 1": Pattern.sliding_window(6, chunk, 3, 1),
+        "teacher forcing": patterns.causal_parallel(tiny.causal_config(), 4, chunk).pattern,
+        "full": Pattern.full(3, chunk),
+        "text": Pattern.from_table([(0,)] * 3, q_chunk=chunk, k_chunk=512 if chunk > 100 else 8, num_k_chunks=1),
     }
 
 
@@ -69,7 +72,15 @@ def attention(record: Record, dtype: str, **shape) -> None:
     record.row(f"decode, xla, {dtype}", lambda: decode(dtype, **shape))
 
 
-def arrays(table: Schedule, dtype: str, heads: int, dim: int) -> list[jax.Array]:
+def needs(name: str, q_BLNK) -> None:
+    """Raises NotHere where a backend cannot run."""
+    try:
+        select.choose(name, q_BLNK, function="attention")
+    except UserError as error:
+        raise NotHere(str(error)) from error
+
+
+def arrays(table: Pattern, dtype: str, heads: int, dim: int) -> list[jax.Array]:
     """q, k, v and a cotangent; other numbers in every run."""
     seed = int.from_bytes(os.urandom(4), "little")
     q, k = table.num_q_chunks * table.q_chunk, table.num_k_chunks * table.k_chunk
@@ -107,13 +118,11 @@ def worst(found: dict[str, dict[str, float]], dtype: str) -> dict:
 
 def backend(name: str, dtype: str, chunk: int, heads: int, dim: int) -> dict:
     """Every table by one implementation, forward and backward."""
-    probe = jnp.zeros((1, 1, heads, dim), jnp.dtype(dtype))
-    if why := select.why_not(name, probe):
-        raise NotHere(f"{name}: {why}")
+    needs(name, jnp.zeros((1, 1, heads, dim), jnp.dtype(dtype)))
     found = {}
     with jax.default_matmul_precision("highest"):
         for label, table in tables(chunk).items():
-            attend = functools.partial(chunk_attention, schedule=table, implementation=name)
+            attend = functools.partial(chunk_attention, pattern=table, implementation=name)
             inputs = arrays(table, dtype, heads, dim)
             found[label] = compare(lambda q, k, v, a=attend: a(q, k, v), inputs, table.dense_mask())
     return worst(found, dtype)
@@ -121,15 +130,14 @@ def backend(name: str, dtype: str, chunk: int, heads: int, dim: int) -> dict:
 
 def masked(name: str, dtype: str, chunk: int, heads: int, dim: int) -> dict:
     """Two query chunks, of whose four key chunks each sees three, known at run time."""
-    inner = "xla" if jax.default_backend() == "cpu" else "cudnn"
-    if name == "prefix" and inner == "cudnn" and dtype == "float32":
+    if name == "prefix" and jax.default_backend() != "cpu" and dtype == "float32":
         raise NotHere("cuDNN's fused attention takes bfloat16 or float16")
-    table = Schedule.from_table([range(4)] * 2, q_chunk=chunk, num_k_chunks=4)
+    table = Pattern.from_table([range(4)] * 2, q_chunk=chunk, num_k_chunks=4)
     visible = jnp.asarray(PARTIAL)
 
     def attend(q, k, v):
         if name == "prefix":
-            return prefix.attend(q, k, v, table, visible, inner=inner)
+            return prefix.attend(q, k, v, visible, Call(table, q.shape[-1] ** -0.5))
         return chunk_attention(q, k, v, table, visible_QS=visible, implementation=name)
 
     mask = np.asarray(PARTIAL).repeat(chunk, 0).repeat(chunk, 1)
@@ -139,7 +147,7 @@ def masked(name: str, dtype: str, chunk: int, heads: int, dim: int) -> dict:
 
 def decode(dtype: str, chunk: int, heads: int, dim: int) -> dict:
     """A cache of five chunks, filled to the middle of the third."""
-    table = Schedule.from_table([range(5)], q_chunk=chunk, num_k_chunks=5)
+    table = Pattern.from_table([range(5)], q_chunk=chunk, num_k_chunks=5)
     length, inputs = 2 * chunk + chunk // 2, arrays(table, dtype, heads, dim)
     mask = np.broadcast_to(np.arange(5 * chunk) < length, (chunk, 5 * chunk))
     with jax.default_matmul_precision("highest"):
@@ -153,11 +161,10 @@ def frames_of(student: str) -> np.ndarray:
     """A streamed clip of the tiny model in float32, latents."""
     run = SIZES["tiny"].run(student)
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    sampling = Sampling((schedules.uniform_steps(2, 5.0),), "renoise")
+    plan = StepPlan((uniform_steps(2, 5.0),), "renoise")
     with jax.default_matmul_precision("highest"):
-        streamer = make_streamer(run.model, sampling)
-        state, step = open_stream(streamer, run.params, text, jax.random.key(2), run.latent_shape[1:])
-        out = []
+        init, step, _ = programs(make_streamer(run.model, plan))
+        state, out = init(run.params, text, jax.random.key(2), run.latent_shape[1:]), []
         for _ in range(FRAMES // run.model.cfg.chunk):
             state, x = step(run.params, state)
             out.append(np.asarray(x))

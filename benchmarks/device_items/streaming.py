@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import stream
+from sizes import SIZES
 
 from device_items import ceilings, prefix
 from device_items.record import Record
 from device_items.timing import error
-from greedy_distill_jax import flops, profiling
-from greedy_distill_jax.stream import Sampling
+from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.measure import clock, memory
+from greedy_distill_jax.pods import flops
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.testing.sizes import SIZES
 
 EARLY, LATE, SPAN = 20, 100, 16
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of a frame by the probe against one by the library, relative norm
@@ -47,10 +48,10 @@ class Streams:
     def get(self, way: str, steps: int, context: str = "clean") -> stream.Stream:
         """A stream by one way to attend."""
         text = tiny.text_rows(1, jax.random.key(1), self.run.model.cfg.base)
-        make = functools.partial(stream.Stream, self.run, context, Sampling(stream.SCHEDULES[str(steps)], "renoise"))
+        make = functools.partial(stream.Stream, self.run, context, StepPlan(stream.SCHEDULES[str(steps)], "renoise"))
         if way == AS_IS:
             return make(text)
-        with prefix.streams_by(prefix.attend if way == PREFIX else prefix.everything):
+        with prefix.streams_by(prefix.PREFIX if way == PREFIX else prefix.NO_MASK):
             return make(text)
 
     @functools.cached_property
@@ -82,19 +83,26 @@ def run(record: Record) -> None:
     record.leave_out("saved executable", "not built yet: the library keeps no compiled programs")
 
 
+def lap(program: stream.Stream, state, decode=None):
+    """(state after one chunk, milliseconds per frame, latents or what ``decode`` makes of them)."""
+    start = clock.now()
+    state, out = jax.block_until_ready(program.chunk_of(state, decode))
+    return state, 1e3 * (clock.now() - start) / program.chunk, out
+
+
 def timed(program: stream.Stream, state, seconds: float, most: int = SPAN, decode=None):
     """(state, milliseconds per frame, last output): at least three chunks, more while ``seconds`` last."""
     times, out = [], None
     while len(times) < 3 or (len(times) < most and sum(times) < 1e3 * seconds):
-        state, ms, out = program.timed(state, decode)
+        state, ms, out = lap(program, state, decode)
         times.append(ms)
     return state, times, out
 
 
 def after(program: stream.Stream, frames: int, seconds: float):
     """The state after so many frames; None if that would take longer than ``seconds``."""
-    state, ms, _ = program.timed(program.open())
-    state, ms, _ = program.timed(state)  # the first one may have met work that was still going on
+    state, ms, _ = lap(program, program.open())
+    state, ms, _ = lap(program, state)  # the first one may have met work that was still going on
     if 1e-3 * ms * frames > seconds:
         return None
     for _ in range(frames - 2):
@@ -114,7 +122,7 @@ def steady(
     state = after(program, EARLY, budget)
     where = EARLY if state is not None else 1
     if state is None:  # too slow to get there; the cost of a frame is the same anywhere
-        state, _, _ = program.timed(program.open())
+        state, _, _ = lap(program, program.open())
     state, times, x = timed(program, state, budget / 3)
     ms = statistics.median(times)
     checks["values that are not finite"] = (float(jnp.sum(~jnp.isfinite(x))), 1)
@@ -127,8 +135,8 @@ def steady(
     out = {
         "frame": where, "times_ms": times, "model_flops_per_frame": work, "context": context, "batch": 1,
         "latents": list(program.shape), "dtype": streams.dtype, "compile_s": program.compile_s,
-        "program_bytes": profiling.program_bytes(program.step), "cache_bytes": program.cache_bytes,
-        "peak": profiling.peak_bytes(),
+        "program_bytes": memory.program_bytes(program.step), "cache_bytes": program.cache_bytes,
+        "peak": memory.peak_bytes(),
     }  # fmt: skip
     figures["compile s"] = program.compile_s
     if late:
@@ -147,7 +155,7 @@ def _median(work, seconds: float) -> float:
     times = []
     work()
     while len(times) < 2 or (len(times) < 5 and sum(times) < seconds):
-        times.append(profiling.seconds(work))
+        times.append(clock.seconds(work))
     return 1e3 * statistics.median(times)
 
 
@@ -183,11 +191,11 @@ def against(
 def decoded(streams: Streams, *, way: str, codec: str, ceiling: float, left, steps: int = 4) -> dict:
     """A stream with its pixels on the host."""
     del ceiling
-    program, start = streams.get(way, steps), profiling.clock()
+    program, start = streams.get(way, steps), clock.now()
     decoder = stream.Decoder(streams.codecs[codec], streams.size)
-    compile_s, decode, budget = profiling.clock() - start, decoder.open(), 0.3 * left()
-    state, _, video = program.timed(program.open(), decode)
-    state, _, video = program.timed(state, decode)
+    compile_s, decode, budget = clock.now() - start, decoder.open(), 0.3 * left()
+    state, _, video = lap(program, program.open(), decode)
+    state, _, video = lap(program, state, decode)
     state, times, video = timed(program, state, budget, decode=decode)
     first = _median(lambda: decoder.open()(program.first()), budget / 3)
     ms = statistics.median(times)
@@ -196,5 +204,5 @@ def decoded(streams: Streams, *, way: str, codec: str, ceiling: float, left, ste
         "figures": {"ms/frame": ms, "FPS": VIDEO * 1e3 / ms, "first ms": first, "compile s": compile_s},
         "checks": {"pixels that are all the same": (float(spread == 0), 1)},
         "times_ms": times, "video": list(np.shape(video)), "dtype": decoder.codec.vae.cfg.dtype,
-        "decoder_program_bytes": profiling.program_bytes(decoder.programs[1]), "peak": profiling.peak_bytes(),
+        "decoder_program_bytes": memory.program_bytes(decoder.programs[1]), "peak": memory.peak_bytes(),
     }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax import profiling
+from greedy_distill_jax.measure import clock
 
 UNTUNED = {"xla_gpu_autotune_level": 0}  # for references, which are run once: float32 products take long to tune
 SHORT = 5e-3  # seconds: runs that are shorter are timed several at once
@@ -26,14 +26,14 @@ def median_ms(run: Callable[[], Any], *, seconds: float, most: int = 100, least:
     """
     most = least if jax.default_backend() == "cpu" else most
     jax.block_until_ready(run())
-    first, times, begin = profiling.seconds(run), [], time.perf_counter()
+    first, times, begin = clock.seconds(run), [], time.perf_counter()
     together = 1 if first > SHORT else max(1, min(20, round(SHORT / max(first, 1e-5))))
     while len(times) < least or (len(times) < most and time.perf_counter() - begin < seconds):
-        start, out = profiling.clock(), None
+        start, out = clock.now(), None
         for _ in range(together):
             out = run()
         jax.block_until_ready(out)
-        times.append((profiling.clock() - start) / together)
+        times.append((clock.now() - start) / together)
     return 1e3 * statistics.median(times), len(times) * together
 
 

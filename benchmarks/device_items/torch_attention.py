@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from device_items.record import NotHere
-from greedy_distill_jax.ops.sliding_window import Schedule
+from greedy_distill_jax.ops.attention import Pattern
 
 Calls = tuple[Callable[[], object], Callable[[], tuple]]  # forward; (output, dq, dk, dv)
 
@@ -58,29 +58,29 @@ def synchronised(call: Callable) -> Callable:
     return run
 
 
-def sdpa(table: Schedule, inputs, *, backward: bool) -> Calls:
+def sdpa(pattern: Pattern, inputs, *, backward: bool) -> Calls:
     """All queries to all keys."""
     del backward
-    if not table.is_full:
+    if not pattern.is_full:
         raise ValueError("a table that hides nothing is needed")
     torch, tensors = _tensors(inputs)
     return _calls(torch, torch.nn.functional.scaled_dot_product_attention, tensors)
 
 
-def slices(table: Schedule, inputs, *, backward: bool) -> Calls:
-    """Query chunks with equally long lists as one batch, their keys gathered; as ``ops/sliding_window/cudnn.py``."""
+def slices(pattern: Pattern, inputs, *, backward: bool) -> Calls:
+    """Query chunks with equally long lists as one batch, their keys gathered, as our cuDNN backend has them."""
     del backward
     torch, tensors = _tensors(inputs)
-    lengths = np.array([len(row) for row in table.table])
+    lengths = np.array([len(row) for row in pattern.table])
     groups = [np.flatnonzero(lengths == n) for n in np.unique(lengths)]
     device = tensors[0].device
-    picks = [torch.as_tensor([sorted(table.table[i]) for i in group], device=device) for group in groups]
+    picks = [torch.as_tensor([sorted(pattern.table[i]) for i in group], device=device) for group in groups]
     members = [torch.as_tensor(group, device=device) for group in groups]
     back = torch.as_tensor(np.argsort(np.concatenate(groups)), device=device)
 
     def attend(q, k, v):
-        q = q.unflatten(2, (-1, table.q_chunk))  # [B, N, C, L, K]
-        k, v = (x.unflatten(2, (-1, table.k_chunk)) for x in (k, v))
+        q = q.unflatten(2, (-1, pattern.q_chunk))  # [B, N, C, L, K]
+        k, v = (x.unflatten(2, (-1, pattern.k_chunk)) for x in (k, v))
         parts = []
         for group, pick in zip(members, picks):
             mine = q[:, :, group].transpose(1, 2).flatten(0, 1)
@@ -92,7 +92,7 @@ def slices(table: Schedule, inputs, *, backward: bool) -> Calls:
     return _calls(torch, attend, tensors)
 
 
-def flex(table: Schedule, inputs, *, backward: bool) -> Calls:
+def flex(pattern: Pattern, inputs, *, backward: bool) -> Calls:
     """FlexAttention, compiled."""
     del backward
     torch, tensors = _tensors(inputs)
@@ -100,10 +100,10 @@ def flex(table: Schedule, inputs, *, backward: bool) -> Calls:
         raise NotHere("FlexAttention is measured on a GPU: it has no backward pass on a CPU")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    visible = torch.as_tensor(table.chunk_mask(), device="cuda")
+    visible = torch.as_tensor(pattern.chunk_mask(), device="cuda")
 
     def mask(b, h, i, j):
-        return visible[i // table.q_chunk, j // table.k_chunk]
+        return visible[i // pattern.q_chunk, j // pattern.k_chunk]
 
     sizes = tensors[0].shape[2], tensors[1].shape[2]
     blocks = create_block_mask(mask, None, None, *sizes, device="cuda")

@@ -9,15 +9,12 @@ import jax
 import numpy as np
 import stream
 import stream_torch
+from sizes import SIZES
 
-from device_items import prefix
+from device_items import prefix, streaming
 from device_items.record import NotHere, Record
-from greedy_distill_jax.diffusion import schedules
-from greedy_distill_jax.run import open_stream
-from greedy_distill_jax.stream import Sampling
-from greedy_distill_jax.stream_causal import make_streamer
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.testing.sizes import SIZES
 
 STEPS, REPEATS = 4, 7
 
@@ -70,18 +67,15 @@ def as_it_is(record: Record) -> dict:
     size = SIZES[record.data["size"]]
     run = size.run("causal", "float32" if size is SIZES["tiny"] else "bfloat16")
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    sampling = Sampling((schedules.uniform_steps(STEPS, 5.0),), "renoise")
-    program, limit = stream.Stream(run, "clean", sampling, text), 0.5 * record.left()
+    plan, limit = StepPlan(stream.SCHEDULES[str(STEPS)], "renoise"), 0.5 * record.left()
+    program = stream.Stream(run, "clean", plan, text)
     with prefix.streams_by():
-        start, step = open_stream(
-            make_streamer(run.model, sampling), run.params, text, jax.random.key(0), run.latent_shape[1:]
-        )
-        _, other = step(run.params, start)
+        other = stream.Stream(run, "clean", plan, text).first()
     state, times, begin = program.open(), [], time.perf_counter()
-    state, _, x = program.timed(state)
+    state, _, x = streaming.lap(program, state)
     worst = float(np.abs(np.asarray(x) - np.asarray(other)).max() / np.asarray(other).std())
     while len(times) < 2 or (len(times) < 5 and time.perf_counter() - begin < limit):
-        state, ms, _ = program.timed(state)
+        state, ms, _ = streaming.lap(program, state)
         times.append(ms)
     checks = {"first chunk against the probe": (worst, stream_torch.TOLERANCE[run.model.cfg.base.dtype])}
     return {"figures": {"ms/frame": statistics.median(times)}, "checks": checks, "times_ms": times,

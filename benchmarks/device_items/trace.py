@@ -10,11 +10,11 @@ from pathlib import Path
 
 import jax
 import train_step
+from sizes import SIZES
 
 from device_items import streaming
 from device_items.record import Record
-from greedy_distill_jax.pods import STREAM, build_job
-from greedy_distill_jax.testing.sizes import SIZES
+from greedy_distill_jax.pods.jobs import STREAM, build_job
 
 COSTLIEST = 10
 REPEATS = 3
@@ -51,16 +51,16 @@ def stage1(name: str) -> dict:
     """Updates of stage 1."""
     size = SIZES[name]
     job = build_job(
-        train_step.training_config(size, "etm_sdd"), jax.devices()[:1], size.latent_shape[:2], only="teacher_forcing"
+        train_step.training_settings(size, "etm_sdd"), jax.devices()[:1], size.latent_shape[:2], only="teacher_forcing"
     )
     (step,) = [s for s in job.steps if s.name != STREAM]
     state, frozen, batch = train_step.arrays(job)
-    compiled = step.call.lower(state, frozen, batch).compile()
-    kept = [jax.block_until_ready(compiled(state, frozen, batch))[0]]
+    compiled = step.call.lower(state, frozen, batch, {}).compile()
+    kept = [jax.block_until_ready(compiled(state, frozen, batch, {}))[0]]
     del state
 
     def work():
-        kept[0], metrics = compiled(kept[0], frozen, batch)
+        kept[0], metrics, _ = compiled(kept[0], frozen, batch, {})
         return metrics, kept[0]
 
     return costliest(work, REPEATS)

@@ -8,11 +8,11 @@ import json
 
 import jax
 import train_step
+from sizes import SIZES
 
 from device_items import ceilings, prefix
 from device_items.record import OK, Record
-from greedy_distill_jax.pods import STREAM, build_job
-from greedy_distill_jax.testing.sizes import SIZES
+from greedy_distill_jax.pods.jobs import STREAM, build_job
 
 
 def run(record: Record) -> None:
@@ -44,7 +44,7 @@ def step(record: Record, name: str, ceiling: float, way) -> dict:
     """One step of a job."""
     size = SIZES[record.data["size"]]
     source, part = train_step.STEPS[name]
-    job = build_job(train_step.training_config(size, source), jax.devices()[:1], size.latent_shape[:2], only=part)
+    job = build_job(train_step.training_settings(size, source), jax.devices()[:1], size.latent_shape[:2], only=part)
     (part,) = [s for s in job.steps if s.name != STREAM]
     with way:
         row = train_step.measure(job, part, 3 if record.left() > 30 else 1, ceiling)
