@@ -12,63 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from greedy_distill_jax import cli
+from greedy_distill_jax.cli import sample_options as options
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 
 # What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
 
-FRAMES, WAN_FRAMES = 64, 81  # default of a student; what Wan2.1 was trained on
 OPTIONS = ("frames", "steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output")
 PLACES = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
 PLACES |= {"switches": "--switch", "directory": "--checkpoint", "folder": "--model"}
 OF_A_STUDENT, OF_A_TEACHER = ("switch",), ("negative_prompt", "solver", "shift", "guidance")
-
-
-def parse_switch(value: str) -> tuple[int, str]:
-    """Reads "128:a blue circle moving up" as (128, prompt)."""
-    frame, colon, prompt = value.partition(":")
-    if not colon or not frame.strip().isdecimal():
-        raise UserError(f'{value!r} is not of the form FRAME:"PROMPT", such as 128:"a blue circle"', "switches")
-    return int(frame), prompt
-
-
-def parse_steps(value: str) -> int | str:
-    """Reads one number; what else a step plan can be is left as it is, such as "4,2"."""
-    try:
-        return int(value)
-    except ValueError:
-        return value
-
-
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m greedy_distill_jax.sample", description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="DIR", help="run directory (the --workdir of training)")
-    source.add_argument("--model", metavar="DIR", help="model folder in the layout of diffusers: a teacher")
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--text", metavar="DIR", help="text store or model folder that encodes the prompts instead")
-    parser.add_argument("--codec", metavar="PATH", help="decodes instead: codec.npz, model folder or weights of a VAE")
-    frames = f"of the video (default: {FRAMES}, or the next number that fits; a teacher's training length, with --model"
-    parser.add_argument("--frames", type=int, help=f"{frames} {WAN_FRAMES})")
-    steps = "evaluations per video, or per chunk of a student: 4,2 is four for the first chunk, two for all others"
-    parser.add_argument("--steps", type=parse_steps, help=f"{steps} (default: the run's, or 50)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fps", type=float, help="default: the run's, with --model 16")
-    parser.add_argument("--upscale", type=int, default=0, help="pixels per pixel; 0 makes small videos about 128 wide")
-    parser.add_argument("--output", default="out.mp4", help=".mp4, .webm or .gif")
-    student = parser.add_argument_group("streaming students")
-    more = dict(action="append", default=[], metavar='FRAME:"PROMPT"')
-    student.add_argument("--switch", **more, help="new prompt from a frame on")
-    teacher = parser.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
-    teacher.add_argument("--negative-prompt", metavar="TEXT", help="unconditional branch (Wan2.1's own)")
-    teacher.add_argument("--solver", choices=("euler", "unipc"), help="(unipc)")
-    teacher.add_argument("--shift", type=float, help="of the noise levels (what scheduler/ says, else 5)")
-    teacher.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = off (5)")
-    model = parser.add_argument_group("model folders")
-    model.add_argument("--height", type=int, help="pixels (480)")
-    model.add_argument("--width", type=int, help="pixels (832)")
-    model.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in (bfloat16)")
-    return parser
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -87,7 +40,7 @@ def _check(args: argparse.Namespace) -> None:
         field, folder, remedy = "folder", args.model, "give a model folder in the layout of diffusers"
     if not Path(folder).expanduser().is_dir():
         raise UserError(f"{folder}: no such folder; {remedy}", field)
-    args.switches = dict(parse_switch(value) for value in args.switch)
+    args.switches = dict(options.parse_switch(value) for value in args.switch)
     if args.frames:
         check_switches(args.switches, args.frames)
 
@@ -104,9 +57,9 @@ def _load(args: argparse.Namespace):
     from greedy_distill_jax.runs.run import Run
 
     if args.model:
-        size = dict(height=args.height or 480, width=args.width or 832, frames=args.frames or WAN_FRAMES)
-        options = dict(negative=args.negative_prompt, dtype=args.dtype or "bfloat16", text=args.text, codec=args.codec)
-        return load_model_folder(args.model, args.prompt, **size, **options)
+        size = dict(height=args.height or 480, width=args.width or 832, frames=args.frames or options.WAN_FRAMES)
+        more = dict(negative=args.negative_prompt, dtype=args.dtype or "bfloat16", text=args.text, codec=args.codec)
+        return load_model_folder(args.model, args.prompt, **size, **more)
     run = Run.load(args.checkpoint, text=args.text, codec=args.codec)
     foreign = OF_A_TEACHER if run.is_student else OF_A_STUDENT
     _refuse(args, foreign, "needs a teacher" if run.is_student else "needs a streaming student")
@@ -116,10 +69,12 @@ def _load(args: argparse.Namespace):
 def _videos(run, args: argparse.Namespace) -> Iterator:
     """The videos as they are made, uint8 [B, some frames, H, W, 3]; sets ``args.frames`` where it was not given."""
     if run.is_student:
-        args.frames = args.frames or Timeline(run.codec.temporal_stride, run.model.cfg.chunk).fill(FRAMES)
+        args.frames = args.frames or Timeline(run.codec.temporal_stride, run.model.cfg.chunk).fill(options.FRAMES)
         session = run.session(args.prompt, seed=args.seed, steps=args.steps)
         return session.play(args.frames, args.switches)
-    trained = WAN_FRAMES if args.model else Timeline(run.codec.temporal_stride).video_frames(run.latent_shape[0])
+    trained = (
+        options.WAN_FRAMES if args.model else Timeline(run.codec.temporal_stride).video_frames(run.latent_shape[0])
+    )
     args.frames = args.frames or trained
     if isinstance(args.steps, str):
         raise UserError(f"{args.steps} is not one number; a teacher makes the whole video at once", "steps")
@@ -133,7 +88,7 @@ def _videos(run, args: argparse.Namespace) -> Iterator:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    args = _parser().parse_args(argv)
+    args = options.parser(__doc__.splitlines()[0]).parse_args(argv)
     with cli.places(**PLACES), contextlib.ExitStack() as stack:
         _check(args)
 

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, prepare, sample
+from greedy_distill_jax.cli import sample_options
 from greedy_distill_jax.cli.config_flags import key_paths, load_config, read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import solvers
@@ -270,7 +271,7 @@ def test_sample_answers_before_it_imports(argument, code, subprocess_env):
 
 
 def test_solvers_of_sample_are_all():
-    (action,) = (action for action in sample._parser()._actions if action.dest == "solver")
+    (action,) = (action for action in sample_options.parser("")._actions if action.dest == "solver")
     assert action.choices == solvers.SOLVERS
 
 

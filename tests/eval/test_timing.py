@@ -59,7 +59,7 @@ def test_work_per_frame_grows_for_the_others():
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_every_row_is_the_time_of_one_frame(kind, monkeypatch):
     """A clock that only goes on when it is read: every measurement takes one second."""
-    ticks = itertools.count()
+    ticks = itertools.count(0.0)
     monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: next(ticks), perf_counter=None))
     teacher, streamer = Teacher(tiny.BASE), _streamer(kind)
     teacher_params, params = (tiny.random_params(model) for model in (teacher, streamer.student))

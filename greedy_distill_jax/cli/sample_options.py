@@ -1,0 +1,54 @@
+"""Options of the command sample."""
+
+from greedy_distill_jax.cli import Parser
+from greedy_distill_jax.errors import UserError
+
+FRAMES, WAN_FRAMES = 64, 81  # default of a student; what Wan2.1 was trained on
+
+
+def parse_switch(value: str) -> tuple[int, str]:
+    """Reads "128:a blue circle moving up" as (128, prompt)."""
+    frame, colon, prompt = value.partition(":")
+    if not colon or not frame.strip().isdecimal():
+        raise UserError(f'{value!r} is not of the form FRAME:"PROMPT", such as 128:"a blue circle"', "switches")
+    return int(frame), prompt
+
+
+def parse_steps(value: str) -> int | str:
+    """Reads one number; what else a step plan can be is left as it is, such as "4,2"."""
+    try:
+        return int(value)
+    except ValueError:
+        return value
+
+
+def parser(description: str) -> Parser:
+    """Returns the parser of the command."""
+    out = Parser(prog="python -m greedy_distill_jax.sample", description=description)
+    source = out.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="DIR", help="run directory (the --workdir of training)")
+    source.add_argument("--model", metavar="DIR", help="model folder in the layout of diffusers: a teacher")
+    out.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    out.add_argument("--text", metavar="DIR", help="text store or model folder that encodes the prompts instead")
+    out.add_argument("--codec", metavar="PATH", help="decodes instead: codec.npz, model folder or weights of a VAE")
+    frames = f"of the video (default: {FRAMES}, or the next number that fits; a teacher's training length, with --model"
+    out.add_argument("--frames", type=int, help=f"{frames} {WAN_FRAMES})")
+    steps = "evaluations per video, or per chunk of a student: 4,2 is four for the first chunk, two for all others"
+    out.add_argument("--steps", type=parse_steps, help=f"{steps} (default: the run's, or 50)")
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--fps", type=float, help="default: the run's, with --model 16")
+    out.add_argument("--upscale", type=int, default=0, help="pixels per pixel; 0 makes small videos about 128 wide")
+    out.add_argument("--output", default="out.mp4", help=".mp4, .webm or .gif")
+    student = out.add_argument_group("streaming students")
+    more = dict(action="append", default=[], metavar='FRAME:"PROMPT"')
+    student.add_argument("--switch", **more, help="new prompt from a frame on")
+    teacher = out.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
+    teacher.add_argument("--negative-prompt", metavar="TEXT", help="unconditional branch (Wan2.1's own)")
+    teacher.add_argument("--solver", choices=("euler", "unipc"), help="(unipc)")
+    teacher.add_argument("--shift", type=float, help="of the noise levels (what scheduler/ says, else 5)")
+    teacher.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = off (5)")
+    model = out.add_argument_group("model folders")
+    model.add_argument("--height", type=int, help="pixels (480)")
+    model.add_argument("--width", type=int, help="pixels (832)")
+    model.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in (bfloat16)")
+    return out
