@@ -81,11 +81,11 @@ def _print(spec, row) -> None:
 
 def _cpu(bench, base, growth) -> dict:
     peers = {"ours": bench.ours, "torch SDPA on slices": torch_slices, "masked dense": bench.masked_dense}
-    rows = {base.name: bench.measure(base, peers)}
+    rows = {base.name: bench.measure(base, peers, clock.median_ms)}
     _print(base, rows[base.name])
     for spec in growth:
         # More runs: a ratio of two times of the same program has to tell 15%.
-        rows[spec.name] = bench.measure(spec, {"ours": bench.ours}, repeats=3 * bench.REPEATS)
+        rows[spec.name] = bench.measure(spec, {"ours": bench.ours}, clock.median_ms, repeats=3 * bench.REPEATS)
         _print(spec, rows[spec.name])
     per_chunk = {s.name: rows[s.name]["ours"]["forward_backward"] / s.pattern.num_q_chunks for s in growth}
     times, ratios = rows[base.name], {}
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         result = {"milliseconds": {}}
         for spec in kernels.SPECS.values():
-            result["milliseconds"][spec.name] = bench.measure(spec, bench.default_peers())
+            result["milliseconds"][spec.name] = bench.measure(spec, bench.default_peers(), clock.median_ms)
             _print(spec, result["milliseconds"][spec.name])
     record.write_json(args.output, {**environment.environment(), **result})
 

@@ -40,9 +40,9 @@ from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
+from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.make import make_student
-from greedy_distill_jax.pods import flops
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.streaming.loop import cache_bytes
 from greedy_distill_jax.streaming.make import make_streamer

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
+from greedy_distill_jax.models.flops import Flops
 from greedy_distill_jax.ops.attention import aot
 from greedy_distill_jax.pods import hlo
-from greedy_distill_jax.pods.flops import Flops
 from greedy_distill_jax.pods.jobs import STREAM, Job, Step, attention_of, device_bytes
 from greedy_distill_jax.training.job import one_line
 

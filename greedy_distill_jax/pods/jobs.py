@@ -20,15 +20,17 @@ from greedy_distill_jax.distribution.mesh import batch_parts, make_mesh
 from greedy_distill_jax.distribution.parallel import on_mesh
 from greedy_distill_jax.distribution.sharding import RULES, shardings
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ops.attention import select
 from greedy_distill_jax.ops.attention.backends.record import Backend
-from greedy_distill_jax.pods import costs, flops
-from greedy_distill_jax.pods.costs import Cost, tokens_per_frame
+from greedy_distill_jax.pods import costs
+from greedy_distill_jax.pods.costs import tokens_per_frame
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
+from greedy_distill_jax.training.cost import Cost
 from greedy_distill_jax.training.job import check_mesh, jit_parts, one_line, state_shapes
 from greedy_distill_jax.training.sources import frozen_runs
 from greedy_distill_jax.training.stages.base import Inputs, Stage

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.config.tree import default_text
@@ -73,6 +74,9 @@ class Job(NamedTuple):
         }
 
 
+DATA_PLACES = {name: f"config.data.{name}" for name in ("source", "text", "augment", "max_bad_records", "frames")}
+
+
 class Data(NamedTuple):
     """What a run trains on. ``examples``: the first few. ``codec``: None while none is known, as of prompts alone."""
 
@@ -102,16 +106,18 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     Raises:
       UserError: what is wrong with settings, data, runs or mesh.
     """
-    data, wan = open_data(settings), settings.wan
+    with cli.places(**DATA_PLACES):
+        data, wan = open_data(settings), settings.wan
     resumed = has_checkpoint(workdir / "checkpoints")
     wanted = settings.kind.wanted(settings)
     sources = load_sources(settings, wanted, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
     settings.kind.check_sources(settings, sources)
     codecs = {getattr(settings, wanted[name].key): run.codec for name, run in sources.items()}
     codec = _agreed_codec(settings, data.codec, codecs | ({str(workdir): load_codec(workdir)} if resumed else {}))
-    encoder = load_text_encoder(settings.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
-    known = [settings.data.negative_prompt, *captions_of(data.raw)]
-    check_captions(encoder, known, augment=settings.data.augment)
+    with cli.places(**DATA_PLACES):
+        encoder = load_text_encoder(settings.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
+        known = [settings.data.negative_prompt, *captions_of(data.raw)]
+        check_captions(encoder, known, augment=settings.data.augment)
     latent_shape = _latent_shape(settings, data, codec, sources)
     frozen = {name: run.params for name, run in frozen_runs(wanted, sources).items()}
     with one_line():
@@ -239,7 +245,7 @@ def state_shapes(stage: Stage, latent_shape: tuple[int, int, int, int], given=No
 def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape: Mapping[str, Any]):
     """(the stage's parts, jitted for the mesh, shardings of state, of frozen networks, of a batch).
 
-    The last part ends the step: it counts. What parts hand on to each other lies where the compiler leaves it.
+    What parts hand on to each other lies where the compiler leaves it.
     """
     of_state, of_frozen, of_batch = (shardings(tree, mesh) for tree in (state_shape, stage.frozen, batch_shape))
     parts = []
@@ -247,24 +253,14 @@ def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape: Ma
         if part.host:
             parts.append(part)
             continue
-        call = _counting(part.call) if part is stage.parts[-1] else part.call
         jitted = jax.jit(
-            on_mesh(call, mesh),
+            on_mesh(part.call, mesh),
             in_shardings=(of_state, of_frozen, of_batch, None),
             out_shardings=(of_state, NamedSharding(mesh, PartitionSpec()), None),
             donate_argnums=0,
         )
         parts.append(part._replace(call=jitted))
     return tuple(parts), of_state, of_frozen, of_batch
-
-
-def _counting(call):
-    @functools.wraps(call)
-    def counted(state, frozen, batch, carry):
-        state, metrics, carry = call(state, frozen, batch, carry)
-        return state._replace(step=state.step + 1), metrics, carry
-
-    return counted
 
 
 def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:

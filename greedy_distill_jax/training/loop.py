@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.data.loader import make_loader
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
-from greedy_distill_jax.training.job import Job, check_resume, initial_state
+from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.training.stages.base import Part
 from greedy_distill_jax.training.state import TrainState
@@ -56,7 +57,7 @@ class Progress:
         self.job, self.checkpointer = job, checkpointer
         self.first = self.step = checkpointer.latest_step() or 0
         self._cpu_before, self._cpu_start = 0.0, time.process_time()
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._pending: list[tuple[int, dict[str, Any]]] = []
         if self.first:
             meta = checkpointer.meta(self.first)
             check_resume(job, workdir, self.first, meta)
@@ -79,7 +80,7 @@ class Progress:
         """What is saved with the state of this step."""
         return self.job.meta(self.step, self._cpu_before + time.process_time() - self._cpu_start)
 
-    def made(self, metrics: dict[str, jax.Array]) -> None:
+    def made(self, metrics: dict[str, Any]) -> None:
         """One more step is made; its metrics stay on the device until ``check``."""
         self._pending.append((self.step, metrics))
 
@@ -108,8 +109,8 @@ class Progress:
 
 
 def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batch):
-    """(state after a step, its metrics, names of the parts that were due)."""
-    metrics: dict[str, jax.Array] = {}
+    """(state after the parts of a step, their metrics, names of those that were due)."""
+    metrics: dict[str, Any] = {}
     carry: Any = {}
     due = [part for part in parts if part.due(step)]
     for part in due:
@@ -136,7 +137,9 @@ def batches(job: Job, first: int) -> Iterator[dict[str, jax.Array]]:
         num_threads=data.threads,
         max_bad_records=data.max_bad_records,
     )
-    for batch in loader:
+    while True:
+        with cli.places(**DATA_PLACES):
+            batch = next(loader)
         yield {
             name: jax.make_array_from_process_local_data(sharding, batch[name])
             for name, sharding in job.batch_sharding.items()
@@ -154,6 +157,7 @@ def run_loop(
         while at.step < settings.steps and not stop.signal:
             batch, at.step = next(feed), at.step + 1
             state, metrics, due = run_parts(job.parts, at.step, state, frozen, batch)
+            state = state._replace(step=jax.device_put(np.int32(at.step), job.state_sharding.step))
             at.made(metrics)
             last = at.step == settings.steps
             save = last or at.step % settings.checkpoint.every == 0

@@ -8,12 +8,13 @@ import pytest
 
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.pods import costs, flops
+from greedy_distill_jax.pods import costs
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.matmuls import count_matmuls

@@ -20,10 +20,10 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.flops import Flops
 from greedy_distill_jax.ops.attention import aot
 from greedy_distill_jax.pods import compile_step as step_compiler, facts, hlo, jobs, report, topologies
-from greedy_distill_jax.pods.costs import Cost
-from greedy_distill_jax.pods.flops import Flops
+from greedy_distill_jax.training.cost import Cost
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 ROOT = pathlib.Path(__file__).parents[2]

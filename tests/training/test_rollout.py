@@ -71,7 +71,7 @@ def _gradient(act, params):
 
 
 def _name(case):
-    return "-".join(str(list(v.lengths)) if isinstance(v, StepPlan) else str(v) for v in case.values())
+    return "-".join(str(v.lengths.tolist()) if isinstance(v, StepPlan) else str(v) for v in case.values())
 
 
 def _distance(a, b):

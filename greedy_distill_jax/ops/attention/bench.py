@@ -5,8 +5,6 @@ peers are timed in one process; the median of ``REPEATS`` runs after a first one
 """
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,39 +101,32 @@ def default_peers() -> dict[str, Callable[[], Peer]]:
     return peers | {"masked dense": masked_dense}
 
 
-def _timer() -> Callable[[], float]:
-    return time.process_time if select.device()[0] == "cpu" else time.perf_counter
-
-
-def measure(spec: Spec, peers: Mapping[str, Callable[[], Peer]], *, repeats: int = REPEATS) -> dict[str, dict]:
+def measure(
+    spec: Spec,
+    peers: Mapping[str, Callable[[], Peer]],
+    median_ms: Callable[[Callable[[], Any], int], float],
+    *,
+    repeats: int = REPEATS,
+) -> dict[str, dict]:
     """Milliseconds of every peer on one spec.
 
     Args:
       spec: the workload.
       peers: name -> factory of a peer.
+      median_ms: the clock, ``measure.clock.median_ms``.
       repeats: timed runs.
 
     Returns:
       {peer: {"forward": ms, "forward_backward": ms}} with medians, no backward for a decode; {"error": reason} for a
       peer that cannot run.
     """
-    inputs, clock = arrays(spec), _timer()
+    inputs = arrays(spec)
     passes = {"forward": False} if spec.decode else {"forward": False, "forward_backward": True}
     result = {}
     for name, factory in peers.items():
         try:
             made = factory()(spec, *inputs)
-            result[name] = {label: _median(made(backward), clock, repeats) for label, backward in passes.items()}
+            result[name] = {label: median_ms(made(backward), repeats) for label, backward in passes.items()}
         except Exception as error:  # any way in which someone else's library can fail is a result here
             result[name] = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"}
     return result
-
-
-def _median(run: Callable[[], Any], clock: Callable[[], float], repeats: int) -> float:
-    run()  # compiles, and meets what the peer before left behind (caches, memory to give back)
-    times = []
-    for _ in range(repeats):
-        start = clock()
-        run()
-        times.append(1e3 * (clock() - start))
-    return statistics.median(times)

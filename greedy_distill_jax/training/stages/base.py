@@ -9,10 +9,12 @@ import jax.numpy as jnp
 
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.losses import Term
+from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.training.cost import Cost, Meter, draws, total
 from greedy_distill_jax.training.optimizer import make_optimizer, new_parameter_scale
 from greedy_distill_jax.training.sources import Wanted
 from greedy_distill_jax.training.state import Net, TrainState
@@ -22,16 +24,17 @@ from greedy_distill_jax.training.update import Update
 class Part(NamedTuple):
     """One function of a step: ``call(state, frozen, batch, carry) -> (state, metrics, carry)`` where ``due(step)``.
 
-    Steps count from 1. ``carry`` is a dictionary of arrays, empty at the start of a step, that the parts of a step hand
-    on to each other. A part is jitted and its state donated, unless it is a ``host`` part, which gets numpy arrays as
-    its carry, no state (None) and runs as it is: between a rollout and an update it may ask a reward outside.
+    Steps count from 1; the loop sets ``state.step``, the number of steps that are finished. ``carry`` is a dictionary
+    of arrays, empty at the start of a step, that the parts of a step hand on to each other. A part is jitted and its
+    state donated, unless it is a ``host`` part, which gets numpy arrays as its carry, no state (None) and runs as it
+    is: between a rollout and an update it may ask a reward outside. ``losses``: where its terms stand, for errors.
     """
 
     name: str
     due: Callable[[int], bool]
     call: Callable
     host: bool = False
-    losses: str = "config.losses"  # where its terms stand, for errors
+    losses: str = "config.losses"
 
 
 class Network(NamedTuple):
@@ -144,6 +147,19 @@ class StageKind(abc.ABC):
         return terms_of(
             settings.losses, "config.losses", offered=self.offers, chunk_of=lambda loss: chunk, stage=settings.stage
         )
+
+    def all_terms(self, settings: Settings) -> tuple[Term, ...]:
+        """The losses of all its networks."""
+        return settings.terms
+
+    def costs(self, settings: Settings, stage: "Stage", meter: Meter) -> dict[str, Cost]:
+        """Floating-point operations of its parts, by name: here, of one part that calls its network for every term."""
+        (part,) = stage.parts
+        if self.trains == "teacher":
+            calls = (flops.teacher(settings.wan, meter.frames * n, meter.tokens) for n in draws(settings.terms))
+        else:
+            calls = (flops.student(stage.model.cfg, meter.frames, meter.tokens, n) for n in draws(settings.terms))
+        return {part.name: meter.cost(total(calls))}
 
     def model(self, settings: Settings) -> Teacher | StreamingModel:
         """The network it is named for."""

@@ -17,12 +17,15 @@ from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, asked
 from greedy_distill_jax.losses.pair import draw_pair
+from greedy_distill_jax.models import flops
+from greedy_distill_jax.models.flops import Flops
 from greedy_distill_jax.models.students.base import ContextGrad, StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import nets, policy_gradient, rollout
+from greedy_distill_jax.training.cost import Cost, Meter, draws, score_calls, total
 from greedy_distill_jax.training.optimizer import make_optimizer
 from greedy_distill_jax.training.sources import Wanted
 from greedy_distill_jax.training.stages.base import (
@@ -121,6 +124,43 @@ class Dmd(StageKind):
     def batch_shapes(self, settings: Settings, latent_shape, source: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Text rows alone: the student makes its own videos."""
         return text_shape(settings)
+
+    def all_terms(self, settings: Settings) -> tuple[Term, ...]:
+        """The student's losses, and the critic's where there is one."""
+        return settings.terms + (critic_terms(settings) if settings.own["distill"].fake == "critic" else ())
+
+    def costs(self, settings: Settings, stage: Stage, meter: Meter) -> dict[str, Cost]:
+        """Floating-point operations of the generator's and the critic's part."""
+        d: Distill = settings.own["distill"]
+        cfg, frames, tokens, terms = stage.model.cfg, meter.frames, meter.tokens, settings.terms
+        teacher, length = teacher_config(settings), d.frames or meter.frames
+
+        def student(n: int = 1) -> Flops:
+            return flops.student(cfg, frames, tokens, n)
+
+        own = flops.rollout(cfg, length, tokens, settings.plan, d.exit)
+        real = {
+            "joint": lambda: flops.teacher(teacher, frames, tokens),
+            "autoregressive": student,
+            "per_frame": lambda: flops.teacher(teacher, frames, tokens, frames) * (frames // cfg.chunk),
+        }[d.real]() * (1 if d.guidance == 1.0 else 2)
+        critic = stage.networks.get("critic")
+        bidirectional = critic is not None and isinstance(critic.model, Teacher)
+        fake = flops.teacher(settings.wan, frames, tokens) if bidirectional else student()
+        fixed = own + real * score_calls(terms, "real", d.draws) + fake * score_calls(terms, "fake", d.draws)
+        nets = total(map(student, draws(terms)))
+        if d.pg == "rollout_full":
+            act, epochs, repeated = flops.replay(cfg, length, tokens), 1, 1  # every chunk is checkpointed
+        else:
+            act, epochs, repeated = flops.student(cfg, length, tokens), d.epochs if d.pg == "actor_critic" else 1, 0
+        judged = nets if d.pg == "actor_critic" else Flops()  # once more for the loss, before the first epoch
+        acting, losing = meter.cost(act * epochs, repeated=repeated), meter.cost(nets * epochs, fixed + judged)
+        costs = {"dmd": Cost(*(a + b for a, b in zip(acting, losing, strict=True)))}
+        if critic is not None:
+            calls = draws(critic_terms(settings))
+            learnt = [flops.teacher(settings.wan, frames * n, tokens) if bidirectional else student(n) for n in calls]
+            costs["critic"] = meter.cost(total(learnt), own)
+        return costs
 
     def sizes(self, settings: Settings) -> tuple[WanConfig, ...]:
         """Student and critic have one size, the teacher may have another."""

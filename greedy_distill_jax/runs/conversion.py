@@ -1,0 +1,124 @@
+"""Weights of other programs as a run of ours, and the weights of a run as other programs read them."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from greedy_distill_jax import cli
+from greedy_distill_jax.config import base, read_settings
+from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.distribution.mesh import make_mesh
+from greedy_distill_jax.distribution.sharding import shardings
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.students.config import StudentConfig
+from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.runs.run import architecture
+from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.weights.architecture import describe, wan_of
+from greedy_distill_jax.weights.inspect import report, title
+from greedy_distill_jax.weights.load import DTYPES, load
+from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.pipeline import saved_codec
+from greedy_distill_jax.weights.replacing import replacing
+from greedy_distill_jax.weights.source import Source
+from greedy_distill_jax.weights.torch_files import PARTS
+from greedy_distill_jax.weights.verify import verdict
+from greedy_distill_jax.weights.write import SHARD_BYTES, WRITABLE, write
+
+
+WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832 pixels
+
+
+def import_weights(
+    source: Source, target: str | Path, *, dtype: str = "keep", sharding: Any = None, overwrite: bool = False
+) -> None:
+    """Writes a source as a folder of ours: `checkpoints/0` with one network, and the JSON a run would have.
+
+    Args:
+      source: from `weights.open.open_source`.
+      target: the folder.
+      dtype: "keep" or a name of `weights.load.DTYPES`.
+      sharding: as for `weights.load.load`; decides where the weights lie while they are written.
+      overwrite: replace the target.
+
+    Raises:
+      UserError: a source that is ours already, a tensor that cannot be read, a place that cannot be written.
+    """
+    if source.format == "ours":
+        raise UserError(f"{source.path} is in our format already; use it as it is.", "path")
+    with replacing(target, overwrite=overwrite) as partial:
+        params = load(source, sharding=sharding, dtype=dtype)
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+        limit = largest + 2**20  # writing one leaf at a time keeps the promise of streaming
+        with Checkpointer(partial / "checkpoints", async_save=False, write_bytes=limit) as checkpointer:
+            meta = _meta(source)
+            checkpointer.save(0, {"nets": {meta["network"]: {"ema": params}}}, meta)
+        if codec := saved_codec(source.path):
+            shutil.copyfile(codec, partial / codec.name)
+
+
+def _meta(source: Source) -> dict[str, Any]:
+    """What a run writes beside its weights, for weights that no run of ours made."""
+    cfg, wan, config = source.cfg, wan_of(source.cfg), base()
+    sizes = {k: v for k, v in dataclasses.asdict(wan).items() if k in ("dim", "ffn_dim", "num_heads", "num_layers")}
+    config.model.size = next((n for n, size in WAN_SIZES.items() if size.items() >= sizes.items()), "wan1_3b")
+    for field in dataclasses.fields(WanConfig):
+        config.model[field.name] = getattr(wan, field.name)
+    latent_shape = source.meta.get("latent_shape") or (*WAN_LATENT, wan.channels)
+    config.data.frames = latent_shape[0]
+    if isinstance(cfg, StudentConfig):
+        config.stage = "teacher_forcing"
+        config.student.split = "/".join(",".join(map(str, layers)) for layers in (cfg.etm_layers, cfg.sdd_layers))
+        for name in config.student:
+            if hasattr(cfg, name):
+                config.student[name] = getattr(cfg, name)
+        if plan := source.meta.get("plan"):
+            config.sample.update(_sample_keys({"shift": config.sample.shift, **plan}))
+    model = Student(cfg) if isinstance(cfg, StudentConfig) else Teacher(cfg)
+    return dict(
+        stage=config.stage,
+        network="student" if isinstance(cfg, StudentConfig) else "teacher", data_position=0,
+        config=config.to_json_best_effort(), architecture=architecture(model),
+        latent_shape=list(latent_shape),
+        steps=0,
+        source=dict(format=source.format, name=source.path.name, part=source.meta.get("part", "")),
+    )
+
+
+def export_weights(source: Source, target: str | Path, form: str, **options: Any) -> None:
+    """Writes as `weights.write.write`, with the step plan and the codec of the run a student comes from.
+
+    Raises:
+      UserError: as there.
+    """
+    extra = {}
+    if form == "torch-student" and source.format == "ours":
+        extra = dict(student=_plan(source), codec=saved_codec(source.path))
+    write(source, target, form, **extra, **options)
+
+
+def _plan(source: Source) -> dict[str, Any]:
+    """What config.json of an exported student says besides the architecture: its step plan and its latents' shape."""
+    stored = json.loads(source.meta["config"])
+    config = base()
+    config.stage = "teacher_forcing"  # a student's samplers
+    config.sample.update(stored["sample"])
+    plan = dataclasses.asdict(read_settings(config).plan) | {"shift": config.sample.shift}
+    return {"plan": plan, "latent_shape": list(source.meta["latent_shape"])}
+
+
+def _sample_keys(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of ``config.sample`` that say the plan of an exported student; ``shift`` spaces other numbers of steps."""
+    shift, context = plan["shift"], plan["context_sigmas"]
+    steps = StepPlan.parse(plan["sigmas"], shift=shift, sampler=plan["sampler"], context_sigma=context)
+    return {"shift": shift, **steps.values(shift)}

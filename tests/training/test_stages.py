@@ -1,0 +1,262 @@
+"""What joins training from outside the package: a stage with parts that hand on, losses that ask for networks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from greedy_distill_jax import losses
+from greedy_distill_jax.codecs.patch import PatchCodec
+from greedy_distill_jax.config import base, read_settings, register_stage, stages as registry
+from greedy_distill_jax.data.sources.registry import load_source
+from greedy_distill_jax.data.sources.trajectories import write_trajectories
+from greedy_distill_jax.diffusion import noise_levels, solvers
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.losses.ode import ode
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
+from greedy_distill_jax.train import train
+from greedy_distill_jax.training import nets
+from greedy_distill_jax.training.metrics import read_scalars
+from greedy_distill_jax.training.sources import Wanted
+from greedy_distill_jax.training.stages.base import Network, Part, Stage, StageKind, always, own_update
+from greedy_distill_jax.training.update import update_net, value_and_gradients
+
+LATENT = (4, 4, 4, 16)
+
+
+# --- a stage of one's own: rollout, a reward outside of jit, an update ------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Bright:
+    """Keys of the stage."""
+
+    target: float = 0.5  # the mean that is rewarded
+
+
+class RewardedStage(StageKind):
+    """A teacher whose loss is weighted by a reward that a host part computes between two jitted ones."""
+
+    trains = "teacher"
+    keys = {"bright": Bright}  # noqa: RUF012
+
+    def check(self, settings):
+        if settings.own["bright"].target < 0:
+            raise UserError(f"config.bright.target is {settings.own['bright'].target}; it must not be negative.")
+
+    def terms(self, settings):
+        return ()
+
+    def wanted(self, settings):
+        return {"teacher": Wanted("teacher_from", settings.wan)}
+
+    def build(self, settings, inputs):
+        model, update = self.model(settings), own_update(settings, settings.steps)
+
+        def sample(state, frozen, batch, carry):
+            key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+            noise = jax.random.normal(key, batch["latents"].shape)
+            net = nets.teacher_net(model, state.nets["teacher"].params)
+            return state, {}, {"made": noise - net(noise, jnp.ones((len(noise), 1)), batch)}
+
+        def reward(state, frozen, batch, carry):
+            assert state is None and isinstance(carry["made"], np.ndarray), "a host part sees arrays, and no state"
+            found = -np.abs(carry["made"].mean(axis=(1, 2, 3, 4)) - settings.own["bright"].target)
+            return None, {"reward": np.float32(found.mean())}, {**carry, "reward": found.astype(np.float32)}
+
+        def learn(state, frozen, batch, carry):
+            def objective(params):
+                net = nets.teacher_net(model, params)
+                x = carry["made"]
+                v = net(x, jnp.ones((len(x), 1)), batch)
+                loss = jnp.mean(carry["reward"] * jnp.mean(jnp.square(v), axis=(1, 2, 3, 4)))
+                return loss, {"weighted": loss}
+
+            (loss, metrics), grads = value_and_gradients(objective, state.nets["teacher"].params)
+            state, sizes = update_net(state, "teacher", update, grads)
+            return state, {"loss": loss, **metrics, **sizes}, carry
+
+        parts = (
+            Part("sample", always, sample),
+            Part("reward", always, reward, host=True),
+            Part("learn", always, learn),
+        )
+        return Stage({"teacher": Network(model, update, start_from=("teacher",))}, {}, parts)
+
+
+@pytest.fixture
+def rewarded(monkeypatch):
+    monkeypatch.setattr(registry, "_STAGES", dict(registry._STAGES))
+    register_stage("rewarded", RewardedStage())
+
+
+def test_a_stage_from_outside_trains_resumes_and_samples(rewarded, tmp_path):
+    config = tiny.train_config("rewarded", steps=3, checkpoint__every=2)
+    state = train(config, tmp_path / "run", show_progress=False)
+    assert int(state.step) == 3 and set(state.nets) == {"teacher"}
+    lines = read_scalars(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all({"rewarded/reward", "rewarded/loss", "rewarded/grad_norm"} <= set(line) for line in lines)
+    config.steps = 4
+    assert int(train(config, tmp_path / "run", show_progress=False).step) == 4
+    run = Run.load(tmp_path / "run")
+    assert run.sample_videos(["a red square moving left"], frames=4).shape == (1, 4, 16, 16, 3)
+
+
+def test_its_keys_are_keys_of_the_configuration(rewarded):
+    config = base()
+    config.stage = "rewarded"
+    config.bright.target = -1.0
+    with pytest.raises(UserError, match=r"config\.bright\.target is -1\.0; it must not be negative"):
+        read_settings(config)
+    config.bright.target, config.stage = 0.75, "teacher"
+    with pytest.raises(UserError, match=r"config\.bright\.target is 0\.75, but stage teacher does not use it"):
+        read_settings(config)
+
+
+# --- networks and gradients that losses ask for -----------------------------------------------------------------------
+
+
+def towards(net, batch, key, *, target, real):
+    """Asks for the average of the network itself and for the frozen teacher."""
+    x, sigma = batch["latents"], jnp.full((len(batch["latents"]), 1), 0.5)
+    v = net(x, jnp.broadcast_to(sigma, x.shape[:2]), batch)
+    aims = [jax.lax.stop_gradient(other(x, sigma, batch)) for other in (target, real)]
+    return sum(jnp.mean(jnp.square(v - aim), axis=(1, 2, 3, 4)) for aim in aims), {}
+
+
+def stopped(net, batch, key):
+    """A number that trains nothing, as published motion losses are."""
+    x = batch["latents"]
+    v = jax.lax.stop_gradient(net(x, jnp.ones((len(x), 1)), batch))
+    return jnp.mean(jnp.square(v), axis=(1, 2, 3, 4)), {}
+
+
+def test_a_stage_on_data_offers_the_average_and_the_frozen_teacher(tiny_teacher, tmp_path):
+    losses.register("towards", towards)
+    config = tiny.train_config("teacher_forcing", steps=1, teacher_from=str(tiny_teacher))
+    config.losses.towards = dict(loss="towards", weight=0.5, options={})
+    train(config, tmp_path / "run", show_progress=False)
+    assert read_scalars(tmp_path / "run")[-1]["teacher_forcing/towards"] > 0
+    assert set(load_meta(tmp_path / "run" / "checkpoints")["sources"]) == {"teacher_from"}
+    config.teacher_from = ""
+    with pytest.raises(UserError, match=r"config\.teacher_from is empty, but a loss asks for it"):
+        train(config, tmp_path / "other", show_progress=False)
+
+
+def test_a_term_without_a_gradient_is_refused_before_the_first_update(tmp_path):
+    losses.register("stopped", stopped)
+    config = tiny.train_config(steps=1)
+    config.losses.motion = dict(loss="stopped", weight=1.0, options={})
+    with pytest.raises(UserError, match=r"config\.losses\.motion has no gradient: it cannot train anything"):
+        train(config, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_that_no_loss_reaches_are_named(tmp_path, capsys):
+    def patches(net, batch, key):
+        """Reaches the student only through frames that see nothing before them."""
+        x = batch["latents"][:, :1]
+        first = {**batch, "history": batch["history"]._replace(frames_BTHWC=x, sigma_BT=jnp.zeros((len(x), 1)))}
+        v = net(x, jnp.full((len(x), 1), 0.5), first)
+        return jnp.mean(jnp.square(v), axis=(1, 2, 3, 4)), {}
+
+    losses.register("patches", patches)
+    config = tiny.train_config("teacher_forcing", steps=1, student__fusion="add")
+    del config.losses["flow_matching"]
+    config.losses.patches = dict(loss="patches", weight=1.0, options={})
+    train(config, tmp_path / "run", show_progress=False)
+    said = capsys.readouterr().err
+    for line in (line for line in said.splitlines() if line.startswith("warning: part")):
+        assert "no loss trains" in line
+    train(tiny.train_config(steps=1), tmp_path / "whole", show_progress=False)
+    assert "no loss trains" not in capsys.readouterr().err, "every parameter of a teacher learns from flow matching"
+
+
+def test_a_mistake_in_a_loss_of_ones_own_keeps_its_traceback(tmp_path):
+    def wrong(net, batch, key):
+        return batch["videos"], {}
+
+    losses.register("wrong", wrong)
+    config = tiny.train_config(steps=1)
+    config.losses.mine = dict(loss="wrong", weight=1.0, options={})
+    with pytest.raises(KeyError, match="videos"):
+        train(config, tmp_path / "run", show_progress=False)
+
+
+# --- stage ode, and stage 2 from prompts alone ------------------------------------------------------------------------
+
+
+def test_the_ode_loss_draws_a_level_per_group_and_vanishes_for_the_teacher_itself():
+    rng = np.random.default_rng(0)
+    x0, noise = (jnp.asarray(rng.standard_normal((3, 4, 2, 2, 5)), jnp.float32) for _ in range(2))
+    levels = jnp.asarray([1.0, 0.8, 0.4])
+    s = levels[None, :, None, None, None, None]
+    states = (1 - s) * x0[:, None] + s * noise[:, None]
+    batch = {"latents": x0, "states": states, "levels": jnp.broadcast_to(levels[None], (3, 3))}
+    seen = []
+
+    def net(x, sigma, batch):
+        seen.append(sigma)
+        return noise - x0
+
+    loss, metrics = ode(net, batch, jax.random.key(0), per_frame=True, group=2)
+    np.testing.assert_allclose(loss, 0.0, atol=1e-10)
+    (sigma,) = seen
+    np.testing.assert_array_equal(sigma[:, ::2], sigma[:, 1::2])
+    assert set(np.unique(sigma)) <= set(np.asarray(levels)) and len(np.unique(sigma)) > 1
+    assert float(metrics["first_level"][1]) == float((sigma == 1.0).sum())
+
+
+def test_the_student_trains_on_stored_trajectories(tmp_path):
+    config = tiny.train_config("ode", steps=2, data__source=f"ode:{tmp_path / 'ode'}", sample__steps=2)
+    del config.losses["flow_matching"]
+    config.losses.ode = dict(loss="ode", weight=1.0, options={})
+    settings = read_settings(config)
+    sigmas = settings.plan.sigmas[0]
+
+    def follow(noise, text):
+        return solvers.euler_states(lambda x, sigma: x, noise, noise_levels.uniform_steps(4, 8.0), sigmas)
+
+    encoder, codec = HashWordEncoder(6, 8), load_source("moving_shapes")[1]
+    assert isinstance(codec, PatchCodec) and set(sigmas) <= set(noise_levels.uniform_steps(4, 8.0))
+    prompts = [f"a red square number {i}" for i in range(8)]
+    write_trajectories(
+        prompts, tmp_path / "ode", follow, encoder, codec, sigmas=sigmas, latent_shape=LATENT, plan={}, progress=False
+    )
+    state = train(config, tmp_path / "run", show_progress=False)
+    assert int(state.step) == 2 and read_scalars(tmp_path / "run")[-1]["ode/ode/first_level"] > 0
+    with config.unlocked():
+        config.sample.steps = 3
+    with pytest.raises(UserError, match=r"config\.sample asks the student at .* too"):
+        train(config, tmp_path / "other", show_progress=False)
+    config.data.source = "moving_shapes"
+    with pytest.raises(UserError, match="which holds no trajectories"):
+        train(config, tmp_path / "other", show_progress=False)
+
+
+def test_prompts_alone_are_enough_for_stage_2(tiny_teacher, tmp_path):
+    train(
+        tiny.train_config("teacher_forcing", steps=1, teacher_from=str(tiny_teacher)),
+        tmp_path / "student",
+        show_progress=False,
+    )
+    (tmp_path / "prompts.txt").write_text("a red square moving left\na blue circle moving up\n" * 4)
+    source = f"prompts:{tmp_path / 'prompts.txt'}"
+    runs = dict(teacher_from=str(tiny_teacher), student_from=str(tmp_path / "student"))
+    state = train(tiny.train_config("dmd", steps=2, data__source=source, **runs), tmp_path / "run", show_progress=False)
+    assert int(state.step) == 2
+    with pytest.raises(UserError, match="holds prompts alone"):
+        train(tiny.train_config(steps=1, data__source=source), tmp_path / "other", show_progress=False)
+
+
+def test_an_older_checkpoint_is_refused_in_one_line(tmp_path):
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"params": jnp.zeros(1)}, {"layout": 1, "config": "{}"})
+    with pytest.raises(UserError, match="is in checkpoint layout 1, this version reads layout 2; use the version"):
+        load_meta(tmp_path / "checkpoints")
