@@ -19,7 +19,7 @@ from device_items.record import Record
 from device_items.timing import error
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.measure import clock, memory
-from greedy_distill_jax.pods import flops
+from greedy_distill_jax.models import flops
 from greedy_distill_jax.testing import tiny
 
 EARLY, LATE, SPAN = 20, 100, 16
