@@ -106,7 +106,7 @@ def run_phase(phase: str, cfg: WanConfig, folder: Path, dtype: str) -> dict:
 
         def restore():
             with Checkpointer(folder / "ours" / "checkpoints", read_only=True) as checkpointer:
-                kept.append(checkpointer.restore_subtree(0, "ema", sharding=lambda t: shardings(t, mesh)))
+                kept.append(checkpointer.restore_subtree(0, "nets/teacher/ema", sharding=lambda t: shardings(t, mesh)))
 
         result = measured(restore, total, stacked // 4)
         assert len(list(leaf_paths(kept[0]))) == len(shapes)

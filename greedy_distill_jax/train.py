@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         )  # fmt: skip
         state = run_loop(progress, state, frozen, writer, stop, show_progress and main)
 
-    if stop.signal:
+    if stop.signal and progress.step < settings.steps:
         step = progress.step
         saved = f"saved step {step} of {settings.steps} in {workdir}" if step else "nothing to save yet"
         message = f"{settings.stage}: stopped, {saved}; the same command goes on from there."

@@ -95,6 +95,9 @@ def flow_matching_alone() -> Losses:
     return {"flow_matching": Loss("flow_matching")}
 
 
+OPTIMIZERS = ("muon", "adamw")
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """How gradients become updates."""
@@ -105,7 +108,7 @@ class Optimizer:
     warmup: int = 30  # updates
     final: float = 0.05  # rate at the end of the cosine, as a fraction of the peak; 1 = constant
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW; Muon's kernels have none
     clip: float = 1.0  # global gradient norm, 0 = off
 
 
@@ -121,7 +124,7 @@ class Ema:
     """The exponential moving average of the parameters, which samples and students are made from."""
 
     decay: float = 0.995
-    start: int = 100  # updates until which the average follows the parameters
+    start: int = 100  # steps until which the average follows the parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,12 @@ def read_settings(config: ConfigDict, *, imagine_runs: bool = False) -> Settings
     Raises:
       UserError: a key that is unknown, missing or of another stage or kind, or a value that no stage can run with.
     """
-    settings = _unchecked(config)
+    settings = _read(config)
+    stage, own = stages.kind_of(settings.stage), stages.groups()
+    for name in own.keys() - stage.keys.keys():
+        _refuse_changes(
+            tree.read(own[name], config[name], f"config.{name}"), own[name](), f"config.{name}", settings.stage
+        )
     if imagine_runs:
         wanted = {want.key for want in settings.kind.wanted(settings).values()}
         settings = settings.replace(**{key: "not loaded" for key in wanted if not getattr(settings, key)})
@@ -116,10 +121,10 @@ def read_settings(config: ConfigDict, *, imagine_runs: bool = False) -> Settings
 
 def stored_settings(text: str) -> Settings:
     """The settings of a run, from the JSON in its checkpoint; they were checked when it ran."""
-    return _unchecked(tree.loads(text))
+    return _read(tree.loads(text))
 
 
-def _unchecked(config: ConfigDict) -> Settings:
+def _read(config: ConfigDict) -> Settings:
     stage = config.get("stage", "teacher")
     kind, groups = stages.kind_of(stage), stages.groups()
     values = tree.read(keys.Keys, config, "config", besides=groups)
@@ -127,11 +132,8 @@ def _unchecked(config: ConfigDict) -> Settings:
     for name, group in groups.items():
         if name not in config:
             raise UserError(f"config.{name} is missing; start your config from greedy_distill_jax.config.base().")
-        read = tree.read(group, config[name], f"config.{name}")
         if name in kind.keys:
-            own[name] = read
-        else:
-            _refuse_changes(read, group(), f"config.{name}", stage)
+            own[name] = tree.read(group, config[name], f"config.{name}")
     fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(keys.Keys)}
     return Settings(**fields, own=own, text=config.to_json_best_effort())
 
@@ -243,6 +245,12 @@ def check(settings: Settings) -> None:
     for name, value in (("text_dropout", settings.text_dropout), ("ema.decay", settings.ema.decay)):
         if not 0 <= value <= 1:
             raise UserError(f"config.{name} is {value}; it must lie between 0 and 1.")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"config.seed is {settings.seed}; it must lie between 0 and {2**32 - 1}.")
+    if settings.optimizer.name not in keys.OPTIMIZERS:
+        raise UserError(
+            f"config.optimizer.name is {settings.optimizer.name!r}; choose from {', '.join(keys.OPTIMIZERS)}."
+        )
     data = settings.data
     if data.batch % data.accumulate:
         raise UserError(

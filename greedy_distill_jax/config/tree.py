@@ -125,5 +125,6 @@ def loads(text: str) -> ConfigDict:
         for losses in _losses_in(config):
             for name in list(losses):
                 del losses[name]  # the run's alone, not beside the defaults
-        config.update(ConfigDict(json.loads(text)))
+        stored = json.loads(text)
+        config.update(ConfigDict({key: value for key, value in stored.items() if key in config}))  # groups of others go
     return config

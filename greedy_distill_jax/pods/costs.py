@@ -1,4 +1,4 @@
-"""Floating-point operations of a job's updates, in closed form, from its config (networks: ``flops.py``)."""
+"""Floating-point operations of a job's updates, in closed form, from its config (networks: ``models.flops``)."""
 
 from greedy_distill_jax.config import Settings
 from greedy_distill_jax.losses import dmd, flow_matching, ode

@@ -1,7 +1,7 @@
 """A job on a TPU slice that is not there: its networks, mesh and steps, as shapes; nothing of real size is allocated.
 
 What ``train.py`` runs is built here from the same parts: the same stage, the same jitted functions, the same table of
-shardings. The step "stream" has no such twin: ``sample.py`` and ``serve.py`` stream on one device; only here is the
+shardings. The step "stream" has no such twin: ``sample.py`` streams on one device; only here is the
 same ``Streamer.step`` laid out over a mesh, one stream per group of devices. On a mesh that leaves parameters and
 frames whole (configs/wan1_3b/sample.py) every device then runs what they run.
 """
@@ -163,6 +163,8 @@ def build_job(
     cost, steps = costs.part_costs(settings, stage, latent_shape, backward=backward), []
     trips = rollout_trips(settings, stage.model.cfg.chunk, latent_shape[0]) if settings.stage == "dmd" else None
     for part in parts:
+        if part.host:
+            break  # what it hands on is known only when it runs
         steps.append(Step(part.name, part.call, (state, stage.frozen, batch, {}), cost[part.name], dynamic_trips=trips))
     if isinstance(stage.model, StreamingModel):
         params, of_params = (tree.nets[stage.name].params for tree in (state, of_state))

@@ -148,7 +148,7 @@ class Checkpointer:
 
         Args:
           step: None for the newest.
-          subtree: path of the part, such as "params" or "opt_state/0/mu".
+          subtree: path of the part, such as "nets/student/params".
           sharding: one sharding for every leaf, or a function from the tree of shapes to a tree of shardings.
           dtype: of the floating-point leaves of the result; None keeps the stored ones.
         """
@@ -268,7 +268,7 @@ def has_checkpoint(directory: str | os.PathLike) -> bool:
 
 def load_params(
     directory: str | os.PathLike,
-    subtree: str = "ema",
+    subtree: str,
     *,
     step: int | None = None,
     sharding: Sharding | Callable[[Any], Any] | None = None,

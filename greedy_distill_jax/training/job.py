@@ -26,7 +26,7 @@ from greedy_distill_jax.distribution.parallel import check_columns, check_heads,
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, architecture, data_source
-from greedy_distill_jax.storage.checkpoint import has_checkpoint
+from greedy_distill_jax.storage.checkpoint import has_checkpoint, load_meta
 from greedy_distill_jax.text.load import load_text_encoder
 from greedy_distill_jax.text.protocol import TextEncoder
 from greedy_distill_jax.text.store import check_captions
@@ -101,14 +101,14 @@ def open_data(settings: Settings) -> Data:
 
 
 def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
-    """Builds networks, data and the jitted parts, and traces every part once.
+    """Builds networks, data and the jitted parts, and traces the parts up to the first on the host.
 
     Raises:
       UserError: what is wrong with settings, data, runs or mesh.
     """
     with cli.places(**DATA_PLACES):
         data, wan = open_data(settings), settings.wan
-    resumed = has_checkpoint(workdir / "checkpoints")
+    resumed = _is_resumed(workdir)
     wanted = settings.kind.wanted(settings)
     sources = load_sources(settings, wanted, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
     settings.kind.check_sources(settings, sources)
@@ -125,6 +125,10 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         stage = settings.kind.build(settings, Inputs(frozen, null_MC, latent_shape, data.raw))
     check_mesh(settings, mesh, latent_shape, jax.process_count())
     batch_shape = settings.kind.batch_shapes(settings, latent_shape, data.raw)
+    _check_entries(settings, data, batch_shape)
+    hosts = [part.name for part in stage.parts if part.host]
+    if hosts and jax.process_count() > 1:
+        raise UserError(f"part {hosts[0]} of stage {settings.stage} runs on the host, which needs a single process.")
     with one_line():
         state_shape = state_shapes(stage, latent_shape)
         jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
@@ -146,6 +150,30 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         batch_sharding,
         jitted,
     )
+
+
+def _is_resumed(workdir: Path) -> bool:
+    """Whether the folder holds steps of a run; UserError for imported weights, which no training may overwrite."""
+    if not has_checkpoint(workdir / "checkpoints"):
+        return False
+    if "source" in load_meta(workdir / "checkpoints"):
+        raise UserError(
+            f"{workdir} holds imported weights, not a run; choose another workdir, and start from them with "
+            f"config.teacher_from."
+        )
+    return True
+
+
+def _check_entries(settings: Settings, data: Data, batch_shape: Mapping[str, Any]) -> None:
+    """Raises UserError when the data lacks what the stage takes of a batch."""
+    held = {"text"} | (data.examples[0].keys() & {"latents", "states"})
+    held |= {"latents"} if "video" in data.examples[0] else set()
+    missing = sorted(batch_shape.keys() - held)
+    if missing:
+        raise UserError(
+            f"config.data.source {settings.data.source} holds no {' and no '.join(missing)}, which stage "
+            f"{settings.stage} trains on; use other data."
+        )
 
 
 def _agreed_codec(settings: Settings, codec: VideoCodec | None, stored: Mapping[str, VideoCodec | None]) -> VideoCodec:
@@ -203,6 +231,10 @@ def one_line() -> Iterator[None]:
         yield
     except UserError:
         raise
+    except KeyError as error:
+        if _passed_through_users_code(error):
+            raise
+        raise UserError(f"config.losses: a loss takes {error} of the batch, which this stage does not have.") from error
     except (ValueError, ZeroDivisionError) as error:
         if _passed_through_users_code(error):
             raise
@@ -212,7 +244,12 @@ def one_line() -> Iterator[None]:
 def _passed_through_users_code(error: BaseException) -> bool:
     """Whether a frame of the traceback is in a file that belongs to neither this package nor an installed one."""
     package = str(Path(__file__).resolve().parents[1])
-    known = (package, *(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib")), "<")
+    known = (
+        package,
+        *(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib")),
+        "<frozen",
+        "<string>",
+    )
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     return any(not file.startswith(known) for file in files)
 

@@ -157,7 +157,7 @@ def run_loop(
         while at.step < settings.steps and not stop.signal:
             batch, at.step = next(feed), at.step + 1
             state, metrics, due = run_parts(job.parts, at.step, state, frozen, batch)
-            state = state._replace(step=jax.device_put(np.int32(at.step), job.state_sharding.step))
+            state = state._replace(step=_placed(at.step, job.state_sharding.step))
             at.made(metrics)
             last = at.step == settings.steps
             save = last or at.step % settings.checkpoint.every == 0
@@ -174,10 +174,17 @@ def run_loop(
             bar.update(1, restart=not due <= compiled)  # the first call of a part compiles it
             compiled |= due
     if stop.signal and at.first < at.step < settings.steps:
-        at.check()
+        mean = at.check()
+        if mean:
+            writer.scalars(at.step, {f"{settings.stage}/{name}": x for name, x in mean.items()})
         at.save(state)
     at.checkpointer.wait()
     return state
+
+
+def _placed(step: int, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A number that every process has, without asking the others whether they do, as ``device_put`` would."""
+    return jax.make_array_from_callback((), sharding, lambda _: np.int32(step))
 
 
 def _write_samples(job: Job, state: TrainState, meta: dict[str, Any], step: int, writer: MetricWriter) -> None:

@@ -45,7 +45,7 @@ class SelfRollout:
     latent_shape: (T, H, W, C) of what the losses see.
     frames: length of a rollout; beyond T the losses see a window of it that starts at a random chunk.
     exit: see ``rollout.draw_exits``.
-    grads: see ``models.student.ContextGrad``.
+    grads: see ``models.students.base.ContextGrad``.
     pg: one of ``PG``.
     segment: "rollout_full": chunks after which the flow through the state is cut, 0 for never.
     epochs, anchor: "actor_critic": updates per rollout, and the weight of mean (action - old action)^2 that keeps the

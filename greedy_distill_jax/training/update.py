@@ -1,4 +1,4 @@
-"""Pure step functions; ``train.py`` jits them with shardings."""
+"""Pure step functions; ``training.job`` jits them with shardings."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

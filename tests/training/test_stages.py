@@ -145,7 +145,9 @@ def test_a_stage_on_data_offers_the_average_and_the_frozen_teacher(tiny_teacher,
     assert read_scalars(tmp_path / "run")[-1]["teacher_forcing/towards"] > 0
     assert set(load_meta(tmp_path / "run" / "checkpoints")["sources"]) == {"teacher_from"}
     config.teacher_from = ""
-    with pytest.raises(UserError, match=r"config\.teacher_from is empty, but a loss asks for it"):
+    with pytest.raises(
+        UserError, match=r"config\.teacher_from is empty, but a loss that asks for 'real' needs that network"
+    ):
         train(config, tmp_path / "other", show_progress=False)
 
 

@@ -144,7 +144,8 @@ def test_a_step_that_compiles_a_part_restarts_the_rate(tmp_path, monkeypatch):
 
     def with_a_second_part(*args):
         job = prepare_job(*args)
-        return job._replace(parts=(*job.parts, job.parts[0]._replace(due=lambda step: step % 3 == 0)))
+        again = job.parts[0]._replace(name="again", due=lambda step: step % 3 == 0)
+        return job._replace(parts=(*job.parts, again))
 
     monkeypatch.setattr(training, "prepare_job", with_a_second_part)
     monkeypatch.setattr(loop, "progress", lambda *args, **options: bar)
@@ -154,7 +155,12 @@ def test_a_step_that_compiles_a_part_restarts_the_rate(tmp_path, monkeypatch):
 
 def test_divergence_names_stage_step_and_term_and_keeps_the_checkpoint(tmp_path):
     train(tiny.train_config(steps=3), tmp_path, show_progress=False)
-    losses.register("broken", lambda net, batch, key: (batch["latents"][:, 0, 0, 0, 0] * jnp.nan, {}))
+
+    def broken(net, batch, key):
+        x = batch["latents"]
+        return net(x, jnp.ones((len(x), 1)), batch)[:, 0, 0, 0, 0] * jnp.nan, {}
+
+    losses.register("broken", broken)
     config = tiny.train_config(steps=8)
     config.losses.mine = dict(loss="broken", weight=1.0, options={})
     with pytest.raises(Diverged, match=r"stage teacher, step 4: mine is not finite \(nan\); step 3 is kept in"):

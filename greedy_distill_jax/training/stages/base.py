@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import StreamingModel
@@ -26,8 +27,9 @@ class Part(NamedTuple):
 
     Steps count from 1; the loop sets ``state.step``, the number of steps that are finished. ``carry`` is a dictionary
     of arrays, empty at the start of a step, that the parts of a step hand on to each other. A part is jitted and its
-    state donated, unless it is a ``host`` part, which gets numpy arrays as its carry, no state (None) and runs as it
-    is: between a rollout and an update it may ask a reward outside. ``losses``: where its terms stand, for errors.
+    state donated, unless it is a ``host`` part: that gets numpy arrays as its batch and carry, None as its state and
+    frozen networks, and runs as it is, in a single process; between a rollout and an update it may ask a reward
+    outside. ``losses``: where its terms stand, for errors.
     """
 
     name: str
@@ -154,6 +156,10 @@ class StageKind(abc.ABC):
 
     def costs(self, settings: Settings, stage: "Stage", meter: Meter) -> dict[str, Cost]:
         """Floating-point operations of its parts, by name: here, of one part that calls its network for every term."""
+        if len(stage.parts) > 1:
+            raise UserError(
+                f"stage {settings.stage} has several parts and does not say what they cost; define costs()."
+            )
         (part,) = stage.parts
         if self.trains == "teacher":
             calls = (flops.teacher(settings.wan, meter.frames * n, meter.tokens) for n in draws(settings.terms))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax.config.keys import Losses, Optimizer, flow_matching_alone
+from greedy_distill_jax.config.keys import OPTIMIZERS, Losses, Optimizer, flow_matching_alone
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.errors import UserError
@@ -330,6 +330,8 @@ def _check_values(d: Distill) -> None:
     for key, least in at_least.items():
         if getattr(d, key) < least:
             raise UserError(f"config.distill.{key} is {getattr(d, key)}; it must be at least {least}.")
+    if not 0 < d.low <= d.high <= 1:
+        raise UserError(f"config.distill.low and .high are {d.low} and {d.high}; they must rise within (0, 1].")
     if d.teacher_size and d.real == "autoregressive":
         raise UserError(
             f"config.distill.teacher_size is {d.teacher_size!r}, but real 'autoregressive' asks no teacher; leave it "
@@ -342,6 +344,9 @@ def _check_critic(settings: Settings, d: Distill) -> None:
         raise UserError("config.student_from is empty; stage dmd starts from a stage-1 student, name its run.")
     if d.fake == "critic":
         critic_terms(settings)
+        name = settings.own["critic"].optimizer.name
+        if name not in OPTIMIZERS:
+            raise UserError(f"config.critic.optimizer.name is {name!r}; choose from {', '.join(OPTIMIZERS)}.")
     elif d.generator_every != 1 or d.critic_warmup:
         raise UserError(
             f"config.distill.fake is {d.fake!r}: there is no critic to update between generator updates; set "
@@ -396,6 +401,10 @@ def _check_rollout(settings: Settings, d: Distill) -> None:
         raise UserError(
             f"config.distill.frames is {frames}, beyond config.data.frames = {of_data}: only real 'joint' and fake "
             f"'critic' can judge a window without what came before it."
+        )
+    if d.skip >= of_data:
+        raise UserError(
+            f"config.distill.skip is {d.skip}, which leaves none of the {of_data} frames that the scores see; use less."
         )
     if d.segment and frames // chunk % d.segment:
         raise UserError(

@@ -13,12 +13,19 @@ import jax.numpy as jnp
 
 from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.losses import ode
 from greedy_distill_jax.training.stages.base import Inputs, Stage
 from greedy_distill_jax.training.stages.teacher_forcing import TeacherForcing
 
 
 class Ode(TeacherForcing):
     """See the module; the student is teacher-forced on the trajectories' ends."""
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError for losses that use no trajectory."""
+        super().check(settings)
+        if not any(term.loss is ode for term in settings.terms):
+            raise UserError("config.losses has no loss 'ode'; stage ode needs one, or is stage teacher_forcing.")
 
     def check_source(self, settings: Settings, source: Any) -> None:
         """The data holds trajectories at the levels that the student is asked at."""

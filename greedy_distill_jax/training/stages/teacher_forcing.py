@@ -25,7 +25,9 @@ class TeacherForcing(StageKind):
     def wanted(self, settings: Settings) -> dict[str, Wanted]:
         """The teacher that the student is cut from, or a student that is trained further."""
         asks_real = any("real" in asked(term.loss) for term in settings.terms)
-        teacher = Wanted("teacher_from", settings.wan, frozen="teacher" if asks_real else "", why="a loss asks for it:")
+        teacher = Wanted(
+            "teacher_from", settings.wan, frozen="teacher" if asks_real else "", why="a loss that asks for 'real'"
+        )
         return {"student": Wanted("student_from", settings.student_config), "teacher": teacher}
 
     def build(self, settings: Settings, inputs: Inputs) -> Stage:
