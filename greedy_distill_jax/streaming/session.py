@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Float32, UInt8
 from greedy_distill_jax.codecs.protocol import VideoCodec, stream_decoder
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.ops.attention import backends
+from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
 from greedy_distill_jax.streaming.make import make_streamer
@@ -34,13 +36,15 @@ class Programs(NamedTuple):
 def programs(streamer: Streamer | CausalStreamer) -> Programs:
     """Returns the jitted functions that all streams of the same student and the same step plan share.
 
-    They are compiled once for every shape of text and latents.
+    They are compiled once for every shape of text and latents, and again after a backend of the attention op was
+    registered.
     """
-    return _programs(streamer.cfg, streamer.plan)
+    return _programs(streamer.cfg, streamer.plan, backends.BACKENDS)
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(student_config, plan: StepPlan) -> Programs:
+def _programs(student_config, plan: StepPlan, chosen_from: tuple[Backend, ...]) -> Programs:
+    del chosen_from  # of the key only
     streamer = make_streamer(make_student(student_config), plan)
     return Programs(
         jax.jit(streamer.init, static_argnums=3),

@@ -9,12 +9,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import greedy_distill_jax
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.parallel import attention, on_mesh
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.ops.attention import Pattern, backends, chunk_attention, decode_attention, select
 from greedy_distill_jax.ops.attention.backends import reference
 from greedy_distill_jax.ops.attention.backends.record import Backend
+from greedy_distill_jax.streaming.make import make_streamer
+from greedy_distill_jax.streaming.session import programs
+from greedy_distill_jax.testing import tiny
 
 PATTERN = Pattern.sliding_window(3, 4, window=2)
 
@@ -85,6 +90,14 @@ def test_a_mesh_hands_it_parts_of_batch_and_heads():
     out = jax.jit(on_mesh(lambda *x: attention(*x, PATTERN), mesh))(*whole)
     np.testing.assert_allclose(out, chunk_attention(*_arrays(), PATTERN, implementation="xla"), atol=1e-5)
     assert set(seen) == {(1, 12, 1, 8)}
+
+
+def test_streams_opened_afterwards_are_traced_anew():
+    streamer = make_streamer(make_student(tiny.STUDENT), StepPlan(((1.0,),)))
+    before = programs(streamer)
+    assert programs(streamer) is before
+    backends.register(Backend("later", why_not, reference.attend))
+    assert programs(streamer) is not before
 
 
 def test_names_are_unique():

@@ -1,0 +1,1 @@
+"""The items of ``benchmarks/device.py``, one file each with ``run(record)``."""

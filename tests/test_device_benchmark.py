@@ -1,0 +1,183 @@
+"""``benchmarks/device.py`` on a CPU at the tiny size, two items from end to end; what it refuses, keeps and counts."""
+
+import json
+import math
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from greedy_distill_jax.ops.attention import Pattern, backends
+from greedy_distill_jax.ops.attention.backends.record import Call
+from greedy_distill_jax.testing.attention import dense_attention, relative_error
+
+ITEMS = ("ceilings", "correctness", "streaming", "torch_peer", "attention", "training", "trace")
+ITEMS_RUN = ("ceilings", "streaming")
+NOT_BUILT = {"diagonal plan", "saved executable"}
+
+
+@pytest.fixture
+def items(benchmarks):
+    """Imports a module of ``benchmarks/device_items``."""
+    return lambda name: benchmarks(f"device_items.{name}")
+
+
+def run(output, env, *arguments):
+    command = [sys.executable, f"{ROOT}/benchmarks/device.py", "--size=tiny", f"--output={output}", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.subprocesses
+def test_items_from_end_to_end(tmp_path, subprocess_env):
+    """Ceilings, and streams by the library and by both probes; all items take minutes."""
+    only = ("--only", *ITEMS_RUN, "--commit=abc")
+    done = run(tmp_path, subprocess_env, "--minutes=60", *only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [f"{ITEMS.index(item) + 1}-{item}.json" for item in ITEMS_RUN]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "table.md"]
+    rows = {}
+    for item, name in zip(ITEMS_RUN, names):
+        data = json.loads((tmp_path / name).read_text())
+        assert (data["item"], data["size"], data["commit"], data["state"]) == (item, "tiny", "abc", "done")
+        assert data.keys() >= {"device", "clock", "versions", "card", "host", "limit_s", "wall_s"}
+        rows |= {(item, label): row for label, row in data["rows"].items()}
+    for label, row in rows.items():
+        assert row["status"] in ("ok", "not here"), label
+        if row["status"] == "not here":
+            assert row["why"], label
+        else:
+            assert row["figures"] and all(math.isfinite(x) for x in row["figures"].values()), label
+            assert all(value < limit for value, limit in row.get("checks", {}).values()), label
+    assert {label for (_, label), row in rows.items() if "not built yet" in row.get("why", "")} == NOT_BUILT
+    assert rows["streaming", "as it is, 4 steps"]["status"] == "ok"
+    checked = rows["streaming", "prefix, 4 steps"]["checks"].keys()
+    assert checked > {"frame 0 against as it is", "frame 2 against as it is"}
+    table = (tmp_path / "table.md").read_text()
+    assert done.stdout.endswith(table) and all(f"| {item} | {label} |" in table for item, label in rows)
+    # Again: nothing is left to do, and figures of another commit are not mixed with these.
+    assert run(tmp_path, subprocess_env, *only).stdout == table
+    other = run(tmp_path, subprocess_env, "--commit=def")
+    assert other.returncode == 2 and "holds figures of commit abc" in other.stderr
+
+
+@pytest.fixture
+def chosen(items, tmp_path, monkeypatch):
+    """``chosen(item, rows)``: every row of an item by name, of which those in ``rows`` are measured."""
+    records = items("record")
+
+    def rows_of(item, measured=()):
+        record = records.Record(tmp_path / "rows.json", 600.0, {"item": item, "size": "tiny"})
+        whole, found = record.row, {}
+        monkeypatch.setattr(record, "row", lambda name, work, needs=0.0: found.update(
+            {name: whole(name, work) if name in measured else {}}
+        ))  # fmt: skip
+        items(item).run(record)
+        return found
+
+    return rows_of
+
+
+def test_rows_of_the_attention_item(chosen):
+    measured = ("stream SDD tiny: prefix", "stream ETM tiny: cuDNN, no mask", "train ETM tiny: ours, XLA scan")
+    rows = chosen("attention", (*measured, "block sizes"))
+    kinds = {name.partition(":")[0] for name in rows} - {"block sizes"}
+    assert kinds == {f"{kind} {part} tiny" for kind in ("stream", "train") for part in ("SDD", "ETM", "causal")}
+    assert [rows[name]["status"] for name in measured] == ["ok", "not here", "ok"], rows
+    assert rows[measured[2]]["checks"].keys() >= {"output", "dq"} and "NVIDIA GPU" in rows[measured[1]]["why"]
+    assert "not built yet" in rows["block sizes"]["why"]
+
+
+@pytest.mark.subprocesses  # the item starts one for the clips, which ends with it
+def test_rows_of_the_correctness_item(chosen):
+    measured = {f"{name}, float32" for name in ("xla", "mask at run time, prefix", "decode, xla")}
+    rows = chosen("correctness", measured)
+    assert {rows[name]["status"] for name in measured} == {"ok"}, rows
+    assert rows.keys() >= {"cudnn, bfloat16", "clip, etm_sdd, tiny", "pixels, Wan VAE, tiny"}
+
+
+@pytest.mark.parametrize(
+    "item, rows",
+    [("torch_peer", {"float32, tiny", "eager", "compiled", "ours, causal, as it is"}),
+     ("training", {"stage 1", "critic, prefix", "generator, prefix", "rollout gradient, prefix"}),
+     ("trace", {"stage 1", "frame, prefix, 4 steps", "frame, as it is, 4 steps"})],
+)  # fmt: skip
+def test_rows_of_an_item(chosen, item, rows):
+    """What they measure is tested with the benchmarks it is from (``test_benchmarks.py``)."""
+    assert chosen(item).keys() >= rows
+
+
+@pytest.mark.subprocesses
+def test_a_limit_is_kept_and_said(tmp_path, subprocess_env):
+    done = run(tmp_path, subprocess_env, "--minutes=0.02", "--only", "ceilings", "--commit=abc")
+    assert done.returncode == 1 and "| ceilings | | stopped: stopped after 1 s, its limit |" in done.stdout
+    assert json.loads((tmp_path / "1-ceilings.json").read_text())["state"] == "stopped"
+
+
+def test_no_time_at_all(tmp_path, subprocess_env):
+    done = run(tmp_path, subprocess_env, "--minutes=0")
+    assert done.returncode == 2 and "must be positive" in done.stderr
+
+
+def test_rows_are_written_judged_and_kept(items, tmp_path, capsys):
+    record, path = items("record"), tmp_path / "item.json"
+
+    def fail():
+        raise RuntimeError("no such kernel")
+
+    def begin(seconds=100.0):
+        return record.Record(path, seconds, {"item": "some", "size": "wan1_3b"})
+
+    first = begin()
+    first.row("right", lambda: {"figures": {"ms": 2.0}, "checks": {"error": (0.1, 0.2)}})
+    first.row("wrong", lambda: {"figures": {"ms": 1.0}, "checks": {"error": (0.3, 0.2)}})
+    first.row("not a number", lambda: {"figures": {"ms": 1.0}, "checks": {"error": (math.nan, 0.2)}})
+    first.row("infinite", lambda: {"figures": {"ms": math.inf}})
+    first.row("failed", fail)
+    first.row("late", fail, needs=1e3)
+    first.leave_out("later", "not built yet: nobody wrote it")
+    rows = json.loads(path.read_text())["rows"]  # before the item has finished
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "right": "ok", "wrong": "wrong", "not a number": "wrong", "infinite": "wrong", "failed": "failed",
+        "late": "no time", "later": "not here",
+    }  # fmt: skip
+    assert "figures" not in rows["wrong"] and rows["wrong"]["does not count"] == {"ms": 1.0}
+    assert rows["failed"]["why"] == "RuntimeError: no such kernel" and ROOT not in str(rows["failed"]["traceback"])
+    first.finish()
+    assert json.loads(path.read_text())["state"] == "incomplete"
+
+    again = begin()
+    assert again.data["rows"].keys() == {"right", "later"}  # the rest is tried again
+    assert again.row("right", fail)["figures"] == {"ms": 2.0}
+    for name in ("wrong", "not a number", "infinite", "failed", "late"):
+        again.row(name, lambda: {"figures": {"ms": 3.0}})
+    again.finish()
+    assert json.loads(path.read_text())["state"] == "done"
+    assert "some: failed: failed: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("visible", [((1, 0, 1, 1), (1, 1, 0, 1)), ((0, 0, 0, 1), (0, 0, 0, 0))])
+def test_visible_chunks_first_is_the_same_attention(items, visible):
+    prefix, rng = items("prefix"), np.random.default_rng(0)
+    table, visible = Pattern.from_table([(3, 1, 0), (0, 2, 3)], q_chunk=6, num_k_chunks=4), np.asarray(visible, bool)
+    q, k, v = (rng.standard_normal((2, n, 2, 8)).astype(np.float32) for n in (12, 24, 24))
+    found = prefix.attend(*map(jnp.asarray, (q, k, v, visible)), Call(table, 8**-0.5))
+    mask = table.dense_mask() & visible.repeat(6, 0).repeat(6, 1)
+    assert relative_error(found, dense_attention(q, k, v, mask, 8**-0.5)) < 1e-6
+
+
+def test_a_probe_that_computed_nothing(items):
+    prefix, before = items("prefix"), backends.BACKENDS
+    with pytest.raises(RuntimeError, match="the probe 'prefix' was not used"), prefix.streams_by():
+        assert backends.names()[0] == "prefix"
+    assert backends.BACKENDS is before
+
+
+def test_medians_are_of_finished_work(items):
+    timing, calls = items("timing"), []
+    ms, runs = timing.median_ms(lambda: calls.append(1) or jnp.zeros(1), seconds=60.0)
+    assert ms > 0 and runs >= 3 and len(calls) == runs + 2  # two count for nothing
+    assert timing.error(jnp.asarray([3.0, 4.5]), jnp.asarray([3.0, 4.0])) == pytest.approx(0.1)
