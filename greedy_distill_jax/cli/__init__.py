@@ -7,11 +7,9 @@ with 0 instead.
 import argparse
 import contextlib
 import inspect
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from greedy_distill_jax.errors import Diverged, Stopped, UserError
@@ -32,22 +30,6 @@ def places(**fields: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise error.at(fields) from error
-
-
-@contextlib.contextmanager
-def option(name: str, value: str | Path | None) -> Iterator[None]:
-    """Errors that name the path ``value`` say which option it came from: `error: --codec: latents does not exist; ...`.
-
-    Other errors, and those that begin with an option already, pass as they are.
-    """
-    try:
-        yield
-    except UserError as error:
-        told = str(error)
-        named = value and re.search(rf"(?<![\w.]){re.escape(str(Path(value).expanduser()))}(?![\w-])", told)
-        if told.startswith("--") or not named:
-            raise
-        raise UserError(f"{name}: {told}") from error
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn:

@@ -155,7 +155,7 @@ def _define(values: flags.FlagValues, extra_flags: dict[str, tuple[type, Any, st
 
 def _usage(path: str | None, extra_flags: dict[str, tuple[type, Any, str]]) -> str:
     lines = ["Options:", "  --config=FILE.py[:argument]   configuration file" + (f" (default {path})" if path else "")]
-    lines.append("  --config.KEY=VALUE            changes one key of it; the keys are commented in config.py")
+    lines.append("  --config.KEY=VALUE            changes one key of it; the keys are commented in config/keys.py")
     for name, (kind, value, text) in extra_flags.items():
         shown = f"--{name}" if kind is bool else f"--{name}={kind.__name__.upper()}"
         lines.append(f"  {shown:<29} {text}" + ("" if value in (None, "", False) else f" (default {value})"))

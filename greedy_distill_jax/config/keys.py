@@ -13,7 +13,7 @@ from typing import Any
 class Data:
     """What is trained on."""
 
-    source: str = "moving_shapes"  # or "moving_shapes:wandering", "clips:DIR" (a folder by `prepare clips`)
+    source: str = "moving_shapes"  # or moving_shapes:wandering; clips:DIR, latents:DIR, ode:DIR, prompts:FILE
     size: int = 16  # pixels, moving_shapes only (clips have their own)
     frames: int = 8  # latent frames of one example
     batch: int = 32  # examples of one update, over all devices

@@ -1,22 +1,16 @@
 """Weights of other programs as a run of ours, and the weights of a run as other programs read them."""
 
-import argparse
 import dataclasses
-import functools
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from greedy_distill_jax import cli
 from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.diffusion.step_plan import StepPlan
-from greedy_distill_jax.distribution.mesh import make_mesh
-from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.students.etm_sdd import Student
@@ -24,17 +18,12 @@ from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
-from greedy_distill_jax.weights.architecture import describe, wan_of
-from greedy_distill_jax.weights.inspect import report, title
-from greedy_distill_jax.weights.load import DTYPES, load
-from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.architecture import wan_of
+from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.pipeline import saved_codec
 from greedy_distill_jax.weights.replacing import replacing
 from greedy_distill_jax.weights.source import Source
-from greedy_distill_jax.weights.torch_files import PARTS
-from greedy_distill_jax.weights.verify import verdict
-from greedy_distill_jax.weights.write import SHARD_BYTES, WRITABLE, write
-
+from greedy_distill_jax.weights.write import write
 
 WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832 pixels
 
@@ -87,8 +76,10 @@ def _meta(source: Source) -> dict[str, Any]:
     model = Student(cfg) if isinstance(cfg, StudentConfig) else Teacher(cfg)
     return dict(
         stage=config.stage,
-        network="student" if isinstance(cfg, StudentConfig) else "teacher", data_position=0,
-        config=config.to_json_best_effort(), architecture=architecture(model),
+        network="student" if isinstance(cfg, StudentConfig) else "teacher",
+        data_position=0,
+        config=config.to_json_best_effort(),
+        architecture=architecture(model),
         latent_shape=list(latent_shape),
         steps=0,
         source=dict(format=source.format, name=source.path.name, part=source.meta.get("part", "")),

@@ -65,8 +65,8 @@ def follow_teacher(
     else:
         if not text and len(conditions) > _MOST_IN_MEMORY:
             raise UserError(
-                f"{prompts} holds {len(conditions)} prompts, whose rows do not fit into memory; encode them with python "
-                "-m greedy_distill_jax.prepare text, and name the store as the text encoder",
+                f"{prompts} holds {len(conditions)} prompts, whose rows do not fit into memory; encode them with "
+                "python -m greedy_distill_jax.prepare text, and name the store as the text encoder",
                 field="prompts",
             )
         run = _of_folder(model, conditions, height=height, width=width, frames=frames, negative=negative, text=text)

@@ -241,22 +241,6 @@ def test_help_of_prepare(command, capsys):
     assert end.value.code == 0 and "--output DIR" in told and len(told) > 500
 
 
-@pytest.mark.parametrize(
-    "message, told",
-    [
-        ("data/x does not exist; give another", "--codec: data/x does not exist; give another"),
-        ("file data/x/codec.npz is damaged", "--codec: file data/x/codec.npz is damaged"),
-        ("--frames 3: too few in data/x", "--frames 3: too few in data/x"),
-        ("data/xy does not exist", "data/xy does not exist"),
-        ("the codec has 3 channels", "the codec has 3 channels"),
-    ],
-)
-def test_errors_about_a_value_name_its_option(message, told):
-    with pytest.raises(UserError) as error, cli.option("--text", None), cli.option("--codec", "data/x/"):
-        raise UserError(message)
-    assert str(error.value) == told
-
-
 @pytest.mark.subprocesses
 @pytest.mark.parametrize("argument, code", [("--help", 0), ("--frames=x", 2), ("--checkpoint=none", 2)])
 def test_sample_answers_before_it_imports(argument, code, subprocess_env):

@@ -336,4 +336,4 @@ def test_frames_that_do_not_fit_name_themselves():
         student.chunks_of(8)
     x = jnp.zeros((1, 4, *LATENT))
     with pytest.raises(ValueError, match="4 noisy frames are not a multiple of the 3 history frames"):
-        student({}, x, jnp.ones((1, 1)), None, History(x[:, :3], jnp.zeros((1, 1))))
+        student({}, x, jnp.ones((1, 1)), jnp.zeros((1, 2, 16)), History(x[:, :3], jnp.zeros((1, 1))))
