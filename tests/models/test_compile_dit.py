@@ -10,12 +10,13 @@ import pytest
 WHOLE_VIDEO = """
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from greedy_distill_jax import mesh, parallel, topology
-from greedy_distill_jax.models.dit import Teacher
+from greedy_distill_jax.distribution import mesh, parallel
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.pods import topologies
 
 sizes = WAN_SIZES["wan1_3b"] | dict(dim=256, ffn_dim=512, num_heads=2, num_layers=1)
-devices, latents = topology.devices("v5p:2x2x1")[:1], (21, 60, 104, 16)
+devices, latents = topologies.devices("v5p:2x2x1")[:1], (21, 60, 104, 16)
 one = Mesh(devices.reshape((1,) * len(mesh.AXES)), mesh.AXES)
 place, teacher = NamedSharding(one, PartitionSpec()), Teacher(WanConfig(**sizes))
 params = jax.eval_shape(lambda key: teacher.init(key, latents), jax.random.key(0))

@@ -183,7 +183,7 @@ def test_a_half_written_step_is_skipped_and_written_again(workdir, damage):
 KILLED = """
 import sys
 import jax.numpy as jnp
-from greedy_distill_jax.checkpoint import Checkpointer
+from greedy_distill_jax.storage.checkpoint import Checkpointer
 checkpointer = Checkpointer(sys.argv[1], max_to_keep=3)
 start = (checkpointer.latest_step() or 0) + 1
 for step in range(start, 100_000):
@@ -238,7 +238,7 @@ def test_another_architecture_names_the_leaves(workdir):
 
 
 def test_no_checkpoint_is_a_user_error(workdir):
-    for read in (load_params, load_meta):
+    for read in (lambda folder: load_params(folder, "ema"), load_meta):
         with pytest.raises(UserError, match="nowhere holds no complete checkpoint"):
             read(workdir / "nowhere")
     assert not (workdir / "nowhere").exists()

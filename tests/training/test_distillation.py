@@ -304,8 +304,8 @@ def test_scores_are_for_stage_dmd_alone(sources, tmp_path):
     for changes in (dict(critic_from="a run"), dict(distill__teacher_size="wan14b")):
         with pytest.raises(UserError, match=r"but stage teacher_forcing "):
             train(tiny.train_config("teacher_forcing", **changes), tmp_path / "run", show_progress=False)
-    config = run_config(sources)
-    config.stage = "teacher_forcing"
+    config = tiny.train_config("teacher_forcing")
+    config.losses = run_config(sources).losses
     with pytest.raises(
         UserError, match=r"config\.losses\.dmd: 'dmd' asks for the network 'pair' of stage teacher_forcing"
     ):

@@ -25,7 +25,7 @@ from greedy_distill_jax.training.metrics import read_scalars
 
 CONFIG = """
 import pathlib, time
-from greedy_distill_jax.logging import MetricWriter
+from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.testing.tiny import train_config
 write = MetricWriter.scalars
 def scalars(self, step, *args):
