@@ -20,8 +20,8 @@ LATENT = (4, 4, 4, 16)
 
 
 def _state_shapes(config):
-    stage, params, critic = tiny.stage_of(config, LATENT)
-    return {"state": jax.eval_shape(stage.state, params, critic), "frozen": stage.frozen}
+    stage, params = tiny.stage_of(config, LATENT)
+    return {"state": jax.eval_shape(stage.state, params), "frozen": stage.frozen}
 
 
 def _stream_shapes(cfg):
