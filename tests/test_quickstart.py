@@ -161,20 +161,20 @@ def test_notebooks_are_stored_without_outputs(path):
     assert code and not any(cell.outputs or cell.execution_count for cell in code)
 
 
-# --- the README -------------------------------------------------------------------------------------------------------
+# --- the documents ----------------------------------------------------------------------------------------------------
 
 
-def test_the_pytorch_student_of_the_readme_runs(finished, tmp_path, monkeypatch):
+def test_the_pytorch_student_of_the_documents_runs(finished, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[torch]'")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "torch_student" in b)
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "torch_student" in b)
     assert exit_code(convert.main, "export", finished / "stage2", tmp_path / "DIR", "--format", "torch-student") == 0
     monkeypatch.chdir(tmp_path / "DIR")
     monkeypatch.syspath_prepend(str(tmp_path / "DIR"))
     monkeypatch.delitem(sys.modules, "torch_student", raising=False)
     names = {}
     try:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "weights.md", "exec"), names)
     finally:
         sys.modules.pop("torch_student", None)
     assert names["text"].shape == (1, 16, 32) and names["latents"].shape == (1, 32, 16, 4, 4)
