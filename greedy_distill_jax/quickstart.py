@@ -6,7 +6,6 @@ Every stage is the public command of the same name and resumes where it was inte
 """
 
 import itertools
-import shutil
 import time
 from pathlib import Path
 
@@ -94,11 +93,7 @@ def quickstart(workdir: Path, *, clips: Path | None = None, captions: Path | Non
         if not (marker.exists() and (dataset / "dataset.json").exists()):
             print("quickstart: preparing the clips")
             folders = ["--clips", str(clips), "--captions", str(captions), "--output", str(dataset), "--overwrite"]
-            try:
-                prepare.main(["clips", *folders, *PREPARE])
-            except UserError:  # the next attempt, perhaps with other clips, starts from nothing
-                shutil.rmtree(dataset, ignore_errors=True)
-                raise
+            prepare.main(["clips", *folders, *PREPARE])
         prompt = load_source(f"clips:{dataset}")[0][0]["caption"]
     marker.write_text(job)  # only now: clips that cannot be used leave the folder free for another job
     configs = stage_configs(speed, dataset, workdir)

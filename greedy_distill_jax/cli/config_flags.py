@@ -6,7 +6,6 @@ The semantics of `--config.key=value` are those of `ml_collections.config_flags`
 
 import ast
 import difflib
-import importlib.util
 import re
 import sys
 import traceback
@@ -18,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.extensions import execute
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -106,15 +106,12 @@ def _load_module(file: Path):
     """Executes a configuration file; one below `configs/` may import its siblings as `configs.name`."""
     added = [str(p.parent) for p in file.parents if p.name == "configs"][:1]
     added = [p for p in added if p not in sys.path]
-    spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
     sys.path[:0] = added
     try:
-        spec.loader.exec_module(module)
+        return execute(file)
     finally:
         for entry in added:
             sys.path.remove(entry)
-    return module
 
 
 def key_paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:

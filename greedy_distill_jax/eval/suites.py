@@ -7,13 +7,12 @@ package, one given to ``register``, "package.module:NAME" or "path/to/file.py:NA
 
 import dataclasses
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.comparison import Comparison
+from greedy_distill_jax.extensions import FORMS, load
 
 FORMATS = ("text", "count", "share", "distance", "seconds", "bytes", "number")
 BETTER = ("", "higher", "lower", "data")
@@ -158,25 +157,9 @@ def resolve(name: str) -> Suite:
         return _REGISTERED[name]
     if name in _FILES:
         return importlib.import_module(f"greedy_distill_jax.eval.{name}").SUITE
-    where, _, attribute = name.rpartition(":")
-    if not where:
-        raise UserError(
-            f"{name!r} is no suite; choose from {', '.join(suite_names())}, or give 'package.module:NAME' or "
-            "'file.py:NAME'.",
-            "suites",
-        )
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        suite = getattr(module, attribute)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
-        raise UserError(
-            f"{name!r} cannot be loaded: {error}. Check the path and the suite's name.", "suites"
-        ) from error
+    if ":" not in name:
+        raise UserError(f"{name!r} is no suite; choose from {', '.join(suite_names())}, or give {FORMS}.", "suites")
+    suite = load(name, field="suites")
     if not isinstance(suite, Suite):
         raise UserError(f"{name!r} is a {type(suite).__name__}; give an eval.suites.Suite.", "suites")
     return suite

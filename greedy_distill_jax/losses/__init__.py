@@ -12,13 +12,11 @@ takes the mean over the batch, applies the weight of the config and logs every t
 """
 
 import dataclasses
-import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.extensions import FORMS, load
 from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
 from greedy_distill_jax.losses.ode import ode
@@ -52,22 +50,12 @@ def resolve(name: str) -> Callable:
     """The loss function behind a config's name."""
     if name in _LOSSES:
         return _LOSSES[name]
-    where, _, attribute = name.rpartition(":")
-    if not where:
+    if ":" not in name:
         raise UserError(
             f"loss {name!r} is not known; choose from {', '.join(sorted(_LOSSES))}, register your own with "
-            f"greedy_distill_jax.losses.register, or give 'package.module:function' or 'file.py:function'."
+            f"greedy_distill_jax.losses.register, or give {FORMS}."
         )
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        return getattr(module, attribute)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
-        raise UserError(f"loss {name!r} cannot be loaded: {error}. Check the path and the function's name.") from error
+    return load(name, kind="loss ")
 
 
 def option_names(loss: Callable) -> list[str]:

@@ -187,7 +187,8 @@ class RecordJob:
 
         Args:
           before: called with what `dataset.json` will hold; what it writes is there when the folder is finished, and
-            the folder is not finished if it raises. Several processes may call it at the same time.
+            the folder is not finished if it raises, and is removed if no record is in it. Several processes may call
+            it at the same time.
           info: what readers need to know besides the shards; a callable value gets the notes of all parts in order.
         """
         if not all(self._sidecar(number).is_file() for number in range(self.parts)):
@@ -206,8 +207,13 @@ class RecordJob:
             "shards": shards,
         }
         with self._writing():
-            if before is not None:
-                before(described)
+            try:
+                if before is not None:
+                    before(described)
+            except UserError:
+                if not shards:  # no record to keep: with better input the same command starts anew
+                    shutil.rmtree(self.directory)
+                raise
             _write_json(self.directory / "dataset.json", described)
         return described
 
