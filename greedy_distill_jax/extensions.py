@@ -33,6 +33,8 @@ def load(name: str, *, kind: str = "", field: str = "") -> Any:
       UserError: no such module or file, or nothing of that name in it. Errors of the file's own code pass as they are.
     """
     where, _, attribute = name.rpartition(":")
+    if not where or not attribute:
+        raise UserError(f"{kind}{name!r} cannot be loaded: give {FORMS}.", field)
     if where.endswith(".py"):
         if not Path(where).is_file():
             raise UserError(f"{kind}{name!r} cannot be loaded: there is no file {where}. Check the path.", field)

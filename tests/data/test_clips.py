@@ -232,17 +232,18 @@ def test_bad_arguments_leave_nothing(folder, tmp_path, capsys, arguments, messag
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message, left",
     [
-        (["--frames", "70"], "--clips: {}: none of the 4 clips gives a window"),
-        (["--frames", "40"], "--held-out: held_out=0.15: no clip has the 80 frames"),
+        (["--frames", "70"], "--clips: {}: none of the 4 clips gives a window", "holds no clips"),
+        (["--frames", "40"], "--held-out: held_out=0.15: no clip has the 80 frames", "is not finished"),
     ],
 )
-def test_clips_that_are_too_short_leave_no_finished_folder(folder, tmp_path, capsys, arguments, message):
+def test_clips_that_are_too_short_leave_no_finished_folder(folder, tmp_path, capsys, arguments, message, left):
     assert _run(folder, tmp_path / "out", *arguments) == 2
     assert f"error: {message.format(folder / 'in')}" in _one_line(capsys)
-    with pytest.raises(UserError, match="is not finished"):
+    with pytest.raises(UserError, match=left):
         ShardedSource(tmp_path / "out", CLIPS)
+    assert (tmp_path / "out").exists() == (left == "is not finished")  # without one window nothing stays
 
 
 def test_nothing_decodes_or_nothing_to_write(folder, tmp_path, capsys):
@@ -252,6 +253,7 @@ def test_nothing_decodes_or_nothing_to_write(folder, tmp_path, capsys):
     assert _run(tmp_path, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "skipped x.mp4" in error and "none of the 1 clips gives a window" in error
+    assert not (tmp_path / "out").exists()  # mended clips are another job: nothing may be in its way
     assert _run(folder, tmp_path / "captions.csv" / "out") == 2 and "cannot be written" in _one_line(capsys)
     assert _run(folder, tmp_path / "captions.csv") == 2 and "is a file" in _one_line(capsys)
 
