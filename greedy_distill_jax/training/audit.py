@@ -81,11 +81,11 @@ def idle_leaves(found: Sequence[Finding]) -> list[str]:
 
 # --- zeros by construction -----------------------------------------------------------------------------------------
 
-_KEEPS_ZERO = {  # zero where their first operand is
+_KEEPS_ZERO = {  # output i is zero where operand i is
     *("neg", "convert_element_type", "reshape", "broadcast_in_dim", "transpose", "reduce_sum", "squeeze", "slice"),
-    *("dynamic_slice", "copy", "copy_p", "real", "rev", "gather", "integer_pow", "cumsum", "sharding_constraint"),
+    *("dynamic_slice", "copy", "copy_p", "real", "rev", "gather", "cumsum", "sharding_constraint"),
     *("reduce_precision", "div", "sqrt", "abs", "tanh", "sin", "sign", "expand_dims", "pvary", "pcast", "psum"),
-    *("all_gather", "reduce_scatter", "psum_invariant", "all_to_all", "ppermute", "mul", "dot_general"),
+    *("all_gather", "reduce_scatter", "psum_invariant", "all_to_all", "ppermute"),
 }
 _ANY_ZERO = {"mul", "dot_general", "conv_general_dilated"}
 _ALL_ZERO = {
@@ -137,7 +137,9 @@ def _zeros_of(equation, inputs: list[bool]) -> list[bool]:
     if name == "optimization_barrier":
         return inputs
     if name in _KEEPS_ZERO:
-        return [inputs[0]] * count
+        return inputs[:count]
+    if name == "integer_pow":
+        return [inputs[0] and params["y"] > 0]
     if name == "scan":
         return _zeros_of_scan(params, inputs)
     if name == "while":

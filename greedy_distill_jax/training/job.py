@@ -133,7 +133,8 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         state_shape = state_shapes(stage, latent_shape)
         jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
         for warning in trace_parts(jitted, state_shape, stage.frozen, batch_shape):
-            print(f"warning: {warning}", file=sys.stderr)
+            if jax.process_index() == 0:  # the same on all
+                print(f"warning: {warning}", file=sys.stderr)
     return Job(
         settings,
         stage,

@@ -1,6 +1,6 @@
 """Stage 2 as pure step functions: self-rollout, distribution matching, and the critic (docs/method.md, section 7).
 
-Generator and critic are separate jitted functions on ``train.py``'s schedule. Both roll the student out afresh. The
+Generator and critic are separate parts of a step (``stages/dmd.py``). Both roll the student out afresh. The
 generator's gradient comes in three ways ("pg"), which share the rollout and the losses:
 
 - "rollout_trunc": through the last denoising call of every frame only, in one parallel pass;
