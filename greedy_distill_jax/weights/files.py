@@ -1,6 +1,7 @@
 """What a file of named tensors offers, whatever its format; names are handed out clean (see `names.clean`)."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -51,3 +52,14 @@ def add_entry(entries: dict[str, Entry], entry: Entry) -> None:
             "path",
         )
     entries[name] = entry
+
+
+def find_entry(path: Path, entries: Mapping[str, Entry], name: str) -> Entry:
+    """The tensor of a clean name; UserError, with the ``path`` that the user named, when it is missing."""
+    if name not in entries:
+        raise UserError(
+            f"{path}: tensor {name} is missing ({len(entries)} tensors found); the file is incomplete or of another "
+            "model, download or export it again.",
+            "path",
+        )
+    return entries[name]

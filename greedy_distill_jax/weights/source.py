@@ -19,7 +19,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import Config, as_config, describe, parameter_shapes, precision_of, wan_of
-from greedy_distill_jax.weights.files import TensorFiles
+from greedy_distill_jax.weights.files import TensorFiles, find_entry
 from greedy_distill_jax.weights.names import Index
 
 FORMATS = ("original", "diffusers", "causal-pt", "torch-student", "ours")
@@ -88,13 +88,7 @@ class ForeignSource(Source):
             wanted = names.foreign_shape(leaf, shape, patch=wan_of(cfg).patch)
             found = []
             for name in self._names[leaf]:
-                entry = files.entries.get(name)
-                if entry is None:
-                    raise UserError(
-                        f"{path}: tensor {name} is missing ({len(files.entries)} tensors found); the file is "
-                        "incomplete or of another model, download or export it again.",
-                        "path",
-                    )
+                entry = find_entry(path, files.entries, name)
                 if entry.shape != wanted:
                     raise UserError(
                         f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected {list(wanted)} for "

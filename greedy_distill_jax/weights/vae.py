@@ -16,7 +16,7 @@ from greedy_distill_jax.codecs.vae_tiny import TinyVAE
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.weights.architecture import nest
-from greedy_distill_jax.weights.files import TensorFiles
+from greedy_distill_jax.weights.files import TensorFiles, find_entry
 from greedy_distill_jax.weights.load import DTYPES
 from greedy_distill_jax.weights.replacing import replacing
 from greedy_distill_jax.weights.tensor_files import read_config, tensor_files
@@ -108,13 +108,7 @@ def _config(path: Path) -> VAEConfig:
 
 
 def _read(path: Path, files: TensorFiles, name: str, wanted: tuple[int, ...], vae: VAE) -> np.ndarray:
-    entry = files.entries.get(name)
-    if entry is None:
-        raise UserError(
-            f"{path}: tensor {name} is missing ({len(files.entries)} tensors found); the file is incomplete or of "
-            "another model, download it again.",
-            "path",
-        )
+    entry = find_entry(path, files.entries, name)
     # Some files of TAEHV keep the weights of a doubling in time where there is none; its last half is what counts.
     surplus = isinstance(vae, TinyVAE) and name.startswith("decoder.") and name.endswith(".conv.weight")
     if entry.shape != wanted and not (surplus and entry.shape == (2 * wanted[0], *wanted[1:])):
