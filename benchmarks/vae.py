@@ -18,6 +18,14 @@ from greedy_distill_jax.measure import clock, environment, record
 
 def main() -> None:
     """Command line."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dim", type=int, default=48, help="width at full resolution (Wan2.1's is 96)")
+    parser.add_argument("--height", type=int, default=128, help="of the video, in pixels")
+    parser.add_argument("--width", type=int, default=160, help="of the video, in pixels")
+    parser.add_argument("--latent-frames", type=int, default=3, help="four frames of video each, the first one")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    args = parser.parse_args()
     clock.one_thread()
     # torch reads the environment when it is imported, here.
     import diffusers
@@ -32,14 +40,6 @@ def main() -> None:
     from greedy_distill_jax.testing.vae import random_params
     from greedy_distill_jax.weights.vae import diffusers_config, foreign_tensors
 
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, default=48, help="width at full resolution (Wan2.1's is 96)")
-    parser.add_argument("--height", type=int, default=128, help="of the video, in pixels")
-    parser.add_argument("--width", type=int, default=160, help="of the video, in pixels")
-    parser.add_argument("--latent-frames", type=int, default=3, help="four frames of video each, the first one")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    args = parser.parse_args()
     if jax.default_backend() != "cpu":
         raise UserError("this benchmark compares CPU times; run it with JAX_PLATFORMS=cpu.")
     torch.set_num_threads(1)

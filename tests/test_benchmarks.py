@@ -7,12 +7,12 @@ import pathlib
 import re
 
 import pytest
-from conftest import ROOT, exit_code
 
 from greedy_distill_jax.measure import clock, environment
 from greedy_distill_jax.ops.attention.arg_specs import Spec
 from greedy_distill_jax.ops.attention.pattern import Pattern
 from greedy_distill_jax.pods import kernels
+from tests.conftest import ROOT, exit_code
 
 
 @pytest.fixture

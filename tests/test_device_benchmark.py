@@ -8,11 +8,11 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from greedy_distill_jax.ops.attention import Pattern, backends
 from greedy_distill_jax.ops.attention.backends.record import Call
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
+from tests.conftest import ROOT
 
 ITEMS = ("ceilings", "correctness", "streaming", "torch_peer", "attention", "training", "trace")
 ITEMS_RUN = ("ceilings", "streaming")

@@ -14,7 +14,6 @@ import jax
 import nbformat
 import numpy as np
 import pytest
-from conftest import exit_code
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
@@ -28,6 +27,7 @@ from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.runs.teacher_sampler import TeacherSampler
 from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.testing import tiny
+from tests.conftest import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a red square moving left", "a blue circle moving up")

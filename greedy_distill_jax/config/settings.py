@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.config import keys, stages, tree
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
@@ -211,8 +212,9 @@ def terms_of(
     """
     out = []
     for name, term in losses.items():
-        loss, options = resolve(term.loss), dict(term.options)
-        check_options(term.loss, loss, options)
+        with cli.places(loss=f"{path}.{name}.loss", options=f"{path}.{name}.options"):
+            loss, options = resolve(term.loss), dict(term.options)
+            check_options(term.loss, loss, options)
         takes, asks = option_names(loss), asked(loss)
         missing = [network for network in asks if network not in offered]
         if missing:

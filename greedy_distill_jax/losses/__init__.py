@@ -53,9 +53,10 @@ def resolve(name: str) -> Callable:
     if ":" not in name:
         raise UserError(
             f"loss {name!r} is not known; choose from {', '.join(sorted(_LOSSES))}, register your own with "
-            f"greedy_distill_jax.losses.register, or give {FORMS}."
+            f"greedy_distill_jax.losses.register, or give {FORMS}.",
+            "loss",
         )
-    return load(name, kind="loss ")
+    return load(name, kind="loss ", field="loss")
 
 
 def option_names(loss: Callable) -> list[str]:
@@ -79,5 +80,6 @@ def check_options(name: str, loss: Callable, options: dict) -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise UserError(
-            f"loss {name!r} has no option {unknown[0]!r}; keyword-only options it takes: {', '.join(known) or 'none'}."
+            f"loss {name!r} has no option {unknown[0]!r}; keyword-only options it takes: {', '.join(known) or 'none'}.",
+            "options",
         )

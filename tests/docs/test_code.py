@@ -8,8 +8,6 @@ import shlex
 import sys
 
 import pytest
-from conftest import exit_code
-from documents import blocks
 
 from greedy_distill_jax import convert, losses, train as training
 from greedy_distill_jax.cli.config_flags import load_config
@@ -17,6 +15,8 @@ from greedy_distill_jax.config import open_keys, stages
 from greedy_distill_jax.ops.attention import backends
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.metrics import read_scalars
+from tests.conftest import exit_code
+from tests.docs.documents import blocks
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from documents import PAGES, ROOT
+
+from tests.docs.documents import PAGES, ROOT
 
 pytest.importorskip("sphinx", reason="needs the extra docs")
 

@@ -5,14 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import exit_code
-from test_torch_student import from_torch, jax_stream, loaded, to_torch
 
 from greedy_distill_jax import convert, prepare, sample
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny, wan_folder
 from greedy_distill_jax.train import train
+from tests.conftest import exit_code
+from tests.parity.test_torch_student import from_torch, jax_stream, loaded, to_torch
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")

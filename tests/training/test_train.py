@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import exit_code
 
 from greedy_distill_jax import losses, train as training
 from greedy_distill_jax.config import read_settings
@@ -22,6 +21,7 @@ from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
 from greedy_distill_jax.training import loop
 from greedy_distill_jax.training.metrics import read_scalars
+from tests.conftest import exit_code
 
 CONFIG = """
 import pathlib, time

@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import exit_code
 
 from greedy_distill_jax import convert
 from greedy_distill_jax.errors import UserError
@@ -15,6 +14,7 @@ from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.verify import compare
+from tests.conftest import exit_code
 
 run = functools.partial(exit_code, convert.main)
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import exit_code
 from safetensors.numpy import load_file, save_file
 
 from greedy_distill_jax import convert
@@ -21,6 +20,7 @@ from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.source import TreeSource
 from greedy_distill_jax.weights.verify import compare
 from greedy_distill_jax.weights.write import tensors_of, write
+from tests.conftest import exit_code
 
 run = functools.partial(exit_code, convert.main)
 
