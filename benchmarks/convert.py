@@ -79,10 +79,13 @@ def measured(function, device_bytes: int, shard_bytes: int) -> dict:
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     beyond = peak() - before - device_bytes
     return dict(
-        seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
-        peak_gb=round(peak() / 1e9, 2), beyond_device_gb=round(beyond / 1e9, 3),
-        largest_shard_gb=round(shard_bytes / 1e9, 3), beyond_over_shard=round(beyond / shard_bytes, 2),
-    )  # fmt: skip
+        seconds=round(seconds, 1),
+        cpu_seconds=round(cpu, 1),
+        peak_gb=round(peak() / 1e9, 2),
+        beyond_device_gb=round(beyond / 1e9, 3),
+        largest_shard_gb=round(shard_bytes / 1e9, 3),
+        beyond_over_shard=round(beyond / shard_bytes, 2),
+    )
 
 
 def run_phase(phase: str, cfg: WanConfig, folder: Path, dtype: str) -> dict:

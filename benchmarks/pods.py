@@ -56,10 +56,12 @@ JOBS = {
     "1.3B stage 1, v6e:4x4": Row("configs/wan1_3b/teacher_forcing.py", "v6e:4x4", STAGE1, overrides=WHOLE),
     "1.3B stage 2, v6e:4x4": Row("configs/wan1_3b/dmd.py", "v6e:4x4", STAGE2, overrides=WHOLE),
     "1.3B stage 2, self as fake score, v6e:4x4": Row(
-        "configs/wan1_3b/dmd.py:greedy_distill_paper", "v6e:4x4", STAGE2, critic=False, overrides=WHOLE),
+        "configs/wan1_3b/dmd.py:greedy_distill_paper", "v6e:4x4", STAGE2, critic=False, overrides=WHOLE
+    ),
     "1.3B causal, v6e:4x4": Row("configs/wan1_3b/causal.py", "v6e:4x4", STAGE1, student="causal", overrides=WHOLE),
     "1.3B stage 2, 14B teacher, v5p:2x2x4": Row(
-        "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b", overrides=WHOLE),
+        "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b", overrides=WHOLE
+    ),
     **{
         f"1.3B streaming, {name}": Row("configs/wan1_3b/sample.py", name, STAGE2, only="stream")
         for name in ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
@@ -67,16 +69,16 @@ JOBS = {
     "14B teacher, v5p:4x4x8": Row("configs/wan14b/teacher.py", "v5p:4x4x8", "teacher", "wan14b"),
     "14B stage 1, v5p:4x4x8": Row("configs/wan14b/teacher_forcing.py", "v5p:4x4x8", STAGE1, "wan14b"),
     "14B stage 2, v5p:4x4x8": Row("configs/wan14b/dmd.py", "v5p:4x4x8", STAGE2, "wan14b", "wan14b"),
-    "14B stage 2, v5e:2x2": Row(
-        "configs/wan14b/dmd.py", "v5e:2x2", STAGE2, "wan14b", "wan14b", code=3),
-}  # fmt: skip
+    "14B stage 2, v5e:2x2": Row("configs/wan14b/dmd.py", "v5e:2x2", STAGE2, "wan14b", "wan14b", code=3),
+}
 # Stages 1 and 2 at 1.3B from 16 (above) to 256 chips, the same batch of 64: beyond 64 chips several share a video.
 SCALING = {
-    f"1.3B stage {number}, {name}": Row(f"configs/wan1_3b/{stage}.py", name, stage, only=stage, overrides=(
-        "mesh.context=1", "data.accumulate=1", *more))
+    f"1.3B stage {number}, {name}": Row(
+        f"configs/wan1_3b/{stage}.py", name, stage, only=stage, overrides=("mesh.context=1", "data.accumulate=1", *more)
+    )
     for number, stage in ((1, STAGE1), (2, STAGE2))
     for name, more in (("v6e:8x8", ()), ("v6e:16x16", ("mesh.tensor=4",)))
-}  # fmt: skip
+}
 
 
 def compiled(row: Row, only: str) -> dict:
@@ -89,9 +91,15 @@ def compiled(row: Row, only: str) -> dict:
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         shown = [
-            "python", "-m", "greedy_distill_jax.compile", "train", f"--config={row.config}",
-            f"--topology={row.topology}", *([f"--only={only}"] if only else []), *row.options(),
-        ]  # fmt: skip
+            "python",
+            "-m",
+            "greedy_distill_jax.compile",
+            "train",
+            f"--config={row.config}",
+            f"--topology={row.topology}",
+            *([f"--only={only}"] if only else []),
+            *row.options(),
+        ]
         command = [sys.executable, *shown[1:], f"--json={file.name}"]
         done = subprocess.run(command, capture_output=True, text=True)
         print(done.stdout, flush=True)
@@ -140,15 +148,21 @@ def table(rows: dict[str, dict]) -> str:
             sent, fits = step["sent_bytes_per_device"], "" if step["fits"] else " does not fit"
             videos = f"{facts['streams']['streams']} streams" if step["step"] == "stream" else batch
             cells = [
-                name, facts["devices"], mesh, videos, step["step"],
+                name,
+                facts["devices"],
+                mesh,
+                videos,
+                step["step"],
                 f"{step['memory']['peak'] / GIB:.2f} / {step['hbm'] / GIB:.2f}{fits}",
-                f"{step['model_flops']:.2e}", f"{step['model_flops_per_device']:.2e}",
+                f"{step['model_flops']:.2e}",
+                f"{step['model_flops_per_device']:.2e}",
                 "-" if sent is None else f"{sent / GIB:.1f}",
                 f"{step['flops_per_sent_byte']:,.0f}" if step["flops_per_sent_byte"] else "-",
                 f"{step['chip_flops_per_link_byte']:,.0f}",
                 "-" if step["seconds"] is None else f"{step['seconds']:.0f} ({step['cpu_seconds']:.0f})",
-                f"{step['host_bytes'] / GIB:.1f}", step["exit_code"],
-            ]  # fmt: skip
+                f"{step['host_bytes'] / GIB:.1f}",
+                step["exit_code"],
+            ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -168,8 +182,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.output.parent.is_dir():
         parser.error(f"--output: the folder {args.output.parent} does not exist")
-    if not any(args.only in name and args.step in step for name, row in (JOBS | SCALING).items()
-               for step in steps_of(row)):  # fmt: skip
+    if not any(
+        args.only in name and args.step in step for name, row in (JOBS | SCALING).items() for step in steps_of(row)
+    ):
         parser.error(f"no row contains {args.only!r} with a step {args.step!r}; rows: {'; '.join(JOBS | SCALING)}")
     for name, row in (JOBS | SCALING).items():
         for only in steps_of(row):

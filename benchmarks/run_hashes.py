@@ -19,22 +19,42 @@ RUNS = {  # name -> (configuration, overrides with {run} for the folders of earl
     "student": ("student,smoke", ["--config.teacher_from={teacher}"]),
     "stage2": ("stage2,smoke", ["--config.teacher_from={teacher}", "--config.student_from={student}"]),
     "stage2_self": (
-        "greedy_distill_paper,smoke", ["--config.teacher_from={teacher}", "--config.student_from={student}"]),
+        "greedy_distill_paper,smoke",
+        ["--config.teacher_from={teacher}", "--config.student_from={student}"],
+    ),
     "student_last_step": (
-        "student,smoke", ["--config.teacher_from={teacher}", "--config.student.context=last_step_kv"]),
+        "student,smoke",
+        ["--config.teacher_from={teacher}", "--config.student.context=last_step_kv"],
+    ),
     "stage2_last_step": (
         "stage2,smoke",
-        ["--config.teacher_from={teacher}", "--config.student_from={student_last_step}",
-         "--config.student.context=last_step_kv", "--config.distill.real=joint"]),
+        [
+            "--config.teacher_from={teacher}",
+            "--config.student_from={student_last_step}",
+            "--config.student.context=last_step_kv",
+            "--config.distill.real=joint",
+        ],
+    ),
     "causal": (
         "student,smoke",
-        ["--config.teacher_from={teacher}", "--config.student.kind=causal", "--config.student.causal.window=4",
-         "--config.student.causal.sink=1"]),
+        [
+            "--config.teacher_from={teacher}",
+            "--config.student.kind=causal",
+            "--config.student.causal.window=4",
+            "--config.student.causal.sink=1",
+        ],
+    ),
     "causal_stage2": (
         "stage2,smoke",
-        ["--config.teacher_from={teacher}", "--config.student_from={causal}", "--config.student.kind=causal",
-         "--config.student.causal.window=4", "--config.student.causal.sink=1"]),
-}  # fmt: skip
+        [
+            "--config.teacher_from={teacher}",
+            "--config.student_from={causal}",
+            "--config.student.kind=causal",
+            "--config.student.causal.window=4",
+            "--config.student.causal.sink=1",
+        ],
+    ),
+}
 
 
 def arrays(checkpoint: Path) -> str:

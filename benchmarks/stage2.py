@@ -47,10 +47,16 @@ SCALES = (0.5, 1.0, 2.0)
 TEACHER_STEPS = 2000  # shorter than the quickstart's: six teachers are the largest part of the benchmark's time
 TASKS = {"plain": "moving_shapes", "drift": "moving_shapes:wandering"}
 SHOWN = (
-    ("fd", "FD - real"), ("fd_last", "FD - real, last window"), ("valid", "Valid"), ("motion", "Motion spread / real"),
-    ("wobble", "Wobble, px"), ("drift", "FD growth, 1e-3 / window"), ("colour", "Colour change, 1e-3 / window"),
-    ("decay", "Validity lost, % / window"), ("train_cpu_s", "CPU s"),
-)  # fmt: skip
+    ("fd", "FD - real"),
+    ("fd_last", "FD - real, last window"),
+    ("valid", "Valid"),
+    ("motion", "Motion spread / real"),
+    ("wobble", "Wobble, px"),
+    ("drift", "FD growth, 1e-3 / window"),
+    ("colour", "Colour change, 1e-3 / window"),
+    ("decay", "Validity lost, % / window"),
+    ("train_cpu_s", "CPU s"),
+)
 CURVES = {"valid_by_frame": "valid, by frame", "fd_by_window": "FD less real, by window of 8 frames"}
 
 
@@ -223,14 +229,22 @@ def numbers(video, real, reference, captions) -> dict:
     floor = by_window(real, reference)
     distance = by_window(video, reference) - floor
     return {
-        "fd": gates.corrected_fd(m, r), "fd_windows": float(distance.mean()), "fd_real": float(floor.mean()),
-        "fd_first": m["fd_first"] - r["fd_first"], "fd_last": m["fd_last"] - r["fd_last"],
-        "valid": float(np.mean(m["valid_by_frame"])), "motion": gates.motion_spread(m, r),
-        "motion_last": m["step_std_last"] / r["step_std_last"], "wobble": m["wobble"], "flicker": m["flicker"],
-        "drift": 1e3 * slope(distance), "colour": 1e3 * slope(m["colour_change_by_frame"]),
-        "decay": -100 * slope(m["valid_by_frame"]), "valid_by_frame": m["valid_by_frame"],
+        "fd": gates.corrected_fd(m, r),
+        "fd_windows": float(distance.mean()),
+        "fd_real": float(floor.mean()),
+        "fd_first": m["fd_first"] - r["fd_first"],
+        "fd_last": m["fd_last"] - r["fd_last"],
+        "valid": float(np.mean(m["valid_by_frame"])),
+        "motion": gates.motion_spread(m, r),
+        "motion_last": m["step_std_last"] / r["step_std_last"],
+        "wobble": m["wobble"],
+        "flicker": m["flicker"],
+        "drift": 1e3 * slope(distance),
+        "colour": 1e3 * slope(m["colour_change_by_frame"]),
+        "decay": -100 * slope(m["valid_by_frame"]),
+        "valid_by_frame": m["valid_by_frame"],
         "fd_by_window": distance.tolist(),
-    }  # fmt: skip
+    }
 
 
 def controls(bench: Bench, task: str) -> dict[str, dict]:
@@ -287,8 +301,9 @@ def markdown(result: dict) -> str:
     """The tables, the verdicts and what each row's tuning tried."""
     lines = [f"{result['videos']} held-out videos per cell, seeds {result['seeds']}; mean (standard error)", ""]
     tables = dict(result["table"])
-    tables |= {f"exploration: {task}, seed 0, untuned, tuning videos": rows
-               for task, rows in result["exploration"].items()}  # fmt: skip
+    tables |= {
+        f"exploration: {task}, seed 0, untuned, tuning videos": rows for task, rows in result["exploration"].items()
+    }
     for task, rows in tables.items():
         lines += [f"**{task}**", "", "| row | " + " | ".join(title for _, title in SHOWN) + " |"]
         lines += ["|" + "---|" * (len(SHOWN) + 1)]
@@ -299,8 +314,12 @@ def markdown(result: dict) -> str:
     for v in result["verdicts"]:
         lines.append(f"- {'pass' if v['passed'] else 'FAIL'}: {v['name']} {v['value']:.2f} ({v['limit']})")
     lines += ["", "Tuning, FD at each factor of the learning rate (seed 0, other videos):", ""]
-    lines += [f"- {task}, {name}: " + ", ".join(f"x{s} {fd:.4f}" for s, fd in tried.items())
-              for task, rows in result["tuning"].items() for name, tried in rows.items() if tried]  # fmt: skip
+    lines += [
+        f"- {task}, {name}: " + ", ".join(f"x{s} {fd:.4f}" for s, fd in tried.items())
+        for task, rows in result["tuning"].items()
+        for name, tried in rows.items()
+        if tried
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -357,22 +376,35 @@ def main() -> None:
             per_seed[task][name] = [cell]
     table = {task: {name: summary(cells) for name, cells in rows.items()} for task, rows in per_seed.items()}
     result = {
-        "videos": args.videos, "seeds": args.seeds, "table": table, "verdicts": verdicts(table), "tuning": tuning,
-        "scales": scales, "curves": {
+        "videos": args.videos,
+        "seeds": args.seeds,
+        "table": table,
+        "verdicts": verdicts(table),
+        "tuning": tuning,
+        "scales": scales,
+        "curves": {
             task: {
                 name: {key: np.mean([c[key] for c in cells], 0).tolist() for key in CURVES}
                 for name, cells in rows.items()
             }
             for task, rows in per_seed.items()
         },
-        "per_seed": {task: {name: [{k: v for k, v in c.items() if not isinstance(v, list)} for c in cells]
-                            for name, cells in rows.items()} for task, rows in per_seed.items()},
+        "per_seed": {
+            task: {
+                name: [{k: v for k, v in c.items() if not isinstance(v, list)} for c in cells]
+                for name, cells in rows.items()
+            }
+            for task, rows in per_seed.items()
+        },
         "exploration": {
             task: {name: summary([bench.tried(task, name, row, 1.0)]) for name, row in (headline | MORE).items()}
             for task in args.tasks
-        } if args.explore else {},
-        **environment(), "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
-    }  # fmt: skip
+        }
+        if args.explore
+        else {},
+        **environment(),
+        "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
+    }
     if "plain" in table:
         result["controls_fail"] = {
             name: not passes(per_seed["plain"][name][0], table["plain"]["stage1"])

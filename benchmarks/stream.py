@@ -161,9 +161,7 @@ def check(name: str, students: Sequence[str]) -> dict[str, float]:
     return out
 
 
-def measure(
-    run: Run, plan: StepPlan, decoders: dict[str, Decoder], ceiling: float, frames: int, repeats: int
-) -> dict:  # fmt: skip
+def measure(run: Run, plan: StepPlan, decoders: dict[str, Decoder], ceiling: float, frames: int, repeats: int) -> dict:
     """Figures of one student and schedule, see the head of this file.
 
     Args:
@@ -219,24 +217,54 @@ def measure(
         "program_bytes": needed,
         "cache_bytes": kept.cache_bytes,
         "peak": memory.peak_bytes(),
-    }  # fmt: skip
+    }
 
 
 def show(rows: list[dict]) -> str:
     """The table."""
-    header = ["student", "steps", "text ms", "first: latents", "tiny VAE", "Wan VAE", "ms/frame: model", "+ clean",
-              "fused", "+ tiny VAE", "+ Wan VAE", "FPS: + clean", "+ tiny VAE", "+ Wan VAE", "late",
-              "MFU + clean", "program MiB"]  # fmt: skip
+    header = [
+        "student",
+        "steps",
+        "text ms",
+        "first: latents",
+        "tiny VAE",
+        "Wan VAE",
+        "ms/frame: model",
+        "+ clean",
+        "fused",
+        "+ tiny VAE",
+        "+ Wan VAE",
+        "FPS: + clean",
+        "+ tiny VAE",
+        "+ Wan VAE",
+        "late",
+        "MFU + clean",
+        "program MiB",
+    ]
     cells = []
     for row in rows:
         first, ms, fps = row["first_chunk_ms"], row["ms_per_latent_frame"], row["pixel_fps"]
-        cells.append([
-            row["student"], row["schedule"], row["text_ms"], first["latents"], first["tiny VAE"], first["Wan VAE"],
-            ms["model"], ms["clean"], ms.get("fused"), ms["tiny VAE"], ms["Wan VAE"],
-            fps["clean"], fps["tiny VAE"], fps["Wan VAE"], round(row["late"]["over_early"], 3),
-            row["mfu"],
-            row["program_bytes"]["clean"]["total"] / 2**20,
-        ])  # fmt: skip
+        cells.append(
+            [
+                row["student"],
+                row["schedule"],
+                row["text_ms"],
+                first["latents"],
+                first["tiny VAE"],
+                first["Wan VAE"],
+                ms["model"],
+                ms["clean"],
+                ms.get("fused"),
+                ms["tiny VAE"],
+                ms["Wan VAE"],
+                fps["clean"],
+                fps["tiny VAE"],
+                fps["Wan VAE"],
+                round(row["late"]["over_early"], 3),
+                row["mfu"],
+                row["program_bytes"]["clean"]["total"] / 2**20,
+            ]
+        )
     return record.table(header, cells)
 
 
@@ -247,8 +275,12 @@ def _parser() -> cli.Parser:
     parser.add_argument("--steps", choices=SCHEDULES, nargs="+", default=tuple(SCHEDULES), help="denoising schedules")
     parser.add_argument("--frames", type=int, default=400, help="latent frames of the long stream (400)")
     parser.add_argument("--repeats", type=int, default=7, help="first chunks that are timed (7)")
-    parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32",
-                        help="how kernels are stored (float32, as `sample` holds a run's)")  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="how kernels are stored (float32, as `sample` holds a run's)",
+    )
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     return parser
 
@@ -264,12 +296,19 @@ def main(argv: list[str]) -> None:
     clock.one_thread()
     dtype = read_settings(configs[args.student[0]], imagine_runs=True).wan.dtype
     result = {
-        "size": args.size, "video": [size.height, size.width], "latents": list(size.latent_shape), "batch": 1,
-        "dtype": dtype, "weights": args.weights, "schedules": {name: SCHEDULES[name] for name in args.steps},
+        "size": args.size,
+        "video": [size.height, size.width],
+        "latents": list(size.latent_shape),
+        "batch": 1,
+        "dtype": dtype,
+        "weights": args.weights,
+        "schedules": {name: SCHEDULES[name] for name in args.steps},
         "text": "the students' projection of the text rows; the text encoder is not measured",
-        **environment.environment(), "ceilings": environment.ceilings(dtype), "checks": check(args.size, args.student),
+        **environment.environment(),
+        "ceilings": environment.ceilings(dtype),
+        "checks": check(args.size, args.student),
         "rows": [],
-    }  # fmt: skip
+    }
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     decoders = {name: Decoder(codec, size) for name, codec in size.codecs().items()}
     result["decoder_program_bytes"] = {

@@ -91,11 +91,18 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
         "ratios": {f"{peer} / {name}": ms[peer] / ms[name] for peer in peers for name in (CAUSAL, ETM_SDD)},
         "largest_difference": worst,
         "config": {
-            "latents": size.latent_shape, "dim": cfg.base.dim, "layers": cfg.base.num_layers, "steps": steps,
-            "chunk": cfg.chunk, "window": cfg.window, "sink": cfg.sink, "dtype": cfg.base.dtype,
-            "etm_layers": len(etm_run.model.cfg.etm_layers), "sdd_layers": len(etm_run.model.cfg.sdd_layers),
+            "latents": size.latent_shape,
+            "dim": cfg.base.dim,
+            "layers": cfg.base.num_layers,
+            "steps": steps,
+            "chunk": cfg.chunk,
+            "window": cfg.window,
+            "sink": cfg.sink,
+            "dtype": cfg.base.dtype,
+            "etm_layers": len(etm_run.model.cfg.etm_layers),
+            "sdd_layers": len(etm_run.model.cfg.sdd_layers),
         },
-    }  # fmt: skip
+    }
 
 
 def _torch_device() -> str:
@@ -141,15 +148,27 @@ def main(argv: list[str]) -> None:
         result["sizes"][name] = measure(SIZES[name], args.steps, args.repeats, peers, device)
         record.write_json(args.output, result)
     rows = [
-        [name, f"{row['config']['latents'][0]}x{row['config']['latents'][1]}", row["config"]["dim"],
-         *row["ms_per_latent_frame"].values(), *row["ratios"].values(), f"{row['largest_difference']:.0e}"]
+        [
+            name,
+            f"{row['config']['latents'][0]}x{row['config']['latents'][1]}",
+            row["config"]["dim"],
+            *row["ms_per_latent_frame"].values(),
+            *row["ratios"].values(),
+            f"{row['largest_difference']:.0e}",
+        ]
         for name, row in result["sizes"].items()
-    ]  # fmt: skip
+    ]
     print(f"{result['device']} ({result['cpu']}), {result['clock']}")
     for dtype, rates in result["matmul_flops_per_s"].items():
         print(f"matmul, {dtype}: {', '.join(f'{name} {rate / 1e9:.0f} GFLOP/s' for name, rate in rates.items())}")
-    header = ["size", "latents", "width", *(f"{name}, ms/frame" for name in (*peers, CAUSAL, ETM_SDD)),
-              *next(iter(result["sizes"].values()))["ratios"], "causal frames differ by"]  # fmt: skip
+    header = [
+        "size",
+        "latents",
+        "width",
+        *(f"{name}, ms/frame" for name in (*peers, CAUSAL, ETM_SDD)),
+        *next(iter(result["sizes"].values()))["ratios"],
+        "causal frames differ by",
+    ]
     print(record.table(header, rows))
 
 

@@ -124,9 +124,15 @@ def main(argv: list[str]) -> None:
     clock.one_thread()
     dtype = read_settings(size.config("dmd"), imagine_runs=True).wan.dtype
     result = {
-        "size": args.size, "latents": [size.frames, *size.latent_shape], "batch": 1, "dtype": dtype, "exit": "last",
-        **environment.environment(), "ceilings": environment.ceilings(dtype), "steps": {},
-    }  # fmt: skip
+        "size": args.size,
+        "latents": [size.frames, *size.latent_shape],
+        "batch": 1,
+        "dtype": dtype,
+        "exit": "last",
+        **environment.environment(),
+        "ceilings": environment.ceilings(dtype),
+        "steps": {},
+    }
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     for name in [n for n in STEPS if n in args.only]:
         source, part = STEPS[name]
@@ -160,10 +166,18 @@ def show(result: dict) -> None:
         cells = [[name, row["ms"], row["temporary_MiB"], row["compile_s"]] for name, row in forms.items()]
         print(record.table(["rollout gradient", "ms", "temporary MiB", "compile s"], cells))
     cells = [
-        [name, row["ms"], row["model_flops"] / 1e12, row["executed_flops"] / 1e12, row["mfu"], row["hfu"],
-         row["program_bytes"]["total"] / 2**20, row["compile_s"]]
+        [
+            name,
+            row["ms"],
+            row["model_flops"] / 1e12,
+            row["executed_flops"] / 1e12,
+            row["mfu"],
+            row["hfu"],
+            row["program_bytes"]["total"] / 2**20,
+            row["compile_s"],
+        ]
         for name, row in result["steps"].items()
-    ]  # fmt: skip
+    ]
     header = ["step", "ms", "TFLOP, model", "executed", "MFU", "HFU", "program MiB", "compile s"]
     print(record.table(header, cells))
 

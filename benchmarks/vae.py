@@ -83,10 +83,13 @@ def main() -> None:
     rates = matmul_rates("float32")
     print(f"matmul: {', '.join(f'{name} {rate / 1e9:.0f} GFLOP/s' for name, rate in rates.items())}")
     result = {
-        "milliseconds": times, "ratios": {"diffusers / ours": ratio}, "largest_difference": difference,
+        "milliseconds": times,
+        "ratios": {"diffusers / ours": ratio},
+        "largest_difference": difference,
         "config": {"dim": args.dim, "latents": shape, "dtype": "float32"},
-        "matmul_flops_per_s": rates, **environment.environment(),
-    }  # fmt: skip
+        "matmul_flops_per_s": rates,
+        **environment.environment(),
+    }
     record.write_json(args.output, result)
 
 

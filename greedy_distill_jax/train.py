@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
             )
         writer = stack.enter_context(
             MetricWriter(workdir, enabled=main, resume_step=progress.first, fps=settings.log.fps)
-        )  # fmt: skip
+        )
         state = run_loop(progress, state, frozen, writer, stop, show_progress and main)
 
     if stop.signal and progress.step < settings.steps:

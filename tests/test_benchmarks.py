@@ -72,8 +72,9 @@ def test_attention_over_machines(benchmark, capsys):
 
 def test_stream(benchmark, tmp_path, capsys):
     stream, output = benchmark("stream"), tmp_path / "stream.json"
-    stream.main(["--size=tiny", "--student=etm_sdd", "--steps", "diagonal", "--frames=36", "--repeats=1",
-                 f"--output={output}"])  # fmt: skip
+    stream.main(
+        ["--size=tiny", "--student=etm_sdd", "--steps", "diagonal", "--frames=36", "--repeats=1", f"--output={output}"]
+    )
     result = json.loads(output.read_text())
     expected = {"size", "video", "latents", "dtype", "weights", "schedules", "models", "checks", "ceilings"}
     assert result.keys() >= ENVIRONMENT | expected
@@ -142,9 +143,12 @@ def test_an_unknown_size(benchmark, name, capsys):
 
 @pytest.mark.parametrize(
     "name, argument, words",
-    [("stream", "--frames=20", "use at least 68 frames"), ("stream_torch", "--steps=0", "at least 1"),
-     ("train_step", "--repeats=0", "at least 1")],
-)  # fmt: skip
+    [
+        ("stream", "--frames=20", "use at least 68 frames"),
+        ("stream_torch", "--steps=0", "at least 1"),
+        ("train_step", "--repeats=0", "at least 1"),
+    ],
+)
 def test_refused_numbers(benchmark, name, argument, words, capsys):
     assert exit_code(benchmark(name).main, "--size", "tiny", argument) == 2
     assert words in capsys.readouterr().err

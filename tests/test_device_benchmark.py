@@ -72,9 +72,11 @@ def chosen(items, tmp_path, monkeypatch):
     def rows_of(item, measured=()):
         record = records.Record(tmp_path / "rows.json", 600.0, {"item": item, "size": "tiny"})
         whole, found = record.row, {}
-        monkeypatch.setattr(record, "row", lambda name, work, needs=0.0: found.update(
-            {name: whole(name, work) if name in measured else {}}
-        ))  # fmt: skip
+        monkeypatch.setattr(
+            record,
+            "row",
+            lambda name, work, needs=0.0: found.update({name: whole(name, work) if name in measured else {}}),
+        )
         items(item).run(record)
         return found
 
@@ -101,10 +103,12 @@ def test_rows_of_the_correctness_item(chosen):
 
 @pytest.mark.parametrize(
     "item, rows",
-    [("torch_peer", {"float32, tiny", "eager", "compiled", "ours, causal, as it is"}),
-     ("training", {"stage 1", "critic, prefix", "generator, prefix", "rollout gradient, prefix"}),
-     ("trace", {"stage 1", "frame, prefix, 4 steps", "frame, as it is, 4 steps"})],
-)  # fmt: skip
+    [
+        ("torch_peer", {"float32, tiny", "eager", "compiled", "ours, causal, as it is"}),
+        ("training", {"stage 1", "critic, prefix", "generator, prefix", "rollout gradient, prefix"}),
+        ("trace", {"stage 1", "frame, prefix, 4 steps", "frame, as it is, 4 steps"}),
+    ],
+)
 def test_rows_of_an_item(chosen, item, rows):
     """What they measure is tested with the benchmarks it is from (``test_benchmarks.py``)."""
     assert chosen(item).keys() >= rows
@@ -141,9 +145,14 @@ def test_rows_are_written_judged_and_kept(items, tmp_path, capsys):
     first.leave_out("later", "not built yet: nobody wrote it")
     rows = json.loads(path.read_text())["rows"]  # before the item has finished
     assert {name: row["status"] for name, row in rows.items()} == {
-        "right": "ok", "wrong": "wrong", "not a number": "wrong", "infinite": "wrong", "failed": "failed",
-        "late": "no time", "later": "not here",
-    }  # fmt: skip
+        "right": "ok",
+        "wrong": "wrong",
+        "not a number": "wrong",
+        "infinite": "wrong",
+        "failed": "failed",
+        "late": "no time",
+        "later": "not here",
+    }
     assert "figures" not in rows["wrong"] and rows["wrong"]["does not count"] == {"ms": 1.0}
     assert rows["failed"]["why"] == "RuntimeError: no such kernel" and ROOT not in str(rows["failed"]["traceback"])
     first.finish()

@@ -29,8 +29,9 @@ def test_two_updates_at_width_1536(name):
     if config.stage != "teacher":
         kernels = [params["student"][part]["blocks"]["self_attn"]["q"]["kernel"] for part in ("etm", "sdd")]
         assert [k.shape for k in kernels] == [(1, 1536, 1536)] * 2  # "interleaved": one block each of the two
-    assert all(x.dtype == jnp.bfloat16 for p, x in jax.tree_util.tree_leaves_with_path(stage.frozen)
-               if p[-1].key == "kernel")  # fmt: skip
+    assert all(
+        x.dtype == jnp.bfloat16 for p, x in jax.tree_util.tree_leaves_with_path(stage.frozen) if p[-1].key == "kernel"
+    )
     state, rng = jax.jit(stage.state)(params), np.random.default_rng(0)
     before = [np.asarray(x) for x in jax.tree.leaves(params)]
     batch = {
@@ -42,8 +43,10 @@ def test_two_updates_at_width_1536(name):
         for _ in range(2 if len(stage.parts) == 1 else 1):
             state, metrics = call(state, stage.frozen, batch)
             assert all(np.isfinite(float(x)) for x in metrics.values())
-    moved = [np.abs(np.asarray(a) - b).max() > 0 for a, b in
-             zip(jax.tree.leaves({n: net.params for n, net in state.nets.items()}), before, strict=True)]  # fmt: skip
+    moved = [
+        np.abs(np.asarray(a) - b).max() > 0
+        for a, b in zip(jax.tree.leaves({n: net.params for n, net in state.nets.items()}), before, strict=True)
+    ]
     assert np.mean(moved) > 0.9
 
 

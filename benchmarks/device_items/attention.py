@@ -191,14 +191,15 @@ def figures(work: Work, flops: float, ceiling: float, forward: float, both: floa
     """Milliseconds, TFLOP/s and shares of the ceiling."""
     out = {"forward ms": forward, "TFLOP/s": 1e-9 * flops / forward, "share": 1e3 * flops / forward / ceiling}
     if both is not None:
-        out |= {"forward + backward ms": both, "both TFLOP/s": 1e-9 * BACKWARD * flops / both,
-                "both share": 1e3 * BACKWARD * flops / both / ceiling}  # fmt: skip
+        out |= {
+            "forward + backward ms": both,
+            "both TFLOP/s": 1e-9 * BACKWARD * flops / both,
+            "both share": 1e3 * BACKWARD * flops / both / ceiling,
+        }
     return out
 
 
-def by_jax(
-    work: Work, ceiling: float, *, attend, sets: int = SETS, whole: bool = False, partly: bool = False
-) -> dict:  # fmt: skip
+def by_jax(work: Work, ceiling: float, *, attend, sets: int = SETS, whole: bool = False, partly: bool = False) -> dict:
     """One way in jax; ``whole``: it computes every pair of the table; ``partly``: check it with fewer keys as well."""
     if whole:
         table = work.table
@@ -241,11 +242,15 @@ def by_torch(work: Work, ceiling: float, *, make) -> dict:
 def _row(work: Work, ceiling: float, forward: float, both: float | None, checks: dict, runs: int) -> dict:
     table = work.table
     return {
-        "figures": figures(work, work.flops, ceiling, forward, both), "checks": checks, "runs": runs,
+        "figures": figures(work, work.flops, ceiling, forward, both),
+        "checks": checks,
+        "runs": runs,
         "queries": [1, table.q_tokens, work.heads, work.dim],
         "keys": [1, table.k_tokens, work.heads, work.dim],
-        "dtype": work.dtype, "pairs": table.pairs, "flops_forward": work.flops,
-    }  # fmt: skip
+        "dtype": work.dtype,
+        "pairs": table.pairs,
+        "flops_forward": work.flops,
+    }
 
 
 @functools.partial(jax.jit, static_argnums=3, compiler_options=UNTUNED)
@@ -279,8 +284,10 @@ def compared(work: Work, inputs, found) -> dict[str, tuple[float, float]]:
     keys = sorted({j for i in rows for j in table.table[i]})
     part = Pattern.from_table(
         [[keys.index(j) for j in table.table[i]] for i in rows],
-        q_chunk=table.q_chunk, k_chunk=table.k_chunk, num_k_chunks=len(keys),
-    )  # fmt: skip
+        q_chunk=table.q_chunk,
+        k_chunk=table.k_chunk,
+        num_k_chunks=len(keys),
+    )
 
     def take(x, chunks, size):
         return jnp.concatenate([x[:, c * size : (c + 1) * size, :CHECKED_HEADS] for c in chunks], axis=1)

@@ -33,8 +33,11 @@ def matmul(dtype: str) -> dict:
     return {
         "figures": {MATMUL: 2e-9 * n**3 / ms},
         "checks": {"largest difference of an entry": (difference, 1e-2)},
-        "shape": [n, n, n], "dtype": dtype, "ms": ms, "runs": runs,
-    }  # fmt: skip
+        "shape": [n, n, n],
+        "dtype": dtype,
+        "ms": ms,
+        "runs": runs,
+    }
 
 
 def copy() -> dict:
@@ -47,8 +50,10 @@ def copy() -> dict:
     return {
         "figures": {COPY: 2e-9 * size / ms},
         "checks": {"entries that differ": (wrong, 1)},
-        "bytes": 2 * size, "ms": ms, "runs": runs,
-    }  # fmt: skip
+        "bytes": 2 * size,
+        "ms": ms,
+        "runs": runs,
+    }
 
 
 def matmul_flops(record: Record, dtype: str) -> float:

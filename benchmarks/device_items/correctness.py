@@ -112,8 +112,11 @@ def worst(found: dict[str, dict[str, float]], dtype: str) -> dict:
         for label, limit in limits.items()
         if any(label in case for case in found.values())
     }
-    return {"figures": {f"error of {label}": value for label, (value, _) in checks.items()}, "checks": checks,
-            "cases": found}  # fmt: skip
+    return {
+        "figures": {f"error of {label}": value for label, (value, _) in checks.items()},
+        "checks": checks,
+        "cases": found,
+    }
 
 
 def backend(name: str, dtype: str, chunk: int, heads: int, dim: int) -> dict:
@@ -151,10 +154,17 @@ def decode(dtype: str, chunk: int, heads: int, dim: int) -> dict:
     length, inputs = 2 * chunk + chunk // 2, arrays(table, dtype, heads, dim)
     mask = np.broadcast_to(np.arange(5 * chunk) < length, (chunk, 5 * chunk))
     with jax.default_matmul_precision("highest"):
-        return worst({"half filled": compare(
-            lambda q, k, v: decode_attention(q, k, v, jnp.int32(length), implementation="xla"), inputs, mask,
-            gradients=False,
-        )}, dtype)  # fmt: skip
+        return worst(
+            {
+                "half filled": compare(
+                    lambda q, k, v: decode_attention(q, k, v, jnp.int32(length), implementation="xla"),
+                    inputs,
+                    mask,
+                    gradients=False,
+                )
+            },
+            dtype,
+        )
 
 
 def frames_of(student: str) -> np.ndarray:
@@ -193,8 +203,9 @@ def clip(student: str, cpu: subprocess.Popen, expected: Path, record: Record) ->
     return {
         "figures": {"largest difference": difference},
         "checks": {"largest difference": (difference, CLIP_TOLERANCE)},
-        "shape": list(found.shape), "dtype": "float32",
-    }  # fmt: skip
+        "shape": list(found.shape),
+        "dtype": "float32",
+    }
 
 
 def pixels(name: str, cpu: subprocess.Popen, expected: Path, record: Record) -> dict:
@@ -205,8 +216,9 @@ def pixels(name: str, cpu: subprocess.Popen, expected: Path, record: Record) -> 
     return {
         "figures": {"largest difference": difference},
         "checks": {"largest difference": (difference, 2)},
-        "shape": list(found.shape), "dtype": "float32",
-    }  # fmt: skip
+        "shape": list(found.shape),
+        "dtype": "float32",
+    }
 
 
 def main() -> None:

@@ -111,9 +111,16 @@ def after(program: stream.Stream, frames: int, seconds: float):
 
 
 def steady(
-    streams: Streams, *, way: str, steps: int, ceiling: float, left, context: str = "clean", share: float = 0.3,
+    streams: Streams,
+    *,
+    way: str,
+    steps: int,
+    ceiling: float,
+    left,
+    context: str = "clean",
+    share: float = 0.3,
     late: bool = False,
-) -> dict:  # fmt: skip
+) -> dict:
     """Figures of one program; see the head of this file."""
     program = streams.get(way, steps, context)
     budget, checks = share * left(), {}
@@ -133,11 +140,18 @@ def steady(
     if ms < 200 * budget:  # else it is as long as any other frame
         figures["first ms"] = _median(program.first, budget / 6)
     out = {
-        "frame": where, "times_ms": times, "model_flops_per_frame": work, "context": context, "batch": 1,
-        "latents": list(program.shape), "dtype": streams.dtype, "compile_s": program.compile_s,
-        "program_bytes": memory.program_bytes(program.step), "cache_bytes": program.cache_bytes,
+        "frame": where,
+        "times_ms": times,
+        "model_flops_per_frame": work,
+        "context": context,
+        "batch": 1,
+        "latents": list(program.shape),
+        "dtype": streams.dtype,
+        "compile_s": program.compile_s,
+        "program_bytes": memory.program_bytes(program.step),
+        "cache_bytes": program.cache_bytes,
         "peak": memory.peak_bytes(),
-    }  # fmt: skip
+    }
     figures["compile s"] = program.compile_s
     if late:
         there = after(program, LATE, budget)
@@ -161,7 +175,7 @@ def _median(work, seconds: float) -> float:
 
 def against(
     streams: Streams, program: stream.Stream, way: str, steps: int, context: str, seconds: float
-) -> dict[str, tuple[float, float]]:  # fmt: skip
+) -> dict[str, tuple[float, float]]:
     """{which frame: (its relative difference from a trusted program's, the limit)}, from the same states.
 
     "prefix" is compared with the library at frame 0, where slots are empty, at frame 2, and, if ``seconds`` allow, at
@@ -203,6 +217,9 @@ def decoded(streams: Streams, *, way: str, codec: str, ceiling: float, left, ste
     return {
         "figures": {"ms/frame": ms, "FPS": VIDEO * 1e3 / ms, "first ms": first, "compile s": compile_s},
         "checks": {"pixels that are all the same": (float(spread == 0), 1)},
-        "times_ms": times, "video": list(np.shape(video)), "dtype": decoder.codec.vae.cfg.dtype,
-        "decoder_program_bytes": memory.program_bytes(decoder.programs[1]), "peak": memory.peak_bytes(),
-    }  # fmt: skip
+        "times_ms": times,
+        "video": list(np.shape(video)),
+        "dtype": decoder.codec.vae.cfg.dtype,
+        "decoder_program_bytes": memory.program_bytes(decoder.programs[1]),
+        "peak": memory.peak_bytes(),
+    }

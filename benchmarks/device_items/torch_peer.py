@@ -78,5 +78,9 @@ def as_it_is(record: Record) -> dict:
         state, ms, _ = streaming.lap(program, state)
         times.append(ms)
     checks = {"first chunk against the probe": (worst, stream_torch.TOLERANCE[run.model.cfg.base.dtype])}
-    return {"figures": {"ms/frame": statistics.median(times)}, "checks": checks, "times_ms": times,
-            "compile_s": program.compile_s}  # fmt: skip
+    return {
+        "figures": {"ms/frame": statistics.median(times)},
+        "checks": checks,
+        "times_ms": times,
+        "compile_s": program.compile_s,
+    }

@@ -20,8 +20,16 @@ COSTLIEST = 10
 REPEATS = 3
 BUFFER = "command_buffer"  # XLA's name for whatever it recorded as one graph: the kernels in it have names of their own
 # Lines of a trace that repeat what the kernels' lines have: XLA's own view of the same time.
-VIEWS = ("XLA Modules", "XLA Ops", "Steps", "XLA TraceMe", "Framework Ops", "Framework Name Scope", "Source code",
-         "Launch Stats")  # fmt: skip
+VIEWS = (
+    "XLA Modules",
+    "XLA Ops",
+    "Steps",
+    "XLA TraceMe",
+    "Framework Ops",
+    "Framework Name Scope",
+    "Source code",
+    "Launch Stats",
+)
 
 
 def run(record: Record) -> None:
@@ -88,14 +96,21 @@ def costliest(work: Callable, repeats: int) -> dict:
 
     def table(found):
         top = sorted(found.items(), key=lambda item: -item[1][0])[:COSTLIEST]
-        return [{"name": name[:120], "ms": 1e-6 * ns / repeats, "calls": n / repeats, "share": ns / busy}
-                for name, (ns, n) in top]  # fmt: skip
+        return [
+            {"name": name[:120], "ms": 1e-6 * ns / repeats, "calls": n / repeats, "share": ns / busy}
+            for name, (ns, n) in top
+        ]
 
     rows = table(kernels) if not operations or BUFFER in operations else table(operations)
     figures |= {f"{row['name'][:40]} (ms)": row["ms"] for row in rows[:3]}
-    return {"figures": figures, "checks": {"operations without a time": (float(busy <= 0), 1)},
-            "costliest": table(operations), "costliest kernels": table(kernels),
-            "seconds_traced": traced, "seconds_read": read}  # fmt: skip
+    return {
+        "figures": figures,
+        "checks": {"operations without a time": (float(busy <= 0), 1)},
+        "costliest": table(operations),
+        "costliest kernels": table(kernels),
+        "seconds_traced": traced,
+        "seconds_read": read,
+    }
 
 
 def reduce(path: Path) -> tuple[dict, dict, float]:

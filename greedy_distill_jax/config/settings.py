@@ -237,10 +237,15 @@ def terms_of(
 def check(settings: Settings) -> None:
     """Raises UserError for a value that no run of the stage can have."""
     at_least_one = {
-        "steps": settings.steps, "data.batch": settings.data.batch, "data.frames": settings.data.frames,
-        "data.accumulate": settings.data.accumulate, "checkpoint.every": settings.checkpoint.every,
-        "checkpoint.keep": settings.checkpoint.keep, "log.every": settings.log.every, "log.fps": settings.log.fps,
-    }  # fmt: skip
+        "steps": settings.steps,
+        "data.batch": settings.data.batch,
+        "data.frames": settings.data.frames,
+        "data.accumulate": settings.data.accumulate,
+        "checkpoint.every": settings.checkpoint.every,
+        "checkpoint.keep": settings.checkpoint.keep,
+        "log.every": settings.log.every,
+        "log.fps": settings.log.fps,
+    }
     for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"config.{name} is {value}; it must be at least 1.")

@@ -82,12 +82,19 @@ class CausalStreamer:
         filled = state.slots >= 0
         positions = jnp.where(filled, patterns.causal_positions(cfg, state.slots, state.index), 0)
         before = jax.tree.map(lambda c: c[:, :, : sink * tokens], state.cache)
-        own = self.student.dit(layout, with_head=False, emit=("own",)).apply(
-            {"params": params}, state.frames, self._ring_sigma(state),
-            rope_q=self.student.rope(positions[sink:], grid), rope_k=self.student.rope(positions, grid),
-            visible=jnp.broadcast_to(filled[None], (cfg.ring_chunks, len(filled))),
-            layer=Layer(cache=before if sink else None, text=state.text),
-        )[1].own  # fmt: skip
+        own = (
+            self.student.dit(layout, with_head=False, emit=("own",))
+            .apply(
+                {"params": params},
+                state.frames,
+                self._ring_sigma(state),
+                rope_q=self.student.rope(positions[sink:], grid),
+                rope_k=self.student.rope(positions, grid),
+                visible=jnp.broadcast_to(filled[None], (cfg.ring_chunks, len(filled))),
+                layer=Layer(cache=before if sink else None, text=state.text),
+            )[1]
+            .own
+        )
         return state._replace(cache=jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), before, own))
 
     def _ring_sigma(self, state: CausalState):
@@ -130,9 +137,11 @@ class CausalStreamer:
         layout, chunks = patterns.causal_step(cfg, tokens), jnp.append(state.slots, i)
         positions = jnp.where(chunks >= 0, patterns.causal_positions(cfg, chunks, i), 0)
         shared = dict(
-            rope_q=student.rope(positions[-1:], grid), rope_k=student.rope(positions, grid),
-            visible=(chunks >= 0)[None], layer=Layer(cache=state.cache, text=state.text),
-        )  # fmt: skip
+            rope_q=student.rope(positions[-1:], grid),
+            rope_k=student.rope(positions, grid),
+            visible=(chunks >= 0)[None],
+            layer=Layer(cache=state.cache, text=state.text),
+        )
 
         def call(x, sigma, **module):
             sigma = jnp.broadcast_to(sigma, (len(x), 1))

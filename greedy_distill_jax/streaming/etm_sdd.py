@@ -163,9 +163,14 @@ class Streamer:
             ropes = dict(rope_q=self.student.rope(j[None], grid))
         sigma = jnp.broadcast_to(last_sigma(self.plan, j), (state.last.shape[0], 1))
         z, emitted = self.student.etm(layout, emit=("own",)).apply(
-            {"params": params["etm"]}, state.last, (j == 0)[None], sigma, visible=visible,
-            layer=Layer(cache=state.etm_cache, text=state.etm_text), **ropes,
-        )  # fmt: skip
+            {"params": params["etm"]},
+            state.last,
+            (j == 0)[None],
+            sigma,
+            visible=visible,
+            layer=Layer(cache=state.etm_cache, text=state.etm_text),
+            **ropes,
+        )
         if state.etm_cache is None:
             return z, state
         slot, keep = ring_slot(j, cfg.sink, cfg.window - 1)
@@ -189,9 +194,13 @@ class Streamer:
         ropes = student.z_ropes(1, 1, current[None], grid)
         layer = Layer(state.sdd_cache, state.sdd_text, self._project_z(params, z, ropes.get("rope_z")))
         call_args = dict(
-            rope_q=student.rope(current[None], grid), rope_k=student.rope(keys, grid), visible=visible,
-            z_BSD=z, layer=layer, **ropes,
-        )  # fmt: skip
+            rope_q=student.rope(current[None], grid),
+            rope_k=student.rope(keys, grid),
+            visible=visible,
+            z_BSD=z,
+            layer=layer,
+            **ropes,
+        )
 
         def call(x, sigma, **module):
             sigma = jnp.broadcast_to(sigma, (x.shape[0], 1))
@@ -219,10 +228,12 @@ class Streamer:
         selfkv = cfg.fusion == "selfkv"
         zero, yes, no = jnp.zeros_like(i), i >= 0, i < 0
         keys = jnp.stack([zero, before, last, previous, current] + ([last, current] if selfkv else []))
-        visible = jnp.stack([
-            jnp.stack([*_past(cfg, i - 1), yes, no, no] + ([yes, no] if selfkv else [])),
-            jnp.stack([(i >= 2) & cfg.anchor, no, no, i >= 1, yes] + ([no, yes] if selfkv else [])),
-        ])  # fmt: skip
+        visible = jnp.stack(
+            [
+                jnp.stack([*_past(cfg, i - 1), yes, no, no] + ([yes, no] if selfkv else [])),
+                jnp.stack([(i >= 2) & cfg.anchor, no, no, i >= 1, yes] + ([no, yes] if selfkv else [])),
+            ]
+        )
         own_position = jnp.stack([last, current])
         ropes = student.z_ropes(2, 2, own_position, grid)
         both_z = jnp.concatenate([state.z, z], axis=1)
@@ -233,10 +244,16 @@ class Streamer:
             own = jnp.concatenate([state.last, x], axis=1)
             levels = jnp.repeat(jnp.stack([last_sigma(self.plan, i), sigma]), cfg.chunk)
             v, emitted = student.sdd(layout, emit=("own",)).apply(
-                {"params": params["sdd"]}, own, jnp.broadcast_to(levels[None], own.shape[:2]),
-                rope_q=student.rope(own_position, grid), rope_k=student.rope(keys, grid), visible=visible,
-                z_BSD=both_z, layer=Layer(state.sdd_cache, state.sdd_text, both_kv), **ropes,
-            )  # fmt: skip
+                {"params": params["sdd"]},
+                own,
+                jnp.broadcast_to(levels[None], own.shape[:2]),
+                rope_q=student.rope(own_position, grid),
+                rope_k=student.rope(keys, grid),
+                visible=visible,
+                z_BSD=both_z,
+                layer=Layer(state.sdd_cache, state.sdd_text, both_kv),
+                **ropes,
+            )
             clean = jax.tree.map(lambda y: y[:, :, :tokens], emitted.own)
             cache = self._remember(state.sdd_cache, clean, i == 1)
             fresh.append(jax.tree.map(lambda new, old: jnp.where(i >= 1, new, old), cache, state.sdd_cache))
@@ -249,12 +266,16 @@ class Streamer:
 
         def velocity(x, sigma):
             return student.sdd(step_layout).apply(
-                {"params": params["sdd"]}, x, jnp.broadcast_to(sigma, (x.shape[0], 1)),
+                {"params": params["sdd"]},
+                x,
+                jnp.broadcast_to(sigma, (x.shape[0], 1)),
                 rope_q=student.rope(current[None], grid),
                 rope_k=student.rope(jnp.stack([zero, previous] + [current] * extra), grid),
                 visible=jnp.stack([*_past(cfg, i)] + [yes] * extra)[None],
-                z_BSD=z, layer=Layer(fresh[0], state.sdd_text, z_kv), **z_ropes,
-            )  # fmt: skip
+                z_BSD=z,
+                layer=Layer(fresh[0], state.sdd_text, z_kv),
+                **z_ropes,
+            )
 
         x, _, _ = denoise(self.plan, velocity, i, state.last.shape, None, key, self.plan.ends, first)
         return x, state._replace(sdd_cache=fresh[0])

@@ -16,9 +16,18 @@ from greedy_distill_jax.training.stages import base as stage_base, dmd as stage_
 from greedy_distill_jax.training.stages.base import Inputs
 
 BASE = WanConfig(
-    **{**WAN_SIZES["tiny"], "dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 3, "freq_dim": 8, "channels": 4,
-       "text_dim": 6, "text_len": 3}
-)  # fmt: skip
+    **{
+        **WAN_SIZES["tiny"],
+        "dim": 24,
+        "ffn_dim": 32,
+        "num_heads": 2,
+        "num_layers": 3,
+        "freq_dim": 8,
+        "channels": 4,
+        "text_dim": 6,
+        "text_len": 3,
+    }
+)
 STUDENT = StudentConfig(base=BASE, etm_layers=(0, 1), sdd_layers=(0, 1, 2), window=3, rope_frames=6)
 
 

@@ -29,10 +29,19 @@ def text_encoder(seed: int = 0):
 
     torch.manual_seed(seed)
     config = UMT5Config(
-        vocab_size=len(WORDS) + 3, d_model=TEXT_DIM, d_kv=8, d_ff=20, num_layers=2, num_heads=2,
-        relative_attention_num_buckets=8, relative_attention_max_distance=16, dropout_rate=0.0, eos_token_id=1,
-        pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(WORDS) + 3,
+        d_model=TEXT_DIM,
+        d_kv=8,
+        d_ff=20,
+        num_layers=2,
+        num_heads=2,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        dropout_rate=0.0,
+        eos_token_id=1,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
     model = UMT5EncoderModel(config).eval()
     with torch.no_grad():  # the initialisation is so small that a wrong row would hide in the tolerance
         for name, parameter in model.named_parameters():
@@ -56,9 +65,16 @@ def pipeline(*, vae: bool = True, channels: int = 16, shift: float = 3.0, seed: 
 
     torch.manual_seed(seed)
     transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=TEXT_DIM,
-        freq_dim=16, ffn_dim=40, num_layers=2, rope_max_seq_len=64,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=TEXT_DIM,
+        freq_dim=16,
+        ffn_dim=40,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
     decoder = None
     if vae:
         decoder = diffusers.AutoencoderKLWan(

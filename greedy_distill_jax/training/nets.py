@@ -78,9 +78,11 @@ def given_history_net(teacher: Teacher, chunk: int, params):
         inputs = choose(history.frames_BTHWC, x, batch["later"], 3)
         levels = choose(jnp.broadcast_to(history.sigma_BT, sigma.shape), sigma, jnp.ones_like(sigma), 0)
         v = teacher(
-            params, rearrange(inputs, "b n ... -> (b n) ..."), rearrange(levels, "b n t -> (b n) t"),
+            params,
+            rearrange(inputs, "b n ... -> (b n) ..."),
+            rearrange(levels, "b n t -> (b n) t"),
             jnp.repeat(batch["text"], chunks, axis=0),
-        )  # fmt: skip
+        )
         v = rearrange(v, "(b n) (m g) ... -> b n m g ...", n=chunks, g=chunk)
         own = jnp.diagonal(v, axis1=1, axis2=2)  # [B, g, H, W, C, n]
         return rearrange(own, "b g h w c n -> b (n g) h w c")

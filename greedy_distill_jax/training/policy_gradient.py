@@ -83,7 +83,7 @@ class SelfRollout:
         if self.pg == "rollout_full":
             frames = rollouts.replay(
                 self.streamer, params, text_BMC, drawn.rollout, self.grads, frames=True, segment=self.segment
-            )  # fmt: skip
+            )
         else:
             frames = rollouts.recompute(self.streamer.student, params, text_BMC, drawn.rollout, self.grads)
         return self._window(frames, drawn.start)

@@ -99,9 +99,15 @@ def recompute(student: StreamingModel, params, text_BMC, rollout: Rollout, grads
 
 
 def replay(
-    streamer: Streamer | CausalStreamer, params, text_BMC, rollout: Rollout, grads: ContextGrad,
-    *, frames: bool = False, segment: int = 0,
-):  # fmt: skip
+    streamer: Streamer | CausalStreamer,
+    params,
+    text_BMC,
+    rollout: Rollout,
+    grads: ContextGrad,
+    *,
+    frames: bool = False,
+    segment: int = 0,
+):
     """The rollout's frames chunk by chunk through the caches, differentiable in ``params``; each chunk rematerialised.
 
     Args:

@@ -61,8 +61,9 @@ class Update:
         """The average after update ``step``."""
         return jax.tree.map(
             lambda old, new: jnp.where(step <= self.ema_start, new, old + (1.0 - self.ema_decay) * (new - old)),
-            ema, params,
-        )  # fmt: skip
+            ema,
+            params,
+        )
 
 
 def value_and_gradients(objective: Callable, params):

@@ -402,19 +402,17 @@ class Student(nn.Module):
         ropes = self._ropes(noisy.shape[-2:], noisy.device)
         level = torch.zeros_like(sigma) if history_sigma is None else history_sigma
         chunks = [Chunk(j, self.cfg.etm_keys(j)[:-1]) for j in range(count)]
-        z, _ = self.etm(
-            F.pad(history[:, :-g], (0,) * 6 + (g, 0)), F.pad(level[:, :-g], (g, 0)), chunks, ropes,
-            self.etm.project_text(text), [{}] * len(self.etm.blocks),
-        )  # fmt: skip
+        before, before_level = F.pad(history[:, :-g], (0,) * 6 + (g, 0)), F.pad(level[:, :-g], (g, 0))
+        text_kv, caches = self.etm.project_text(text), [{}] * len(self.etm.blocks)
+        z, _ = self.etm(before, before_level, chunks, ropes, text_kv, caches)
         clean = history if sdd_history is None else sdd_history
         level = level if sdd_history_sigma is None else sdd_history_sigma
         order = [*range(count - 1), *range(count)]  # own chunks: [clean | noisy]
         z_kv = [[layer[i] for i in order] for layer in self.sdd.project_z(z, ropes)]
-        velocity, _ = self.sdd(
-            torch.cat([clean[:, :-g], noisy], dim=1).float(), torch.cat([level[:, :-g], sigma], dim=1),
-            [self.sdd_chunk(i, 0, i - 1) for i in order], ropes, self.sdd.project_text(text),
-            [{}] * len(self.sdd.blocks), z[:, order], z_kv,
-        )  # fmt: skip
+        own, own_sigma = torch.cat([clean[:, :-g], noisy], dim=1).float(), torch.cat([level[:, :-g], sigma], dim=1)
+        own_chunks = [self.sdd_chunk(i, 0, i - 1) for i in order]
+        text_kv, caches = self.sdd.project_text(text), [{}] * len(self.sdd.blocks)
+        velocity, _ = self.sdd(own, own_sigma, own_chunks, ropes, text_kv, caches, z[:, order], z_kv)
         return velocity[:, -count * g :]
 
     def stream(self, text: Tensor, size: tuple[int, int], **options) -> "Stream":

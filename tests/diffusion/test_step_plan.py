@@ -16,7 +16,7 @@ LISTS = ((1.0, 0.9333, 0.8333, 0.357), (1.0, 0.9333, 0.357), (1.0, 0.357))
     "value, lengths",
     [(2, [2]), ("2", [2]), ("4,3,2,2", [4, 3, 2]), ((4, 3, 2, 2), [4, 3, 2]), ([3, 1], [3, 1]), ("4, 2", [4, 2])],
     ids=str,
-)  # fmt: skip
+)
 def test_numbers_of_steps(value, lengths):
     plan = StepPlan.parse(value, shift=5.0)
     assert plan.lengths.tolist() == lengths
@@ -95,15 +95,18 @@ def test_refused_sampler():
         ("teacher_forcing", dict(sample__steps="4,0"), "config.sample.steps: the steps of a chunk are 0"),
         ("teacher_forcing", dict(sample__steps=((1.0, 1.0),)), "config.sample.steps: the steps of chunk 0"),
         ("teacher_forcing", dict(sample__context_sigma=1.0), "config.sample.context_sigma: .* level is 1.0"),
-        ("teacher_forcing", dict(sample__context_sigma=0.4, student__context="last_step_kv"),
-         "config.sample.context_sigma: .* 'last_step_kv'"),
+        (
+            "teacher_forcing",
+            dict(sample__context_sigma=0.4, student__context="last_step_kv"),
+            "config.sample.context_sigma: .* 'last_step_kv'",
+        ),
         ("teacher_forcing", dict(sample__context_sigma=0.4, student__context_noise=0.2), "set one of them to 0"),
         ("teacher", dict(sample__steps=(4, 2)), "config.sample.steps is .4, 2.; a teacher takes"),
         ("teacher", dict(sample__steps=0), "config.sample.steps is 0; a teacher takes"),
         ("teacher", dict(sample__context_sigma=0.4), "context_sigma is 0.4, but a teacher"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_refused_configurations(stage, changes, message):
     with pytest.raises(UserError, match=message):
         read_settings(tiny.train_config(stage, **changes), imagine_runs=True)

@@ -73,10 +73,14 @@ MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, kind, meshes",
-    [("teacher", "etm_sdd", MESHES), ("teacher_forcing", "etm_sdd", MESHES), ("dmd", "etm_sdd", MESHES),
-     ("dmd", "causal", MESHES[2:])],
+    [
+        ("teacher", "etm_sdd", MESHES),
+        ("teacher_forcing", "etm_sdd", MESHES),
+        ("dmd", "etm_sdd", MESHES),
+        ("dmd", "causal", MESHES[2:]),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_eight_devices_equal_one(stage, kind, meshes, monkeypatch):
     # Plain gradient descent: the update is the gradient.
     tiny.descend(monkeypatch, 1.0)

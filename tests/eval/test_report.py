@@ -19,20 +19,32 @@ from greedy_distill_jax.eval.tables import validate_metrics
 
 COLUMNS = ("data", "teacher", "student (16 steps)", "student (2 steps)")
 TABLES = {
-    "rows": {"name": "text", "steps": "count", "share_first": "share", "distance": "distance", "cost": "seconds",
-             "seeds": "text"},
+    "rows": {
+        "name": "text",
+        "steps": "count",
+        "share_first": "share",
+        "distance": "distance",
+        "cost": "seconds",
+        "seeds": "text",
+    },
     "time": {"frames": "count", "ours": "number", "theirs": "number"},
     "cache": {"cache": "text", "bytes": "bytes"},
-}  # fmt: skip
+}
 
 
 def columns_of(table) -> list[dict]:
     """Column descriptions as metrics.json has them; the first is not explained."""
     return [
-        {"name": name, "label": f"The {name}", "text": f"About {name}." if i else "", "unit": "px" if i == 3 else "",
-         "format": kind, "better": "higher" if kind == "share" else ""}
+        {
+            "name": name,
+            "label": f"The {name}",
+            "text": f"About {name}." if i else "",
+            "unit": "px" if i == 3 else "",
+            "format": kind,
+            "better": "higher" if kind == "share" else "",
+        }
         for i, (name, kind) in enumerate(TABLES[table].items())
-    ]  # fmt: skip
+    ]
 
 
 class Page(HTMLParser):
@@ -115,8 +127,16 @@ def make_inputs(captions=("a red square moving left", "a blue circle moving up")
                 "time",
                 "Cost",
                 plots=(
-                    Plot("Time", "Lower is better.", "Frames", "ms", {"ours": [0.9, 0.9], "theirs": [2.0, 9.0]},
-                         x=[32, 1024], log="xy", points=True),
+                    Plot(
+                        "Time",
+                        "Lower is better.",
+                        "Frames",
+                        "ms",
+                        {"ours": [0.9, 0.9], "theirs": [2.0, 9.0]},
+                        x=[32, 1024],
+                        log="xy",
+                        points=True,
+                    ),
                 ),
                 summary={"frames": "Growth, 256 / 32", "ours": "1.00 x", "theirs": "2.70 x"},
             ),
@@ -130,14 +150,20 @@ def make_inputs(captions=("a red square moving left", "a blue circle moving up")
                 ),
             ),
         ],
-    }  # fmt: skip
+    }
 
 
 def by_frame(what: str, lines: dict) -> Plot:
     return Plot(
-        f"{what} over the frame index", "Flat is good.", "Frame index", what, lines, x_end=64, y_limits=(0.0, 1.0),
+        f"{what} over the frame index",
+        "Flat is good.",
+        "Frame index",
+        what,
+        lines,
+        x_end=64,
+        y_limits=(0.0, 1.0),
         marker=(8, "training length"),
-    )  # fmt: skip
+    )
 
 
 def losses(stage: str, steps: list, values: list) -> Plot:

@@ -71,8 +71,13 @@ def test_a_suite_from_a_file_through_the_command(loaded, tmp_path, capsys):
     (gate,) = metrics["gates"]
     assert gate["name"] == "the student is not black" and gate["passed"] in (True, False)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for text in ("Brightness, of 255", "Does the light stay on?", "Brightness by frame", "Means over all pixels.",
-                 "Close to the data row is best."):  # fmt: skip
+    for text in (
+        "Brightness, of 255",
+        "Does the light stay on?",
+        "Brightness by frame",
+        "Means over all pixels.",
+        "Close to the data row is best.",
+    ):
         assert text in page, text
     assert "Fréchet" not in page and "Full-causal" not in page
     said = capsys.readouterr().out
@@ -80,8 +85,11 @@ def test_a_suite_from_a_file_through_the_command(loaded, tmp_path, capsys):
 
 
 def test_a_registered_suite_has_a_table_of_its_own(loaded, registry, tmp_path):
-    columns = (Column("layer", "Layer", format="count"), Column("reach", "Reach", unit="frames", better="higher"),
-               Column("never", "Never measured"))  # fmt: skip
+    columns = (
+        Column("layer", "Layer", format="count"),
+        Column("reach", "Reach", unit="frames", better="higher"),
+        Column("never", "Never measured"),
+    )
     rows = [{"layer": 0, "reach": 1.5}, {"layer": 1}]
     suite = suites.register(
         Suite("locality", "Locality", "How far attention reaches.", columns, lambda comparison: Measured(rows))

@@ -67,10 +67,14 @@ def test_every_row_is_the_time_of_one_frame(kind, monkeypatch):
     rows = time_per_frame(teacher, teacher_params, (1.0, 0.8), streamer, params, text, LATENT, frames=(2, 4), repeats=1)
     calls = 3  # of the full-causal model between two looks at the clock
     assert rows == [
-        {"frames": n, kind: pytest.approx(1e3), "full_causal": pytest.approx(1e3 / calls),
-         "teacher": pytest.approx(1e3 / n)}
+        {
+            "frames": n,
+            kind: pytest.approx(1e3),
+            "full_causal": pytest.approx(1e3 / calls),
+            "teacher": pytest.approx(1e3 / n),
+        }
         for n in (2, 4)
-    ]  # fmt: skip
+    ]
 
 
 def test_the_causal_peer_makes_a_frame_and_its_keys():

@@ -51,7 +51,7 @@ def test_gradient_is_that_of_the_reverse_kl_between_gaussians():
     action = m + s * jax.random.normal(key_action, SHAPE)
     g = action_gradient(
         action, key, real=gaussian(mean, std), fake=gaussian(m, s), normalizer="none", weighting="score"
-    )  # fmt: skip
+    )
     sigma, x = noised(action, key, shift=5.0)
     e = flow.expand(sigma, x)
 

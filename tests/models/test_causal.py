@@ -253,10 +253,15 @@ def test_switch_prompt_changes_the_future(switching):
     student, params, (a, b), step, streamer, state, _ = switching
     plain = CausalStreamer(CausalStudent(dataclasses.replace(student.cfg, recache=False)), streamer.plan)
     old = state._replace(frames=None)
-    outs = [step(params, s)[1] for s in (
-        state, plain.switch_prompt(params, old, a)._replace(frames=state.frames),
-        plain.switch_prompt(params, old, b)._replace(frames=state.frames), streamer.switch_prompt(params, state, b),
-    )]  # fmt: skip
+    outs = [
+        step(params, s)[1]
+        for s in (
+            state,
+            plain.switch_prompt(params, old, a)._replace(frames=state.frames),
+            plain.switch_prompt(params, old, b)._replace(frames=state.frames),
+            streamer.switch_prompt(params, state, b),
+        )
+    ]
     np.testing.assert_allclose(outs[0], outs[1], atol=1e-6)
     for i, j in ((0, 2), (0, 3), (2, 3)):
         assert float(jnp.abs(outs[i] - outs[j]).max()) > 1e-3
@@ -268,10 +273,18 @@ def test_recached_keys_are_the_teachers_of_those_frames(switching):
     cache = streamer.switch_prompt(params, state, b).cache
     whole = dataclasses.replace(student.cfg, chunk=3, window=3, max_frames=3)  # the three frames as one chunk
     one = CausalStudent(whole)
-    own = one.dit(patterns.causal_step(whole, 12), emit=("own",)).apply(
-        {"params": params}, frames, jnp.zeros((1, 1)), b,
-        rope_q=one.rope(np.zeros(1, np.int32), (2, 2)), rope_k=one.rope(np.zeros(1, np.int32), (2, 2)),
-    )[1].own  # fmt: skip
+    own = (
+        one.dit(patterns.causal_step(whole, 12), emit=("own",))
+        .apply(
+            {"params": params},
+            frames,
+            jnp.zeros((1, 1)),
+            b,
+            rope_q=one.rope(np.zeros(1, np.int32), (2, 2)),
+            rope_k=one.rope(np.zeros(1, np.int32), (2, 2)),
+        )[1]
+        .own
+    )
     np.testing.assert_allclose(cache.k, own.k, atol=1e-5)
     np.testing.assert_allclose(cache.v, own.v, atol=1e-5)
 

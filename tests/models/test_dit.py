@@ -53,8 +53,12 @@ def test_rotation_depends_on_differences_only():
     x, y = (jax.random.normal(jax.random.key(i), (1, 1, 1, 48)) for i in range(2))
 
     def dot(a, b):
-        return float(jnp.sum(rope.apply_rope(x, rope.rope_table(np.asarray([a]), (1, 1), 48))
-                             * rope.apply_rope(y, rope.rope_table(np.asarray([b]), (1, 1), 48))))  # fmt: skip
+        return float(
+            jnp.sum(
+                rope.apply_rope(x, rope.rope_table(np.asarray([a]), (1, 1), 48))
+                * rope.apply_rope(y, rope.rope_table(np.asarray([b]), (1, 1), 48))
+            )
+        )
 
     assert dot(3, 10) == pytest.approx(dot(1003, 1010), abs=1e-5)
     assert abs(dot(3, 10) - dot(3, 11)) > 1e-3

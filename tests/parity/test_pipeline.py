@@ -57,9 +57,16 @@ def test_videos_are_those_of_the_pipeline(pipe, folder, guidance, shift, output)
     noise = np.random.default_rng(0).standard_normal((2, 16, 3, 4, 6)).astype(np.float32)
     pipe.scheduler.register_to_config(flow_shift=shift)
     want = pipe(
-        prompt=PROMPTS, negative_prompt=NEGATIVE, height=32, width=48, num_frames=9, num_inference_steps=4,
-        guidance_scale=guidance, latents=torch.from_numpy(noise), output_type=output,
-    ).frames  # fmt: skip
+        prompt=PROMPTS,
+        negative_prompt=NEGATIVE,
+        height=32,
+        width=48,
+        num_frames=9,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        latents=torch.from_numpy(noise),
+        output_type=output,
+    ).frames
     run = run_of(folder)
     assert run.latent_shape == (3, 4, 6, 16)
     sampler = run.teacher_sampler(steps=4, guidance=guidance, shift=shift)

@@ -39,10 +39,15 @@ def test_from_a_model_folder_and_clips_to_a_streaming_pytorch_student(real_clips
 
     sizes = Run.load(tmp_path / "teacher", needs_codec=False).settings.model
     shared = dict(
-        steps=1, checkpoint__every=1, data__source=f"latents:{tmp_path / 'latents'}", data__text=str(tmp_path / "text"),
-        data__frames=3, data__negative_prompt="worst quality", teacher_from=str(tmp_path / "teacher"),
+        steps=1,
+        checkpoint__every=1,
+        data__source=f"latents:{tmp_path / 'latents'}",
+        data__text=str(tmp_path / "text"),
+        data__frames=3,
+        data__negative_prompt="worst quality",
+        teacher_from=str(tmp_path / "teacher"),
         **{f"model__{key}": value for key, value in {**vars(sizes), "dtype": "float32"}.items()},
-    )  # fmt: skip
+    )
     config = tiny.train_config("teacher_forcing", **shared)
     train(config, tmp_path / "stage1", show_progress=False)
     config = tiny.train_config("dmd", **shared, student_from=str(tmp_path / "stage1"), distill__generator_every=1)

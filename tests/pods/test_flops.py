@@ -22,9 +22,17 @@ from greedy_distill_jax.training import rollout
 
 # 64 tokens a frame: chunk pairs are above the op's area for gathering, so that it computes visible pairs only.
 BASE = WanConfig(
-    dim=48, ffn_dim=160, num_heads=2, num_layers=4, channels=4, freq_dim=16, text_dim=24, text_len=32, dtype="float32",
+    dim=48,
+    ffn_dim=160,
+    num_heads=2,
+    num_layers=4,
+    channels=4,
+    freq_dim=16,
+    text_dim=24,
+    text_len=32,
+    dtype="float32",
     remat="none",
-)  # fmt: skip
+)
 FRAMES, LATENT, TOKENS = 4, (16, 16, 4), 64
 STUDENT = StudentConfig(base=BASE, etm_layers=(0, 2), sdd_layers=(1, 3), window=2, rope_frames=FRAMES)
 
@@ -49,11 +57,13 @@ def test_the_teacher():
 
 @pytest.mark.parametrize(
     "cfg",
-    [*(dataclasses.replace(STUDENT, fusion=f) for f in ("selfkv", "xattn2", "replace", "add", "concat", "adaln")),
-     dataclasses.replace(STUDENT, chunk=2, rope_mode="absolute", sink=1),
-     CausalConfig(base=BASE, chunk=1, window=3, sink=1, max_frames=FRAMES)],
+    [
+        *(dataclasses.replace(STUDENT, fusion=f) for f in ("selfkv", "xattn2", "replace", "add", "concat", "adaln")),
+        dataclasses.replace(STUDENT, chunk=2, rope_mode="absolute", sink=1),
+        CausalConfig(base=BASE, chunk=1, window=3, sink=1, max_frames=FRAMES),
+    ],
     ids=lambda cfg: getattr(cfg, "fusion", "causal"),
-)  # fmt: skip
+)
 def test_the_students(cfg):
     student = make_student(cfg)
     params = _params(student)

@@ -33,7 +33,9 @@ def test_a_program_of_libtpu():
     for count in found.values():
         assert sum(count.sources.values()) == count.bytes
     assert found["all-gather"].sources == {
-        "unnamed bf16[1,512,512]": gathers * LAYER * 3 / 4, "unnamed bf16[512,512]": BLOCK}  # fmt: skip
+        "unnamed bf16[1,512,512]": gathers * LAYER * 3 / 4,
+        "unnamed bf16[512,512]": BLOCK,
+    }
 
 
 def test_what_is_sent_says_where_it_comes_from():

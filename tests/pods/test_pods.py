@@ -244,8 +244,7 @@ def test_search_keeps_the_global_batch(monkeypatch, capsys, tmp_path):
     assert command.main(["train", f"--config={TEACHER}", *arguments]) == 0
     assert "smallest slice of v5e that fits: v5e:8x8, with --config.data.accumulate=4" in capsys.readouterr().out
     records = json.loads((tmp_path / "out.json").read_text())
-    assert [record["topology"] for record in records] == [
-        "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"]  # fmt: skip
+    assert [record["topology"] for record in records] == ["v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"]
     assert [record["facts"]["accumulate"] for record in records] == [64, 32, 16, 8, 4]
     assert {record["facts"]["batch"] for record in records} == {64} and len(asked) == 5
     assert {record["facts"]["microbatch_per_group"] for record in records} == {1}
@@ -294,7 +293,12 @@ def test_every_leaf_has_a_layout(capsys):
     assert f"{15 * 1536 * 8960 * 4 // 16} bytes per device" in kernel
     assert lines[0] == "v5e:4x4: 16 chips, mesh {'data': 1, 'fsdp': 4, 'context': 4, 'tensor': 1}"
     assert [line.split(":")[0] for line in lines[-5:]] == [
-        "state", "frozen", "batch", "stream", "params (of state, alone while streaming)"]  # fmt: skip
+        "state",
+        "frozen",
+        "batch",
+        "stream",
+        "params (of state, alone while streaming)",
+    ]
 
 
 # --- The published sizes --------------------------------------------------------------------------------------------
@@ -378,10 +382,17 @@ def fake_command(benchmark, monkeypatch, code=0, overrides=None):
         record = record_of(settings_of(given["config"], **(overrides or {})), given.get("only", ""))
         for step in record["steps"]:
             step |= dict(
-                fits=not code, memory={"peak": GIB}, hbm=16 * GIB, model_flops=1.0, model_flops_per_device=1.0,
-                sent_bytes_per_device=None, flops_per_sent_byte=None, chip_flops_per_link_byte=985.0, seconds=None,
+                fits=not code,
+                memory={"peak": GIB},
+                hbm=16 * GIB,
+                model_flops=1.0,
+                model_flops_per_device=1.0,
+                sent_bytes_per_device=None,
+                flops_per_sent_byte=None,
+                chip_flops_per_link_byte=985.0,
+                seconds=None,
                 cpu_seconds=None,
-            )  # fmt: skip
+            )
         pathlib.Path(given["json"]).write_text(json.dumps([record | {"host_bytes": GIB}]))
         return SimpleNamespace(returncode=code, stdout="", stderr="why")
 
@@ -428,8 +439,10 @@ def compiled(config, slice_, only, folder):
     arguments = [f"--config={config}", f"--topology={slice_}", f"--only={only}", f"--json={folder / 'out.json'}"]
     done = subprocess.run(
         [sys.executable, "-m", "greedy_distill_jax.compile", "train", *arguments],
-        capture_output=True, text=True, env={name: x for name, x in os.environ.items() if name != "XLA_FLAGS"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={name: x for name, x in os.environ.items() if name != "XLA_FLAGS"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     (record,) = json.loads((folder / "out.json").read_text())
     return record

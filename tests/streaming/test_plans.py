@@ -20,14 +20,22 @@ DIAGONAL = ((1.0, 0.9, 0.7, 0.4), (1.0, 0.8, 0.4), (1.0, 0.4), (1.0, 0.4))  # 4,
 CASES = {
     "etm_sdd 4322 noisy": (Student, {}, StepPlan(DIAGONAL, "renoise", (0.0, 0.357))),
     "etm_sdd 31 noisy, in chunks": (
-        Student, dict(chunk=2, rope_mode="absolute", sink=1, fusion="xattn2"),
-        StepPlan(((1.0, 0.8, 0.5), (1.0,)), "euler", (0.1, 0.2, 0.357))),
+        Student,
+        dict(chunk=2, rope_mode="absolute", sink=1, fusion="xattn2"),
+        StepPlan(((1.0, 0.8, 0.5), (1.0,)), "euler", (0.1, 0.2, 0.357)),
+    ),
     "etm_sdd 4322 last step": (Student, dict(context="last_step_kv"), StepPlan(DIAGONAL, "renoise")),
     "causal 4322 noisy": (
-        CausalStudent, dict(window=3, rope_mode="relative"), StepPlan(DIAGONAL, "renoise", (0.0, 0.357))),
+        CausalStudent,
+        dict(window=3, rope_mode="relative"),
+        StepPlan(DIAGONAL, "renoise", (0.0, 0.357)),
+    ),
     "causal 31 last step, in chunks": (
-        CausalStudent, dict(chunk=2, window=6, sink=2, context="last_step_kv"), StepPlan(((1.0, 0.8, 0.5), (1.0,)))),
-}  # fmt: skip
+        CausalStudent,
+        dict(chunk=2, window=6, sink=2, context="last_step_kv"),
+        StepPlan(((1.0, 0.8, 0.5), (1.0,))),
+    ),
+}
 
 
 def _setup(case):

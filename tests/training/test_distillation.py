@@ -61,13 +61,27 @@ def changed(before, after):
     "changes",
     [
         dict(),
-        dict(distill__real="autoregressive", distill__fake="self_fm", own=True, distill__pg="actor_critic",
-             distill__epochs=2, distill__anchor=1.0, student__context="last_step_kv"),
-        dict(distill__real="per_frame", distill__fake="stage1", distill__pg="rollout_full", distill__exit="last",
-             distill__context_grad_sdd="params", student__context="fused", student__chunk=2),
+        dict(
+            distill__real="autoregressive",
+            distill__fake="self_fm",
+            own=True,
+            distill__pg="actor_critic",
+            distill__epochs=2,
+            distill__anchor=1.0,
+            student__context="last_step_kv",
+        ),
+        dict(
+            distill__real="per_frame",
+            distill__fake="stage1",
+            distill__pg="rollout_full",
+            distill__exit="last",
+            distill__context_grad_sdd="params",
+            student__context="fused",
+            student__chunk=2,
+        ),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_step_trains_what_it_should(changes):
     stage, params = tiny.stage_of(config_of(**changes), LATENT)
     assert [part.name for part in stage.parts] == ["dmd", *(["critic"] if "critic" in params else [])]
@@ -279,8 +293,10 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(distill__epochs=0), "config.distill.epochs is 0; it must be at least 1"),
         (dict(distill__frames=3), "config.distill.frames is 3; it must be 0 or a multiple"),
         (dict(distill__frames=8, distill__fake="self_sg"), "only real 'joint' and fake 'critic' can judge a window"),
-        (dict(distill__segment=3, distill__pg="rollout_full", distill__context_grad_sdd="params"),
-         "config.distill.segment is 3, which does not divide the 4 chunks"),
+        (
+            dict(distill__segment=3, distill__pg="rollout_full", distill__context_grad_sdd="params"),
+            "config.distill.segment is 3, which does not divide the 4 chunks",
+        ),
         (dict(distill__segment=2), "only config.distill.pg = 'rollout_full' uses it, not 'rollout_trunc'"),
         (dict(distill__anchor=1.0), "only config.distill.pg = 'actor_critic' uses it"),
         (dict(student__context_noise=0.1), "bidirectional scores see no history"),
@@ -293,7 +309,7 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         (dict(distill__teacher_size="wan14b", distill__real="autoregressive"), "real 'autoregressive' asks no teacher"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_is_refused(sources, tmp_path, changes, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         train(run_config(sources, **changes), tmp_path / "run", show_progress=False)

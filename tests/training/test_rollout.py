@@ -23,9 +23,15 @@ OLD = StepPlan(SIGMAS, "renoise")
 DIAGONAL = StepPlan(((1.0, 0.9, 0.7, 0.4), (1.0, 0.8, 0.4), (1.0, 0.4)), "renoise")
 NOISY = StepPlan(DIAGONAL.sigmas, "renoise", (0.0, 0.357))
 OPTIONS = {
-    "fusion": ("selfkv", "xattn2", "add"), "rope_mode": ("clamped", "absolute"), "context": ("clean", "last_step_kv"),
-    "anchor": (True, False), "chunk": (1, 2), "sink": (0, 1), "etm": ("params", "none"), "sdd": ("none", "params"),
-}  # fmt: skip
+    "fusion": ("selfkv", "xattn2", "add"),
+    "rope_mode": ("clamped", "absolute"),
+    "context": ("clean", "last_step_kv"),
+    "anchor": (True, False),
+    "chunk": (1, 2),
+    "sink": (0, 1),
+    "etm": ("params", "none"),
+    "sdd": ("none", "params"),
+}
 CAUSAL = [
     dict(causal=True, window=3, sink=1, rope_mode="absolute", context="clean", sdd="none"),
     dict(causal=True, chunk=2, window=4, sink=0, rope_mode="relative", context="last_step_kv", sdd="params"),
@@ -49,9 +55,9 @@ def _setup(how="random", seed=1, plan=OLD, **changes):
         student = Student(tiny.student_config(rope_frames=4, **changes))
     streamer = make_streamer(student, plan)
     params, text = tiny.random_params(student), tiny.text_rows(2, jax.random.key(3))
-    drawn = jax.jit(
-        lambda p: rollouts.roll_out(streamer, p, text, jax.random.key(seed), (FRAMES, *LATENT), how)
-    )(params)  # fmt: skip
+    drawn = jax.jit(lambda p: rollouts.roll_out(streamer, p, text, jax.random.key(seed), (FRAMES, *LATENT), how))(
+        params
+    )
     return student, streamer, params, text, drawn
 
 
