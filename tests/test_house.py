@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import greedy_distill_jax
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "greedy_distill_jax"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
@@ -85,6 +87,11 @@ def test_the_torch_file_needs_torch_and_safetensors_only():
     assert found - set(sys.stdlib_module_names) == {"torch", "safetensors"}
 
 
+def test_no_statement_is_exempt_from_the_formatter():
+    mark = "# fmt: "
+    assert [relative(p) for p in SOURCES if p != Path(__file__) and mark in p.read_text(encoding="utf-8")] == []
+
+
 def test_no_file_is_long():
     long = {relative(p): n for p in SOURCES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500}
     assert not long, "split these files: at most 500 lines"
@@ -98,6 +105,20 @@ def test_importing_the_package_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_public_face_is_lazy_and_documented():
+    code = (
+        "import sys, greedy_distill_jax as face; assert set(face.__all__) <= set(dir(face)); "
+        "face.UserError; assert 'jax' not in sys.modules; "
+        "print(*(getattr(face, name).__name__ for name in face.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == list(greedy_distill_jax.__all__), done.stderr
+    with pytest.raises(AttributeError, match="'greedy_distill_jax' has no attribute 'Nothing'"):
+        greedy_distill_jax.__getattr__("Nothing")
+    index = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    assert [name for name in greedy_distill_jax.__all__ if f"`{name}`" not in index] == []
 
 
 @pytest.mark.subprocesses

@@ -89,22 +89,35 @@ def split_videos(call: Callable, *args, whole: int = 0):
 
     Args:
       call: a pure function. It sees arrays [B, T, H, W / parts, C] where it is given [B, T, H, W, C].
-      *args: arrays and trees of them; what has five dimensions is a video and is split, the rest is not.
+      *args: arrays and trees of them; what has five dimensions is a video and is split, the rest is not. A NamedTuple
+        with ``AXES`` (the state of a stream) says itself which axis of its fields is split.
       whole: so many arguments, from the first, hold no videos (parameters).
 
     Returns:
-      ``call``'s result; its arrays with five dimensions are stripes that are put together again.
+      ``call``'s result; what is split is put together again. (A state's keys then lie stripe after stripe: it is good
+      for another call on the same mesh.)
     """
     mesh, (axis,) = jax.sharding.get_abstract_mesh(), RULES.columns
     if _parts(mesh, axis) == 1:
         return call(*args)
 
-    def spec(leaf):
-        return PartitionSpec(*[None] * WIDTH, axis) if len(leaf.shape) == 5 else PartitionSpec()
-
     nothing = PartitionSpec()
-    in_specs = tuple(nothing if i < whole else jax.tree.map(spec, x) for i, x in enumerate(args))
-    out_specs = jax.tree.map(spec, jax.eval_shape(call, *args))
+
+    def split(columns: int | None):
+        return nothing if columns is None else PartitionSpec(*[None] * columns, axis)
+
+    def states(node) -> bool:
+        return hasattr(node, "AXES")
+
+    def spec(node):
+        if not states(node):
+            return split(WIDTH if len(node.shape) == 5 else None)
+        axes = {name: node.AXES[name].columns if name in node.AXES else None for name in node._fields}
+        fields = {name: jax.tree.map(lambda _, n=name: split(axes[n]), x) for name, x in node._asdict().items()}
+        return type(node)(**fields)
+
+    in_specs = tuple(nothing if i < whole else jax.tree.map(spec, x, is_leaf=states) for i, x in enumerate(args))
+    out_specs = jax.tree.map(spec, jax.eval_shape(call, *args), is_leaf=states)
     return jax.shard_map(call, in_specs=in_specs, out_specs=out_specs, axis_names={axis})(*args)
 
 

@@ -6,10 +6,12 @@ a step do not depend on how many frames came before.
 """
 
 import functools
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
@@ -18,30 +20,50 @@ from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.wan.dit import grid_of
 from greedy_distill_jax.models.wan.layers import KeyValue, Layer
-from greedy_distill_jax.streaming.loop import Exit, context_noise, denoise, kept, ring_slot, write_slot
+from greedy_distill_jax.streaming.loop import (
+    Axes,
+    Exit,
+    Made,
+    PerList,
+    as_last_input,
+    context_noise,
+    denoise,
+    kept,
+    ring_slot,
+    split_key,
+    write_slot,
+)
 
 
 class CausalState(NamedTuple):
     """Everything a stream carries from chunk to chunk; batch-first where it depends on the video."""
 
-    index: jax.Array  # int32: chunks made so far
-    key: jax.Array
-    last: jax.Array  # [B, g, H, W, C] the last chunk as it is kept, at its context level
+    index: Int32[Array, ""]  # chunks made so far
+    key: Key[Array, "*B"]  # one, or one per video
+    last: Float32[Array, "B g H W C"]  # the last chunk as it is kept, at its context level
     cache: KeyValue | None  # [layers, B, (sink + ring) * tokens, N, K]
-    slots: jax.Array  # int32 [sink + ring]: which chunk each cache slot holds, -1 for none
+    slots: Int32[Array, " slots"]  # [sink + ring]: which chunk each cache slot holds, -1 for none
     text: KeyValue  # [layers, B, M, N, K]
-    frames: jax.Array | None  # with ``recache`` [B, ring * g, H, W, C]: the frames behind the ring's keys, as kept
+    frames: Float32[Array, "B T H W C"] | None  # with ``recache`` T = ring * g: those behind the ring's keys, as kept
+
+    AXES = MappingProxyType({"last": Axes(0, 3), "cache": Axes(1, 2), "text": Axes(1), "frames": Axes(0, 3)})
 
 
 class CausalStreamer:
-    """``init``, ``step`` and ``switch_prompt`` of a causal student and one step plan."""
+    """``init``, ``step``, ``observe`` and ``switch_prompt`` of a causal student and one step plan."""
 
     def __init__(self, student: CausalStudent, plan: StepPlan):
         plan.check_context(student.cfg.context)
         self.student, self.plan, self.cfg = student, plan, student.cfg
 
-    def init(self, params, text_BMC, key, latent_shape: tuple[int, int, int]) -> CausalState:
-        """An empty stream for prompts [B, M, C] and latents (H, W, C)."""
+    def init(
+        self,
+        params: Any,
+        text_BMC: Float[Array, "B M D"],
+        key: Key[Array, "*B"],
+        latent_shape: tuple[int, int, int],
+    ) -> CausalState:
+        """As ``Streamer.init``."""
         cfg, batch = self.cfg, text_BMC.shape[0]
         last = parallel.varying(jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32))
         slots = cfg.sink_chunks + cfg.ring_chunks
@@ -64,7 +86,7 @@ class CausalStreamer:
     def _project_text(self, params, text_BMC) -> KeyValue:
         return self.student.dit(project_only=True).apply({"params": params}, text_BMC, method="project").text
 
-    def switch_prompt(self, params, state: CausalState, text_BMC) -> CausalState:
+    def switch_prompt(self, params: Any, state: CausalState, text_BMC: Float[Array, "B M D"]) -> CausalState:
         """The same stream under new prompts: cached text is replaced, the visual history stays.
 
         With ``CausalConfig.recache`` the keys of the ring are recomputed from its frames as they are kept (with
@@ -73,8 +95,12 @@ class CausalStreamer:
         latents: at 1.3B, 480p and window 12 they are 2.4 MB beside 2.6 GB of keys. (LongLive recomputes one chunk
         more, which no later chunk sees.)
         """
-        state = state._replace(text=self._project_text(params, text_BMC))
+        state = self.with_text(params, state, text_BMC)
         return state if state.frames is None else self._recached(params, state)
+
+    def with_text(self, params: Any, state: CausalState, text_BMC: Float[Array, "B M D"]) -> CausalState:
+        """As ``Streamer.with_text``: also with ``recache`` the keys stay as they are."""
+        return state._replace(text=self._project_text(params, text_BMC))
 
     def _recached(self, params, state: CausalState) -> CausalState:
         cfg, grid, tokens = self.cfg, grid_of(state.last, self.cfg.base), self.student.chunk_tokens(state.last)
@@ -105,23 +131,49 @@ class CausalStreamer:
         sigma = jnp.where(chunks >= 0, self.plan.context_sigma(jnp.maximum(chunks, 0)), 0.0)
         return jnp.broadcast_to(jnp.repeat(sigma, self.cfg.chunk)[None], state.frames.shape[:2])
 
-    def step(self, params, state: CausalState) -> tuple[CausalState, jax.Array]:
+    def step(self, params: Any, state: CausalState) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
-        state, x, _ = self.step_to(params, state, self.plan.ends)
-        return state, x
+        state, made = self.step_to(params, state, self.plan.ends)
+        return state, made.x0
 
-    def step_to(self, params, state: CausalState, exits) -> tuple[CausalState, jax.Array, Exit]:
+    def step_to(
+        self,
+        params: Any,
+        state: CausalState,
+        exits: PerList,
+        record: PerList | None = None,
+    ) -> tuple[CausalState, Made]:
         """As ``Streamer.step_to``."""
-        key, key_sample = jax.random.split(state.key)
+        key, key_sample = split_key(state.key)
         call, shape = self._caller(params, state), state.last.shape
         emit = ("own",) if self.cfg.context == "last_step_kv" and state.cache is not None else ()
         own = self._empty(state.last, 1) if emit else None
         velocity = functools.partial(call, emit=emit)
-        x, own, exit = denoise(self.plan, velocity, state.index, shape, own, key_sample, exits)
+        made, own = denoise(self.plan, velocity, state.index, shape, own, key_sample, exits, record=record)
         noise = context_noise(self.plan, state.index, key_sample, shape)
-        return self._conclude(call, state._replace(key=key), x, own, noise), x, exit
+        return self._conclude(call, state._replace(key=key), made.x0, own, noise), made
 
-    def replay(self, params, state: CausalState, exit: Exit, noise, grads: ContextGrad, frames: bool):
+    def observe(
+        self, params: Any, state: CausalState, x0_BTHWC: Float32[Array, "B g H W C"]
+    ) -> tuple[CausalState, Exit]:
+        """As ``Streamer.observe``."""
+        key, key_sample = split_key(state.key)
+        call, exit, own = self._caller(params, state), Exit(x0_BTHWC, jnp.float32(0.0)), None
+        if self.cfg.context == "last_step_kv":
+            exit = as_last_input(self.plan, state.index, x0_BTHWC, key_sample)
+            own = call(*exit, with_head=False, emit=("own",))[1].own
+        noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
+        return self._conclude(call, state._replace(key=key), x0_BTHWC, own, noise), exit
+
+    def replay(
+        self,
+        params: Any,
+        state: CausalState,
+        exit: Exit,
+        noise: Float32[Array, "B g H W C"] | None,
+        grads: ContextGrad,
+        frames: bool,
+    ) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """As ``Streamer.replay``."""
         call = self._caller(params, state)
         last_kv = self.cfg.context == "last_step_kv" and state.cache is not None

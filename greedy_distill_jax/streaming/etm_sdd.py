@@ -9,10 +9,12 @@ a fixed size, so does the cost: neither depends on how many frames came before.
 """
 
 import functools
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
@@ -22,21 +24,45 @@ from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import grid_of
 from greedy_distill_jax.models.wan.layers import KeyValue, Layer
-from greedy_distill_jax.streaming.loop import Exit, context_noise, denoise, kept, last_sigma, ring_slot, write_slot
+from greedy_distill_jax.streaming.loop import (
+    Axes,
+    Exit,
+    Made,
+    PerList,
+    as_last_input,
+    context_noise,
+    denoise,
+    kept,
+    last_sigma,
+    ring_slot,
+    split_key,
+    write_slot,
+)
 
 
 class StreamState(NamedTuple):
     """Everything a stream carries from chunk to chunk; batch-first where it depends on the video."""
 
-    index: jax.Array  # int32: chunks made so far
-    key: jax.Array
-    last: jax.Array  # [B, g, H, W, C] the last chunk as it is kept, at its context level
+    index: Int32[Array, ""]  # chunks made so far
+    key: Key[Array, "*B"]  # one, or one per video
+    last: Float32[Array, "B g H W C"]  # the last chunk as it is kept, at its context level
     etm_cache: KeyValue | None  # [layers, B, (sink + window - 1) * tokens, N, K]
-    etm_slots: jax.Array  # int32 [sink + window - 1]: which slot each cache chunk holds, -1 for none
-    etm_text: KeyValue
+    etm_slots: Int32[Array, " slots"]  # [sink + window - 1]: which slot each cache chunk holds, -1 for none
+    etm_text: KeyValue  # [layers, B, M, N, K]
     sdd_cache: KeyValue  # [layers, B, 2 * tokens, N, K]: frame 0, previous frame
     sdd_text: KeyValue | None
-    z: jax.Array | None  # context "fused": ETM's output for the last chunk, whose clean pass is pending
+    z: Float[Array, "B tokens D"] | None  # context "fused": ETM's of the last chunk, whose clean pass is pending
+
+    AXES = MappingProxyType(
+        {
+            "last": Axes(0, 3),
+            "etm_cache": Axes(1, 2),
+            "etm_text": Axes(1),
+            "sdd_cache": Axes(1, 2),
+            "sdd_text": Axes(1),
+            "z": Axes(0, 1),
+        }
+    )
 
 
 def _past(cfg: StudentConfig, i):
@@ -45,14 +71,20 @@ def _past(cfg: StudentConfig, i):
 
 
 class Streamer:
-    """``init``, ``step`` and ``switch_prompt`` of ETM + SDD and one step plan."""
+    """``init``, ``step``, ``observe`` and ``switch_prompt`` of ETM + SDD and one step plan."""
 
     def __init__(self, student: Student, plan: StepPlan):
         plan.check_context(student.cfg.context)
         self.student, self.plan, self.cfg = student, plan, student.cfg
 
-    def init(self, params, text_BMC, key, latent_shape: tuple[int, int, int]) -> StreamState:
-        """An empty stream for prompts [B, M, C] and latents (H, W, C)."""
+    def init(
+        self,
+        params: Any,
+        text_BMC: Float[Array, "B M D"],
+        key: Key[Array, "*B"],
+        latent_shape: tuple[int, int, int],
+    ) -> StreamState:
+        """An empty stream for prompts [B, M, C] and latents (H, W, C), its noise from one key or a key per video."""
         cfg, base, batch = self.cfg, self.cfg.base, text_BMC.shape[0]
         last = parallel.varying(jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32))
         tokens = self.student.chunk_tokens(last)
@@ -75,8 +107,12 @@ class Streamer:
             z=parallel.varying(jnp.zeros((batch, tokens, base.dim), jnp.float32)) if cfg.context == "fused" else None,
         )
 
-    def switch_prompt(self, params, state: StreamState, text_BMC) -> StreamState:
+    def switch_prompt(self, params: Any, state: StreamState, text_BMC: Float[Array, "B M D"]) -> StreamState:
         """The same stream under new prompts: cached text is replaced, the visual history stays."""
+        return self.with_text(params, state, text_BMC)
+
+    def with_text(self, params: Any, state: StreamState, text_BMC: Float[Array, "B M D"]) -> StreamState:
+        """The state with nothing but its text projected anew."""
         etm_text, sdd_text = self._project_text(params, text_BMC)
         return state._replace(etm_text=etm_text, sdd_text=sdd_text)
 
@@ -88,35 +124,89 @@ class Streamer:
         sdd = self.student.sdd(project_only=True)
         return etm_text, sdd.apply({"params": params["sdd"]}, text_BMC, method="project").text
 
-    def step(self, params, state: StreamState) -> tuple[StreamState, jax.Array]:
+    def step(self, params: Any, state: StreamState) -> tuple[StreamState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
         if self.cfg.context != "fused":
-            state, x, _ = self.step_to(params, state, self.plan.ends)
-            return state, x
-        key, key_sample = jax.random.split(state.key)
+            state, made = self.step_to(params, state, self.plan.ends)
+            return state, made.x0
+        key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
         x, state = self._denoise_fused(params, state, z, key_sample)
         last, _ = kept(self.plan, state.index, x, context_noise(self.plan, state.index, key_sample, x.shape))
         return state._replace(z=z, index=state.index + 1, last=last), x
 
-    def step_to(self, params, state: StreamState, exits) -> tuple[StreamState, jax.Array, Exit]:
+    def step_to(
+        self,
+        params: Any,
+        state: StreamState,
+        exits: PerList,
+        record: PerList | None = None,
+    ) -> tuple[StreamState, Made]:
         """``step`` that leaves the step list early: the x0 predicted at step ``exits`` (per list) is the chunk.
 
         Training by self-rollout draws the exit at random (docs/method.md, section 7.1). Context mode "fused" has no
         such form; its numbers are those of "clean".
+
+        Args:
+          params, state: as for ``step``.
+          exits: number of the last step, per list of the plan.
+          record: number of the step whose transition is recorded, per list, not behind the exit.
         """
-        key, key_sample = jax.random.split(state.key)
+        key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
         call = self._caller(params, state, z)
         emit = ("own",) if self.cfg.context == "last_step_kv" else ()
         tokens = self.student.chunk_tokens(state.last)
         own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
         velocity = functools.partial(call, emit=emit)
-        x, own, exit = denoise(self.plan, velocity, state.index, state.last.shape, own, key_sample, exits)
-        noise = context_noise(self.plan, state.index, key_sample, x.shape)
-        return self._conclude(call, state, x, own, noise), x, exit
+        made, own = denoise(self.plan, velocity, state.index, state.last.shape, own, key_sample, exits, record=record)
+        noise = context_noise(self.plan, state.index, key_sample, state.last.shape)
+        return self._conclude(call, state, made.x0, own, noise), made
 
-    def replay(self, params, state: StreamState, exit: Exit, noise, grads: ContextGrad, frames: bool):
+    def observe(
+        self, params: Any, state: StreamState, x0_BTHWC: Float32[Array, "B g H W C"]
+    ) -> tuple[StreamState, Exit]:
+        """Takes a given chunk for the next one, as if the stream had made it: an image or a video to go on from.
+
+        Returns:
+          (new state, what stands for the call that would have made the chunk): the chunk itself at level 0, or, in
+          context mode "last_step_kv", the chunk noised to the level of its list's last step, whose keys are kept.
+        """
+        key, key_sample = split_key(state.key)
+        state = state._replace(key=key)
+        if self.cfg.context == "fused":
+            state = self._clean_pass(params, state)
+        z, state = self._etm(params, state)
+        noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
+        exit, own = Exit(x0_BTHWC, jnp.float32(0.0)), None
+        if self.cfg.context == "fused":
+            last, _ = kept(self.plan, state.index, x0_BTHWC, noise)
+            return state._replace(z=z, index=state.index + 1, last=last), exit
+        call = self._caller(params, state, z)
+        if self.cfg.context == "last_step_kv":
+            exit = as_last_input(self.plan, state.index, x0_BTHWC, key_sample)
+            own = call(*exit, with_head=False, emit=("own",))[1].own
+        return self._conclude(call, state, x0_BTHWC, own, noise), exit
+
+    def _clean_pass(self, params, state: StreamState) -> StreamState:
+        """The pass over the last chunk that context mode "fused" leaves pending, by itself."""
+        call = self._caller(params, state._replace(index=state.index - 1), state.z)
+        own = call(state.last, last_sigma(self.plan, state.index), with_head=False, emit=("own",))[1].own
+        cache = self._remember(state.sdd_cache, own, state.index == 1)
+        made = state.index > 0
+        return state._replace(
+            sdd_cache=jax.tree.map(lambda new, old: jnp.where(made, new, old), cache, state.sdd_cache)
+        )
+
+    def replay(
+        self,
+        params: Any,
+        state: StreamState,
+        exit: Exit,
+        noise: Float32[Array, "B g H W C"] | None,
+        grads: ContextGrad,
+        frames: bool,
+    ) -> tuple[StreamState, Float32[Array, "B g H W C"]]:
         """The chunk of ``step_to`` again, from its exit: differentiable in ``params``.
 
         Args:
@@ -277,5 +367,5 @@ class Streamer:
                 **z_ropes,
             )
 
-        x, _, _ = denoise(self.plan, velocity, i, state.last.shape, None, key, self.plan.ends, first)
-        return x, state._replace(sdd_cache=fresh[0])
+        made, _ = denoise(self.plan, velocity, i, state.last.shape, None, key, self.plan.ends, first=first)
+        return made.x0, state._replace(sdd_cache=fresh[0])

@@ -1,29 +1,112 @@
-"""What the streams of all students share: the denoising loop of a chunk, what is kept of it, the slots of a ring."""
+"""What the streams of all students share: the denoising loop of a chunk, what is kept of it, the slots of a ring.
 
-from typing import NamedTuple
+A stream's noise comes from one key, or from a key per video, [B]: then a video is the same alone and among others, and
+videos with equal keys share their noise.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key, Shaped
 
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
+from greedy_distill_jax.models.wan.layers import KeyValue
 
 CONTEXT_FOLD = 2**31 - 1  # folded into a chunk's key for the noise on its context; denoising step n folds in n
+
+
+PerList = Int[Array | np.ndarray, " lists"]  # the number of a step, for every list of a plan
 
 
 class Exit(NamedTuple):
     """The denoising call whose x0 became a chunk."""
 
-    x: jax.Array  # [B, g, H, W, C] its input
-    sigma: jax.Array  # scalar, its noise level
+    x: Float32[Array, "B g H W C"]  # its input
+    sigma: Float32[Array, ""]  # its noise level
 
 
-def initial_noise(key, shape) -> jax.Array:
-    """The noise a chunk starts from, given the key of its step."""
-    return parallel.normal(jax.random.fold_in(key, 0), shape)
+class Transition(NamedTuple):
+    """One denoising step of a chunk: from its input to the input of the next one, or to the chunk after the last."""
+
+    x: Float32[Array, "B g H W C"]
+    sigma: Float32[Array, ""]
+    next: Float32[Array, "B g H W C"]
+    next_sigma: Float32[Array, ""]
 
 
-def denoise(plan: StepPlan, velocity, index, shape, own, key, exits, first=None):
+class Made(NamedTuple):
+    """A finished chunk and how it came about."""
+
+    x0: Float32[Array, "B g H W C"]
+    exit: Exit
+    transition: Transition | None = None  # of the step that was to be recorded
+
+
+class Axes(NamedTuple):
+    """Which axis of a field of a stream's state counts videos, and which is split over the columns of a frame."""
+
+    videos: int
+    columns: int | None = None
+
+
+State = TypeVar("State")  # StreamState or CausalState
+
+
+def fork(state: State, keys: Key[Array, " N"]) -> State:
+    """Streams that go on from the same past, each with noise of its own: groups of N / B for each of ``state``'s.
+
+    Args:
+      state: of B videos; the group of video b are videos b N / B to (b + 1) N / B - 1 of the result.
+      keys: of the noise from here on, one per video of the result.
+
+    Raises:
+      ValueError: N is not a multiple of B.
+    """
+    videos = len(state.last)
+    if len(keys) % videos:
+        raise ValueError(f"{len(keys)} keys for {videos} videos; give a multiple, one key for each stream to come.")
+
+    def repeated(name: str, field):
+        axes = state.AXES.get(name)
+        return field if axes is None else jax.tree.map(lambda x: jnp.repeat(x, len(keys) // videos, axes.videos), field)
+
+    return type(state)(**{name: repeated(name, x) for name, x in state._asdict().items()})._replace(key=keys)
+
+
+def split_key(key: Key[Array, "*B"]) -> tuple[Key[Array, "*B"], Key[Array, "*B"]]:
+    """(key of the chunks to come, key of the next one)."""
+    pair = jax.random.split(key) if key.ndim == 0 else jax.vmap(jax.random.split, out_axes=1)(key)
+    return pair[0], pair[1]
+
+
+def draw_noise(key: Key[Array, "*B"], n: Int[Array, ""] | int, shape: tuple[int, ...]) -> Float32[Array, "B g H W C"]:
+    """The ``n``-th noise of a chunk, given its key."""
+    if key.ndim == 0:
+        return parallel.normal(jax.random.fold_in(key, n), shape)
+    return jax.vmap(lambda key: parallel.normal(jax.random.fold_in(key, n), (1, *shape[1:]))[0])(key)
+
+
+def initial_noise(key: Key[Array, "*B"], shape: tuple[int, ...]) -> Float32[Array, "B g H W C"]:
+    """The noise a chunk starts from, given its key."""
+    return draw_noise(key, 0, shape)
+
+
+def denoise(
+    plan: StepPlan,
+    velocity: Callable,
+    index: Int32[Array, ""],
+    shape: tuple[int, ...],
+    own: KeyValue | None,
+    key: Key[Array, "*B"],
+    exits: PerList,
+    *,
+    first: Callable | None = None,
+    record: PerList | None = None,
+) -> tuple[Made, KeyValue | None]:
     """Runs the step list of chunk ``index`` up to its exit, the loop of every student.
 
     Args:
@@ -34,15 +117,17 @@ def denoise(plan: StepPlan, velocity, index, shape, own, key, exits, first=None)
       own: keys and values of the right shapes, replaced by those that the last call emits; None to drop them.
       key: of the chunk's noise.
       exits: number of the last step, per list; ``StepPlan.ends`` runs them whole.
-      first: ``first(x, sigma) -> v`` in place of the first call.
+      first: ``first(x, sigma) -> v`` in place of the first call; nothing is recorded then.
+      record: number of the step to record, per list; not behind the exit.
 
     Returns:
-      (x0, own, the last call).
+      (the chunk, own).
     """
     table = plan.table
     row = jnp.minimum(index, len(table) - 1)
     sigmas, last = jnp.asarray(table)[row], jnp.asarray(exits, jnp.int32)[row]
     x = initial_noise(key, shape)
+    recorded = None if record is None else jnp.asarray(record, jnp.int32)[row]
 
     def update(n, x, v):
         sigma, after = sigmas[n], sigmas[n + 1]
@@ -50,23 +135,42 @@ def denoise(plan: StepPlan, velocity, index, shape, own, key, exits, first=None)
         if plan.sampler == "euler":
             between = x + (after - sigma) * v
         else:
-            noise = parallel.normal(jax.random.fold_in(key, n + 1), x.shape)
+            noise = draw_noise(key, n + 1, x.shape)
             between = (1.0 - after) * x0 + after * noise
         return jnp.where(n == last, x0, between)
 
     def body(n, carry):
-        x, own, _ = carry
+        x, own, _, ends = carry
         v, emitted = velocity(x, sigmas[n])
-        return update(n, x, v), emitted.own if own is not None else None, x
+        after = update(n, x, v)
+        if ends is not None:
+            ends = tuple(jnp.where(n == recorded, *pair) for pair in zip((x, after), ends, strict=True))
+        return after, emitted.own if own is not None else None, x, ends
 
-    start, entered = 0, x
+    start, entered, ends = 0, x, None if record is None else (x, x)
     if first is not None:
         x, start = update(0, x, first(x, sigmas[0])), 1
-    x, own, entered = jax.lax.fori_loop(start, last + 1, body, (x, own, entered))
-    return x, own, Exit(entered, sigmas[last])
+    x, own, entered, ends = jax.lax.fori_loop(start, last + 1, body, (x, own, entered, ends))
+    transition = None
+    if ends is not None:
+        following = jnp.where(recorded == last, 0.0, sigmas[recorded + 1])
+        transition = Transition(ends[0], sigmas[recorded], ends[1], following)
+    return Made(x, Exit(entered, sigmas[last]), transition), own
 
 
-def context_noise(plan: StepPlan, index, key, shape) -> jax.Array | None:
+def as_last_input(
+    plan: StepPlan, index: Int32[Array, ""], x: Float32[Array, "B g H W C"], key: Key[Array, "*B"]
+) -> Exit:
+    """A given chunk as the input of its list's last step, noised with what that step would have had."""
+    row = jnp.minimum(index, len(plan.sigmas) - 1)
+    last = jnp.asarray(plan.ends)[row]
+    sigma = jnp.asarray(plan.table)[row, last]
+    return Exit((1.0 - sigma) * x + sigma * draw_noise(key, last, x.shape), sigma)
+
+
+def context_noise(
+    plan: StepPlan, index: Int32[Array, ""], key: Key[Array, "*B"], shape: tuple[int, ...]
+) -> Float32[Array, "B g H W C"] | None:
     """sigma noise, what a finished chunk gets on top of (1 - sigma) x0 for later chunks to look at; None for nothing.
 
     Args:
@@ -77,10 +181,15 @@ def context_noise(plan: StepPlan, index, key, shape) -> jax.Array | None:
     """
     if plan.keeps_clean:
         return None
-    return plan.context_sigma(index) * parallel.normal(jax.random.fold_in(key, CONTEXT_FOLD), shape)
+    return plan.context_sigma(index) * draw_noise(key, CONTEXT_FOLD, shape)
 
 
-def kept(plan: StepPlan, index, x, noise) -> tuple[jax.Array, jax.Array]:
+def kept(
+    plan: StepPlan,
+    index: Int32[Array, ""],
+    x: Float32[Array, "B g H W C"],
+    noise: Float32[Array, "B g H W C"] | None,
+) -> tuple[Float32[Array, "B g H W C"], Float32[Array, ""]]:
     """(chunk ``x`` as later ones see it, its noise level), given its ``context_noise``."""
     if noise is None:
         return x, jnp.float32(0.0)
@@ -88,14 +197,14 @@ def kept(plan: StepPlan, index, x, noise) -> tuple[jax.Array, jax.Array]:
     return (1.0 - sigma) * x + noise, sigma
 
 
-def last_sigma(plan: StepPlan, index) -> jax.Array:
+def last_sigma(plan: StepPlan, index: Int32[Array, ""]) -> Float32[Array, ""]:
     """Noise level at which chunk ``index`` sees the one before it, a float32 scalar; 0 for the first chunk."""
     if plan.keeps_clean:
         return jnp.float32(0.0)
     return jnp.where(index > 0, plan.context_sigma(index - 1), 0.0)
 
 
-def ring_slot(index, sink: int, ring: int) -> tuple[jax.Array, jax.Array]:
+def ring_slot(index: Int32[Array, ""], sink: int, ring: int) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
     """(slot chunk ``index`` goes to, whether to leave it as it is): the sink's slots first, then the oldest's."""
     behind_sink = index - sink
     keep = (behind_sink >= 0) & (ring == 0)  # a full sink without a ring: nothing to write
@@ -103,13 +212,15 @@ def ring_slot(index, sink: int, ring: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(keep, 0, slot), keep
 
 
-def write_slot(buffer, new, slot, keep, *, axis: int):
+def write_slot(
+    buffer: Shaped[Array, "..."], new: Shaped[Array, "..."], slot: Int32[Array, ""], keep: Bool[Array, ""], *, axis: int
+) -> Shaped[Array, "..."]:
     """``buffer`` with its ``slot``-th stretch of the size of ``new`` replaced along ``axis``, unless ``keep``."""
     size = new.shape[axis]
     old = jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis)
     return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(keep, old, new), slot * size, axis)
 
 
-def cache_bytes(state) -> int:
+def cache_bytes(state: State) -> int:
     """Bytes a stream holds between chunks."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(key=None)))

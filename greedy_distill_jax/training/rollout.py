@@ -1,38 +1,50 @@
 """Self-rollout: the student makes a video from its own frames, and the gradient through it.
 
-``roll_out`` runs without gradient and keeps the input of the call that made every chunk. From there two forms give the
-gradient of the same video: ``recompute`` in ONE parallel teacher-forced pass (no gradient flows through generated
-frames), ``replay`` chunk by chunk with caches, where it may.
+``roll_out`` runs without gradient and keeps the input of the call that made every chunk; ``go_on`` does so from any
+state of a stream, ``observe`` puts given frames in front. From there two forms give the gradient of the same video:
+``recompute`` in ONE parallel teacher-forced pass (no gradient flows through generated frames), ``replay`` chunk by
+chunk with caches, where it may.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students.base import ContextGrad, History, StreamingModel
-from greedy_distill_jax.streaming.causal import CausalStreamer
-from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.streaming.loop import Exit
+from greedy_distill_jax.streaming.causal import CausalState, CausalStreamer
+from greedy_distill_jax.streaming.etm_sdd import Streamer, StreamState
+from greedy_distill_jax.streaming.loop import Exit, Made, PerList
 
 EXITS = ("random", "last")
+
+
+class Transitions(NamedTuple):
+    """Of every chunk of a rollout one recorded denoising step, see ``loop.Transition``."""
+
+    x_BTHWC: Float32[Array, "B T H W C"]
+    sigma_T: Float32[Array, " T"]
+    next_BTHWC: Float32[Array, "B T H W C"]
+    next_sigma_T: Float32[Array, " T"]
 
 
 class Rollout(NamedTuple):
     """A generated video, how each of its frames came about, and as what it was kept for later ones; no gradients."""
 
-    x0_BTHWC: jax.Array
-    exit_BTHWC: jax.Array  # input of the call whose x0 it is
-    sigma_T: jax.Array  # noise level of that call
-    context_BTHWC: jax.Array  # the frame as later chunks saw it
-    context_sigma_T: jax.Array  # noise level of that frame
+    x0_BTHWC: Float32[Array, "B T H W C"]
+    exit_BTHWC: Float32[Array, "B T H W C"]  # input of the call whose x0 it is
+    sigma_T: Float32[Array, " T"]  # noise level of that call
+    context_BTHWC: Float32[Array, "B T H W C"]  # the frame as later chunks saw it
+    context_sigma_T: Float32[Array, " T"]  # noise level of that frame
+    transitions: Transitions | None = None  # where they were asked for
 
 
-def draw_exits(key, lengths, how: str):
+def draw_exits(key: Key[Array, ""], lengths: PerList, how: str) -> PerList:
     """Number of the last denoising step, per step list; one draw for all chunks, videos and devices.
 
     "random": uniform over each list, as in Self-Forcing; "last": every list runs to its end.
@@ -46,9 +58,14 @@ def draw_exits(key, lengths, how: str):
 
 
 def roll_out(
-    streamer: Streamer | CausalStreamer, params, text_BMC, key, latent_shape: tuple[int, int, int, int], how
+    streamer: Streamer | CausalStreamer,
+    params: Any,
+    text_BMC: Float[Array, "B M D"],
+    key: Key[Array, ""],
+    latent_shape: tuple[int, int, int, int],
+    how: str | PerList,
 ) -> Rollout:
-    """Streams ``latent_shape`` = (T, H, W, C) for prompts [B, M, C], without gradient.
+    """Streams ``latent_shape`` = (T, H, W, C) for prompts [B, M, C] from the first frame on, without gradient.
 
     Args:
       streamer: student and step plan; its context mode must not be "fused" (whose numbers are those of "clean").
@@ -56,33 +73,117 @@ def roll_out(
       key: of the noise and of the exits.
       how: as for ``draw_exits``, or the exits that it has drawn.
     """
-    frames, height, width, channels = latent_shape
-    chunks, clean = streamer.student.chunks_of(frames), streamer.plan.keeps_clean
+    frames, *latent = latent_shape
+    chunks = streamer.student.chunks_of(frames)
     key_exit, key_stream = jax.random.split(key)
     exits = draw_exits(key_exit, streamer.plan.lengths, how) if isinstance(how, str) else how
 
     def call(params, text, key, exits):
-        state = streamer.init(params, text, key, (height, parallel.stripe_columns(width), channels))
-
-        def chunk(state, _):
-            state, x, exit = streamer.step_to(params, state, exits)
-            return state, (x, exit.x, exit.sigma, None if clean else state.last)
-
-        _, (x0, entered, sigma, last) = jax.lax.scan(chunk, state, length=chunks)
-        x0 = _in_time(x0)
-        context = x0 if clean else _in_time(last)
-        kept_at = jnp.repeat(streamer.plan.context_sigma(jnp.arange(chunks)), streamer.cfg.chunk)
-        return Rollout(x0, _in_time(entered), jnp.repeat(sigma, streamer.cfg.chunk), context, kept_at)
+        return _go_on(streamer, chunks, params, _start(streamer, params, text, key, latent), exits, None)[1]
 
     return parallel.split_videos(call, jax.lax.stop_gradient(params), text_BMC, key_stream, exits, whole=1)
+
+
+def go_on(
+    streamer: Streamer | CausalStreamer,
+    params: Any,
+    state: StreamState | CausalState,
+    frames: int,
+    exits: PerList | None = None,
+    *,
+    record: PerList | None = None,
+) -> tuple[StreamState | CausalState, Rollout]:
+    """Streams ``frames`` more latent frames from any state, without gradient.
+
+    States come from ``Streamer.init``, ``loop.fork`` (a group that shares its past), ``switch_prompt`` (another prompt
+    from here on), ``observe``, or an earlier call, also of an earlier update.
+
+    Args:
+      streamer, params: as for ``roll_out``.
+      state: where the stream is; its prompts and keys are used.
+      frames: a multiple of the chunk.
+      exits: that ``draw_exits`` has drawn; without, every list runs to its end.
+      record: number of the denoising step, per list (``draw_exits`` draws it), that is kept as ``transitions``.
+
+    Returns:
+      (new state, rollout of the new frames).
+
+    Raises:
+      ValueError: both ``exits`` and ``record``: a chunk that is left early may not have had the step.
+    """
+    if exits is not None and record is not None:
+        raise ValueError("go_on: exits and record exclude each other; a step is recorded of lists that run to the end.")
+    call = functools.partial(_go_on, streamer, streamer.student.chunks_of(frames))
+    exits = jnp.asarray(streamer.plan.ends if exits is None else exits)
+    return parallel.split_videos(call, *jax.lax.stop_gradient((params, state)), exits, record, whole=1)
+
+
+def observe(
+    streamer: Streamer | CausalStreamer,
+    params: Any,
+    state: StreamState | CausalState,
+    frames_BTHWC: Float32[Array, "B T H W C"],
+) -> tuple[StreamState | CausalState, Rollout]:
+    """Gives a stream frames to go on from, an image or the beginning of a video, in place of its own next ones.
+
+    Returns:
+      (new state, the frames in the form of a rollout, for ``recompute``'s ``before``).
+    """
+    streamer.student.chunks_of(frames_BTHWC.shape[1])
+
+    def call(params, state, frames):
+        chunks = rearrange(frames, "b (n g) h w c -> n b g h w c", g=streamer.cfg.chunk)
+
+        def step(state, x0):
+            after, exit = streamer.observe(params, state, x0)
+            return after, (Made(x0, exit), after.last)
+
+        return _recorded(streamer, state.index, *jax.lax.scan(step, state, chunks))
+
+    return parallel.split_videos(call, *jax.lax.stop_gradient((params, state, frames_BTHWC)), whole=1)
+
+
+def _start(streamer, params, text_BMC, key, latent):
+    height, width, channels = latent
+    return streamer.init(params, text_BMC, key, (height, parallel.stripe_columns(width), channels))
+
+
+def _go_on(streamer, chunks: int, params, state, exits, record):
+    def step(state, _):
+        after, made = streamer.step_to(params, state, exits, record)
+        return after, (made, after.last)
+
+    return _recorded(streamer, state.index, *jax.lax.scan(step, state, length=chunks))
+
+
+def _recorded(streamer, first: Int32[Array, ""], state, out):
+    """(state, rollout) from what a scan over chunks has put out, the first of them number ``first``."""
+    made, last = out
+    g, chunks = streamer.cfg.chunk, len(last)
+    x0, exit, transition = _in_time(made.x0), made.exit, made.transition
+    kept_at = jnp.repeat(streamer.plan.context_sigma(first + jnp.arange(chunks)), g)
+    recorded = transition and Transitions(
+        _in_time(transition.x),
+        jnp.repeat(transition.sigma, g),
+        _in_time(transition.next),
+        jnp.repeat(transition.next_sigma, g),
+    )
+    context = x0 if streamer.plan.keeps_clean else _in_time(last)
+    return state, Rollout(x0, _in_time(exit.x), jnp.repeat(exit.sigma, g), context, kept_at, recorded)
 
 
 def _in_time(x):
     return rearrange(x, "n b g h w c -> b (n g) h w c")
 
 
+def join(*rollouts: Rollout) -> Rollout:
+    """One rollout of consecutive ones of a stream; without their transitions."""
+    parts = [rollout._replace(transitions=None) for rollout in rollouts]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1 if x[0].ndim == 5 else 0), *parts)
+
+
 def history(student: StreamingModel, rollout: Rollout) -> History:
-    """What the frames of a rollout look back on, as it was when they were made."""
+    """What the frames of a rollout that begins with the stream look back on, as it was when they were made."""
     sigma = jnp.broadcast_to(rollout.context_sigma_T[None], rollout.x0_BTHWC.shape[:2])
     seen = History(rollout.context_BTHWC, sigma)
     if student.cfg.context != "last_step_kv":
@@ -91,23 +192,41 @@ def history(student: StreamingModel, rollout: Rollout) -> History:
     return seen._replace(sdd_frames_BTHWC=rollout.exit_BTHWC, sdd_sigma_BT=sigma)
 
 
-def recompute(student: StreamingModel, params, text_BMC, rollout: Rollout, grads: ContextGrad):
-    """The rollout's frames [B, T, H, W, C] in one parallel pass, differentiable in ``params``."""
-    sigma = jnp.broadcast_to(rollout.sigma_T[None], rollout.x0_BTHWC.shape[:2])
-    v = student(params, rollout.exit_BTHWC, sigma, text_BMC, history(student, rollout), grads)
-    return flow.x0_from_velocity(rollout.exit_BTHWC, v, sigma)
+def recompute(
+    student: StreamingModel,
+    params: Any,
+    text_BMC: Float[Array, "B M D"],
+    rollout: Rollout,
+    grads: ContextGrad,
+    *,
+    before: Rollout | None = None,
+) -> Float32[Array, "B T H W C"]:
+    """The rollout's frames in one parallel pass, differentiable in ``params``.
+
+    Args:
+      student, params: as for ``roll_out``.
+      text_BMC: prompts, the same for the whole video.
+      rollout: what is made again.
+      grads: what flows through the parameters that made the contexts.
+      before: everything that the stream made or observed before the rollout; none of it gets a gradient.
+    """
+    whole = rollout if before is None else join(before, rollout)
+    sigma = jnp.broadcast_to(whole.sigma_T[None], whole.x0_BTHWC.shape[:2])
+    v = student(params, whole.exit_BTHWC, sigma, text_BMC, history(student, whole), grads)
+    return flow.x0_from_velocity(whole.exit_BTHWC, v, sigma)[:, -rollout.x0_BTHWC.shape[1] :]
 
 
 def replay(
     streamer: Streamer | CausalStreamer,
-    params,
-    text_BMC,
+    params: Any,
+    text_BMC: Float[Array, "B M D"],
     rollout: Rollout,
     grads: ContextGrad,
     *,
     frames: bool = False,
     segment: int = 0,
-):
+    start: StreamState | CausalState | None = None,
+) -> Float32[Array, "B T H W C"]:
     """The rollout's frames chunk by chunk through the caches, differentiable in ``params``; each chunk rematerialised.
 
     Args:
@@ -117,18 +236,22 @@ def replay(
       grads: what flows through the parameters that made the contexts.
       frames: gradients also flow through generated frames, so that later frames give credit to earlier ones.
       segment: with ``frames``, after so many chunks the flow through the state is cut; 0 never cuts.
+      start: the state that the rollout went on from, whose caches are constants; without, its first frame.
     """
     chunks = streamer.student.chunks_of(rollout.x0_BTHWC.shape[1])
     segment = segment or chunks
     if chunks % segment:
         raise ValueError(f"segment is {segment} chunks, which does not divide the {chunks} chunks of a rollout.")
     call = functools.partial(_replay, streamer, grads=grads, frames=frames, segment=segment)
-    return parallel.split_videos(call, params, text_BMC, rollout, whole=1)
+    return parallel.split_videos(call, params, text_BMC, rollout._replace(transitions=None), start, whole=1)
 
 
-def _replay(streamer, params, text_BMC, rollout: Rollout, *, grads: ContextGrad, frames: bool, segment: int):
+def _replay(streamer, params, text_BMC, rollout: Rollout, start, *, grads: ContextGrad, frames: bool, segment: int):
     shape, g = rollout.x0_BTHWC.shape, streamer.cfg.chunk
-    state = streamer.init(params, text_BMC, jax.random.key(0), shape[2:])
+    if start is None:
+        state = streamer.init(params, text_BMC, jax.random.key(0), shape[2:])
+    else:
+        state = streamer.with_text(params, jax.lax.stop_gradient(start), text_BMC)
     by_chunk = functools.partial(rearrange, pattern="b (s n g) h w c -> s n b g h w c", g=g, n=segment)
     levels = rearrange(rollout.sigma_T[::g], "(s n) -> s n", n=segment)
     noise = None
