@@ -4,11 +4,16 @@ References:
   Ho and Salimans, Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
-def guided(net, text, null_text, scale: float):
+def guided(
+    net: Callable, text: Float[Array, " B *text"], null_text: Float[Array, " B *text"], scale: float
+) -> Callable:
     """``velocity(x, sigma)`` of ``net(x, sigma, text)`` with standard CFG: u + scale (c - u).
 
     One call on the doubled batch; scale 1 calls the conditional branch alone. ``null_text`` has the shape of ``text``.
@@ -25,7 +30,7 @@ def guided(net, text, null_text, scale: float):
     return velocity
 
 
-def guided_score(score, null_MC, scale: float):
+def guided_score(score: Callable, null_MC: Float[Array, "M C"], scale: float) -> Callable:
     """The same for ``score(x, sigma, batch)`` with batch["text"] [B, M, C].
 
     The two branches are two calls of one function, not one on a doubled batch: a score that draws noise of its own (on

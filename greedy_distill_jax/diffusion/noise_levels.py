@@ -3,16 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Float32, Float64, PRNGKeyArray
 
 TABLE_SIZE = 1000
 
 
-def shift_sigma(sigma, shift: float):
+def shift_sigma(sigma: Float[ArrayLike, "*shape"], shift: float) -> Float[ArrayLike, "*shape"]:
     """sigma' = shift sigma / (1 + (shift - 1) sigma): more weight on high noise for shift > 1."""
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
-def sigma_table(shift: float) -> np.ndarray:
+def sigma_table(shift: float) -> Float64[np.ndarray, "1000"]:
     """The 1000 shifted levels from 1 down to shift(.001); there is no zero entry (float64)."""
     return shift_sigma((TABLE_SIZE - np.arange(TABLE_SIZE)) / TABLE_SIZE, shift)
 
@@ -37,7 +38,9 @@ def wan_steps(steps: int, shift: float) -> tuple[float, ...]:
     return tuple(float(sigma) for sigma in shift_sigma(raw, shift))
 
 
-def draw_sigma(key, shape: tuple[int, ...], *, distribution: str = "uniform", shift: float = 5.0):
+def draw_sigma(
+    key: PRNGKeyArray, shape: tuple[int, ...], *, distribution: str = "uniform", shift: float = 5.0
+) -> Float32[Array, "*shape"]:
     """Random noise levels in (0, 1], float32.
 
     Args:
@@ -54,7 +57,7 @@ def draw_sigma(key, shape: tuple[int, ...], *, distribution: str = "uniform", sh
     raise ValueError(f"sigma distribution {distribution!r} is unknown; choose 'uniform' or 'logit_normal'.")
 
 
-def bell_weight(sigma, shift: float):
+def bell_weight(sigma: Float[Array, "*shape"], shift: float) -> Float[Array, "*shape"]:
     """Wan's training weight exp(-2 (sigma - .5)^2) minus its minimum, mean 1 over the table."""
     table = sigma_table(shift)
     bell = np.exp(-2.0 * (table - 0.5) ** 2)

@@ -1,10 +1,12 @@
 """Flow ODE solvers for whole videos; the streaming form has its own loop in ``stream``."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from greedy_distill_jax.diffusion import noise_levels
 
@@ -12,7 +14,9 @@ SOLVERS = ("euler", "unipc")
 _ONE = 1e-6  # distance to sigma 1, where the signal-to-noise ratio has no logarithm, that UniPC keeps
 
 
-def solve(name: str, velocity, noise, *, steps: int, shift: float):
+def solve(
+    name: str, velocity: Callable, noise: Float[Array, " B *shape"], *, steps: int, shift: float
+) -> Float32[Array, " B *shape"]:
     """Noise to data with a named solver at its own noise levels; ``steps`` network evaluations.
 
     Args:
@@ -32,7 +36,9 @@ def solve(name: str, velocity, noise, *, steps: int, shift: float):
     raise ValueError(f"solver {name!r} is unknown; choose from {', '.join(SOLVERS)}.")
 
 
-def euler(velocity, noise, sigmas: tuple[float, ...]):
+def euler(
+    velocity: Callable, noise: Float[Array, " B *shape"], sigmas: tuple[float, ...]
+) -> Float32[Array, " B *shape"]:
     """Euler's method from noise to data.
 
     Args:
@@ -46,7 +52,9 @@ def euler(velocity, noise, sigmas: tuple[float, ...]):
     return euler_states(velocity, noise, sigmas, ())[0]
 
 
-def euler_states(velocity, noise, sigmas: tuple[float, ...], kept: tuple[float, ...]):
+def euler_states(
+    velocity: Callable, noise: Float[Array, " B *shape"], sigmas: tuple[float, ...], kept: tuple[float, ...]
+) -> tuple[Float32[Array, " B *shape"], Float32[Array, "K B *shape"]]:
     """Euler's method, with the states at some of its levels (for ODE regression, docs/method.md, section 8.1).
 
     Args:
@@ -74,7 +82,9 @@ def euler_states(velocity, noise, sigmas: tuple[float, ...], kept: tuple[float, 
     return jax.lax.fori_loop(0, len(sigmas), body, (x, jnp.zeros((len(kept), *x.shape), jnp.float32)))
 
 
-def unipc(velocity, noise, sigmas: tuple[float, ...]):
+def unipc(
+    velocity: Callable, noise: Float[Array, " B *shape"], sigmas: tuple[float, ...]
+) -> Float32[Array, " B *shape"]:
     """UniPC of order 2 (arXiv 2302.04867; B(h) = e^h - 1, data prediction, first order at both ends), for flows.
 
     With m_n the network's x0 at its input x_n, every step is linear in what is known (lambda = log((1 - s) / s)):

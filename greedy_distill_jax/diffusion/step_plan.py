@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float32, Int, Int32
 
 from greedy_distill_jax.diffusion.noise_levels import uniform_steps
 from greedy_distill_jax.errors import UserError
@@ -93,17 +94,17 @@ class StepPlan:
         return {"steps": steps, "sampler": self.sampler, "context_sigma": context}
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> Int32[np.ndarray, " lists"]:
         """Number of steps of every list, int32."""
         return np.asarray([len(row) for row in self.sigmas], np.int32)
 
     @property
-    def ends(self) -> np.ndarray:
+    def ends(self) -> Int32[np.ndarray, " lists"]:
         """Number of the last step of every list, int32."""
         return self.lengths - 1
 
     @property
-    def table(self) -> np.ndarray:
+    def table(self) -> Float32[np.ndarray, "lists _"]:
         """Noise levels [lists, longest + 1], float32; every row ends in zeros."""
         table = np.zeros((len(self.sigmas), int(self.lengths.max()) + 1), np.float32)
         for i, row in enumerate(self.sigmas):
@@ -119,11 +120,11 @@ class StepPlan:
         """The noise levels of one chunk's steps."""
         return self.sigmas[min(chunk, len(self.sigmas) - 1)]
 
-    def last_sigmas(self, chunks: int) -> np.ndarray:
+    def last_sigmas(self, chunks: int) -> Float32[np.ndarray, " chunks"]:
         """Noise level of the last step of each of the first ``chunks`` chunks, float32."""
         return np.asarray([self.steps_of(i)[-1] for i in range(chunks)], np.float32)
 
-    def context_sigma(self, index):
+    def context_sigma(self, index: Int[ArrayLike, "*shape"]) -> Float32[Array, "*shape"]:
         """Noise level at which chunk ``index`` (int or traced, or an array of them) is kept, float32."""
         levels = jnp.asarray(self.context_sigmas, jnp.float32)
         return levels[jnp.minimum(index, len(self.context_sigmas) - 1)]

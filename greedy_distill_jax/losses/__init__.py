@@ -38,7 +38,7 @@ class Term:
 _LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching, "ode": ode}
 
 
-def register(name: str, loss: Callable | None = None):
+def register(name: str, loss: Callable | None = None) -> Callable:
     """Makes a loss of your own available under ``name``; usable as a decorator."""
     if loss is None:
         return lambda function: register(name, function)

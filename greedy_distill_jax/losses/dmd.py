@@ -1,7 +1,11 @@
 """Distribution matching, read as a policy gradient with a reverse-KL reward (docs/method.md)."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.losses.pair import Pair
@@ -9,7 +13,15 @@ from greedy_distill_jax.losses.pair import Pair
 NORMALIZERS, WEIGHTINGS = ("real", "none"), ("none", "score")
 
 
-def dmd(net, batch, key, *, pair: Pair, normalizer: str = "real", weighting: str = "none"):
+def dmd(
+    net: Callable | None,
+    batch: Mapping[str, Any],
+    key: PRNGKeyArray | None,
+    *,
+    pair: Pair,
+    normalizer: str = "real",
+    weighting: str = "none",
+) -> tuple[Float[Array, " B"], dict[str, Float[Array, ""]]]:
     """Surrogate whose gradient in the action x is that of the reverse KL between noised student and teacher videos.
 
     g = x0_fake(x_sigma) - x0_real(x_sigma), the mean over the pair's draws; with the normaliser "real" every draw is

@@ -1,15 +1,19 @@
 """Flow matching, for the teacher and (teacher-forced) for the student (docs/method.md, sections 2.7 and 6)."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow, noise_levels
 
 
 def flow_matching(
-    net,
-    batch,
-    key,
+    net: Callable,
+    batch: Mapping[str, Any],
+    key: PRNGKeyArray,
     *,
     shift: float = 5.0,
     distribution: str = "uniform",
@@ -19,7 +23,7 @@ def flow_matching(
     low: float = 0.0,
     high: float = 1.0,
     weighting: str = "none",
-):
+) -> tuple[Float[Array, " B"], dict[str, tuple[Float[Array, ""], Float[Array, ""]]]]:
     """mean over T, H, W, C of w(sigma) (v(x_sigma, sigma) - (noise - x0))^2.
 
     Args:

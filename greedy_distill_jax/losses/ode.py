@@ -1,12 +1,18 @@
 """Regression on the states of a teacher's ODE: how a student is started for few denoising steps."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow
 
 
-def ode(net, batch, key, *, per_frame: bool = False, group: int = 1):
+def ode(
+    net: Callable, batch: Mapping[str, Any], key: PRNGKeyArray, *, per_frame: bool = False, group: int = 1
+) -> tuple[Float[Array, " B"], dict[str, tuple[Float[Array, ""], Float[Array, ""]]]]:
     """mean over T, H, W, C of (x - sigma v(x, sigma) - x0)^2, x a stored state on the way from noise to x0.
 
     Every group of frames draws one of the stored noise levels on its own, as a student meets them when streaming.

@@ -1,11 +1,11 @@
 """What the real and the fake score say of the same noised videos: drawn once per update, for every loss that asks."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow, noise_levels
 
@@ -18,18 +18,18 @@ class Pair(NamedTuple):
     """
 
     x_sigma: Float[Array, "R B T H W C"]
-    sigma: Float[Array, "R B ..."]
+    sigma: Float[Array, "R B _"]
     x0_real: Float[Array, "R B T H W C"]
     x0_fake: Float[Array, "R B T H W C"]
     mask: Float[Array, "B T"]
 
 
 def draw_pair(
-    key: jax.Array,
+    key: PRNGKeyArray,
     x: Float[Array, "B T H W C"],
     real: Callable,
     fake: Callable,
-    batch: Mapping,
+    batch: Mapping[str, Any],
     *,
     shift: float = 5.0,
     low: float = 0.02,

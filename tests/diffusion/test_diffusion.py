@@ -223,7 +223,7 @@ def test_solvers_take_bfloat16_noise_and_tell_one_level_per_video(name):
 
 def test_unknown_solvers_and_bad_step_counts_name_themselves():
     with pytest.raises(ValueError, match="'heun' is unknown; choose from euler, unipc"):
-        solvers.solve("heun", None, jnp.zeros((1, 2)), steps=2, shift=1.0)
+        solvers.solve("heun", _gaussian_velocity(0.0, 1.0), jnp.zeros((1, 2)), steps=2, shift=1.0)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         noise_levels.wan_steps(0, 5.0)
 

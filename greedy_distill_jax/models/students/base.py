@@ -3,9 +3,9 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
@@ -21,10 +21,10 @@ class History(NamedTuple):
     ``sdd_frames`` differ in context mode "last_step_kv", where keys come from the last denoising input.
     """
 
-    frames_BTHWC: jax.Array
-    sigma_BT: jax.Array
-    sdd_frames_BTHWC: jax.Array | None = None
-    sdd_sigma_BT: jax.Array | None = None
+    frames_BTHWC: Float[Array, "B T H W C"]
+    sigma_BT: Float[Array, "#B _"]  # one per frame, or one for all; likewise below
+    sdd_frames_BTHWC: Float[Array, "B T H W C"] | None = None
+    sdd_sigma_BT: Float[Array, "#B _"] | None = None
 
 
 class ContextGrad(NamedTuple):
@@ -52,7 +52,7 @@ class StreamingModel:
         """The layout for this model's way of differentiation."""
         return layout and dataclasses.replace(layout, derivative=self.derivative)
 
-    def chunk_tokens(self, x_BTHWC) -> int:
+    def chunk_tokens(self, x_BTHWC: Float[Array, "B T H W C"]) -> int:
         """Tokens of one chunk of the given latents."""
         grid = grid_of(x_BTHWC, self.cfg.base)
         return grid[0] * grid[1] * self.cfg.chunk
@@ -66,7 +66,7 @@ class StreamingModel:
             )
         return frames // self.cfg.chunk
 
-    def rope(self, position_Q, grid: tuple[int, int]) -> Rope:
+    def rope(self, position_Q: Int[Array | np.ndarray, " Q"], grid: tuple[int, int]) -> Rope:
         """Rotation of the tokens of chunks at the given chunk positions."""
         return rope_table(patterns.frames_at(position_Q, self.cfg.chunk), grid, self.cfg.base.head_dim)
 
@@ -75,7 +75,9 @@ class StreamingModel:
         own, keys = (np.asarray(position) for position in (layout.own_position, layout.key_position))
         return dict(rope_q=self.rope(own, grid), rope_k=self.rope(keys, grid))
 
-    def clean_and_noisy(self, x_BTHWC, sigma_BT, history: History) -> tuple[jax.Array, jax.Array]:
+    def clean_and_noisy(
+        self, x_BTHWC: Float[Array, "B F H W C"], sigma_BT: Float[Array, "B _"], history: History
+    ) -> tuple[Float32[Array, "B T H W C"], Float[Array, "B T"]]:
         """The own chunks of a teacher-forced call and their noise levels, [history without its last chunk | x]."""
         frames = history.frames_BTHWC.shape[1]
         if x_BTHWC.shape[1] % frames:

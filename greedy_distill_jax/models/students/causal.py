@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
@@ -21,15 +21,15 @@ from greedy_distill_jax.models.wan.layers import Layout
 class CausalStudent(StreamingModel):
     """Pure functions over the teacher's parameter tree and one ``CausalConfig``."""
 
-    def dit(self, layout: Layout | None = None, **kwargs) -> Dit:
+    def dit(self, layout: Layout | None = None, **kwargs: Any) -> Dit:
         """The network with this call's layout."""
         return Dit(self.cfg.base, self.cfg.base.num_layers, self.differentiable(layout), **kwargs)
 
-    def init(self, key, latent_shape: tuple[int, int, int, int]):
+    def init(self, key: PRNGKeyArray, latent_shape: tuple[int, int, int, int]) -> Any:
         """Fresh parameters; ``latent_shape`` is (T, H, W, C)."""
         return Teacher(self.cfg.base).init(key, latent_shape)
 
-    def from_teacher(self, key, teacher_params, latent_shape: tuple[int, int, int, int]):
+    def from_teacher(self, key: PRNGKeyArray, teacher_params: Any, latent_shape: tuple[int, int, int, int]) -> Any:
         """The teacher's parameters as they are; the signature is that of ``Student.from_teacher``."""
         del key, latent_shape
         return jax.tree.map(jnp.asarray, teacher_params)

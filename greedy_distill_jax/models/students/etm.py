@@ -5,9 +5,9 @@ sink. Its time position is j.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, Bool, Float, Float32
 
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.wan.dit import grid_of
@@ -34,16 +34,16 @@ class ETM(nn.Module):
 
     def __call__(
         self,
-        previous_BTHWC,
-        is_first_Q,
-        sigma_BT,
-        text_BMC=None,
+        previous_BTHWC: Float[Array, "B T H W C"],
+        is_first_Q: Bool[Array, " Q"],
+        sigma_BT: Float[Array, "B _"],
+        text_BMC: Float[Array, "B M text_dim"] | None = None,
         *,
         rope_q: Rope,
         rope_k: Rope | None = None,
-        visible: jax.Array | None = None,
+        visible: Bool[Array, "Q keys"] | None = None,
         layer: Layer = Layer(),  # noqa: B008 (an immutable NamedTuple)
-    ) -> tuple[jax.Array, Emitted]:
+    ) -> tuple[Float32[Array, "B S D"], Emitted]:
         """z [B, slots * tokens, D] float32 for the given slots.
 
         Args:
@@ -61,7 +61,7 @@ class ETM(nn.Module):
         x, emitted = self.blocks(rearrange(x, "b q l d -> b (q l) d"), shared, layer)
         return self.norm(x), emitted
 
-    def project(self, text_BMC) -> Emitted:
+    def project(self, text_BMC: Float[Array, "B M C"]) -> Emitted:
         """Per-layer keys and values of the text."""
         base = self.cfg.base
         batch = text_BMC.shape[0]

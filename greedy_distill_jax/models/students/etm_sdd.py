@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
@@ -24,11 +24,11 @@ class Student(StreamingModel):
     """ETM + SDD of one ``StudentConfig``."""
 
     # The modules of one call; parameters do not depend on the layout.
-    def etm(self, layout: Layout | None = None, **kwargs) -> ETM:
+    def etm(self, layout: Layout | None = None, **kwargs: Any) -> ETM:
         """The ETM module with this call's layout."""
         return ETM(self.cfg, self.differentiable(layout), **kwargs)
 
-    def sdd(self, layout: Layout | None = None, **kwargs) -> Dit:
+    def sdd(self, layout: Layout | None = None, **kwargs: Any) -> Dit:
         """The SDD module with this call's layout."""
         cfg = self.cfg
         layout = self.differentiable(layout)
@@ -38,7 +38,9 @@ class Student(StreamingModel):
         """Positions inside the chunk only: aligns z with the own tokens (fusion "xattn2")."""
         return self.rope(np.zeros(chunks, np.int32), grid)
 
-    def z_ropes(self, own: int, z_chunks: int, z_position_Q, grid: tuple[int, int]) -> dict[str, Rope | None]:
+    def z_ropes(
+        self, own: int, z_chunks: int, z_position_Q: Int[Array | np.ndarray, " Q"], grid: tuple[int, int]
+    ) -> dict[str, Rope | None]:
         """``rope_z`` and ``rope_zq`` of a call with ``own`` chunks conditioned by ``z_chunks``."""
         if self.cfg.fusion == "xattn2":
             return dict(rope_z=self.spatial_rope(z_chunks, grid), rope_zq=self.spatial_rope(own, grid))
@@ -46,7 +48,7 @@ class Student(StreamingModel):
             return dict(rope_z=self.rope(z_position_Q, grid))
         return {}
 
-    def init(self, key, latent_shape: tuple[int, int, int, int]):
+    def init(self, key: PRNGKeyArray, latent_shape: tuple[int, int, int, int]) -> Any:
         """Fresh parameters; ``latent_shape`` is (T, H, W, C) of a chunk or more."""
         key_etm, key_sdd = jax.random.split(key)
         cfg = self.cfg
@@ -63,7 +65,7 @@ class Student(StreamingModel):
         )
         return {"etm": etm["params"], "sdd": sdd["params"]}
 
-    def from_teacher(self, key, teacher_params, latent_shape: tuple[int, int, int, int]):
+    def from_teacher(self, key: PRNGKeyArray, teacher_params: Any, latent_shape: tuple[int, int, int, int]) -> Any:
         """Student parameters cut from the teacher's (docs/method.md, section 3.5).
 
         Embeddings and head are copied, blocks picked by ``etm_layers`` / ``sdd_layers``; the projections of ETM's
@@ -90,7 +92,7 @@ class Student(StreamingModel):
 
         return {"etm": cut(params["etm"], self.cfg.etm_layers), "sdd": cut(params["sdd"], self.cfg.sdd_layers)}
 
-    def conditions(self, params, history: History, text_BMC):
+    def conditions(self, params: Any, history: History, text_BMC: Float[Array, "B M C"]) -> Float32[Array, "B S D"]:
         """ETM over a whole video: z [B, chunks * tokens, D] for every chunk (chunk i from chunks < i)."""
         frames = history.frames_BTHWC
         cfg, grid, tokens = self.cfg, grid_of(frames, self.cfg.base), self.chunk_tokens(frames)

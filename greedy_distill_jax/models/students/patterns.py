@@ -8,13 +8,14 @@ never.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.layers import Layout
 from greedy_distill_jax.ops.attention import Pattern
 
 
-def frames_at(position_Q, chunk: int):
+def frames_at(position_Q: Int[Array | np.ndarray, " Q"], chunk: int) -> Int[Array | np.ndarray, " T"]:
     """Frame indices of chunks at the given chunk positions (numpy or traced)."""
     return (position_Q[:, None] * chunk + np.arange(chunk, dtype=np.int32)[None]).reshape(-1)
 
@@ -47,7 +48,7 @@ def etm_parallel(cfg: StudentConfig, slots: int, tokens: int) -> Layout:
     return _build(rows, range(slots), tokens, absolute=absolute)
 
 
-def sdd_positions(cfg: StudentConfig, index):
+def sdd_positions(cfg: StudentConfig, index: Int[Array, ""] | int) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
     """(position of the previous chunk, position of the current one) for chunk ``index`` (int or traced)."""
     if isinstance(index, int):
         previous = min(max(index - 1, 0), cfg.max_previous)
@@ -106,7 +107,9 @@ def etm_step(cfg: StudentConfig, tokens: int) -> Layout:
     return Layout.full(1, tokens, cfg.sink + cfg.window, rotate_at_use=cfg.rope_mode != "absolute")
 
 
-def causal_positions(cfg: CausalConfig, chunk_S, index):
+def causal_positions(
+    cfg: CausalConfig, chunk_S: Int[Array | np.ndarray, "*S"], index: Int[Array, ""] | int
+) -> Int[Array | np.ndarray, "*S"]:
     """Positions at which chunk ``index`` sees the chunks ``chunk_S`` (itself among them); numpy or traced."""
     if cfg.rope_mode == "absolute":
         return chunk_S

@@ -3,7 +3,7 @@
 import dataclasses
 
 
-def check_choice(owner: object, field: str, choices) -> None:
+def check_choice(owner: object, field: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless the value of ``owner.field`` is one of ``choices``."""
     if getattr(owner, field) not in choices:
         raise ValueError(

@@ -3,11 +3,10 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.wan.config import WanConfig
@@ -19,7 +18,7 @@ from greedy_distill_jax.models.wan.rope import Rope, rope_table
 SIGMA_FLOOR = 0.05
 
 
-def grid_of(x_BTHWC, cfg: WanConfig) -> tuple[int, int]:
+def grid_of(x_BTHWC: Float[Array, "B T H W C"], cfg: WanConfig) -> tuple[int, int]:
     """Patch grid of a latent video."""
     h, w = x_BTHWC.shape[2:4]
     if h % cfg.patch or w % cfg.patch:
@@ -72,18 +71,18 @@ class Dit(nn.Module):
 
     def __call__(
         self,
-        x_BTHWC,
-        sigma_BT,
-        text_BMC=None,
+        x_BTHWC: Float[Array, "B T H W C"],
+        sigma_BT: Float[Array, "B _"],
+        text_BMC: Float[Array, "B M text_dim"] | None = None,
         *,
         rope_q: Rope,
         rope_k: Rope | None = None,
-        visible: jax.Array | None = None,
-        z_BSD=None,
+        visible: Bool[Array, "Q keys"] | None = None,
+        z_BSD: Float[Array, "B S D"] | None = None,
         rope_z: Rope | None = None,
         rope_zq: Rope | None = None,
         layer: Layer = Layer(),  # noqa: B008 (an immutable NamedTuple)
-    ) -> tuple[jax.Array | None, Emitted]:
+    ) -> tuple[Float32[Array, "B T H W C"] | None, Emitted]:
         """Velocity of the given frames.
 
         Args:
@@ -135,7 +134,12 @@ class Dit(nn.Module):
             out = (x_BTHWC.astype(jnp.float32) - out) / jnp.maximum(sigma, SIGMA_FLOOR)
         return out, emitted
 
-    def project(self, text_BMC=None, z_BSD=None, rope_z: Rope | None = None) -> Emitted:
+    def project(
+        self,
+        text_BMC: Float[Array, "B M C"] | None = None,
+        z_BSD: Float[Array, "B S D"] | None = None,
+        rope_z: Rope | None = None,
+    ) -> Emitted:
         """Per-layer keys and values of text and / or z, computed once and passed back in ``Layer``."""
         batch = (z_BSD if text_BMC is None else text_BMC).shape[0]
         dummy = jnp.zeros((batch, 1, self.cfg.dim), jnp.float32)
@@ -163,7 +167,7 @@ class Teacher:
         module = Dit(self.cfg, self.cfg.num_layers, Layout.full(frames, tokens, derivative=self.derivative))
         return module, rope_table(np.arange(frames), grid, self.cfg.head_dim)
 
-    def init(self, key, latent_shape: tuple[int, int, int, int]):
+    def init(self, key: PRNGKeyArray, latent_shape: tuple[int, int, int, int]) -> Any:
         """Parameters for latents [T, H, W, C]; the tree does not depend on T, H, W."""
         x = jnp.zeros((1, *latent_shape), jnp.float32)
         text = jnp.zeros((1, self.cfg.text_len, self.cfg.text_dim), jnp.float32)

@@ -7,6 +7,7 @@ Precision: float32 for statistics, modulation, residual stream, RoPE and softmax
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Bool, Float, Float32
 
 from greedy_distill_jax.distribution.parallel import attention, constrain, settled, settled_on_megacore
 from greedy_distill_jax.models.wan.config import WanConfig
@@ -66,12 +68,12 @@ class Layout:
 class Shared(NamedTuple):
     """Traced inputs that all layers share."""
 
-    modulation: jax.Array  # [B, T or 1, 6, D] float32
+    modulation: Float32[Array, "B _ 6 D"]  # one per frame, or one for all
     rope_q: Rope
     rope_k: Rope | None = None
-    visible: jax.Array | None = None  # bool [own chunks, picked key chunks]
-    text: jax.Array | None = None  # [B, M, D]; None when Layer.text is given
-    z: jax.Array | None = None  # [B, z chunks * tokens, D]
+    visible: Bool[Array, "Q keys"] | None = None  # own chunks, picked key chunks
+    text: Float[Array, "B M D"] | None = None  # None when Layer.text is given
+    z: Float[Array, "B S D"] | None = None  # S = z chunks * tokens
     rope_z: Rope | None = None  # selfkv with rotated cache: positions of z; xattn2: 2-D positions of z
     rope_zq: Rope | None = None  # xattn2: 2-D positions of the own tokens
 
@@ -79,8 +81,8 @@ class Shared(NamedTuple):
 class KeyValue(NamedTuple):
     """[..., S, N, K] keys and values."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Float[Array, "... S N K"]
+    v: Float[Array, "... S N K"]
 
 
 class Layer(NamedTuple):
@@ -99,13 +101,13 @@ class Emitted(NamedTuple):
     z: KeyValue | None = None
 
 
-def dense(features: int, cfg: WanConfig, kernel_init=None, **kwargs) -> nn.Dense:
+def dense(features: int, cfg: WanConfig, kernel_init: Callable | None = None, **kwargs: Any) -> nn.Dense:
     """Linear layer with float32 master weights and a ``cfg.dtype`` matmul."""
     kernel_init = kernel_init or nn.initializers.xavier_uniform()
     return nn.Dense(features, dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32, kernel_init=kernel_init, **kwargs)
 
 
-def layer_norm(eps: float, affine: bool = False, **kwargs) -> nn.LayerNorm:
+def layer_norm(eps: float, affine: bool = False, **kwargs: Any) -> nn.LayerNorm:
     """LayerNorm with float32 statistics and result."""
     return nn.LayerNorm(eps, dtype=jnp.float32, use_bias=affine, use_scale=affine, use_fast_variance=False, **kwargs)
 
@@ -116,7 +118,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x_BSD):
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         scale = self.param("scale", nn.initializers.ones, (x_BSD.shape[-1],), jnp.float32)
         x = x_BSD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
@@ -129,7 +131,9 @@ def _per_frame(x_BSD, m_BTD, op):
     return rearrange(op(x, m_BTD[:, :, None]), "b t l d -> b (t l) d")
 
 
-def modulate(x_BSD, shift_BTD, scale_BTD):
+def modulate(
+    x_BSD: Float[Array, "B S D"], shift_BTD: Float[Array, "B T D"], scale_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B S D"]:
     """x (1 + scale) + shift in float32."""
     return _per_frame(_per_frame(x_BSD, scale_BTD, lambda x, s: x * (1.0 + s)), shift_BTD, jnp.add)
 
@@ -156,21 +160,21 @@ class Attention(nn.Module):
         if self.with_z:
             self.z_k, self.z_v, self.norm_z = dense(cfg.dim, cfg), dense(cfg.dim, cfg), RMSNorm(cfg.eps)
 
-    def query(self, x_BSD):
+    def query(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S N K"]:
         """[B, S, N, K]"""
         return _heads(self.norm_q(self.q(x_BSD)), self.cfg.num_heads)
 
-    def key_value(self, x_BSD) -> KeyValue:
+    def key_value(self, x_BSD: Float[Array, "B S D"]) -> KeyValue:
         """Keys (normed, un-rotated) and values."""
         n = self.cfg.num_heads
         return KeyValue(_heads(self.norm_k(self.k(x_BSD)), n), _heads(self.v(x_BSD), n))
 
-    def z_key_value(self, z_BSD) -> KeyValue:
+    def z_key_value(self, z_BSD: Float[Array, "B S D"]) -> KeyValue:
         """The same from ETM's output, by its own linears and norm (as Wan-I2V has for images)."""
         n = self.cfg.num_heads
         return KeyValue(_heads(self.norm_z(self.z_k(z_BSD)), n), _heads(self.z_v(z_BSD), n))
 
-    def out(self, x_BSNK):
+    def out(self, x_BSNK: Float[Array, "B S N K"]) -> Float[Array, "B S D"]:
         """Output projection."""
         return self.o(rearrange(x_BSNK, "b s n k -> b s (n k)"))
 
@@ -181,7 +185,7 @@ class FeedForward(nn.Module):
     cfg: WanConfig
 
     @nn.compact
-    def __call__(self, x_BSD):
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         h = nn.gelu(dense(self.cfg.ffn_dim, self.cfg, name="up")(x_BSD), approximate=True)
         return dense(self.cfg.dim, self.cfg, name="down")(h)
 
@@ -216,11 +220,11 @@ class Block(nn.Module):
             init = nn.initializers.constant(self.z_gate_init)
             self.z_gate = self.param("z_gate", init, (cfg.num_heads,), jnp.float32)
 
-    def project_text(self, text_BMD) -> KeyValue:
+    def project_text(self, text_BMD: Float[Array, "B M D"]) -> KeyValue:
         """Cross-attention keys and values of the text rows (once per prompt)."""
         return self.cross_attn.key_value(text_BMD)
 
-    def project_z(self, z_BSD, rope: Rope | None) -> KeyValue | None:
+    def project_z(self, z_BSD: Float[Array, "B S D"], rope: Rope | None) -> KeyValue | None:
         """Keys and values of ETM's output (once per frame), for the fusions that attend to it."""
         if self.fusion == "selfkv":
             kv = self.self_attn.z_key_value(z_BSD)
@@ -270,7 +274,9 @@ class Block(nn.Module):
             out = out + (self.z_gate[None, None, :, None] * second.astype(jnp.float32)).astype(out.dtype)
         return self.cross_attn.out(out)
 
-    def __call__(self, x_BSD, shared: Shared, layer: Layer):
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], shared: Shared, layer: Layer
+    ) -> tuple[Float[Array, "B S D"], Emitted]:
         """x [B, S, D] float32 -> (x, Emitted)."""
         dtype = jnp.dtype(self.cfg.dtype)
         text, z = layer.text, layer.z
@@ -298,7 +304,9 @@ class Block(nn.Module):
 _REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots}
 
 
-def block_stack(cfg: WanConfig, depth: int, *, layout: Layout | None, name: str | None = None, **block) -> nn.Module:
+def block_stack(
+    cfg: WanConfig, depth: int, *, layout: Layout | None, name: str | None = None, **block: Any
+) -> nn.Module:
     """``depth`` scanned blocks; call as (x, Shared, Layer with leading layers axis) -> (x, stacked Emitted)."""
     body = Block
     if cfg.remat != "none":
@@ -314,7 +322,7 @@ def block_stack(cfg: WanConfig, depth: int, *, layout: Layout | None, name: str 
     return scanned(cfg, layout=layout, name=name, **block)
 
 
-def sinusoid(t: jax.Array, dim: int) -> jax.Array:
+def sinusoid(t: Float[Array, "*shape"], dim: int) -> Float32[Array, "*shape dim"]:
     """[..., dim] cos then sin of t * 10000^(-k / (dim / 2)), float32.
 
     The integer part of t goes through a float64-made table: t up to 1000 times a frequency of 1 would cost four
@@ -349,17 +357,19 @@ class Embeddings(nn.Module):
         self.time_in, self.time_out = (dense(cfg.dim, cfg, time_init) for _ in range(2))
         self.time_projection = dense(6 * cfg.dim, cfg)
 
-    def tokens(self, x_BTHWC):
+    def tokens(self, x_BTHWC: Float[Array, "B T H W C"]) -> Float32[Array, "B S D"]:
         """Latents -> [B, T*h*w, D] float32, frame-major."""
         p, dtype = self.cfg.patch, jnp.dtype(self.cfg.dtype)
         x = rearrange(x_BTHWC.astype(dtype), "b t (h p) (w q) c -> b (t h w) (p q c)", p=p, q=p)
         return self.patch(x).astype(jnp.float32)
 
-    def text(self, text_BMC):
+    def text(self, text_BMC: Float[Array, "B M C"]) -> Float[Array, "B M D"]:
         """Encoder rows -> [B, M, D]; padded rows become the constant MLP(0) and are attended."""
         return self.text_out(nn.gelu(self.text_in(text_BMC.astype(jnp.dtype(self.cfg.dtype))), approximate=True))
 
-    def time(self, sigma_BT, extra_BTD=None):
+    def time(
+        self, sigma_BT: Float[Array, "B _"], extra_BTD: Float[Array, "B T D"] | None = None
+    ) -> tuple[Float32[Array, "B _ D"], Float32[Array, "B _ 6 D"]]:
         """Noise levels -> (e [B, T, D], e0 [B, T, 6, D]) float32; ``extra`` is added to e (fusion "adaln")."""
         dtype = jnp.dtype(self.cfg.dtype)
         e = sinusoid(sigma_BT * TIMESTEPS, self.cfg.freq_dim).astype(dtype)
@@ -376,7 +386,9 @@ class Head(nn.Module):
     cfg: WanConfig
 
     @nn.compact
-    def __call__(self, x_BSD, e_BTD, frames: int, grid: tuple[int, int]):
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], e_BTD: Float[Array, "B _ D"], frames: int, grid: tuple[int, int]
+    ) -> Float32[Array, "B T H W C"]:
         cfg = self.cfg
         init = nn.initializers.normal(cfg.dim**-0.5)
         table = self.param("modulation", init, (2, cfg.dim), jnp.float32)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int
 
 from greedy_distill_jax.distribution import parallel
 
@@ -23,8 +23,8 @@ _LEVEL = 1024
 class Rope(NamedTuple):
     """cos and sin of the rotation of every token: [S, K/2] float32."""
 
-    cos: jax.Array
-    sin: jax.Array
+    cos: Float32[Array, "S pairs"]
+    sin: Float32[Array, "S pairs"]
 
 
 def split_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -66,7 +66,7 @@ def _time_rotation(frame_T, pairs: int) -> tuple[jax.Array, jax.Array]:
     return cos_l * cos_h - sin_l * sin_h, sin_l * cos_h + cos_l * sin_h
 
 
-def rope_table(frame_T, grid: tuple[int, int], head_dim: int) -> Rope:
+def rope_table(frame_T: Int[Array | np.ndarray, " T"], grid: tuple[int, int], head_dim: int) -> Rope:
     """Rotation of every token of the given frames, frame-major, then rows, then columns.
 
     Args:
