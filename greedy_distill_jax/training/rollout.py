@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.distribution import parallel
@@ -44,7 +44,7 @@ class Rollout(NamedTuple):
     transitions: Transitions | None = None  # where they were asked for
 
 
-def draw_exits(key: Key[Array, ""], lengths: PerList, how: str) -> PerList:
+def draw_exits(key: PRNGKeyArray, lengths: PerList, how: str) -> PerList:
     """Number of the last denoising step, per step list; one draw for all chunks, videos and devices.
 
     "random": uniform over each list, as in Self-Forcing; "last": every list runs to its end.
@@ -61,7 +61,7 @@ def roll_out(
     streamer: Streamer | CausalStreamer,
     params: Any,
     text_BMC: Float[Array, "B M D"],
-    key: Key[Array, ""],
+    key: PRNGKeyArray,
     latent_shape: tuple[int, int, int, int],
     how: str | PerList,
 ) -> Rollout:

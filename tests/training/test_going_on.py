@@ -53,11 +53,20 @@ def _observed(case, key):
     """(streamer, params, text, state, rollout) after the given frames."""
     streamer, params, text = _setup(case)
     state = streamer.init(params, text, key, LATENT)
-    return streamer, params, text, *jax.jit(functools.partial(rollouts.observe, streamer))(params, state, _given())
+    return streamer, params, text, *_observe(streamer, params, state, _given())
 
 
-def _go_on(streamer, *args, **options):
-    return jax.jit(functools.partial(rollouts.go_on, streamer, **options), static_argnums=2)(*args)
+@functools.cache
+def _program(function, streamer, **static):
+    return jax.jit(functools.partial(function, streamer, **static))
+
+
+def _go_on(streamer, params, state, frames, exits=None, record=None):
+    return _program(rollouts.go_on, streamer, frames=frames)(params, state, exits=exits, record=record)
+
+
+def _observe(streamer, params, state, given):
+    return _program(rollouts.observe, streamer)(params, state, given)
 
 
 def _close(a, b, tolerance=1e-5):
@@ -88,8 +97,7 @@ def test_a_rollout_in_two_parts_is_the_stream(case):
     state, video = _as_streamed(streamer, params, start, SEEN + NEW)
     _close(rollouts.join(first, second).x0_BTHWC, video)
     _close(_arrays(end), _arrays(state))
-    whole = jax.jit(lambda p, s: rollouts.go_on(streamer, p, s, SEEN + NEW)[1])(params, start)
-    _close(rollouts.join(first, second), whole)
+    _close(rollouts.join(first, second), _go_on(streamer, params, start, SEEN + NEW)[1])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "last step" not in case])
@@ -97,7 +105,7 @@ def test_a_stream_that_observes_its_own_video_is_where_it_was(case):
     streamer, params, text = _setup(case)
     start = streamer.init(params, text, jax.random.key(1), LATENT)
     made, video = _as_streamed(streamer, params, start, SEEN + NEW)
-    state, _ = jax.jit(functools.partial(rollouts.observe, streamer))(params, start, video)
+    state, _ = _observe(streamer, params, start, video)
     assert bool(jnp.all(jax.random.key_data(state.key) == jax.random.key_data(made.key)))
     if streamer.cfg.context == "fused":  # who makes a chunk has done the pass that an observer leaves for later
         made, state = (_as_streamed(streamer, params, s, streamer.cfg.chunk)[0] for s in (made, state))
@@ -136,9 +144,7 @@ def test_frames_that_are_observed_count():
     sigma = seen.sigma_T[None, :, None, None, None]
     noise = (seen.exit_BTHWC - (1 - sigma) * _given()) / sigma
     assert abs(float(noise.std()) - 1) < 0.1
-    other, _ = rollouts.observe(
-        streamer, params, streamer.init(params, text, jax.random.key(1), LATENT), 1.0 + _given()
-    )
+    other, _ = _observe(streamer, params, streamer.init(params, text, jax.random.key(1), LATENT), 1.0 + _given())
     videos = [_go_on(streamer, params, s, NEW)[1].x0_BTHWC for s in (state, other)]
     assert float(jnp.abs(videos[0] - videos[1]).max()) > 1e-2
 
@@ -175,7 +181,7 @@ def test_the_recorded_step_is_one_of_the_sampler(case):
     streamer, params, text, state, seen = _observed(case, jax.random.key(1))
     with pytest.raises(ValueError, match="exits and record exclude each other"):
         rollouts.go_on(streamer, params, state, NEW, np.asarray([0, 0]), record=np.asarray([0, 0]))
-    lists, g = streamer.plan.sigmas, streamer.cfg.chunk
+    lists, g, student = streamer.plan.sigmas, streamer.cfg.chunk, jax.jit(streamer.student)
     for n in range(3):
         record = np.asarray([n, n], np.int32)
         _, drawn = _go_on(streamer, params, state, NEW, record=record)
@@ -188,7 +194,7 @@ def test_the_recorded_step_is_one_of_the_sampler(case):
         whole = rollouts.join(seen, drawn._replace(exit_BTHWC=taken.x_BTHWC, sigma_T=taken.sigma_T))
         past = rollouts.history(streamer.student, rollouts.join(seen, drawn))
         sigma = jnp.broadcast_to(whole.sigma_T[None], whole.x0_BTHWC.shape[:2])
-        v = jax.jit(streamer.student)(params, whole.exit_BTHWC, sigma, text, past)[:, SEEN:]
+        v = student(params, whole.exit_BTHWC, sigma, text, past)[:, SEEN:]
         x0 = taken.x_BTHWC - sigma[:, SEEN:, None, None, None] * v
         if following == 0:
             _close(taken.next_BTHWC, x0)
