@@ -42,6 +42,7 @@ class Model:
     eps: float | None = None  # of the norms
     prediction: str | None = None  # velocity (Wan's weights) | x0
     dtype: str | None = None  # bfloat16 | float32, of matmuls
+    gradient_dtype: str | None = None  # float32 | compute (of kernels' gradients: dtype; half as much to send and hold)
     remat: str | None = None  # none | full (recompute each block) | dots (keep matmul results)
     gate_init: float | None = None  # added to both residual gates at initialisation
     text_init: float | None = None  # standard deviation of the text embedding at initialisation

@@ -31,7 +31,7 @@ from greedy_distill_jax.text.load import load_text_encoder
 from greedy_distill_jax.text.protocol import TextEncoder
 from greedy_distill_jax.weights import pipeline
 
-NOT_ARCHITECTURE = ("dtype", "remat", "gate_init", "text_init", "time_init")
+NOT_ARCHITECTURE = ("dtype", "gradient_dtype", "remat", "gate_init", "text_init", "time_init")
 
 
 def architecture(model: Teacher | StreamingModel) -> dict[str, Any]:

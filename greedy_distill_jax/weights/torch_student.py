@@ -19,8 +19,8 @@ Cost and memory per chunk do not depend on how many chunks came before. `step` a
 same numbers. Blocks, embeddings and head are Wan2.1's, and so are the parameter names under `etm.` and `sdd.`.
 
 Conventions. Latents are [B, T, C, H, W]. Noise level sigma in [0, 1]: x = (1 - sigma) clean + sigma noise, and the
-network's velocity is noise - clean. Matmuls run in `dtype`; norms, modulation, the residual stream, rotary positions
-and the sampler in float32. Noise comes from `generator` or is passed in: same noise in, same frames out as in JAX.
+network's velocity is noise - clean. Matmuls run in `dtype`; norms, modulation, residual stream, time embedding, head,
+rotary positions and sampler in float32. Noise comes from `generator` or is passed in: same noise in, same frames out.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 SIGMA_FLOOR = 0.05  # below it the velocity of an x0-predicting head blends into x itself
 THETA = 10_000.0
+FLOAT32 = ("time_embedding", "time_projection", "head")  # layers that are float32 whatever the others are, as in Wan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,7 +374,8 @@ class Student(nn.Module):
         dtype = dtype or getattr(torch, config["architecture"]["base"]["dtype"])
         with torch.device("meta"):
             student = cls(Config.from_json(config["architecture"]), config.get("plan"))
-        matmuls = tuple(name for name, m in student.named_modules() if isinstance(m, nn.Linear | nn.Conv3d))
+        layers = [name for name, m in student.named_modules() if isinstance(m, nn.Linear | nn.Conv3d)]
+        matmuls = [name for name in layers if not set(FLOAT32) & set(name.split("."))]
         state = {}
         for file in sorted(Path(folder).glob("*.safetensors")):
             for name, tensor in load_file(file, device=str(device)).items():

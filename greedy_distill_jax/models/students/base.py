@@ -46,7 +46,8 @@ class StreamingModel:
     """
 
     def __init__(self, cfg: StudentConfig | CausalConfig, derivative: str = "vjp"):
-        self.cfg, self.derivative = cfg, derivative
+        self.cfg = dataclasses.replace(cfg, base=cfg.base.differentiated(derivative))
+        self.derivative = derivative
 
     def differentiable(self, layout: Layout | None) -> Layout | None:
         """The layout for this model's way of differentiation."""

@@ -18,7 +18,9 @@ class WanConfig:
     ``gate_init`` is added to both residual gates at initialisation and ``text_init`` / ``time_init`` are the
     standard deviations of the embedding MLPs: 0 and .02 in Wan, larger for short training from
     scratch. ``prediction``: what the head predicts; Wan weights predict "velocity".
-    ``remat``: "none", "full" (recompute each block) or "dots" (keep matmul results).
+    ``remat``: "none", "full" (recompute each block) or "dots" (keep matmul results). ``gradient_dtype``: "float32", or
+    "compute" for gradients of kernels that are made, and summed over devices, in ``dtype``: with bfloat16 half of what
+    is sent and held, and an error that grows with the number of devices.
     """
 
     dim: int = 1536
@@ -33,6 +35,7 @@ class WanConfig:
     eps: float = 1e-6
     prediction: str = "velocity"
     dtype: str = "bfloat16"
+    gradient_dtype: str = "float32"
     remat: str = "full"
     gate_init: float = 0.0
     text_init: float = 0.02
@@ -41,12 +44,17 @@ class WanConfig:
     def __post_init__(self):
         check_choice(self, "prediction", ("velocity", "x0"))
         check_choice(self, "dtype", ("bfloat16", "float32"))
+        check_choice(self, "gradient_dtype", ("float32", "compute"))
         check_choice(self, "remat", ("none", "full", "dots"))
         if self.num_heads < 1 or self.num_layers < 1 or self.dim % self.num_heads:
             raise ValueError(
                 f"WanConfig: dim {self.dim} must be a multiple of num_heads {self.num_heads}, num_layers "
                 f"{self.num_layers} at least 1."
             )
+
+    def differentiated(self, derivative: str) -> "WanConfig":
+        """The config for a way of differentiation: tangents ("jvp") cannot pass gradients of our own making."""
+        return dataclasses.replace(self, gradient_dtype="compute") if derivative == "jvp" else self
 
     @property
     def head_dim(self) -> int:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.wan.config import WanConfig
-from greedy_distill_jax.models.wan.layers import Embeddings, Emitted, Head, Layer, Layout, Shared, block_stack, dense
+from greedy_distill_jax.models.wan.layers import Embeddings, Emitted, Head, Layer, Layout, Shared, block_stack
+from greedy_distill_jax.models.wan.linear import dense
 from greedy_distill_jax.models.wan.rope import Rope, rope_table
 
 # An x0-predicting head becomes a velocity through (x - x0) / max(sigma, SIGMA_FLOOR): below the floor the implied
@@ -159,7 +160,7 @@ class Teacher:
     """
 
     def __init__(self, cfg: WanConfig, derivative: str = "vjp"):
-        self.cfg, self.derivative = cfg, derivative
+        self.cfg, self.derivative = cfg.differentiated(derivative), derivative
 
     def _call(self, x_BTHWC):
         grid = grid_of(x_BTHWC, self.cfg)

@@ -3,11 +3,11 @@
 A block does not know whether it serves the teacher, ETM or SDD: which keys its self-attention sees is a static
 ``Layout``, everything traced comes in ``Shared`` (the same for all layers) and ``Layer`` (one slice per layer).
 Blocks are scanned and rematerialised, their parameters are stacked on a leading "layers" axis.
-Precision: float32 for statistics, modulation, residual stream, RoPE and softmax; matmuls in ``cfg.dtype``.
+Precision: float32 for statistics, modulation, residual stream, RoPE, softmax, time embedding and head; other matmuls
+in ``cfg.dtype``.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from greedy_distill_jax.distribution.parallel import attention, constrain, settled, settled_on_megacore
 from greedy_distill_jax.models.wan.config import WanConfig
+from greedy_distill_jax.models.wan.linear import dense, float32_dense
 from greedy_distill_jax.models.wan.rope import Rope, apply_rope
 from greedy_distill_jax.ops.attention import Pattern
 
@@ -99,12 +100,6 @@ class Emitted(NamedTuple):
     own: KeyValue | None = None
     text: KeyValue | None = None
     z: KeyValue | None = None
-
-
-def dense(features: int, cfg: WanConfig, kernel_init: Callable | None = None, **kwargs: Any) -> nn.Dense:
-    """Linear layer with float32 master weights and a ``cfg.dtype`` matmul."""
-    kernel_init = kernel_init or nn.initializers.xavier_uniform()
-    return nn.Dense(features, dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32, kernel_init=kernel_init, **kwargs)
 
 
 def layer_norm(eps: float, affine: bool = False, **kwargs: Any) -> nn.LayerNorm:
@@ -354,8 +349,8 @@ class Embeddings(nn.Module):
         self.patch = dense(cfg.dim, cfg)
         if self.with_text:
             self.text_in, self.text_out = (dense(cfg.dim, cfg, text_init) for _ in range(2))
-        self.time_in, self.time_out = (dense(cfg.dim, cfg, time_init) for _ in range(2))
-        self.time_projection = dense(6 * cfg.dim, cfg)
+        self.time_in, self.time_out = (float32_dense(cfg.dim, cfg, time_init) for _ in range(2))
+        self.time_projection = float32_dense(6 * cfg.dim, cfg)
 
     def tokens(self, x_BTHWC: Float[Array, "B T H W C"]) -> Float32[Array, "B S D"]:
         """Latents -> [B, T*h*w, D] float32, frame-major."""
@@ -371,13 +366,10 @@ class Embeddings(nn.Module):
         self, sigma_BT: Float[Array, "B _"], extra_BTD: Float[Array, "B T D"] | None = None
     ) -> tuple[Float32[Array, "B _ D"], Float32[Array, "B _ 6 D"]]:
         """Noise levels -> (e [B, T, D], e0 [B, T, 6, D]) float32; ``extra`` is added to e (fusion "adaln")."""
-        dtype = jnp.dtype(self.cfg.dtype)
-        e = sinusoid(sigma_BT * TIMESTEPS, self.cfg.freq_dim).astype(dtype)
-        e = self.time_out(nn.silu(self.time_in(e)))
+        e = self.time_out(nn.silu(self.time_in(sinusoid(sigma_BT * TIMESTEPS, self.cfg.freq_dim))))
         if extra_BTD is not None:
-            e = e + extra_BTD.astype(dtype)
-        e0 = rearrange(self.time_projection(nn.silu(e)), "b t (s d) -> b t s d", s=6)
-        return e.astype(jnp.float32), e0.astype(jnp.float32)
+            e = e + extra_BTD.astype(jnp.float32)
+        return e, rearrange(self.time_projection(nn.silu(e)), "b t (s d) -> b t s d", s=6)
 
 
 class Head(nn.Module):
@@ -393,10 +385,9 @@ class Head(nn.Module):
         init = nn.initializers.normal(cfg.dim**-0.5)
         table = self.param("modulation", init, (2, cfg.dim), jnp.float32)
         m = table[None, None] + e_BTD[:, :, None]
-        h = settled(modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]).astype(jnp.dtype(cfg.dtype)))
-        out = dense(cfg.patch**2 * cfg.channels, cfg, nn.initializers.zeros, name="projection")(h)
+        h = settled(modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]))
         return rearrange(
-            out.astype(jnp.float32),
+            float32_dense(cfg.patch**2 * cfg.channels, cfg, nn.initializers.zeros, name="projection")(h),
             "b (t h w) (p q c) -> b t (h p) (w q) c",
             t=frames,
             h=grid[0],

@@ -15,6 +15,7 @@ from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.linear import FLOAT32
 from greedy_distill_jax.training.cost import Cost, Meter, draws, total
 from greedy_distill_jax.training.optimizer import make_optimizer, new_parameter_scale
 from greedy_distill_jax.training.sources import Wanted
@@ -224,8 +225,8 @@ def compute_precision(params, dtype: str):
     """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
 
     def cast(path, leaf):
-        kernel = getattr(path[-1], "key", None) == "kernel"
-        wanted = jnp.dtype(dtype) if kernel else leaf.dtype
+        layer, name = (getattr(key, "key", None) for key in path[-2:])
+        wanted = jnp.dtype(dtype) if name == "kernel" and layer not in FLOAT32 else leaf.dtype
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, wanted)
         return leaf.astype(wanted)  # where it is

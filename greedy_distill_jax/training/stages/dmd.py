@@ -237,7 +237,7 @@ def _part(name: str, due: Callable[[int], bool], step: Callable) -> Part:
 
 def teacher_config(settings: Settings) -> WanConfig:
     """The DiT that is asked for the real score; precision, remat and text are those of ``config.model``."""
-    shared = ("text_dim", "text_len", "dtype", "remat")
+    shared = ("text_dim", "text_len", "dtype", "gradient_dtype", "remat")
     size = WAN_SIZES.get(settings.own["distill"].teacher_size, {})
     return dataclasses.replace(settings.wan, **{k: v for k, v in size.items() if k not in shared})
 

@@ -1,0 +1,85 @@
+"""The linear layer of all networks: float32 parameters, a matmul in the compute dtype, gradients in float32.
+
+Plain differentiation would make the gradient of a kernel, and sum it over devices, in the dtype of the matmul: with
+bfloat16 every one of the partial sums is rounded to 8 bits, and the error grows with the number of devices.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from greedy_distill_jax.models.wan.config import WanConfig
+
+FLOAT32 = ("time_in", "time_out", "time_projection", "projection")  # names of the layers that ``float32_dense`` makes
+
+
+def _linear(precision, x, kernel, bias):
+    y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
+    return y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _forward(precision, x, kernel, bias):
+    return _linear(precision, x, kernel, bias), (x, kernel, bias)
+
+
+def _backward(precision, saved, g):
+    x, kernel, bias = saved
+    rows = tuple(range(x.ndim - 1))
+    of_x = jax.lax.dot_general(g, kernel.astype(g.dtype), (((g.ndim - 1,), (1,)), ((), ())), precision=precision)
+    of_kernel = jax.lax.dot_general(
+        x, g, ((rows, rows), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    of_bias = jnp.sum(g.astype(jnp.float32), axis=rows)
+    return of_x, of_kernel.astype(kernel.dtype), of_bias.astype(bias.dtype)
+
+
+_linear_in_float32 = jax.custom_vjp(_linear, nondiff_argnums=(0,))
+_linear_in_float32.defvjp(_forward, _backward)
+
+
+class Dense(nn.Module):
+    """x kernel + bias.
+
+    Attributes:
+      features: of the result.
+      dtype: of the matmul and of the result.
+      gradient_dtype: see ``WanConfig``.
+      kernel_init: of the kernel; the bias starts at 0.
+      precision: of the matmul, see ``jax.lax.Precision``.
+    """
+
+    features: int
+    dtype: DTypeLike
+    gradient_dtype: str = "float32"
+    kernel_init: Callable = nn.initializers.xavier_uniform()
+    precision: jax.lax.Precision | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows out"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        call = _linear_in_float32 if self.gradient_dtype == "float32" else _linear
+        return call(self.precision, x.astype(self.dtype), kernel, bias)
+
+
+def dense(features: int, cfg: WanConfig, kernel_init: Callable | None = None, name: str | None = None) -> Dense:
+    """Makes a layer with a ``cfg.dtype`` matmul."""
+    return Dense(features, cfg.dtype, cfg.gradient_dtype, kernel_init or nn.initializers.xavier_uniform(), name=name)
+
+
+def float32_dense(features: int, cfg: WanConfig, kernel_init: Callable | None = None, name: str | None = None) -> Dense:
+    """Makes one of the layers that are float32 whatever ``cfg.dtype`` is, as in Wan: time embedding and head.
+
+    They cost little, and what they round is in every frame. Full precision keeps accelerators from taking fewer bits.
+    """
+    return Dense(
+        features,
+        "float32",
+        cfg.gradient_dtype,
+        kernel_init or nn.initializers.xavier_uniform(),
+        jax.lax.Precision.HIGHEST,
+        name=name,
+    )
