@@ -196,7 +196,7 @@ def _one_line(capsys):
         ("clip,caption\na.mp4,x\nb.webm,x\nc.mp4,x\nbroken.mp4,x\nz.mp4,x\n", "names 'z.mp4', which is not in"),
         ("clip,caption\na.mp4,x\n", "no caption for 'b.webm', 'broken.mp4', 'c.mp4'"),
         ("clip,caption\na.mp4,x\na.mp4,y\n", "line 3: 'a.mp4' is named twice"),
-        ("clip,caption\na.mp4\n", "line 2: 'a.mp4' has no caption"),
+        ("clip,caption\na.mp4,\n", "line 2: 'a.mp4' has no caption"),
         ("clip,caption\na.mp4,\xff\n", "cannot be read"),
     ],
 )
