@@ -54,7 +54,7 @@ def add_clips(parser: argparse.ArgumentParser, **_: object) -> None:
         help="pixels, as the codec divides them: multiples of 4 for patches (default: %(default)s)",
     )
     parser.add_argument("--frames", type=int, default=16, help="frames per window (default: %(default)s)")
-    parser.add_argument("--fps", type=float, help="resample to this rate (default: each clip's own frames)")
+    parser.add_argument("--fps", type=float, help="resample to this rate (default: the one that all clips have)")
     parser.add_argument("--stride", type=int, help="frames between starts of windows (default: half of --frames)")
     parser.add_argument(
         "--held-out", type=float, default=0.15, help="last part of each clip in time to hold out (default: %(default)s)"
