@@ -188,6 +188,21 @@ def test_one_constant_rate_or_one_that_is_given(tmp_path, capsys):
     assert [(clip["fps"], clip["frames"]) for clip in info["clips"]] == [(29.97, 8), (29.97, 8), (29.97, 17)]
 
 
+def test_clips_are_listed_as_they_are_shown(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    picture = np.random.default_rng(0).integers(0, 255, (32, 48, 4), np.uint8)
+    quarter = [0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30]
+    encode(tmp_path / "in/a.mov", [picture] * 4, codec="qtrle", layout="argb", matrix=quarter)
+    encode(tmp_path / "in/hdr.mp4", [picture] * 4, color_trc=18)
+    (tmp_path / "captions.csv").write_text("clip;caption\na.mov;a, b\nhdr.mp4;c\n")
+    assert _run(tmp_path, tmp_path / "out", "--size", "8x12", "--frames", "4", "--held-out", "0") == 0
+    info, told = json.loads((tmp_path / "out/dataset.json").read_text()), capsys.readouterr()
+    (clip,) = info["clips"]
+    assert (clip["width"], clip["height"], clip["alpha"]) == (32, 48, True) and info["captions"] == {"a.mov": "a, b"}
+    assert "put on black: 1\n" in told.out and "fields are separated by ';'" in told.err
+    assert "skipped hdr.mp4: " in told.err and "HLG" in info["skipped"][0]["reason"]
+
+
 def test_overwrite_replaces_prepared_folders_only(folder, prepared, capsys):
     output = folder / "again"
     output.mkdir()  # an empty folder is fine
