@@ -66,9 +66,8 @@ def _latents(args: argparse.Namespace) -> None:
 
 
 def _tell_windows(args: argparse.Namespace, info: dict[str, Any], what: str) -> None:
-    rates = sorted({round(clip["fps"], 2) for clip in info["clips"]})
-    if len(rates) > 1:
-        print(f"note: clips of different rates ({', '.join(map(str, rates))} fps) are mixed; --fps N resamples them.")
+    if transparent := sum(clip.get("alpha", False) for clip in info["clips"]):  # earlier versions did not look
+        print(f"note: clips that may be transparent, where they were put on black: {transparent}")
     counts = info["counts"]
     print(
         f"{args.output}: {counts['train']} training and {counts.get('held_out', 0)} held-out windows, {what}, from "

@@ -42,7 +42,7 @@ def add_clips(parser: argparse.ArgumentParser, **_: object) -> None:
     """Adds what says how clips become windows."""
     parser.description = (
         "Cuts video files into windows of frames, writes array_record shards, dataset.json and codec.npz. Goes on "
-        "where it was killed; a clip that does not decode is named and skipped."
+        "where it was killed; a clip that cannot be read whole and as it looks is named and skipped."
     )
     parser.add_argument("--clips", required=True, metavar="DIR", help="folder of mp4, webm, mov, avi or mkv files")
     parser.add_argument("--captions", required=True, metavar="FILE", help="CSV file with the columns clip,caption")
@@ -54,7 +54,7 @@ def add_clips(parser: argparse.ArgumentParser, **_: object) -> None:
         help="pixels, as the codec divides them: multiples of 4 for patches (default: %(default)s)",
     )
     parser.add_argument("--frames", type=int, default=16, help="frames per window (default: %(default)s)")
-    parser.add_argument("--fps", type=float, help="resample to this rate (default: each clip's own frames)")
+    parser.add_argument("--fps", type=float, help="resample to this rate (default: the one that all clips have)")
     parser.add_argument("--stride", type=int, help="frames between starts of windows (default: half of --frames)")
     parser.add_argument(
         "--held-out", type=float, default=0.15, help="last part of each clip in time to hold out (default: %(default)s)"
@@ -70,7 +70,8 @@ def add_latents(parser: argparse.ArgumentParser, *, negative: str, text_len: int
     add_clips(parser)
     parser.description = (
         "Cuts clips as the command clips does and stores the latents of the windows, for "
-        "config.data.source=latents:DIR. Goes on where it was killed; a clip that does not decode is named and skipped."
+        "config.data.source=latents:DIR. Goes on where it was killed; a clip that cannot be read whole and as it looks "
+        "is named and skipped."
     )
     parser.add_argument(
         "--codec", required=True, metavar="PATH", help="codec.npz, a folder that holds one, or a model folder with vae/"

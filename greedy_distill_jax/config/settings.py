@@ -249,6 +249,8 @@ def check(settings: Settings) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"config.{name} is {value}; it must be at least 1.")
+    if settings.log.fps > 50:
+        raise UserError(f"config.log.fps is {settings.log.fps}; the GIFs of samples hold at most 50.")
     for name, value in (("text_dropout", settings.text_dropout), ("ema.decay", settings.ema.decay)):
         if not 0 <= value <= 1:
             raise UserError(f"config.{name} is {value}; it must lie between 0 and 1.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import uuid
@@ -12,14 +13,19 @@ from pathlib import Path
 
 import av
 import numpy as np
-from jaxtyping import UInt8
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from jaxtyping import Float, UInt8
 from PIL import Image
 
+from greedy_distill_jax.data.display import has_alpha, show
 from greedy_distill_jax.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv")
 WRITER_SUFFIXES = (".mp4", ".webm", ".gif")
 
+_FPS = (0.1, 240)  # frames per second
+_GIF_FPS = 50  # viewers slow down what is faster
+_COMPLETE = "copy or record it again, or remove it"
 _CODECS = {  # by suffix: container, then encoders in order of preference with their options
     ".mp4": ("mp4", (("libx264", {"crf": "16", "preset": "medium"}), ("mpeg4", {"q": "2"}))),
     ".webm": ("webm", (("libvpx-vp9", {"crf": "20", "b": "0"}), ("libvpx", {"crf": "8", "b": "4M"}))),
@@ -28,24 +34,82 @@ _CODECS = {  # by suffix: container, then encoders in order of preference with t
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the container says: size in pixels, mean frames per second, frame count (0 when not stored)."""
+    """What a video file shows.
+
+    Attributes:
+      width, height: in pixels, as `read_frames` gives them: upright, with square pixels.
+      fps: mean frames per second, 0 for a single frame without a rate.
+      frames: how many there are.
+      variable: whether times between frames differ by more than a quarter from their mean.
+      alpha: whether pixels may be transparent; `read_frames` puts them on black.
+    """
 
     width: int
     height: int
     fps: float
     frames: int
+    variable: bool
+    alpha: bool
+
+
+def check_fps(fps: float | int, suffix: str = "") -> None:
+    """Raises UserError (field "fps") for a rate that is none, or that a container cannot hold.
+
+    Args:
+      fps: frames per second.
+      suffix: of the file to write, "" for a rate of reading.
+    """
+    most = _GIF_FPS if suffix == ".gif" else _FPS[1]
+    if not _FPS[0] <= fps <= most:
+        whose = f" of a {suffix}" if suffix else ""
+        raise UserError(f"fps={fps:g} is no rate{whose}; use {_FPS[0]:g} to {most:g} frames per second", "fps")
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-    """Size, rate and frame count of a video file; UserError naming the file when no video stream can be opened."""
+    """Reads what a file shows: the times of all its frames, of which the first is decoded.
+
+    Raises:
+      UserError: as `read_frames`, except for frames that do not decode after the first.
+    """
+    times, first = [], None
     with _opened(path) as container:
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate or 0
-        return VideoInfo(stream.width, stream.height, float(rate), stream.frames)
+        stream = _video_stream(container)
+        decoder = _decoder(stream, path)
+        for packet in _packets(container, stream, path):
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None and not packet.is_discard:
+                times.append(float(time * packet.time_base))
+            if first is None:
+                first = next(iter(_decode(decoder, packet, path)), None)
+        if first is None:
+            raise _no_frame(path)
+        height, width = show(first, stream.sample_aspect_ratio, path).shape[:2]
+        fps, variable = _rate(np.sort(times), stream)
+        return VideoInfo(width, height, fps, len(times), variable, has_alpha(first))
+
+
+def _rate(times: Float[np.ndarray, " n"], stream: av.VideoStream) -> tuple[float, bool]:
+    """(mean frames per second, whether they are uneven) of the sorted times of frames, in seconds."""
+    stored = float(_stored_rate(stream) or 0)
+    if len(times) < 2 or times[0] == times[-1]:
+        return stored, False
+    fps = float((len(times) - 1) / (times[-1] - times[0]))
+    off = np.abs(np.diff(times) * fps - 1)
+    variable = bool((off > 0.25 + _tick(stream) * fps).any())
+    return (stored if abs(stored / fps - 1) < 0.01 else fps), variable
+
+
+def _stored_rate(stream: av.VideoStream) -> Fraction | None:
+    return stream.average_rate or stream.guessed_rate
+
+
+def _tick(stream: av.VideoStream) -> float:
+    """Seconds by which rounding to the clock of the file may move a frame; webm and mkv count in milliseconds."""
+    return min(float(stream.time_base or 0), 1e-3)
 
 
 def read_frames(path: str | os.PathLike, *, fps: float | int | None = None) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-    """Decodes a video file frame by frame, upright RGB uint8 [H, W, 3].
+    """Decodes a video file frame by frame, as a screen shows them (see `show`), RGB uint8 [H, W, 3].
 
     Args:
       path: any file that FFmpeg decodes.
@@ -53,42 +117,50 @@ def read_frames(path: str | os.PathLike, *, fps: float | int | None = None) -> I
         (frames are repeated or dropped, never blended).
 
     Raises:
-      UserError: the file is missing or does not decode to its end, or fps is not positive.
+      UserError: the file is missing, ends before its last frame as far as its container says where that is, or does
+        not decode, is not to be shown (see `show`), or fps is no rate.
     """
-    if fps is not None and not fps > 0:
-        raise UserError(f"fps={fps} for {path}; use a positive number", "fps")
+    if fps is not None:
+        check_fps(fps)
     return _read_frames(path, fps)
 
 
 def _read_frames(path: str | os.PathLike, fps: float | int | None) -> Iterator[np.ndarray]:
     count = 0
     with _opened(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream = _video_stream(container)
+        aspect = stream.sample_aspect_ratio
         decoded = _decoded(container, stream, path)
         if fps is None:
             for frame in decoded:
                 count += 1
-                yield _upright(frame)
+                yield show(frame, aspect, path)
         else:
-            rate = float(stream.average_rate or 25)
+            rate = float(_stored_rate(stream) or 0)
+            early = _tick(stream) + 1e-6  # a frame counts as on display this long before its rounded time
             shown, start, end, image = None, None, 0.0, None
             for index, frame in enumerate(decoded):
+                if frame.time is None and not rate:
+                    raise UserError(f"{path} has neither times nor a rate of frames; convert it to mp4", "path")
                 time = frame.time if frame.time is not None else index / rate
                 start = time if start is None else start
-                while shown is not None and count / fps < time - start - 1e-6:
-                    image = _upright(shown) if image is None else image
+                while shown is not None and count / fps < time - start - early:
+                    image = show(shown, aspect, path) if image is None else image
                     count += 1
                     yield image
                 shown, image = frame, None
                 duration = frame.duration * frame.time_base if frame.duration and frame.time_base else 0
-                end = time - start + (float(duration) or 1 / rate)
-            while shown is not None and (count / fps < end - 1e-6 or count == 0):
-                image = _upright(shown) if image is None else image
+                end = time - start + (float(duration) or (1 / rate if rate else 0))
+            while shown is not None and (count / fps < end - early or count == 0):
+                image = show(shown, aspect, path) if image is None else image
                 count += 1
                 yield image
     if count == 0:
-        raise UserError(f"{path} holds no video frame; give a file with a video stream, or remove it", "path")
+        raise _no_frame(path)
+
+
+def _no_frame(path: object) -> UserError:
+    return UserError(f"{path} holds no video frame; give a file with a video stream, or remove it", "path")
 
 
 def _opened(path: str | os.PathLike) -> av.container.InputContainer:
@@ -106,9 +178,74 @@ def _opened(path: str | os.PathLike) -> av.container.InputContainer:
     return container
 
 
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    return container.streams.best("video") or container.streams.video[0]  # the first may be a cover picture
+
+
+def _decoder(stream: av.VideoStream, path: object) -> av.CodecContext:
+    """The decoder of a stream; FFmpeg's own of vp8 and vp9 would pass over transparency in silence."""
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    decoder = stream.codec_context
+    if name and stream.metadata.get("alpha_mode") == "1":
+        try:
+            decoder = av.CodecContext.create(name, "r")
+        except ValueError as error:
+            raise UserError(
+                f"{path} is transparent, and PyAV lacks {name} to decode that; convert it", "path"
+            ) from error
+    decoder.thread_type = "AUTO"
+    return decoder
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream, path: object) -> Iterator[av.Packet]:
+    """The packets of a stream, then an empty one; UserError where the file has been cut off."""
+    _check_index(container, stream, path)
+    end, step = 0.0, 1 / float(_stored_rate(stream) or 1)
+    with _reading(path):
+        for packet in container.demux():
+            own = packet.stream.index == stream.index
+            if packet.pts is not None:
+                seconds = float((packet.duration or 0) * packet.time_base) or (step if own else 0)
+                end = max(end, float(packet.pts * packet.time_base) + seconds)
+            if own:
+                yield packet
+    _check_index(container, stream, path)  # that of a fragmented file grows while it is read
+    entries = len(stream.index_entries)
+    if container.format.name == "avi" and entries < stream.frames:
+        raise UserError(f"{path} is cut off: {entries} of {stream.frames} frames are there; {_COMPLETE}", "path")
+    if "matroska" in container.format.name and container.duration:
+        length = container.duration / av.time_base
+        if end < length - 0.75 * step:
+            raise UserError(f"{path} is cut off: it ends at {end:.2f} of {length:.2f} s; {_COMPLETE}", "path")
+
+
+def _check_index(container: av.container.InputContainer, stream: av.VideoStream, path: object) -> None:
+    need = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if need > container.size > 0:
+        raise UserError(f"{path} is cut off: {container.size} of at least {need} bytes are there; {_COMPLETE}", "path")
+
+
 def _decoded(container: av.container.InputContainer, stream: av.VideoStream, path: object) -> Iterator[av.VideoFrame]:
+    decoder = _decoder(stream, path)
+    for packet in _packets(container, stream, path):
+        yield from _decode(decoder, packet, path)
+
+
+def _decode(decoder: av.CodecContext, packet: av.Packet, path: object) -> list[av.VideoFrame]:
+    with _reading(path):
+        frames = decoder.decode(packet)
+    for frame in frames:
+        if frame.is_corrupt:
+            raise UserError(f"{path} is cut off or damaged near {frame.time or 0:.2f} s; {_COMPLETE}", "path")
+    return frames
+
+
+@contextlib.contextmanager
+def _reading(path: object) -> Iterator[None]:
     try:
-        yield from container.decode(stream)
+        yield
+    except UserError:
+        raise
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
             f"{path} stops decoding as video ({_reason(error)}); convert it to mp4, or remove it", "path"
@@ -117,10 +254,6 @@ def _decoded(container: av.container.InputContainer, stream: av.VideoStream, pat
 
 def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).strip().splitlines()[0]
-
-
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
 
 class VideoWriter:
@@ -137,7 +270,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | os.PathLike, *, fps: float | int = 8, upscale: int = 1) -> None:
-        """Args: `path` ending in .mp4, .webm or .gif; `fps` > 0; `upscale`, a whole number of pixels per pixel.
+        """Args: `path` ending in .mp4, .webm or .gif; `fps`, see `check_fps`; `upscale`, whole pixels per pixel.
 
         Raises:
           UserError: another extension, a folder that cannot be written, fps or upscale out of range.
@@ -149,13 +282,10 @@ class VideoWriter:
                 f"cannot write {self.path}: extension {suffix!r} is unknown; use one of {', '.join(WRITER_SUFFIXES)}",
                 "path",
             )
-        if not fps > 0 or upscale < 1 or upscale != int(upscale):
-            raise UserError(
-                f"cannot write {self.path}: fps={fps}, upscale={upscale}; use fps > 0, whole upscale >= 1",
-                "upscale" if fps > 0 else "fps",
-            )
-        self.fps, self.upscale, self.frames = fps, int(upscale), 0
+        if not 1 <= upscale < float("inf") or upscale != int(upscale):
+            raise UserError(f"cannot write {self.path}: upscale={upscale}; use a whole number from 1 on", "upscale")
         self._suffix = suffix
+        self.fps, self.upscale, self.frames = fps, int(upscale), 0
         self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
         self._container = self._stream = None
         self._shape: tuple[int, ...] | None = None
@@ -167,6 +297,16 @@ class VideoWriter:
             self._partial.touch()
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); choose a writable folder", "path") from error
+
+    @property
+    def fps(self) -> float | int:
+        """Frames per second; may be set until the first frame, UserError for a rate that the container cannot hold."""
+        return self._fps
+
+    @fps.setter
+    def fps(self, value: float | int) -> None:
+        check_fps(value, self._suffix)
+        self._fps = value
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -193,7 +333,9 @@ class VideoWriter:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             if self._container is None:
                 self._open(*frame.shape[:2])
-            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+            self._container.mux(self._stream.encode(picture))
         self.frames += 1
 
     def close(self) -> None:
@@ -226,13 +368,24 @@ class VideoWriter:
                 f"cannot write {self.path}: PyAV has no encoder for {self._suffix}; write a .gif instead", "path"
             )
         self._container = av.open(os.fspath(self._partial), "w", format=container)
-        rate = Fraction(self.fps).limit_denominator(1001)
+        rate = Fraction(self.fps).limit_denominator(min(1001, int(65535 / self.fps)))  # mpeg4 counts to 65535
         self._stream = self._container.add_stream(name, rate=rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        # Said in the file: players guess the matrix of what says none by its size.
+        about = self._stream.codec_context
+        about.colorspace, about.color_range = Colorspace.ITU709, ColorRange.MPEG
+        about.color_primaries, about.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 
 
 def encode_gif(video: UInt8[np.ndarray, "T H W 3"], *, fps: float | int = 8, upscale: int = 1) -> bytes:
-    """An endlessly looping GIF of a video (for TensorBoard and reports); delays are rounded to 1/100 s."""
+    """Returns an endlessly looping GIF of a video, for TensorBoard and reports.
+
+    Frames begin at times rounded to 1/100 s, so that the mean rate is kept.
+
+    Raises:
+      UserError: a rate that a GIF cannot hold, see `check_fps`.
+    """
+    check_fps(fps, ".gif")
     buffer = io.BytesIO()
     _save_gif([_palette(_upscaled(frame, upscale)) for frame in np.asarray(video)], buffer, fps)
     return buffer.getvalue()
@@ -247,5 +400,6 @@ def _palette(frame: np.ndarray) -> Image.Image:
 
 
 def _save_gif(images: list[Image.Image], target: io.BytesIO | Path, fps: float | int) -> None:
-    delay = max(20, round(100 / fps) * 10)  # milliseconds; viewers slow down anything shorter
-    images[0].save(target, "GIF", save_all=True, append_images=images[1:], duration=delay, loop=0)
+    starts = np.round(100 / fps * np.arange(len(images) + 1))  # in 1/100 s
+    delays = (10 * np.diff(starts).astype(int)).tolist()  # milliseconds
+    images[0].save(target, "GIF", save_all=True, append_images=images[1:], duration=delays, loop=0)

@@ -23,6 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.sharded import FORMAT
 
+PLAN = "plan.json"
 WRITER_OPTIONS = "group_size:1,zstd:3"  # records are read one by one, in random order
 
 
@@ -111,7 +112,7 @@ class RecordJob:
                 stored = None
             if stored is None:
                 (self.directory / "parts").mkdir(parents=True, exist_ok=True)
-                _write_json(self.directory / "plan.json", plan)
+                _write_json(self.directory / PLAN, plan)
             else:
                 self._check_plan(stored, plan)
 
@@ -119,7 +120,7 @@ class RecordJob:
         """The plan that a job began here; that of clips prepared before these had one is only their kind."""
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; choose a folder", field="directory")
-        path = self.directory / "plan.json"
+        path = self.directory / PLAN
         try:
             if path.is_file():
                 return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -40,11 +40,22 @@ class Recording:
         Raises:
           UserError: a file that cannot be written, as for ``VideoWriter``.
         """
-        self.paths, self.fps, self._upscale = list(paths), fps, upscale
+        self.paths, self._fps, self._upscale = list(paths), fps, upscale
         with contextlib.ExitStack() as stack:
             options = dict(fps=1 if fps is None else fps, upscale=upscale or 1)
             self._writers = [stack.enter_context(VideoWriter(path, **options)) for path in self.paths]
             self._files = stack.pop_all()
+
+    @property
+    def fps(self) -> float | int | None:
+        """Frames per second; UserError when it is set to a rate that a file cannot hold."""
+        return self._fps
+
+    @fps.setter
+    def fps(self, value: float | int) -> None:
+        for writer in self._writers:
+            writer.fps = value
+        self._fps = value
 
     def __enter__(self) -> "Recording":
         return self
@@ -53,8 +64,10 @@ class Recording:
         return self._files.__exit__(*error)
 
     def write(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> None:
-        """Appends the next frames of every video."""
+        """Appends the next frames of every video; ValueError while there is no ``fps``."""
+        if self._fps is None:
+            raise ValueError("Recording: set fps before the first frame")
         for writer, video in zip(self._writers, frames, strict=True):
-            writer.fps, writer.upscale = self.fps, self._upscale or max(1, WIDTH // frames.shape[3])
+            writer.upscale = self._upscale or max(1, WIDTH // frames.shape[3])
             for frame in video:
                 writer.write(frame)

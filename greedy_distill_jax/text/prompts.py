@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import csv
+import io
 import os
 from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.text.user_files import read_table, read_text
+
+_COLUMNS = ("prompt", "caption")
 
 # The negative prompt that Wan2.1 ships with (wan/configs/shared_config.py of its repository).
 WAN_NEGATIVE_PROMPT = (
@@ -20,30 +23,30 @@ def read_prompts(prompts: str | os.PathLike) -> list[str]:
     """Returns the different prompts of a file, in order.
 
     Args:
-      prompts: a .txt file with a prompt a line, or a .csv file with a column `prompt` or `caption`, in UTF-8.
+      prompts: a .txt file with a prompt a line, where empty lines are none, or a .csv file with a column `prompt` or
+        `caption` (see `read_table`), in UTF-8.
 
     Raises:
-      UserError: a file of another kind, one that cannot be read or that holds no prompt.
+      UserError: a file of another kind, one that cannot be read or that holds no prompt, a row without one.
     """
     path = Path(prompts).expanduser()
     if path.suffix.lower() not in (".txt", ".csv"):
         raise UserError(f"{path}: give a .txt file (one prompt a line) or a .csv file", field="prompts")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".txt":
-                found = list(file)
-            else:
-                reader = csv.DictReader(file, skipinitialspace=True)
-                column = next((c for c in ("prompt", "caption") if c in (reader.fieldnames or ())), None)
-                if column is None:
-                    raise UserError(
-                        f"{path} has neither a column prompt nor a column caption in line 1; name one so",
-                        field="prompts",
-                    )
-                found = [row[column] or "" for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}); give a UTF-8 file", field="prompts") from error
+    if path.suffix.lower() == ".txt":
+        found = list(io.StringIO(read_text(path, "prompts"), newline=""))
+    else:
+        names, rows = read_table(path, _COLUMNS, "prompts")
+        columns = [name for name in _COLUMNS if name in names]
+        if len(columns) != 1:
+            how = "both" if columns else "neither"
+            raise UserError(
+                f"{path} line 1 has {how} a column prompt {'and' if columns else 'nor'} a column caption; name one so",
+                field="prompts",
+            )
+        for line, row in rows:
+            if not row[columns[0]]:
+                raise UserError(f"{path} line {line} holds no {columns[0]}; write one, or remove the line", "prompts")
+        found = [row[columns[0]] for _, row in rows]
     different = list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
     if not different:
         raise UserError(f"{path} holds no prompt; write at least one", field="prompts")

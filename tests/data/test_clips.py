@@ -17,6 +17,7 @@ from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import VideoWriter
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.sharded import ShardedSource
+from tests.data.test_video_io import encode
 
 
 def _write_clip(path, frames, fps=10, size=(48, 64)):
@@ -166,6 +167,42 @@ def test_resampling_and_no_held_out(folder):
     np.testing.assert_array_equal(_frame_numbers(source[0]["video"]), 2 * np.arange(8))
 
 
+def test_one_constant_rate_or_one_that_is_given(tmp_path, capsys):
+    """Rates less than 1% apart, such as 29.97 and 30, are one."""
+    source, run = tmp_path / "in", [tmp_path, tmp_path / "out", "--size", "8x8", "--frames", "4"]
+    source.mkdir()
+    _write_clip(source / "a.mp4", 8, fps=30)
+    _write_clip(source / "b.mp4", 8, fps=29.97)
+    (tmp_path / "captions.csv").write_text("clip,caption\na.mp4,a\nb.mp4,b\n")
+    assert _run(*run, "--group", "1") == 0
+    (tmp_path / "captions.csv").write_text("clip,caption\na.mp4,a\nb.mp4,b\nc.mp4,c\n")
+    grey = [np.full((48, 64, 3), 100, np.uint8)] * 8
+    encode(source / "c.mp4", grey, rate=30, times=[0, 1, 2, 3, 4, 8, 12, 16])
+    run[1] = tmp_path / "out2"
+    assert _run(*run) == 2
+    told = _one_line(capsys)
+    assert told.startswith("error: --fps: c.mp4 has a variable frame rate") and told.endswith("such as 29.97")
+    assert not run[1].exists()
+    assert _run(*run, "--fps", "29.97") == 0
+    info = json.loads((run[1] / "dataset.json").read_text())
+    assert [(clip["fps"], clip["frames"]) for clip in info["clips"]] == [(29.97, 8), (29.97, 8), (29.97, 17)]
+
+
+def test_clips_are_listed_as_they_are_shown(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    picture = np.random.default_rng(0).integers(0, 255, (32, 48, 4), np.uint8)
+    quarter = [0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30]
+    encode(tmp_path / "in/a.mov", [picture] * 4, codec="qtrle", layout="argb", matrix=quarter)
+    encode(tmp_path / "in/hdr.mp4", [picture] * 4, color_trc=18)
+    (tmp_path / "captions.csv").write_text("clip;caption\na.mov;a, b\nhdr.mp4;c\n")
+    assert _run(tmp_path, tmp_path / "out", "--size", "8x12", "--frames", "4", "--held-out", "0") == 0
+    info, told = json.loads((tmp_path / "out/dataset.json").read_text()), capsys.readouterr()
+    (clip,) = info["clips"]
+    assert (clip["width"], clip["height"], clip["alpha"]) == (32, 48, True) and info["captions"] == {"a.mov": "a, b"}
+    assert "put on black: 1\n" in told.out and "fields are separated by ';'" in told.err
+    assert "skipped hdr.mp4: " in told.err and "HLG" in info["skipped"][0]["reason"]
+
+
 def test_overwrite_replaces_prepared_folders_only(folder, prepared, capsys):
     output = folder / "again"
     output.mkdir()  # an empty folder is fine
@@ -196,7 +233,7 @@ def _one_line(capsys):
         ("clip,caption\na.mp4,x\nb.webm,x\nc.mp4,x\nbroken.mp4,x\nz.mp4,x\n", "names 'z.mp4', which is not in"),
         ("clip,caption\na.mp4,x\n", "no caption for 'b.webm', 'broken.mp4', 'c.mp4'"),
         ("clip,caption\na.mp4,x\na.mp4,y\n", "line 3: 'a.mp4' is named twice"),
-        ("clip,caption\na.mp4\n", "line 2: 'a.mp4' has no caption"),
+        ("clip,caption\na.mp4,\n", "line 2: 'a.mp4' has no caption"),
         ("clip,caption\na.mp4,\xff\n", "cannot be read"),
     ],
 )
@@ -217,7 +254,10 @@ def test_bad_captions_stop_before_decoding(folder, tmp_path, capsys, monkeypatch
         (["--frames", "0"], "--frames: frames=0 is too small"),
         (["--stride", "0"], "--stride: stride=0 is too small"),
         (["--crops", "-1"], "--crops: crops=-1 is too small"),
-        (["--fps", "-1"], "--fps: fps=-1 is no rate"),
+        (["--fps", "-1"], "--fps: fps=-1 is no rate; use 0.1 to 240"),
+        (["--fps", "inf"], "--fps: fps=inf is no rate"),
+        (["--fps", "1e9"], "--fps: fps=1e+09 is no rate"),
+        (["--fps", "1e-9"], "--fps: fps=1e-09 is no rate"),
         (["--held-out", "1"], "--held-out: held_out=1 is no fraction"),
         (["--clips", "/nonexistent"], "--clips: /nonexistent is not a folder"),
         (["--captions", "/nonexistent"], "--captions: /nonexistent cannot be read"),
@@ -343,7 +383,7 @@ def test_fit_frame_crops_the_centre(shape):
     assert np.abs(np.array(centre) - 7.5).max() < 1
 
 
-def test_real_clips(tmp_path, real_clips):
+def test_real_clips(tmp_path, real_clips, capsys):
     captions = {
         "bikes": "bikes",
         "bigbuckbunny": "a rabbit",
@@ -352,11 +392,15 @@ def test_real_clips(tmp_path, real_clips):
     }
     rows = "".join(f"{name}.mp4,{caption}\n" for name, caption in captions.items())
     (tmp_path / "captions.csv").write_text("clip,caption\n" + rows)
-    assert _run(tmp_path, tmp_path / "out", "--size", "32x32", "--frames", "16", source=real_clips) == 0
+    run = [tmp_path, tmp_path / "out", "--size", "32x32", "--frames", "16"]
+    assert _run(*run, source=real_clips) == 2  # two rates
+    assert "bigbuckbunny.mp4 25, carphone_distorted.mp4 29.97" in (told := _one_line(capsys)), told
+    assert told.startswith("error: --fps: ") and told.endswith("such as 25") and not (tmp_path / "out").exists()
+    assert _run(*run, "--fps", "25", source=real_clips) == 0
     train, held_out = ShardedSource(tmp_path / "out", CLIPS), ShardedSource(tmp_path / "out", CLIPS, "held_out")
-    assert len(train) == 60 and len(held_out) == 6
+    assert len(train) == 56 and len(held_out) == 6
     assert (
-        {train[i]["caption"] for i in range(60)} == {held_out[i]["caption"] for i in range(6)} == set(captions.values())
+        {train[i]["caption"] for i in range(56)} == {held_out[i]["caption"] for i in range(6)} == set(captions.values())
     )
     codec = PatchCodec.load(tmp_path / "out/codec.npz")
     video = np.stack([held_out[i]["video"] for i in range(6)])

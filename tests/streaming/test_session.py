@@ -173,3 +173,14 @@ def test_a_recording_that_cannot_be_written_is_refused_before_a_frame(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         Recording(output_paths(tmp_path / "out.mp4", 2), fps=8)
     assert [path.name for path in tmp_path.iterdir()] == ["out-1.mp4"]
+
+
+def test_the_rate_of_a_recording_is_checked_when_it_is_set(tmp_path):
+    with (
+        pytest.raises(ValueError, match="set fps before the first frame"),
+        Recording([tmp_path / "out.gif"]) as recording,
+    ):
+        recording.write(frames(1))
+    with pytest.raises(UserError, match="fps=60 is no rate of a .gif"), Recording([tmp_path / "out.gif"]) as recording:
+        recording.fps = 60
+    assert not list(tmp_path.iterdir())

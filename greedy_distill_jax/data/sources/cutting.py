@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+from tqdm import tqdm
 
-from greedy_distill_jax.data.video_io import probe, read_frames
+from greedy_distill_jax.data.video_io import check_fps, probe, read_frames
 from greedy_distill_jax.errors import UserError
 
 SPLITS = ("train", "held_out")
@@ -28,7 +32,7 @@ class Cutting:
       width, height: of the windows, in pixels.
       frames: per window.
       fps: frames per second to resample to; frame k of a clip is then the one on display at time k / fps. None keeps
-        each clip's own frames.
+        each clip's own frames; their rates must be one then, see `check_rates`.
       stride: frames between the starts of windows; None for half of ``frames``.
       held_out: fraction of each clip, in [0, 1); 0 for none.
       crops: further training windows from each stretch of time, each seen through a random crop that stays where it is
@@ -51,8 +55,8 @@ class Cutting:
             value = getattr(self, field)
             if value is not None and value < least:
                 raise UserError(f"{field}={value} is too small; use at least {least}", field)
-        if self.fps is not None and not self.fps > 0:
-            raise UserError(f"fps={self.fps:g} is no rate; use a positive number", "fps")
+        if self.fps is not None:
+            check_fps(self.fps)
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out={self.held_out:g} is no fraction; use at least 0 and less than 1", "held_out")
 
@@ -64,6 +68,40 @@ class Cutting:
     def plan(self) -> dict[str, Any]:
         """As JSON, defaults filled in."""
         return {**dataclasses.asdict(self), "stride": self.step}
+
+
+def check_rates(paths: Sequence[Path], *, progress: bool = True) -> None:
+    """Refuses clips that do not share one constant frame rate: motion would be learned at several speeds.
+
+    Reads all clips, decoding one frame of each; what cannot be read is passed over, because `cut` will name it.
+
+    Args:
+      paths: of the clips.
+      progress: show a bar on standard error.
+
+    Raises:
+      UserError: (field "fps") rates more than 1% apart, or a clip whose frames come at uneven times.
+    """
+    infos = {}
+    for path in tqdm(paths, desc="frame rates", unit="clip", disable=not progress):
+        with contextlib.suppress(UserError):
+            infos[path.name] = probe(path)
+    rates = sorted(info.fps for info in infos.values())
+    if not rates:
+        return
+    uneven = [name for name, info in infos.items() if info.variable]
+    first, last = (next(name for name, info in infos.items() if info.fps == rates[at]) for at in (0, -1))
+    if uneven:
+        told = f"{uneven[0]} has a variable frame rate" + (f", so have {len(uneven) - 1} more" if uneven[1:] else "")
+    elif rates[-1] > 1.01 * rates[0]:
+        told = f"clips have different frame rates ({first} {rates[0]:.4g}, {last} {rates[-1]:.4g} frames per second)"
+    else:
+        return
+    raise UserError(
+        f"{told}: the speed of motion would be learned wrongly; give one rate for all, such as "
+        f"{statistics.median_low(rates):.4g}",
+        "fps",
+    )
 
 
 def fit_frame(frame: UInt8[np.ndarray, "A B 3"], width: int, height: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -117,5 +155,5 @@ def cut(path: Path, cutting: Cutting) -> tuple[dict[str, Any], dict[str, range],
         "train": range(0, count - held - frames + 1, cutting.step),
         "held_out": range(count - held, count - frames + 1, cutting.step),
     }
-    entry = {"width": info.width, "height": info.height, "fps": fps or info.fps, "frames": count}
+    entry = {"width": info.width, "height": info.height, "fps": fps or info.fps, "frames": count, "alpha": info.alpha}
     return entry, starts, np.swapaxes(np.asarray(images), 0, 1)

@@ -14,9 +14,9 @@ from jaxtyping import Shaped, UInt8
 from tqdm import tqdm
 
 from greedy_distill_jax.data.sources.captions import read_captions
-from greedy_distill_jax.data.sources.cutting import SPLITS, Cutting, cut
+from greedy_distill_jax.data.sources.cutting import SPLITS, Cutting, check_rates, cut
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage.record_job import RecordJob
+from greedy_distill_jax.storage.record_job import PLAN, RecordJob
 from greedy_distill_jax.storage.records import encode_record, fingerprint
 
 
@@ -61,11 +61,14 @@ def write_windows(
       What dataset.json holds; None if other processes have not finished.
 
     Raises:
-      UserError: captions and clips that do not match, a folder of another job, or no clip that gives a window.
+      UserError: captions and clips that do not match, clips of several rates without `cutting.fps`, a folder of another
+        job, or no clip that gives a window.
     """
     caption_of = read_captions(clips, captions)
     names, folder = list(caption_of), Path(clips)
     files = fingerprint(f"{name} {(folder / name).stat().st_size} {caption_of[name]}" for name in names)
+    if cutting.fps is None and (overwrite or not (Path(directory).expanduser() / PLAN).exists()):  # else checked before
+        check_rates([folder / name for name in names], progress=progress)
     plan = {"clips": files, **cutting.plan(), **plan}
     job = RecordJob(directory, kind, plan, items=len(names), group=group, overwrite=overwrite)
     begin(job.directory)
@@ -101,7 +104,7 @@ def write_windows(
         before(described)
 
     told = {
-        "fps": lambda notes: cutting.fps or statistics.median([note["fps"] for note in _used(notes)] or [0]),
+        "fps": lambda notes: cutting.fps or statistics.median_low([note["fps"] for note in _used(notes)] or [0]),
         "captions": lambda notes: {note["clip"]: caption_of[note["clip"]] for note in _used(notes)},
         "clips": _used,
         "skipped": lambda notes: [note for note in notes if "reason" in note],
