@@ -123,10 +123,13 @@ def student(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, draws: 
     return etm + text_projection(base, depth) + sdd
 
 
-def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float | int) -> Flops:
-    """One chunk from the caches: ``calls`` denoising calls and what makes its keys; the text is projected already."""
+def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float | int, early: bool = False) -> Flops:
+    """One chunk from the caches: ``calls`` denoising calls and what makes its keys; the text is projected already.
+
+    A chunk that may leave its steps ``early`` needs a pass for the keys of its last step's level.
+    """
     length, base = tokens * cfg.chunk, cfg.base
-    clean = cfg.context == "clean"
+    clean = cfg.context == "clean" or (early and cfg.context == "last_step_kv")
     if isinstance(cfg, CausalConfig):
         layout = patterns.causal_step(cfg, length)
         call = blocks(base, base.num_layers, length, layout.pattern.pairs)
@@ -163,10 +166,11 @@ def rollout(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, plan: S
     total = _all_text(cfg)
     for chunk in range(frames // cfg.chunk):
         steps = len(plan.steps_of(chunk))
-        total += stream_step(_unfused(cfg), tokens, (steps + 1) / 2 if exit == "random" else steps)
+        early = exit == "random"
+        total += stream_step(_unfused(cfg), tokens, (steps + 1) / 2 if early else steps, early)
     return total
 
 
-def replay(cfg: StudentConfig | CausalConfig, frames: int, tokens: int) -> Flops:
+def replay(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, exit: str) -> Flops:
     """The last denoising calls and the contexts of a self-made video, chunk by chunk."""
-    return _all_text(cfg) + stream_step(_unfused(cfg), tokens, 1) * (frames // cfg.chunk)
+    return _all_text(cfg) + stream_step(_unfused(cfg), tokens, 1, exit == "random") * (frames // cfg.chunk)

@@ -29,6 +29,8 @@ from greedy_distill_jax.streaming.loop import (
     context_noise,
     denoise,
     kept,
+    kept_call,
+    kept_call_again,
     ring_slot,
     split_key,
     write_slot,
@@ -133,54 +135,67 @@ class CausalStreamer:
 
     def step(self, params: Any, state: CausalState) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
-        state, made = self.step_to(params, state, self.plan.ends)
+        state, made = self.step_to(params, state)
         return state, made.x0
 
     def step_to(
         self,
         params: Any,
         state: CausalState,
-        exits: PerList,
+        exits: PerList | None = None,
         record: PerList | None = None,
     ) -> tuple[CausalState, Made]:
         """As ``Streamer.step_to``."""
         key, key_sample = split_key(state.key)
         call, shape = self._caller(params, state), state.last.shape
-        emit = ("own",) if self.cfg.context == "last_step_kv" and state.cache is not None else ()
+        last_kv, ends = self._keeps_last(state), self.plan.ends if exits is None else exits
+        emit = ("own",) if last_kv and exits is None else ()
         own = self._empty(state.last, 1) if emit else None
         velocity = functools.partial(call, emit=emit)
-        made, own = denoise(self.plan, velocity, state.index, shape, own, key_sample, exits, record=record)
+        made, own = denoise(self.plan, velocity, state.index, shape, own, key_sample, ends, record=record)
+        if last_kv and exits is not None:
+            made = made._replace(keys=kept_call(self.plan, state.index, made, exits, key_sample))
+            own = self._keys_of(call, made.keys)
         noise = context_noise(self.plan, state.index, key_sample, shape)
         return self._conclude(call, state._replace(key=key), made.x0, own, noise), made
 
     def observe(
         self, params: Any, state: CausalState, x0_BTHWC: Float32[Array, "B g H W C"]
-    ) -> tuple[CausalState, Exit]:
+    ) -> tuple[CausalState, Made]:
         """As ``Streamer.observe``."""
         key, key_sample = split_key(state.key)
-        call, exit, own = self._caller(params, state), Exit(x0_BTHWC, jnp.float32(0.0)), None
-        if self.cfg.context == "last_step_kv":
-            exit = as_last_input(self.plan, state.index, x0_BTHWC, key_sample)
-            own = call(*exit, with_head=False, emit=("own",))[1].own
+        call, own = self._caller(params, state), None
+        made = Made(x0_BTHWC, Exit(x0_BTHWC, jnp.float32(0.0)))
+        if self._keeps_last(state):
+            made = made._replace(keys=as_last_input(self.plan, state.index, x0_BTHWC, key_sample))
+            own = self._keys_of(call, made.keys)
         noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
-        return self._conclude(call, state._replace(key=key), x0_BTHWC, own, noise), exit
+        return self._conclude(call, state._replace(key=key), x0_BTHWC, own, noise), made
+
+    def _keeps_last(self, state: CausalState) -> bool:
+        return self.cfg.context == "last_step_kv" and state.cache is not None
+
+    @staticmethod
+    def _keys_of(call, exit: Exit) -> KeyValue:
+        return call(*exit, with_head=False, emit=("own",))[1].own
 
     def replay(
         self,
         params: Any,
         state: CausalState,
         exit: Exit,
+        keys: Exit | None,
         noise: Float32[Array, "B g H W C"] | None,
         grads: ContextGrad,
         frames: bool,
     ) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """As ``Streamer.replay``."""
         call = self._caller(params, state)
-        last_kv = self.cfg.context == "last_step_kv" and state.cache is not None
-        v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv else ())
+        v, emitted = call(exit.x, exit.sigma, emit=("own",) if self._keeps_last(state) and keys is None else ())
         x = exit.x - exit.sigma * v
         seen = x if frames else jax.lax.stop_gradient(x)
-        return self._conclude(call, state, seen, emitted.own, noise, frozen=grads.sdd == "none"), x
+        own = emitted.own if keys is None else self._keys_of(call, kept_call_again(exit, keys, seen))
+        return self._conclude(call, state, seen, own, noise, frozen=grads.sdd == "none"), x
 
     def _caller(self, params, state: CausalState):
         """The network's call for the next chunk: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
@@ -206,7 +221,7 @@ class CausalStreamer:
         last, sigma = kept(self.plan, state.index, x, noise)
         if state.cache is not None:
             if own is None:
-                own = call(last, sigma, with_head=False, emit=("own",))[1].own
+                own = self._keys_of(call, Exit(last, sigma))
             state = self._remember(state, jax.lax.stop_gradient(own) if frozen else own, last)
         return state._replace(index=state.index + 1, last=last)
 

@@ -33,6 +33,8 @@ from greedy_distill_jax.streaming.loop import (
     context_noise,
     denoise,
     kept,
+    kept_call,
+    kept_call_again,
     last_sigma,
     ring_slot,
     split_key,
@@ -127,7 +129,7 @@ class Streamer:
     def step(self, params: Any, state: StreamState) -> tuple[StreamState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
         if self.cfg.context != "fused":
-            state, made = self.step_to(params, state, self.plan.ends)
+            state, made = self.step_to(params, state)
             return state, made.x0
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
@@ -139,7 +141,7 @@ class Streamer:
         self,
         params: Any,
         state: StreamState,
-        exits: PerList,
+        exits: PerList | None = None,
         record: PerList | None = None,
     ) -> tuple[StreamState, Made]:
         """``step`` that leaves the step list early: the x0 predicted at step ``exits`` (per list) is the chunk.
@@ -149,28 +151,31 @@ class Streamer:
 
         Args:
           params, state: as for ``step``.
-          exits: number of the last step, per list of the plan.
+          exits: number of the last step, per list of the plan; without, the lists run to their ends.
           record: number of the step whose transition is recorded, per list, not behind the exit.
         """
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
         call = self._caller(params, state, z)
-        emit = ("own",) if self.cfg.context == "last_step_kv" else ()
+        last_kv, ends = self.cfg.context == "last_step_kv", self.plan.ends if exits is None else exits
+        emit = ("own",) if last_kv and exits is None else ()
         tokens = self.student.chunk_tokens(state.last)
         own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
         velocity = functools.partial(call, emit=emit)
-        made, own = denoise(self.plan, velocity, state.index, state.last.shape, own, key_sample, exits, record=record)
+        made, own = denoise(self.plan, velocity, state.index, state.last.shape, own, key_sample, ends, record=record)
+        if last_kv and exits is not None:
+            made = made._replace(keys=kept_call(self.plan, state.index, made, exits, key_sample))
+            own = self._keys_of(call, made.keys)
         noise = context_noise(self.plan, state.index, key_sample, state.last.shape)
         return self._conclude(call, state, made.x0, own, noise), made
 
     def observe(
         self, params: Any, state: StreamState, x0_BTHWC: Float32[Array, "B g H W C"]
-    ) -> tuple[StreamState, Exit]:
+    ) -> tuple[StreamState, Made]:
         """Takes a given chunk for the next one, as if the stream had made it: an image or a video to go on from.
 
-        Returns:
-          (new state, what stands for the call that would have made the chunk): the chunk itself at level 0, or, in
-          context mode "last_step_kv", the chunk noised to the level of its list's last step, whose keys are kept.
+        Its exit is the chunk itself at level 0. In context mode "last_step_kv" its keys are those of the chunk noised
+        to the level of its list's last step.
         """
         key, key_sample = split_key(state.key)
         state = state._replace(key=key)
@@ -178,20 +183,24 @@ class Streamer:
             state = self._clean_pass(params, state)
         z, state = self._etm(params, state)
         noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
-        exit, own = Exit(x0_BTHWC, jnp.float32(0.0)), None
+        made, own = Made(x0_BTHWC, Exit(x0_BTHWC, jnp.float32(0.0))), None
         if self.cfg.context == "fused":
             last, _ = kept(self.plan, state.index, x0_BTHWC, noise)
-            return state._replace(z=z, index=state.index + 1, last=last), exit
+            return state._replace(z=z, index=state.index + 1, last=last), made
         call = self._caller(params, state, z)
         if self.cfg.context == "last_step_kv":
-            exit = as_last_input(self.plan, state.index, x0_BTHWC, key_sample)
-            own = call(*exit, with_head=False, emit=("own",))[1].own
-        return self._conclude(call, state, x0_BTHWC, own, noise), exit
+            made = made._replace(keys=as_last_input(self.plan, state.index, x0_BTHWC, key_sample))
+            own = self._keys_of(call, made.keys)
+        return self._conclude(call, state, x0_BTHWC, own, noise), made
+
+    @staticmethod
+    def _keys_of(call, exit: Exit) -> KeyValue:
+        return call(*exit, with_head=False, emit=("own",))[1].own
 
     def _clean_pass(self, params, state: StreamState) -> StreamState:
         """The pass over the last chunk that context mode "fused" leaves pending, by itself."""
         call = self._caller(params, state._replace(index=state.index - 1), state.z)
-        own = call(state.last, last_sigma(self.plan, state.index), with_head=False, emit=("own",))[1].own
+        own = self._keys_of(call, Exit(state.last, last_sigma(self.plan, state.index)))
         cache = self._remember(state.sdd_cache, own, state.index == 1)
         made = state.index > 0
         return state._replace(
@@ -203,6 +212,7 @@ class Streamer:
         params: Any,
         state: StreamState,
         exit: Exit,
+        keys: Exit | None,
         noise: Float32[Array, "B g H W C"] | None,
         grads: ContextGrad,
         frames: bool,
@@ -212,6 +222,7 @@ class Streamer:
         Args:
           params, state: as for ``step``.
           exit: input and noise level of the step that made the chunk.
+          keys: ``loop.Made.keys``.
           noise: its ``loop.context_noise``.
           grads: what flows through the parameters that made the contexts.
           frames: gradients also flow through the generated frames that later chunks see.
@@ -223,16 +234,17 @@ class Streamer:
         z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
         call = self._caller(params, state, z)
         last_kv = self.cfg.context == "last_step_kv"
-        v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv else ())
+        v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv and keys is None else ())
         x = exit.x - exit.sigma * v
         seen = x if frames else jax.lax.stop_gradient(x)
-        return self._conclude(call, state, seen, emitted.own, noise, frozen=grads.sdd == "none"), x
+        own = emitted.own if keys is None else self._keys_of(call, kept_call_again(exit, keys, seen))
+        return self._conclude(call, state, seen, own, noise, frozen=grads.sdd == "none"), x
 
     def _conclude(self, call, state: StreamState, x, own: KeyValue | None, noise, frozen: bool = False) -> StreamState:
         """The state after chunk ``x``: a pass over it as it is kept (or its last step's keys) becomes the cache."""
         last, sigma = kept(self.plan, state.index, x, noise)
         if own is None:
-            own = call(last, sigma, with_head=False, emit=("own",))[1].own
+            own = self._keys_of(call, Exit(last, sigma))
         own = jax.lax.stop_gradient(own) if frozen else own
         cache = self._remember(state.sdd_cache, own, state.index == 0)
         return state._replace(sdd_cache=cache, index=state.index + 1, last=last)

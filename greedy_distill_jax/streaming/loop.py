@@ -44,6 +44,7 @@ class Made(NamedTuple):
     x0: Float32[Array, "B g H W C"]
     exit: Exit
     transition: Transition | None = None  # of the step that was to be recorded
+    keys: Exit | None = None  # context "last_step_kv": the call whose keys are kept, where that is not the exit
 
 
 class Axes(NamedTuple):
@@ -156,6 +157,24 @@ def denoise(
         following = jnp.where(recorded == last, 0.0, sigmas[recorded + 1])
         transition = Transition(ends[0], sigmas[recorded], ends[1], following)
     return Made(x, Exit(entered, sigmas[last]), transition), own
+
+
+def kept_call(plan: StepPlan, index: Int32[Array, ""], made: Made, exits: PerList, key: Key[Array, "*B"]) -> Exit:
+    """The call whose keys stay in context mode "last_step_kv" when chunk ``index`` may have left its list early.
+
+    At inference later chunks see keys of the last step's level. A chunk that left at a higher one is noised to that
+    level again, for training not to look back on what inference never has.
+    """
+    row = jnp.minimum(index, len(plan.sigmas) - 1)
+    early = jnp.asarray(exits, jnp.int32)[row] < jnp.asarray(plan.ends)[row]
+    again = as_last_input(plan, index, made.x0, key)
+    return Exit(jnp.where(early, again.x, made.exit.x), again.sigma)
+
+
+def kept_call_again(exit: Exit, keys: Exit, x0: Float32[Array, "B g H W C"]) -> Exit:
+    """``keys`` with the derivative in ``x0`` that they have where the chunk was noised again."""
+    moves = (1.0 - keys.sigma) * (x0 - jax.lax.stop_gradient(x0))
+    return Exit(keys.x + jnp.where(exit.sigma > keys.sigma, moves, 0.0), keys.sigma)
 
 
 def as_last_input(

@@ -19,7 +19,7 @@ from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students.base import ContextGrad, History, StreamingModel
 from greedy_distill_jax.streaming.causal import CausalState, CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer, StreamState
-from greedy_distill_jax.streaming.loop import Exit, Made, PerList
+from greedy_distill_jax.streaming.loop import Exit, PerList
 
 EXITS = ("random", "last")
 
@@ -33,6 +33,13 @@ class Transitions(NamedTuple):
     next_sigma_T: Float32[Array, " T"]
 
 
+class Keys(NamedTuple):
+    """Of every chunk of a rollout the call whose keys are kept, see ``loop.Made.keys``."""
+
+    x_BTHWC: Float32[Array, "B T H W C"]
+    sigma_T: Float32[Array, " T"]
+
+
 class Rollout(NamedTuple):
     """A generated video, how each of its frames came about, and as what it was kept for later ones; no gradients."""
 
@@ -41,17 +48,18 @@ class Rollout(NamedTuple):
     sigma_T: Float32[Array, " T"]  # noise level of that call
     context_BTHWC: Float32[Array, "B T H W C"]  # the frame as later chunks saw it
     context_sigma_T: Float32[Array, " T"]  # noise level of that frame
+    keys: Keys | None = None  # context "last_step_kv", where they are not the exits'
     transitions: Transitions | None = None  # where they were asked for
 
 
-def draw_exits(key: PRNGKeyArray, lengths: PerList, how: str) -> PerList:
+def draw_exits(key: PRNGKeyArray, lengths: PerList, how: str) -> PerList | None:
     """Number of the last denoising step, per step list; one draw for all chunks, videos and devices.
 
-    "random": uniform over each list, as in Self-Forcing; "last": every list runs to its end.
+    "random": uniform over each list, as in Self-Forcing; "last": None, every list runs to its end.
     """
     lengths = jnp.asarray(lengths)
     if how == "last":
-        return lengths - 1
+        return None
     if how != "random":
         raise ValueError(f"exit is {how!r}; choose from {', '.join(EXITS)}.")
     return jax.random.randint(key, lengths.shape, 0, lengths)
@@ -63,7 +71,7 @@ def roll_out(
     text_BMC: Float[Array, "B M D"],
     key: PRNGKeyArray,
     latent_shape: tuple[int, int, int, int],
-    how: str | PerList,
+    how: str | PerList | None,
 ) -> Rollout:
     """Streams ``latent_shape`` = (T, H, W, C) for prompts [B, M, C] from the first frame on, without gradient.
 
@@ -114,7 +122,6 @@ def go_on(
     if exits is not None and record is not None:
         raise ValueError("go_on: exits and record exclude each other; a step is recorded of lists that run to the end.")
     call = functools.partial(_go_on, streamer, streamer.student.chunks_of(frames))
-    exits = jnp.asarray(streamer.plan.ends if exits is None else exits)
     return parallel.split_videos(call, *jax.lax.stop_gradient((params, state)), exits, record, whole=1)
 
 
@@ -135,8 +142,8 @@ def observe(
         chunks = rearrange(frames, "b (n g) h w c -> n b g h w c", g=streamer.cfg.chunk)
 
         def step(state, x0):
-            after, exit = streamer.observe(params, state, x0)
-            return after, (Made(x0, exit), after.last)
+            after, made = streamer.observe(params, state, x0)
+            return after, (made, after.last)
 
         return _recorded(streamer, state.index, *jax.lax.scan(step, state, chunks))
 
@@ -160,16 +167,19 @@ def _recorded(streamer, first: Int32[Array, ""], state, out):
     """(state, rollout) from what a scan over chunks has put out, the first of them number ``first``."""
     made, last = out
     g, chunks = streamer.cfg.chunk, len(last)
-    x0, exit, transition = _in_time(made.x0), made.exit, made.transition
-    kept_at = jnp.repeat(streamer.plan.context_sigma(first + jnp.arange(chunks)), g)
-    recorded = transition and Transitions(
-        _in_time(transition.x),
-        jnp.repeat(transition.sigma, g),
-        _in_time(transition.next),
-        jnp.repeat(transition.next_sigma, g),
+
+    def by_frame(record):
+        return [_in_time(x) if x.ndim == 6 else jnp.repeat(x, g) for x in record]
+
+    x0, kept_at = _in_time(made.x0), jnp.repeat(streamer.plan.context_sigma(first + jnp.arange(chunks)), g)
+    return state, Rollout(
+        x0,
+        *by_frame(made.exit),
+        x0 if streamer.plan.keeps_clean else _in_time(last),
+        kept_at,
+        made.keys and Keys(*by_frame(made.keys)),
+        made.transition and Transitions(*by_frame(made.transition)),
     )
-    context = x0 if streamer.plan.keeps_clean else _in_time(last)
-    return state, Rollout(x0, _in_time(exit.x), jnp.repeat(exit.sigma, g), context, kept_at, recorded)
 
 
 def _in_time(x):
@@ -179,17 +189,22 @@ def _in_time(x):
 def join(*rollouts: Rollout) -> Rollout:
     """One rollout of consecutive ones of a stream; without their transitions."""
     parts = [rollout._replace(transitions=None) for rollout in rollouts]
+    if any(part.keys for part in parts):
+        parts = [part._replace(keys=part.keys or Keys(part.exit_BTHWC, part.sigma_T)) for part in parts]
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1 if x[0].ndim == 5 else 0), *parts)
 
 
 def history(student: StreamingModel, rollout: Rollout) -> History:
     """What the frames of a rollout that begins with the stream look back on, as it was when they were made."""
-    sigma = jnp.broadcast_to(rollout.context_sigma_T[None], rollout.x0_BTHWC.shape[:2])
-    seen = History(rollout.context_BTHWC, sigma)
+    seen = History(rollout.context_BTHWC, _per_video(rollout.context_sigma_T, rollout))
     if student.cfg.context != "last_step_kv":
         return seen
-    sigma = jnp.broadcast_to(rollout.sigma_T[None], rollout.x0_BTHWC.shape[:2])
-    return seen._replace(sdd_frames_BTHWC=rollout.exit_BTHWC, sdd_sigma_BT=sigma)
+    keys = rollout.keys or Keys(rollout.exit_BTHWC, rollout.sigma_T)
+    return seen._replace(sdd_frames_BTHWC=keys.x_BTHWC, sdd_sigma_BT=_per_video(keys.sigma_T, rollout))
+
+
+def _per_video(sigma_T, rollout: Rollout):
+    return jnp.broadcast_to(sigma_T[None], rollout.x0_BTHWC.shape[:2])
 
 
 def recompute(
@@ -211,7 +226,7 @@ def recompute(
       before: everything that the stream made or observed before the rollout; none of it gets a gradient.
     """
     whole = rollout if before is None else join(before, rollout)
-    sigma = jnp.broadcast_to(whole.sigma_T[None], whole.x0_BTHWC.shape[:2])
+    sigma = _per_video(whole.sigma_T, whole)
     v = student(params, whole.exit_BTHWC, sigma, text_BMC, history(student, whole), grads)
     return flow.x0_from_velocity(whole.exit_BTHWC, v, sigma)[:, -rollout.x0_BTHWC.shape[1] :]
 
@@ -253,7 +268,11 @@ def _replay(streamer, params, text_BMC, rollout: Rollout, start, *, grads: Conte
     else:
         state = streamer.with_text(params, jax.lax.stop_gradient(start), text_BMC)
     by_chunk = functools.partial(rearrange, pattern="b (s n g) h w c -> s n b g h w c", g=g, n=segment)
-    levels = rearrange(rollout.sigma_T[::g], "(s n) -> s n", n=segment)
+
+    def call_of(x, sigma_T):
+        return Exit(by_chunk(x), rearrange(sigma_T[::g], "(s n) -> s n", n=segment))
+
+    exit, keys = call_of(rollout.exit_BTHWC, rollout.sigma_T), rollout.keys and call_of(*rollout.keys)
     noise = None
     if not streamer.plan.keeps_clean:  # a chunk that moves is kept with the noise it had in the rollout
         noise = by_chunk(
@@ -263,8 +282,7 @@ def _replay(streamer, params, text_BMC, rollout: Rollout, start, *, grads: Conte
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
     def chunk(state, made):
-        *exit, noise = made
-        return streamer.replay(params, state, Exit(*exit), noise, grads, frames)
+        return streamer.replay(params, state, *made, grads, frames)
 
     def section(state, made):
         if frames:  # cut the past, not the projected text: it is the same for all sections
@@ -272,5 +290,5 @@ def _replay(streamer, params, text_BMC, rollout: Rollout, start, *, grads: Conte
             state = jax.lax.stop_gradient(state)._replace(**text)
         return jax.lax.scan(chunk, state, made)
 
-    _, x = jax.lax.scan(section, state, (by_chunk(rollout.exit_BTHWC), levels, noise))
+    _, x = jax.lax.scan(section, state, (exit, keys, noise))
     return rearrange(x, "s n b g h w c -> b (s n g) h w c")

@@ -140,9 +140,10 @@ def test_both_gradients_after_given_frames(case):
 def test_frames_that_are_observed_count():
     streamer, params, text, state, seen = _observed("etm_sdd last step", jax.random.key(1))
     np.testing.assert_array_equal(seen.x0_BTHWC, _given())
-    np.testing.assert_allclose(seen.sigma_T, [0.6, 0.4])  # their keys are at the level that inference leaves
-    sigma = seen.sigma_T[None, :, None, None, None]
-    noise = (seen.exit_BTHWC - (1 - sigma) * _given()) / sigma
+    np.testing.assert_array_equal(seen.sigma_T, 0.0)
+    np.testing.assert_allclose(seen.keys.sigma_T, [0.6, 0.4])  # at the level that inference leaves
+    sigma = seen.keys.sigma_T[None, :, None, None, None]
+    noise = (seen.keys.x_BTHWC - (1 - sigma) * _given()) / sigma
     assert abs(float(noise.std()) - 1) < 0.1
     other, _ = _observe(streamer, params, streamer.init(params, text, jax.random.key(1), LATENT), 1.0 + _given())
     videos = [_go_on(streamer, params, s, NEW)[1].x0_BTHWC for s in (state, other)]

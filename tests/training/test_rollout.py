@@ -107,10 +107,13 @@ def test_every_stop_changes_the_gradient():
     assert _distance(*found) > 1e-2
 
 
-@pytest.mark.parametrize("plan", [OLD, NOISY], ids=["clean", "noisy"])
-def test_gradient_through_frames_is_the_whole_derivative(plan):
+@pytest.mark.parametrize(
+    "changes", [dict(plan=NOISY), dict(context="last_step_kv", seed=5)], ids=["noisy", "last step"]
+)
+def test_gradient_through_frames_is_the_whole_derivative(changes):
     # Against the change of the replayed video itself when the parameters move a little.
-    _, streamer, params, text, drawn = _setup(plan=plan)
+    _, streamer, params, text, drawn = _setup(**changes)
+    assert drawn.keys is None or float(drawn.sigma_T[-1]) > float(drawn.keys.sigma_T[-1]), "some chunks leave early"
     weights = jax.random.normal(jax.random.key(9), (2, FRAMES, *LATENT))
 
     @jax.jit
@@ -143,7 +146,7 @@ def test_segments_cut_the_flow_between_them():
 
 def test_exits():
     lengths = np.asarray([4, 2])
-    np.testing.assert_array_equal(rollouts.draw_exits(jax.random.key(0), lengths, "last"), [3, 1])
+    assert rollouts.draw_exits(jax.random.key(0), lengths, "last") is None
     drawn = np.stack([rollouts.draw_exits(jax.random.key(i), lengths, "random") for i in range(64)])
     assert set(drawn[:, 0]) == {0, 1, 2, 3} and set(drawn[:, 1]) == {0, 1}
     with pytest.raises(ValueError, match="exit is 'first'; choose from random, last"):
@@ -162,6 +165,28 @@ def test_running_every_list_to_its_end_is_the_stream():
         state, x = step(params, state)
         np.testing.assert_allclose(drawn.x0_BTHWC[:, i : i + 1], x, atol=1e-5 * float(jnp.abs(x).max()))
     np.testing.assert_allclose(drawn.sigma_T, [0.5] + [0.6] * (FRAMES - 1))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
+def test_training_looks_back_on_the_keys_that_inference_keeps(causal):
+    """Chunks that leave early are noised to the last step's level; the others keep the keys of their last call."""
+    levels = set()
+    for seed in (5, 8):  # exits 1 and 0, then both lists whole
+        case = dict(context="last_step_kv", seed=seed, **(dict(causal=True, window=3, sink=0) if causal else {}))
+        student, _, _, _, drawn = _setup(**case)
+        ends = np.asarray([0.5] + [0.6] * (FRAMES - 1), np.float32)
+        np.testing.assert_array_equal(drawn.keys.sigma_T, ends)
+        seen = rollouts.history(student, drawn)
+        np.testing.assert_array_equal(seen.sdd_sigma_BT, np.stack([ends, ends]))
+        for i, (sigma, end) in enumerate(zip(np.asarray(drawn.sigma_T), ends, strict=True)):
+            keys = seen.sdd_frames_BTHWC[:, i]
+            if sigma == end:
+                np.testing.assert_array_equal(keys, drawn.exit_BTHWC[:, i])
+            else:
+                noise = (keys - (1 - end) * drawn.x0_BTHWC[:, i]) / end
+                assert abs(float(noise.std()) - 1) < 0.25
+            levels.add(sigma)
+    assert levels == {np.float32(0.8), 1.0, 0.5, np.float32(0.6)}
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])

@@ -150,7 +150,7 @@ class Dmd(StageKind):
         fixed = own + real * score_calls(terms, "real", d.draws) + fake * score_calls(terms, "fake", d.draws)
         nets = total(map(student, draws(terms)))
         if d.pg == "rollout_full":
-            act, epochs, repeated = flops.replay(cfg, length, tokens), 1, 1  # every chunk is checkpointed
+            act, epochs, repeated = flops.replay(cfg, length, tokens, d.exit), 1, 1  # every chunk is checkpointed
         else:
             act, epochs, repeated = flops.student(cfg, length, tokens), d.epochs if d.pg == "actor_critic" else 1, 0
         judged = nets if d.pg == "actor_critic" else Flops()  # once more for the loss, before the first epoch
