@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from greedy_distill_jax.storage.partial import abort_all
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
-GRACE = 5.0  # seconds in which Python must have come to handle a signal
+GRACE = 5.0  # seconds in which the stack must have unwound
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
     """Inside the block SIGTERM raises SystemExit(143) and Ctrl-C KeyboardInterrupt, so that the stack unwinds.
 
-    Python handles signals between two of its own instructions. A compilation, a jitted loop or the wait for another
-    process is one instruction, however long it takes: a thread then removes the partial files of this process and
-    ends it. Handlers that are set inside the block, as those of training, keep their signals for themselves.
+    Python handles signals between two of its own instructions, and a compilation, a jitted loop or the wait for another
+    process is one instruction, however long it takes; what is raised in a callback may be lost. Where the stack does
+    not unwind, a thread removes the partial files of this process and ends it. Handlers that are set inside the block,
+    as those of training, keep their signals for themselves.
     """
-    handled = threading.Event()
+    ended = threading.Event()
 
     def handle(number: int, _: object) -> None:
-        handled.set()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(CODES[signal.Signals(number)])
@@ -33,7 +33,7 @@ def ending() -> Iterator[None]:
     def watch() -> None:
         while told := reader.recv(1):
             number = told[0]
-            if signal.getsignal(number) is handle and not handled.wait(GRACE):
+            if signal.getsignal(number) is handle and not ended.wait(GRACE):
                 abort_all()
                 with contextlib.suppress(OSError, ValueError):
                     sys.stdout.flush()
@@ -52,6 +52,7 @@ def ending() -> Iterator[None]:
     try:
         yield
     finally:
+        ended.set()
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)

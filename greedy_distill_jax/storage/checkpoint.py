@@ -10,14 +10,12 @@ run moves between device counts.
 """
 
 import contextlib
-import errno
 import importlib.metadata
 import itertools
 import json
 import logging
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.disk import OF_DAMAGE, disk_reason
 from greedy_distill_jax.storage.records import first_line
 from greedy_distill_jax.storage.trees import (
     Path,
@@ -84,6 +83,7 @@ class Checkpointer:
         write_bytes: int | None = None,
     ):
         self.directory, self._read_only = _absolute(directory), read_only
+        logging.getLogger("absl").addFilter(_is_news)
         if not read_only:
             _check_writable(self.directory)
         elif "://" not in self.directory and not os.path.isdir(self.directory):
@@ -283,11 +283,11 @@ class Checkpointer:
         raise _none_in(self.directory)
 
     def _move_aside(self, step: int) -> str:
-        for name in (f"{self.directory}-damaged-{step}{more}" for more in ("", *(f".{n}" for n in itertools.count(1)))):
-            if not os.path.exists(name):
-                os.replace(os.path.join(self.directory, str(step)), name)
-                self._manager.reload()
-                return name
+        names = (f"{self.directory}-damaged-{step}{f'.{n}' if n else ''}" for n in itertools.count())
+        name = next(name for name in names if not os.path.exists(name))
+        os.replace(os.path.join(self.directory, str(step)), name)
+        self._manager.reload()
+        return name
 
     def _is_complete(self, step: int) -> bool:
         here = self._manager.directory / str(step)
@@ -320,7 +320,7 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = _disk_reason(error, but=_OF_DAMAGE)
+            reason = disk_reason(error, but=OF_DAMAGE)
             where = f"{self.directory} step {step}"
             if reason:
                 raise UserError(f"{where} cannot be read ({reason}); see to the disk, then try again") from error
@@ -332,7 +332,7 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = _disk_reason(error)
+            reason = disk_reason(error)
             if not reason:
                 raise
             for path in self._manager.directory.iterdir():
@@ -459,18 +459,10 @@ def _check_writable(directory: str) -> None:
         raise UserError(f"{directory} cannot be written ({reason}); choose another directory.") from error
 
 
-_OF_DAMAGE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO)
-
-
-def _disk_reason(error: BaseException | None, but: tuple[int, ...] = ()) -> str:
-    """What the system said that is behind an error of Orbax or TensorStore; "" if it is not about the disk."""
-    while error is not None:
-        told = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(told[1]) if told else error.errno if isinstance(error, OSError) else None
-        if number and number not in but:
-            return os.strerror(number)
-        error = error.__cause__ or error.__context__
-    return ""
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Orbax logs something else than a disk error, which `save`, `wait` or `close` tell in one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not disk_reason(error) and "os_error_code" not in record.getMessage()
 
 
 def _none_in(directory: str) -> UserError:
