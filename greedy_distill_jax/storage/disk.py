@@ -8,14 +8,14 @@ OF_DAMAGE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO)  # the disk w
 
 
 def disk_reason(error: BaseException | None, but: tuple[int, ...] = ()) -> str:
-    """Returns what the system said that is behind an error of Orbax or TensorStore; "" if it is not about the disk.
+    """Returns what the system said that is behind an error of a library; "" if it is not about the disk.
 
     Args:
-      error: with its causes; TensorStore has the number in its text.
+      error: with its causes; TensorStore and safetensors have the number in their text.
       but: numbers that do not count.
     """
     while error is not None:
-        told = re.search(r"os_error_code='(\d+)'", str(error))
+        told = re.search(r"os[ _]error(?:_code=')? ?(\d+)", str(error))
         number = int(told[1]) if told else error.errno if isinstance(error, OSError) else None
         if number and number not in but:
             return os.strerror(number)

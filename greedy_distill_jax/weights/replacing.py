@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.disk import disk_reason
 from greedy_distill_jax.storage.partial import Partial
 
 
@@ -31,7 +32,14 @@ def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator
         if target.exists():
             os.replace(target, place.path / "replaced")
         os.replace(place.path / target.name, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror or error}); free space.", "target") from error
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and torch have errors of their own
+        reason = disk_reason(error)
+        if not reason:
+            raise
+        raise UserError(
+            f"{target} cannot be written ({reason}); free space, or choose another place.", "target"
+        ) from error
     finally:
         place.abort()

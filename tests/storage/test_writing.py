@@ -17,6 +17,7 @@ from greedy_distill_jax.storage.lock import held, sole_writer
 from greedy_distill_jax.storage.partial import Partial, abort_all, whole
 from greedy_distill_jax.storage.record_job import RecordJob
 from greedy_distill_jax.streaming.recording import Recording
+from greedy_distill_jax.weights.replacing import replacing
 
 HERE, GONE = socket.gethostname(), 2**22 + 1  # no process has this number
 
@@ -181,3 +182,19 @@ def test_a_full_disk_leaves_no_video(tmp_path, monkeypatch, suffix, where):
         if where == "write":
             recording.write(frames)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "x"), RuntimeError("Error while serializing: I/O error: (os error 28)")]
+)
+def test_a_full_disk_leaves_the_old_weights(tmp_path, error):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    message = r"a cannot be written \(No space left on device\); free space"
+    with pytest.raises(UserError, match=message), replacing(tmp_path / "a", overwrite=True) as path:
+        path.mkdir()
+        raise error
+    for mistake in (UserError("its own"), RuntimeError("a mistake of ours")):
+        with pytest.raises(type(mistake), match=str(mistake)), replacing(tmp_path / "a", overwrite=True):
+            raise mistake from OSError(errno.ENOSPC, "x") if isinstance(mistake, UserError) else None
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "old"]
