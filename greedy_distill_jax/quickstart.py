@@ -21,6 +21,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.evaluate import print_table
 from greedy_distill_jax.storage.checkpoint import load_meta
+from greedy_distill_jax.storage.lock import sole_writer
 from greedy_distill_jax.train import train
 
 CLIP_FRAMES = 16
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="learns nothing: for CI")
     args = parser.parse_args(argv)
     speed = "smoke" if args.smoke else "fast" if args.fast else "full"
-    with cli.places(workdir="--workdir", clips="--clips"):
+    with cli.places(workdir="--workdir", clips="--clips"), sole_writer(args.workdir):
         quickstart(args.workdir, clips=args.clips, captions=args.captions, speed=speed)
 
 

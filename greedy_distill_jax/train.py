@@ -24,6 +24,7 @@ from greedy_distill_jax.config import open_keys, read_settings
 from greedy_distill_jax.distribution.mesh import join_hosts, make_mesh, use_compile_cache
 from greedy_distill_jax.errors import Stopped, UserError
 from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.storage.lock import sole_writer
 from greedy_distill_jax.training.job import prepare_job
 from greedy_distill_jax.training.loop import Progress, Stop, run_loop
 from greedy_distill_jax.training.metrics import MetricWriter
@@ -48,10 +49,12 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     settings, workdir = read_settings(config), Path(workdir).expanduser()
     use_compile_cache(settings.compile_cache)
     join_hosts()
-    job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))
-
     main = jax.process_index() == 0
-    with Stop() as stop, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if main:
+            stack.enter_context(sole_writer(workdir))
+        job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))
+        stop = stack.enter_context(Stop())
         # Where it stands: at its newest checkpoint, or at the beginning.
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", max_to_keep=settings.checkpoint.keep))
         progress = Progress(job, workdir, checkpointer)
@@ -85,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     config, flags = load_config(sys.argv[1:] if argv is None else argv, flags, open_keys=open_keys())
     if not flags["workdir"]:
         raise UserError("--workdir is missing; name a directory, such as --workdir=runs/teacher.")
-    train(config, flags["workdir"])
+    with cli.places(workdir="--workdir"):
+        train(config, flags["workdir"])
 
 
 if __name__ == "__main__":

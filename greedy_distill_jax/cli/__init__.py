@@ -1,17 +1,21 @@
 """How every command ends: 0, one line and 2 for bad input, 4 for a diverged run, 130 for Ctrl-C, else a traceback.
 
 SIGTERM unwinds the stack, so that nothing half-written stays behind, and exits with 143; a training run saves and exits
-with 0 instead.
+with 0 instead. A platform without a device and a full disk are bad input too: one line, whoever met them first.
 """
 
 import argparse
 import contextlib
+import errno
 import inspect
-import signal
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from greedy_distill_jax.cli.signals import ending
 from greedy_distill_jax.errors import Diverged, Stopped, UserError
 
 
@@ -42,12 +46,13 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
     Raises:
       SystemExit: always, except for an error that is not the user's, which keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        if argv is None and not _needs_argument(main):
-            code = main()
-        else:
-            code = main(sys.argv[1:] if argv is None else list(argv))
+        with ending():
+            if argv is None and not _needs_argument(main):
+                code = main()
+            else:
+                code = main(sys.argv[1:] if argv is None else list(argv))
+            sys.stdout.flush()
     except UserError as error:
         _say(f"error: {' '.join(str(error).split())}")
         code = 2
@@ -63,7 +68,30 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left, as in `... | head`
         code = 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say(f"error: {error.filename or 'standard output'} cannot be written ({error.strerror}); free space.")
+        code = 2
+    except (RuntimeError, AssertionError) as error:
+        if not _is_about_the_platform(error):
+            raise
+        _say(f"error: {_no_platform(error)}")
+        code = 2
     sys.exit(code or 0)
+
+
+def _is_about_the_platform(error: BaseException) -> bool:
+    """Whether jax found no device: the error comes from where it starts its platforms, whoever asked first."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (Path(frame.filename).name, frame.name) == ("xla_bridge.py", "backends")
+
+
+def _no_platform(error: BaseException) -> str:
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    place = f"JAX_PLATFORMS={asked}" if asked else "JAX_PLATFORMS"
+    reason = " ".join(str(error).split()) or "no plugin of it is installed, or it finds no device"
+    return f"{place}: jax cannot start there ({reason}); set JAX_PLATFORMS=cpu, or install what the platform needs."
 
 
 def _needs_argument(main: Callable[..., Any]) -> bool:
@@ -74,5 +102,6 @@ def _needs_argument(main: Callable[..., Any]) -> bool:
 
 
 def _say(text: str) -> None:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)

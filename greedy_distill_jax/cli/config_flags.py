@@ -5,6 +5,7 @@ The semantics of `--config.key=value` are those of `ml_collections.config_flags`
 """
 
 import ast
+import contextlib
 import difflib
 import re
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -78,25 +80,55 @@ def read_config(path: str, option: str = "--config") -> ConfigDict:
     if not file.is_file():
         what = "is a folder, not a configuration file" if file.is_dir() else "no such file"
         raise UserError(f"{option}={name}: {what}; configurations lie in {CHECKOUT / 'configs'}.")
-    module = _load_module(file.resolve())
+    if file.suffix != ".py":
+        raise UserError(f"{option}={name}: configurations are Python files, named .py; see configs/base.py.")
+    file = file.resolve()
+    with _mistakes_in(file, f"{option}={name}"):
+        module = _load_module(file)
     if not hasattr(module, "get_config"):
         raise UserError(f"{option}={name}: the file defines no get_config(); see configs/base.py.")
     try:
-        config = module.get_config(*([argument] if colon else []))
+        with _mistakes_in(file, f"{option}={name}"):
+            config = module.get_config(*([argument] if colon else []))
     except (ValueError, KeyError, TypeError) as error:
         if error.__traceback__ is not None and _raised_inside(error):
             raise
         raise UserError(f"{option}={path}: {_one_line(error)}") from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{option}={path}: get_config() returned {type(config).__name__}, not a ConfigDict.")
+        code = getattr(module.get_config, "__code__", None)
+        line = f", line {code.co_firstlineno}" if code else ""
+        raise UserError(f"{option}={path}{line}: get_config() returned {type(config).__name__}, not a ConfigDict.")
     return config.unlock()
+
+
+@contextlib.contextmanager
+def _mistakes_in(file: Path, place: str) -> Iterator[None]:
+    """One line with the user's own line number for a file that is no Python, lacks an import or misuses a ConfigDict.
+
+    Other errors of its code pass as they are.
+    """
+    try:
+        yield
+    except SyntaxError as error:
+        where = f"{place}, line {error.lineno}" if error.filename == str(file) and error.lineno else place
+        raise UserError(f"{where}: it is not Python ({error.msg}).") from error
+    except (ImportError, NameError, AttributeError, TypeError, KeyError) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+        own = [frame for frame in frames if frame.filename == str(file)]
+        of_config = Path(ml_collections.__file__).parent in Path(frames[-1].filename).parents
+        missing = isinstance(error, ImportError | NameError) and frames[-1].filename == str(file)
+        if not own or not (missing or of_config):
+            raise
+        reason = re.sub(r" Other fields present: .*?}\"", "", _one_line(error))
+        raise UserError(f"{place}, line {own[-1].lineno}: {reason.rstrip('.')}; correct it there.") from error
 
 
 def _raised_inside(error: BaseException) -> bool:
     """Whether an error is a mistake in the file (a deep traceback) and not a rejected argument."""
     if isinstance(error, UserError):
         return True  # already says what is wrong
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # without read_config
+    here = Path(__file__).name, Path(contextlib.__file__).name
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name not in here]
     if isinstance(error, TypeError):
         return bool(frames)
     return any(frame.name != "get_config" for frame in frames)  # one may call another's with its argument

@@ -7,7 +7,6 @@ so that tiny models see latents of 16 channels. Sixteen components of 4x4 pixels
 from __future__ import annotations
 
 import os
-import uuid
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Float32, UInt8
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.partial import whole
 
 _FORMAT = 1
 
@@ -118,13 +118,11 @@ class PatchCodec:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the codec as .npz (no pickle) under a temporary name and renames it."""
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # several processes may write it
         try:
-            with open(partial, "wb") as file:
+            with whole(path) as partial, open(partial, "wb") as file:  # several processes may write it
                 np.savez(
                     file, mean=self.mean, components=self.components, scale=self.scale, patch=self.patch, format=_FORMAT
                 )
-            partial.replace(path)
         except OSError as error:
             raise UserError(
                 f"codec file {path} cannot be written ({error.strerror}); choose a writable folder",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +18,7 @@ from PIL import Image
 
 from greedy_distill_jax.data.display import has_alpha, show
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.partial import Partial
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv")
 WRITER_SUFFIXES = (".mp4", ".webm", ".gif")
@@ -286,17 +286,14 @@ class VideoWriter:
             raise UserError(f"cannot write {self.path}: upscale={upscale}; use a whole number from 1 on", "upscale")
         self._suffix = suffix
         self.fps, self.upscale, self.frames = fps, int(upscale), 0
-        self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
         self._container = self._stream = None
         self._shape: tuple[int, ...] | None = None
         self._gif: list[Image.Image] = []
-        try:
+        with self._disk("choose a writable folder"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_dir():
                 raise IsADirectoryError(0, "a folder")
-            self._partial.touch()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}); choose a writable folder", "path") from error
+            self._partial = Partial(self.path)
 
     @property
     def fps(self) -> float | int:
@@ -331,34 +328,56 @@ class VideoWriter:
         else:
             height, width = frame.shape[:2]
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            if self._container is None:
-                self._open(*frame.shape[:2])
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-            self._container.mux(self._stream.encode(picture))
+            with self._disk():
+                if self._container is None:
+                    self._open(*frame.shape[:2])
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+                self._container.mux(self._stream.encode(picture))
         self.frames += 1
 
     def close(self) -> None:
-        """Finishes the file and gives it its name; UserError when no frame was written."""
+        """Finishes the file and gives it its name; UserError when no frame was written, or the disk is full."""
+        self.finish()
+        self.commit()
+
+    def finish(self) -> None:
+        """Writes what is left to write; `commit` gives the file its name. UserError as for `close`."""
         try:
             if not self.frames:
                 raise UserError(f"cannot write {self.path}: no frame was given; generate at least one", "path")
-            if self._suffix == ".gif":
-                _save_gif(self._gif, self._partial, self.fps)
-            else:
-                self._container.mux(self._stream.encode(None))
-                self._container.close()
-            self._partial.replace(self.path)
+            with self._disk():
+                if self._suffix == ".gif":
+                    _save_gif(self._gif, self._partial.path, self.fps)
+                else:
+                    self._container.mux(self._stream.encode(None))
+                    self._container.close()
         except BaseException:
             self.abort()
             raise
 
+    def commit(self) -> None:
+        """Gives a finished file its name."""
+        with self._disk():
+            self._partial.commit()
+
     def abort(self) -> None:
         """Drops what was written; nothing stays behind."""
-        if self._container is not None:
-            self._container.close()
-            self._container = None
-        self._partial.unlink(missing_ok=True)
+        try:
+            if self._container is not None:
+                with contextlib.suppress(OSError):  # a full disk is told already
+                    self._container.close()
+                self._container = None
+        finally:
+            self._partial.abort()
+
+    @contextlib.contextmanager
+    def _disk(self, remedy: str = "free space, or choose another folder") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {self.path} ({reason}); {remedy}", "path") from error
 
     def _open(self, height: int, width: int) -> None:
         container, codecs = _CODECS[self._suffix]
@@ -367,7 +386,7 @@ class VideoWriter:
             raise UserError(
                 f"cannot write {self.path}: PyAV has no encoder for {self._suffix}; write a .gif instead", "path"
             )
-        self._container = av.open(os.fspath(self._partial), "w", format=container)
+        self._container = av.open(os.fspath(self._partial.path), "w", format=container)
         rate = Fraction(self.fps).limit_denominator(min(1001, int(65535 / self.fps)))  # mpeg4 counts to 65535
         self._stream = self._container.add_stream(name, rate=rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"

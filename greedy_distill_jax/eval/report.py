@@ -4,6 +4,7 @@ Takes numbers and arrays that were measured elsewhere. The page loads nothing, s
 without a network.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import page, tables
 from greedy_distill_jax.eval.page import Section, Videos
+from greedy_distill_jax.storage.partial import Partial
 
 
 def write_report(
@@ -50,19 +52,17 @@ def write_report(
 
 def _write_all(directory: Path, contents: dict[str, str]) -> None:
     """Writes every file beside its target first and renames them when all are complete; leaves nothing half-written."""
-    pending = {directory / name: directory / f".{name}.{os.getpid()}.tmp" for name in contents}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for target, temporary in pending.items():
-            temporary.write_text(contents[target.name], encoding="utf-8")
-        for target, temporary in pending.items():
-            os.replace(temporary, target)
+        with contextlib.ExitStack() as stack:
+            partials = {name: Partial(directory / name) for name in contents}
+            for name, partial in partials.items():
+                stack.callback(partial.abort)
+                partial.path.write_text(contents[name], encoding="utf-8")
+            for partial in partials.values():
+                partial.commit()
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
             f"cannot write the report to {directory}: {reason}; choose a writable directory", "output"
         ) from error
-    finally:
-        for temporary in pending.values():
-            if temporary.parent.is_dir():
-                temporary.unlink(missing_ok=True)

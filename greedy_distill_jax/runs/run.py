@@ -22,7 +22,7 @@ from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.teacher_sampler import TeacherSampler
-from greedy_distill_jax.storage.checkpoint import load_meta, load_params
+from greedy_distill_jax.storage.checkpoint import Checkpointer, read_run
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
 from greedy_distill_jax.streaming.make import make_streamer
@@ -87,12 +87,12 @@ class Run:
 
         Args:
           directory: the --workdir of a training command, or what `convert import` wrote.
-          step: None for the newest.
+          step: None for the newest that is not damaged.
           needs_codec: False accepts converted weights without a codec (nothing can be decoded then) and opens no text
             store.
           text: what encodes prompts, see ``text.load.load_text_encoder``; None for what the run was trained with.
           codec: path of the codec, see ``weights.pipeline.load_codec``; None for the run's own.
-          sharding: of the parameters, as for ``checkpoint.load_params``; None for the default device.
+          sharding: of the parameters, as for ``Checkpointer.restore_subtree``; None for the default device.
 
         Raises:
           UserError: no run, no finished checkpoint, or a codec that is missing; its field is the argument's name.
@@ -105,12 +105,16 @@ class Run:
                 f"weights.",
                 "directory",
             )
+
+        def read(checkpoints: Checkpointer, step: int):
+            meta = checkpoints.meta(step)
+            settings = stored_settings(meta["config"])
+            return meta, settings, checkpoints.restore_subtree(step, f"nets/{meta['network']}/ema", sharding=sharding)
+
         with about("directory"):
-            meta = load_meta(directory / "checkpoints", step=step)
-        settings = stored_settings(meta["config"])
+            meta, settings, params = read_run(directory / "checkpoints", step, read)
         wan = settings.wan
         model = make_student(settings.student_config) if settings.is_student else Teacher(wan)
-        params = load_params(directory / "checkpoints", f"nets/{meta['network']}/ema", step=step, sharding=sharding)
         spec, encoder = settings.data.text if text is None else text, None
         if needs_codec or not spec:
             with about("directory" if text is None else "text"):

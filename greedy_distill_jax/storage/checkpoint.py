@@ -11,26 +11,54 @@ run moves between device counts.
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.disk import OF_DAMAGE, disk_reason
+from greedy_distill_jax.storage.records import first_line
+from greedy_distill_jax.storage.trees import (
+    Path,
+    default_sharding,
+    flatten,
+    groups,
+    nest,
+    storable,
+    stored_shape,
+    typed,
+)
 
-Path = tuple[str, ...]
 LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
-_READ_BYTES = 2**29
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of steps that are being written
+
+T = TypeVar("T")
+
+
+class Damaged(UserError):
+    """A checkpoint that was complete once and cannot be read.
+
+    Attributes:
+      told: which one and why, without a remedy.
+    """
+
+    def __init__(self, told: str, others: list[int]):
+        remedy = f"name another step, of {', '.join(map(str, others))}" if others else "there is no other one"
+        super().__init__(f"{told}; {remedy}", "step")
+        self.told = told
 
 
 class Checkpointer:
@@ -55,6 +83,7 @@ class Checkpointer:
         write_bytes: int | None = None,
     ):
         self.directory, self._read_only = _absolute(directory), read_only
+        logging.getLogger("absl").addFilter(_is_news)
         if not read_only:
             _check_writable(self.directory)
         elif "://" not in self.directory and not os.path.isdir(self.directory):
@@ -102,6 +131,9 @@ class Checkpointer:
 
         Returns:
           False if the step existed already and `force` is off.
+
+        Raises:
+          UserError: this step, or one before that was written in the background, could not be written.
         """
         meta = {"layout": LAYOUT, "versions": versions(), **meta}
         json.dumps(meta)  # fails here, not in the background thread
@@ -110,9 +142,10 @@ class Checkpointer:
             if self._is_complete(step) and not force:
                 return False
             self._manager.delete(step)
-        nested = _nest({path: _storable(leaf) for path, leaf in _flatten(state)})
+        nested = nest({path: storable(leaf) for path, leaf in flatten(state)})
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(nested), meta=ocp.args.JsonSave(meta))
-        return bool(self._manager.save(step, args=args, force=True))
+        with self._writing():
+            return bool(self._manager.save(step, args=args, force=True))
 
     def restore(self, step: int | None, target: Any, *, architecture: Mapping[str, Any] | None = None) -> Any:
         """Reads a state.
@@ -129,11 +162,11 @@ class Checkpointer:
         step = self._existing(step)
         if architecture is not None:
             self._check_architecture(step, architecture)
-        wanted = dict(_flatten(target))
-        shapes = {path: _stored_shape(leaf) for path, leaf in wanted.items()}
+        wanted = dict(flatten(target))
+        shapes = {path: stored_shape(leaf) for path, leaf in wanted.items()}
         self._check_leaves(step, shapes)
         read = self._read(step, shapes)
-        leaves = [_typed(read[path], leaf) for path, leaf in wanted.items()]
+        leaves = [typed(read[path], leaf) for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
     def restore_subtree(
@@ -163,17 +196,17 @@ class Checkpointer:
             floating = {p for p, s in chosen.items() if jnp.issubdtype(s.dtype, jnp.floating)}
             chosen = {p: jax.ShapeDtypeStruct(s.shape, dtype if p in floating else s.dtype) for p, s in chosen.items()}
         if callable(sharding) and not isinstance(sharding, Sharding):
-            placed = dict(_flatten(sharding(_nest(chosen))))
+            placed = dict(flatten(sharding(nest(chosen))))
         else:
-            placed = dict.fromkeys(chosen, sharding or _default_sharding())
+            placed = dict.fromkeys(chosen, sharding or default_sharding())
         shapes = {
             (*prefix, *path): jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed[path])
             for path, shape in chosen.items()
         }
         read: dict[Path, jax.Array] = {}
-        for group in _groups(shapes):
+        for group in groups(shapes):
             read |= self._read(step, group)
-        return _nest({path[len(prefix) :]: read[path] for path in shapes})
+        return nest({path[len(prefix) :]: read[path] for path in shapes})
 
     def shapes(self, step: int | None, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Path below ``subtree`` ("a/b/c") -> shape and dtype of every leaf stored there; {} if there is none."""
@@ -185,19 +218,20 @@ class Checkpointer:
         self, step: int | None, subtree: str, wanted: Mapping[str, jax.ShapeDtypeStruct]
     ) -> Iterator[dict[str, np.ndarray]]:
         """Leaves below ``subtree``, in the order of ``wanted`` (from ``shapes``), a part of them at a time."""
-        step, prefix, here = self._existing(step), tuple(subtree.split("/")), _default_sharding()
+        step, prefix, here = self._existing(step), tuple(subtree.split("/")), default_sharding()
         shapes = {
             (*prefix, *path.split("/")): jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=here)
             for path, shape in wanted.items()
         }
-        for group in _groups(shapes):
+        for group in groups(shapes):
             read = self._read(step, group)
             yield {"/".join(path[len(prefix) :]): np.asarray(read.pop(path)) for path in group}
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
         step = self._existing(step)
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        with self._reading(step):
+            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
         layout = meta.get("layout", 1)
         if layout != LAYOUT:
             wrote = meta.get("versions", {}).get("greedy_distill_jax", "an older one")
@@ -208,12 +242,52 @@ class Checkpointer:
         return meta
 
     def wait(self) -> None:
-        """Blocks until everything saved is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Blocks until everything saved is on disk; raises what went wrong in the background, as `save` does."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases the threads."""
-        self._manager.close()
+        """Waits and releases the threads; raises as `wait` does."""
+        with self._writing():
+            self._manager.close()
+
+    def newest(self, read: Callable[[int], T]) -> tuple[int, T]:
+        """Reads the newest checkpoint that is not damaged; those after it are named in a warning.
+
+        A run that is written moves them aside, so that it can save these steps again.
+
+        Args:
+          read: step -> what is wanted of it.
+
+        Returns:
+          (step, what ``read`` returned).
+
+        Raises:
+          UserError: there is no checkpoint, or none that can be read; they stay where they are.
+        """
+        damaged: dict[int, Damaged] = {}
+        for step in reversed(self.steps()):
+            try:
+                found = read(step)
+            except Damaged as error:
+                damaged[step] = error
+                continue
+            for number, error in damaged.items():
+                told = f"warning: {error.told}; step {step} is taken instead"
+                if not self._read_only and jax.process_index() == 0:
+                    told += f", and the damaged one moved to {self._move_aside(number)}"
+                print(told, file=sys.stderr, flush=True)
+            return step, found
+        for error in damaged.values():
+            raise UserError(f"{error.told}, and no other step can be read; start again in another folder") from error
+        raise _none_in(self.directory)
+
+    def _move_aside(self, step: int) -> str:
+        names = (f"{self.directory}-damaged-{step}{f'.{n}' if n else ''}" for n in itertools.count())
+        name = next(name for name in names if not os.path.exists(name))
+        os.replace(os.path.join(self.directory, str(step)), name)
+        self._manager.reload()
+        return name
 
     def _is_complete(self, step: int) -> bool:
         here = self._manager.directory / str(step)
@@ -229,15 +303,47 @@ class Checkpointer:
         return steps[-1] if step is None else step
 
     def _stored(self, step: int) -> dict[Path, jax.ShapeDtypeStruct]:
-        tree = self._manager.item_metadata(step)["state"].tree
-        return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in _flatten(tree)}
+        with self._reading(step):
+            tree = self._manager.item_metadata(step)["state"].tree
+            return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}
 
     def _read(self, step: int, shapes: dict[Path, jax.ShapeDtypeStruct]) -> dict[Path, jax.Array]:
-        tree = _nest(shapes)
+        tree = nest(shapes)
         restore = ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        return dict(_flatten(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]))
+        with self._reading(step):
+            return dict(flatten(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = disk_reason(error, but=OF_DAMAGE)
+            where = f"{self.directory} step {step}"
+            if reason:
+                raise UserError(f"{where} cannot be read ({reason}); see to the disk, then try again") from error
+            others = [other for other in self.steps() if other != step]
+            raise Damaged(f"{where} is damaged ({first_line(error)[:200]})", others) from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = disk_reason(error)
+            if not reason:
+                raise
+            for path in self._manager.directory.iterdir():
+                if _TEMPORARY in path.name:
+                    with contextlib.suppress(OSError):
+                        path.rmtree()
+            kept = max((step for step in self._manager.all_steps() if self._is_complete(step)), default=None)
+            kept = "no step is saved yet" if kept is None else f"step {kept} is kept"
+            raise UserError(
+                f"{self.directory} cannot be written ({reason}); {kept}. Free space and run the same command again"
+            ) from error
 
     def _check_architecture(self, step: int, architecture: Mapping[str, Any]) -> None:
         stored = self.meta(step).get("architecture", {})
@@ -266,6 +372,23 @@ def has_checkpoint(directory: str | os.PathLike) -> bool:
         return checkpointer.latest_step() is not None
 
 
+def read_run(directory: str | os.PathLike, step: int | None, read: Callable[[Checkpointer, int], T]) -> T:
+    """Returns what ``read(checkpoints, step)`` makes of a step of a run, which may still be training.
+
+    Args:
+      directory: of the checkpoints.
+      step: None for the newest that is not damaged.
+      read: reads what is wanted.
+
+    Raises:
+      UserError: there is no checkpoint, not this one, or (`Damaged`) it cannot be read.
+    """
+    with Checkpointer(directory, read_only=True) as checkpointer:
+        if step is None:
+            return checkpointer.newest(lambda step: read(checkpointer, step))[1]
+        return read(checkpointer, step)
+
+
 def load_params(
     directory: str | os.PathLike,
     subtree: str,
@@ -274,15 +397,13 @@ def load_params(
     sharding: Sharding | Callable[[Any], Any] | None = None,
     dtype: Any = None,
 ) -> Any:
-    """Reads one part of a checkpoint, as `Checkpointer.restore_subtree`; the run may still be training."""
-    with Checkpointer(directory, read_only=True) as checkpointer:
-        return checkpointer.restore_subtree(step, subtree, sharding=sharding, dtype=dtype)
+    """Reads one part of a checkpoint, as `Checkpointer.restore_subtree`; step as for `read_run`."""
+    return read_run(directory, step, lambda c, step: c.restore_subtree(step, subtree, sharding=sharding, dtype=dtype))
 
 
 def load_meta(directory: str | os.PathLike, *, step: int | None = None) -> dict[str, Any]:
-    """Reads the JSON saved with a checkpoint; the run may still be training."""
-    with Checkpointer(directory, read_only=True) as checkpointer:
-        return checkpointer.meta(step)
+    """Reads the JSON saved with a checkpoint; step as for `read_run`."""
+    return read_run(directory, step, Checkpointer.meta)
 
 
 def versions() -> dict[str, str]:
@@ -304,74 +425,6 @@ def source_commit() -> str | None:
         return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-# --- trees and leaves ---------------------------------------------------------------------------------------------
-
-
-def _flatten(tree: Any) -> list[tuple[Path, Any]]:
-    """(path of names, leaf) in the order of `jax.tree.leaves`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in leaves]
-
-
-def _nest(flat: Mapping[Path, Any]) -> Any:
-    root: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        if not path:
-            return leaf
-        node = root
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return root
-
-
-def _groups(shapes: dict[Path, jax.ShapeDtypeStruct]) -> list[dict[Path, jax.ShapeDtypeStruct]]:
-    """Leaves to read together: up to ``_READ_BYTES``, because Orbax holds them on the host next to the result."""
-    groups, size = [{}], 0
-    for path, shape in shapes.items():
-        size += shape.size * shape.dtype.itemsize
-        if groups[-1] and size > _READ_BYTES:
-            groups.append({})
-            size = shape.size * shape.dtype.itemsize
-        groups[-1][path] = shape
-    return groups
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
-
-
-def _storable(leaf: Any) -> Any:
-    if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def _stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding under which a leaf of the target is stored."""
-    sharding = getattr(leaf, "sharding", None) or _default_sharding()
-    if _is_key(leaf):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    elif not hasattr(leaf, "dtype"):
-        leaf = np.asarray(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _typed(read: jax.Array, leaf: Any) -> jax.Array:
-    """Turns stored key data back into the PRNG keys of the target."""
-    if not _is_key(leaf):
-        return read
-    implementation = []
-    jax.eval_shape(lambda key: implementation.append(jax.random.key_impl(key)) or jnp.int32(0), leaf)
-    return jax.random.wrap_key_data(read, impl=implementation[0])
-
-
-def _default_sharding() -> Sharding:
-    if jax.process_count() == 1:
-        return SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
 
 
 @contextlib.contextmanager
@@ -404,6 +457,12 @@ def _check_writable(directory: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{directory} cannot be written ({reason}); choose another directory.") from error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Orbax logs something else than a disk error, which `save`, `wait` or `close` tell in one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not disk_reason(error) and "os_error_code" not in record.getMessage()
 
 
 def _none_in(directory: str) -> UserError:

@@ -4,16 +4,16 @@ A job is a list of items, cut into parts of equal size. A part is computed as a 
 they are complete, then `parts/NNNNN.json` says that the part is done. Whoever finishes the last part writes
 `dataset.json`, and with it the folder is finished. What is done is a matter of files, so any number of processes may
 share the parts, and a job that is started again goes on with the parts that are missing; `plan.json` holds it to the
-same input.
+same input. A part that two processes would write at once is refused to the second.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.lock import held
+from greedy_distill_jax.storage.partial import Partial, whole
+from greedy_distill_jax.storage.records import first_line
 from greedy_distill_jax.storage.sharded import FORMAT
 
 PLAN = "plan.json"
@@ -37,33 +40,60 @@ class Part:
     def __init__(self, directory: Path, number: int, of: int) -> None:
         self.notes: list[Any] = []
         self._directory, self._suffix = directory, f"{number:05d}-of-{of:05d}.array_record"
-        self._writers: dict[str, tuple[ArrayRecordWriter, Path]] = {}
-        self._records: dict[str, int] = {}
+        self._shards: dict[str, _Shard] = {}
 
     def write(self, split: str, record: bytes) -> None:
         """Appends a record to the part's shard of a split."""
-        if split not in self._writers:
-            partial = self._directory / f".{split}-{self._suffix}.{uuid.uuid4().hex[:8]}.partial"
-            self._writers[split], self._records[split] = (ArrayRecordWriter(str(partial), WRITER_OPTIONS), partial), 0
-        self._writers[split][0].write(record)
-        self._records[split] += 1
+        if split not in self._shards:
+            self._shards[split] = _Shard(self._directory / f"{split}-{self._suffix}")
+        self._shards[split].write(record)
 
     def finish(self) -> dict[str, Any]:
-        """Gives the shards their names and returns what `parts/NNNNN.json` holds."""
-        shards = {}
-        for split, (writer, partial) in self._writers.items():
-            writer.close()
-            file = f"{split}-{self._suffix}"
-            partial.replace(self._directory / file)
-            shards[split] = {"file": file, "records": self._records[split]}
+        """Gives the shards their names, once all are whole, and returns what `parts/NNNNN.json` holds."""
+        shards = {split: shard.close() for split, shard in self._shards.items()}
+        for shard in self._shards.values():
+            shard.partial.commit()
         return {"shards": shards, "notes": self.notes}
 
     def abort(self) -> None:
         """Removes what was written."""
-        for writer, partial in self._writers.values():
-            with contextlib.suppress(RuntimeError, ValueError):  # it may be what failed
-                writer.close()
-            partial.unlink(missing_ok=True)
+        for shard in self._shards.values():
+            shard.abort()
+
+
+class _Shard:
+    """One array_record file while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.partial, self._records, self._digest = Partial(path), 0, hashlib.sha256()
+        self._writer: ArrayRecordWriter | None = None
+
+    def write(self, record: bytes) -> None:
+        with _disk():
+            self._writer = self._writer or ArrayRecordWriter(str(self.partial.path), WRITER_OPTIONS)
+            self._writer.write(record)
+        self._digest.update(len(record).to_bytes(8, "little") + record)
+        self._records += 1
+
+    def close(self) -> dict[str, Any]:
+        with _disk():
+            self._writer.close()
+        return {"file": self.partial.target.name, "records": self._records, "sha256": self._digest.hexdigest()}
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError), _disk():  # it may be what failed, or be closed
+            if self._writer is not None:
+                self._writer.close()
+        self.partial.abort()
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    """What array_record says of a disk is an OSError; its writer raises other errors, with every detail it has."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise OSError(first_line(error).split(";")[0]) from error
 
 
 class RecordJob:
@@ -108,6 +138,9 @@ class RecordJob:
         with self._writing():
             stored = self._stored_plan()
             if stored is not None and overwrite and stored.get("kind") == kind:
+                for lock in self.directory.glob("parts/*.lock"):
+                    with held(lock, str(self.directory), field="directory"):
+                        pass  # nobody else writes here
                 shutil.rmtree(self.directory)
                 stored = None
             if stored is None:
@@ -172,10 +205,11 @@ class RecordJob:
     @contextlib.contextmanager
     def part(self, number: int) -> Iterator[Part]:
         """Writes a part: everything or, if the block raises, nothing of it appears."""
-        for left in self.directory.glob(f".*-{number:05d}-of-{self.parts:05d}.array_record.*.partial"):
-            left.unlink(missing_ok=True)  # of a process that was killed
-        part = Part(self.directory, number, self.parts)
-        with self._writing():
+        what = f"{self.directory}: part {number}"
+        with held(self.directory / "parts" / f"{number:05d}.lock", what, field="directory"), self._writing():
+            for left in self.directory.glob(f".*-{number:05d}-of-{self.parts:05d}.array_record.*.partial"):
+                left.unlink(missing_ok=True)  # of a process that was killed
+            part = Part(self.directory, number, self.parts)
             try:
                 yield part
                 _write_json(self._sidecar(number), part.finish())
@@ -238,6 +272,5 @@ def _is_own(name: str) -> bool:
 
 def _write_json(path: Path, value: Any) -> None:
     """Writes under a temporary name first: a reader sees the whole file or none."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

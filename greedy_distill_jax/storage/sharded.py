@@ -14,7 +14,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage.records import decode_record, first_line
+from greedy_distill_jax.storage.records import decode_record, fingerprint, first_line
 
 FORMAT = 1  # of dataset.json
 
@@ -85,6 +85,12 @@ class ShardedSource:
                 f"{self.split}) is damaged: {first_line(error)}; prepare the folder again",
                 field="directory",
             ) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this content from any other: of dataset.json, which has a hash of the records of every shard."""
+        content = {key: value for key, value in self.info.items() if key != "codec"}  # a path, which may move
+        return fingerprint([json.dumps(content, sort_keys=True)])
 
     @property
     def captions(self) -> set[str]:

@@ -44,7 +44,7 @@ class Recording:
         with contextlib.ExitStack() as stack:
             options = dict(fps=1 if fps is None else fps, upscale=upscale or 1)
             self._writers = [stack.enter_context(VideoWriter(path, **options)) for path in self.paths]
-            self._files = stack.pop_all()
+            stack.pop_all()  # closed together, at the end
 
     @property
     def fps(self) -> float | int | None:
@@ -60,8 +60,14 @@ class Recording:
     def __enter__(self) -> "Recording":
         return self
 
-    def __exit__(self, *error) -> bool | None:
-        return self._files.__exit__(*error)
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.abort)  # nothing once it has its name
+            if kind is None:
+                for act in (VideoWriter.finish, VideoWriter.commit):
+                    for writer in self._writers:
+                        act(writer)
 
     def write(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> None:
         """Appends the next frames of every video; ValueError while there is no ``fps``."""

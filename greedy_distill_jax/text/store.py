@@ -32,6 +32,7 @@ class TextStore:
       directory: of the store.
       info: the content of its dataset.json.
       prompts: its prompts, with the number of their record.
+      fingerprint: of its content, see `ShardedSource`.
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
@@ -39,6 +40,7 @@ class TextStore:
         with about("text"):
             self._source = ShardedSource(directory, STORE, "text")
         self.directory, self.info = self._source.directory, self._source.info
+        self.fingerprint = self._source.fingerprint
         self.text_len, self.text_dim = int(self.info["text_len"]), int(self.info["text_dim"])
         self.prompts = {prompt: index for index, prompt in enumerate(self.info["prompts"])}
 

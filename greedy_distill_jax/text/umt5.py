@@ -72,6 +72,7 @@ class UMT5Encoder:
 
     Attributes:
       text_len, text_dim: rows of a prompt and their width.
+      fingerprint: of what the rows depend on, see `encoder_plan`.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class UMT5Encoder:
             raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}", field="dtype")
         folder = Path(folder).expanduser()
         config = read_encoder_config(folder)
+        self.fingerprint = fingerprint([json.dumps(encoder_plan(folder, text_len, dtype))])
         self._torch = torch = import_torch("the text encoder")
         try:
             from transformers import AutoTokenizer, UMT5EncoderModel

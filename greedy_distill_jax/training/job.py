@@ -40,13 +40,15 @@ from greedy_distill_jax.weights.pipeline import load_codec
 class Job(NamedTuple):
     """A run that is ready to start.
 
-    given: parameters of the runs that networks start from. fingerprints: of the runs behind frozen networks.
+    given: parameters of the runs that networks start from. fingerprints: of the runs behind frozen networks. data: of
+    what the data and the text encoder hold, by configuration key.
     """
 
     settings: Settings
     stage: Stage
     given: dict[str, Any]
     fingerprints: dict[str, str]
+    data: dict[str, str]
     source: Any
     captions: list[str]
     codec: VideoCodec
@@ -71,6 +73,7 @@ class Job(NamedTuple):
             "latent_shape": list(self.latent_shape),
             "steps": settings.steps,
             "sources": self.fingerprints,
+            "data": self.data,
         }
 
 
@@ -108,14 +111,18 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     """
     with cli.places(**DATA_PLACES):
         data, wan = open_data(settings), settings.wan
+        encoder = load_text_encoder(settings.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
     resumed = _is_resumed(workdir)
+    held = {"data.source": data.raw, "data.text": encoder}
+    held = {key: found for key, part in held.items() if (found := getattr(part, "fingerprint", None))}
+    if resumed:
+        _check_data(settings, workdir, held)
     wanted = settings.kind.wanted(settings)
     sources = load_sources(settings, wanted, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
     settings.kind.check_sources(settings, sources)
     codecs = {getattr(settings, wanted[name].key): run.codec for name, run in sources.items()}
     codec = _agreed_codec(settings, data.codec, codecs | ({str(workdir): load_codec(workdir)} if resumed else {}))
     with cli.places(**DATA_PLACES):
-        encoder = load_text_encoder(settings.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
         known = [settings.data.negative_prompt, *captions_of(data.raw)]
         check_captions(encoder, known, augment=settings.data.augment)
     latent_shape = _latent_shape(settings, data, codec, sources)
@@ -140,6 +147,7 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         stage,
         {name: sources[name].params for name in stage.needed(sources)},
         fingerprints(wanted, sources),
+        held,
         augmented(data.source, settings.data.augment, settings.seed),
         [example["caption"] for example in data.examples],
         codec,
@@ -163,6 +171,17 @@ def _is_resumed(workdir: Path) -> bool:
             f"config.teacher_from."
         )
     return True
+
+
+def _check_data(settings: Settings, workdir: Path, held: Mapping[str, str]) -> None:
+    """Raises UserError when data or texts were prepared anew, with other content, since a run was started."""
+    for key, old in load_meta(workdir / "checkpoints").get("data", {}).items():
+        if held.get(key) != old:
+            value = settings.data.source if key == "data.source" else settings.data.text
+            raise UserError(
+                f"{workdir} was started with other content of config.{key} = {value!r} (fingerprint {old}, not "
+                f"{held.get(key)}); prepare it again from the same input, or choose another workdir."
+            )
 
 
 def _check_entries(settings: Settings, data: Data, batch_shape: Mapping[str, Any]) -> None:

@@ -54,27 +54,28 @@ class Progress:
     """Steps made, what they cost, and how both are saved."""
 
     def __init__(self, job: Job, workdir: Path, checkpointer: Checkpointer):
-        self.job, self.checkpointer = job, checkpointer
-        self.first = self.step = checkpointer.latest_step() or 0
+        self.job, self.checkpointer, self._workdir = job, checkpointer, workdir
+        self.first = self.step = 0
         self._cpu_before, self._cpu_start = 0.0, time.process_time()
         self._pending: list[tuple[int, dict[str, Any]]] = []
-        if self.first:
-            meta = checkpointer.meta(self.first)
-            check_resume(job, workdir, self.first, meta)
-            self._cpu_before = meta["train_cpu_s"]
 
     def start(self) -> TrainState:
-        """The state to go on from: of the newest checkpoint, or of step 0."""
-        job = self.job
-        if not self.first:
-            state = initial_state(job)
+        """The state to go on from: of the newest checkpoint that can be read, or of step 0."""
+        if self.checkpointer.latest_step() is None:
+            state = initial_state(self.job)
         else:
-            target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), job.state_shape, job.state_sharding
-            )
-            state = self.checkpointer.restore(self.first, target, architecture=architecture(job.stage.model))
+            self.first, (meta, state) = self.checkpointer.newest(self._read)
+            self.step, self._cpu_before = self.first, meta["train_cpu_s"]
         self._cpu_start = time.process_time()
         return state
+
+    def _read(self, step: int) -> tuple[dict[str, Any], TrainState]:
+        job, meta = self.job, self.checkpointer.meta(step)
+        check_resume(job, self._workdir, step, meta)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), job.state_shape, job.state_sharding
+        )
+        return meta, self.checkpointer.restore(step, target, architecture=architecture(job.stage.model))
 
     def meta(self) -> dict[str, Any]:
         """What is saved with the state of this step."""

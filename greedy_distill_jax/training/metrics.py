@@ -1,10 +1,13 @@
 """What a run says: TensorBoard events, a JSON-lines file of scalars, and progress on stderr."""
 
+import contextlib
+import itertools
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 
 from greedy_distill_jax.data.video_io import encode_gif
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.partial import whole
 
 SCALARS = "scalars.jsonl"
 
@@ -28,20 +32,17 @@ class MetricWriter:
     """
 
     def __init__(self, logdir: str | os.PathLike, *, enabled: bool = True, resume_step: int = 0, fps: int = 8):
-        self._enabled, self._fps = enabled, fps
+        self._enabled, self._fps, self._path = enabled, fps, Path(logdir).expanduser()
         if not enabled:
             return
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        path = Path(logdir).expanduser()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            _drop_after(path / SCALARS, resume_step)
-            self._lines = (path / SCALARS).open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose another directory.") from error
-        self._events = EventFileWriter(os.fspath(path))
+        with self._disk():
+            self._path.mkdir(parents=True, exist_ok=True)
+            _drop_after(self._path / SCALARS, resume_step)
+            self._lines = (self._path / SCALARS).open("a", encoding="utf-8")
+            self._events = EventFileWriter(os.fspath(self._path))
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._events.add_event(event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=session))
 
@@ -56,8 +57,9 @@ class MetricWriter:
         self._add(now, step, Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]))
         finite = {tag: x if math.isfinite(x) else str(x) for tag, x in values.items()}
         line = json.dumps({"step": int(step), "time": round(now, 3), **finite}, allow_nan=False)
-        self._lines.write(line + "\n")
-        self._lines.flush()  # one write per line: a killed run leaves at most one torn line
+        with self._disk():
+            self._lines.write(line + "\n")
+            self._lines.flush()  # one write per line: a killed run leaves at most one torn line
 
     def gif(self, step: int, tag: str, video_THWC: np.ndarray) -> None:
         """Writes a uint8 video [T, H, W, 3], shown as an animated image."""
@@ -73,20 +75,32 @@ class MetricWriter:
     def _add(self, now: float, step: int, summary) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._events.add_event(Event(wall_time=now, step=int(step), summary=summary))
+        with self._disk():
+            self._events.add_event(Event(wall_time=now, step=int(step), summary=summary))
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror or error}); free space, or choose another directory."
+            ) from error
 
     def flush(self) -> None:
         """Everything written so far reaches the files."""
         if self._enabled:
-            self._lines.flush()
-            self._events.flush()
+            with self._disk():
+                self._lines.flush()
+                self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes; calling it twice is fine."""
         if self._enabled:
-            self._lines.close()
-            self._events.close()
             self._enabled = False
+            with self._disk(), contextlib.ExitStack() as stack:
+                stack.callback(self._events.close)
+                stack.callback(self._lines.close)
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -96,26 +110,43 @@ class MetricWriter:
 
 
 def read_scalars(logdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `scalars.jsonl`: dictionaries with step, time and one number per tag ("nan" as text)."""
+    """The lines of `scalars.jsonl`: dictionaries with step, time and one number per tag ("nan" as text).
+
+    Raises:
+      UserError: the file holds something else.
+    """
     path = Path(logdir).expanduser() / SCALARS
-    return _parse(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        return _parse(path.read_bytes()) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not hold the scalars of a run ({error}); move it away.") from error
 
 
-def _parse(text: str) -> list[dict[str, Any]]:
-    """The complete lines; a line torn by a kill is left out."""
+def _parse(content: bytes) -> list[dict[str, Any]]:
+    """The complete lines, without one that a kill tore; ValueError when one is not a line of ours."""
     lines = []
-    for line in text.splitlines():
+    for number, text in enumerate(content.split(b"\n")[:-1], 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("it has no step")
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        lines.append(line)
     return lines
 
 
 def _drop_after(path: Path, step: int) -> None:
+    """Removes the lines after a step; a file of something else is moved aside, with a line."""
     if not path.exists():
         return
-    kept = [line for line in _parse(path.read_text(encoding="utf-8")) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        kept = [line for line in _parse(path.read_bytes()) if line["step"] <= step]
+    except ValueError as error:
+        aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
+        path.replace(aside)
+        told = f"{path} does not hold the scalars of a run ({error}); moved to {aside}"
+        print(f"warning: {told}", file=sys.stderr, flush=True)
+        return
+    with whole(path) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

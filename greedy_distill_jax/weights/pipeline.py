@@ -11,6 +11,7 @@ from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.config import WanConfig
+from greedy_distill_jax.storage.partial import whole
 from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.vae import load_vae_codec
@@ -86,7 +87,8 @@ def save_codec(codec: VideoCodec, folder: str | os.PathLike) -> None:
         codec.save(Path(folder) / CODEC)
     else:
         text = json.dumps({"vae": codec.source, "dtype": codec.vae.cfg.dtype})
-        (Path(folder) / REFERENCE).write_text(text + "\n", encoding="utf-8")
+        with whole(Path(folder) / REFERENCE) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def saved_codec(folder: str | os.PathLike) -> Path | None:

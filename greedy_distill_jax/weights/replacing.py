@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.disk import disk_reason
+from greedy_distill_jax.storage.partial import Partial
 
 
 @contextlib.contextmanager
@@ -22,19 +22,24 @@ def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator
         raise UserError(f"{target} exists; choose another name, or overwrite it.", "overwrite")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        place = Partial(target, folder=True)
     except OSError as error:
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}); choose another place.", "target"
         ) from error
     try:
-        partial = temporary / target.name
-        try:
-            yield partial
-        except OSError as error:
-            raise UserError(f"{target} cannot be written ({error.strerror or error}).", "target") from error
+        yield place.path / target.name
         if target.exists():
-            os.replace(target, temporary / "replaced")
-        os.replace(partial, target)
+            os.replace(target, place.path / "replaced")
+        os.replace(place.path / target.name, target)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and torch have errors of their own
+        reason = disk_reason(error)
+        if not reason:
+            raise
+        raise UserError(
+            f"{target} cannot be written ({reason}); free space, or choose another place.", "target"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        place.abort()

@@ -24,6 +24,13 @@ def import_torch(why: str):
     return torch
 
 
+def save_torch(value: Any, file: Path) -> None:
+    """Writes tensors with `torch.save`, through a file of Python's: torch's own does not say why a disk refuses."""
+    torch = import_torch(f"writing {file.suffix}")
+    with open(file, "wb") as opened:
+        torch.save(value, opened)
+
+
 class TorchFile:
     """One state dict of a `.pt` / `.pth` file, mapped into memory.
 

@@ -20,7 +20,7 @@ from greedy_distill_jax.weights.files import TensorFiles, find_entry
 from greedy_distill_jax.weights.load import DTYPES
 from greedy_distill_jax.weights.replacing import replacing
 from greedy_distill_jax.weights.tensor_files import read_config, tensor_files
-from greedy_distill_jax.weights.torch_files import import_torch, to_torch
+from greedy_distill_jax.weights.torch_files import import_torch, save_torch, to_torch
 from greedy_distill_jax.weights.vae_names import VAE, describe, parameter_shapes, rows
 
 _DIFFUSERS_KEYS = {
@@ -152,16 +152,18 @@ def write_vae(
     target, tensors = Path(target), foreign_tensors(vae, params, form)
     if form == "original" and target.suffix not in (".pth", ".pt", ".safetensors"):
         raise UserError(f"{target} is neither .pth, .pt nor .safetensors; name such a file.", "path")
-    torch = import_torch("writing a .pth file") if target.suffix in (".pth", ".pt") else None
+    pickled = target.suffix in (".pth", ".pt")
+    if pickled:
+        import_torch("writing a .pth file")
     with replacing(target, overwrite=overwrite) as partial:
         if form == "diffusers":
             partial.mkdir()
             (partial / "config.json").write_text(json.dumps(diffusers_config(vae.cfg), indent=2) + "\n")
             _save(tensors, partial / "diffusion_pytorch_model.safetensors")
-        elif torch is None:
+        elif not pickled:
             _save(tensors, partial)
         else:
-            torch.save({name: to_torch(tensor) for name, tensor in tensors.items()}, partial)
+            save_torch({name: to_torch(tensor) for name, tensor in tensors.items()}, partial)
 
 
 def _save(tensors: dict[str, np.ndarray], file: Path) -> None:

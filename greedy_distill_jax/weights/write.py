@@ -19,7 +19,7 @@ from greedy_distill_jax.weights.architecture import architecture_json, wan_of
 from greedy_distill_jax.weights.load import stored_dtype
 from greedy_distill_jax.weights.replacing import replacing
 from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, Source
-from greedy_distill_jax.weights.torch_files import PARTS, import_torch, to_torch
+from greedy_distill_jax.weights.torch_files import PARTS, import_torch, save_torch, to_torch
 
 WRITABLE = ("original", "diffusers", "causal-pt", "torch-student")
 SHARD_BYTES = 5 * 10**9
@@ -126,10 +126,10 @@ def _write_safetensors(source: Source, folder: Path, stem: str, naming: str, dty
 
 
 def _write_pt(source: Source, file: Path, dtype: str) -> None:
-    torch = import_torch("writing a .pt file")
+    import_torch("writing a .pt file")  # before the tensors are read
     part = source.meta.get("part") or source.meta.get("source", {}).get("part") or PARTS[0]
     state = {f"model.{name}": to_torch(tensor) for name, tensor in tensors_of(source, "original", dtype)}
-    torch.save({part: state, METADATA: json.dumps(architecture_json(source.cfg))}, file)
+    save_torch({part: state, METADATA: json.dumps(architecture_json(source.cfg))}, file)
 
 
 def _wan_config(source: Source, form: str) -> dict[str, Any]:

@@ -1,17 +1,22 @@
 """Command lines: overrides, one line for mistakes, exit codes."""
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from ml_collections import ConfigDict
 
 from greedy_distill_jax import cli, prepare, sample
-from greedy_distill_jax.cli import sample_options
+from greedy_distill_jax.cli import sample_options, signals
 from greedy_distill_jax.cli.config_flags import key_paths, load_config, read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import solvers
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.partial import Partial
+from greedy_distill_jax.training.loop import Stop
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -114,6 +119,13 @@ def test_a_mistake_is_one_line_that_names_the_remedy(file, argument, expected):
     ("content", "suffix", "expected"),
     [
         (None, "", "no such file"),
+        ("def get_config(:", "", "c.py, line 1: it is not Python (invalid syntax)"),
+        ("\0\0", "", "c.py: it is not Python (source code string cannot contain null bytes)"),
+        ("import os\nimport no_such_module", "", "c.py, line 2: No module named 'no_such_module'"),
+        ("\nfrom os import nothing", "", "c.py, line 2: cannot import name 'nothing'"),
+        ("def get_config():\n    return ConfigDict()", "", "c.py, line 2: name 'ConfigDict' is not defined"),
+        (f"{CONFIG}\nget_config().stps = 3", "", 'Key "stps" does not exist'),
+        ("\ndef get_config(): return 1", "", "c.py, line 2: get_config() returned int, not a ConfigDict"),
         ("x = 1", "", "defines no get_config"),
         ("def get_config(): return 1", "", "not a ConfigDict"),
         (CONFIG, ":medium", "choose small or large"),
@@ -132,6 +144,12 @@ def test_a_bad_configuration_file(tmp_path, content, suffix, expected):
 def test_an_argument_that_the_configuration_below_refuses_is_one_line():
     with pytest.raises(UserError, match="--config=configs/wan14b/dmd.py:paper: 'paper' is not one of critic"):
         read_config("configs/wan14b/dmd.py:paper")
+
+
+def test_another_kind_of_file_is_no_configuration(tmp_path):
+    (tmp_path / "c.yaml").write_text("steps: 3")
+    with pytest.raises(UserError, match="c.yaml: configurations are Python files"):
+        read_config(f"{tmp_path}/c.yaml")
 
 
 def test_a_folder_is_no_configuration_file(tmp_path):
@@ -191,6 +209,7 @@ def _raise(error):
         (lambda: 4, 4, ""),
         (_raise(UserError("a bad\nvalue")), 2, "error: a bad value\n"),
         (_raise(KeyboardInterrupt()), 130, "interrupted\n"),
+        (_raise(OSError(28, "Full", "x.mp4")), 2, "error: x.mp4 cannot be written (Full); free space.\n"),
     ],
 )
 def test_exit_codes(main, code, err, capsys):
@@ -198,6 +217,51 @@ def test_exit_codes(main, code, err, capsys):
         cli.run(main)
     assert exit_.value.code == code
     assert capsys.readouterr().err == err
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_command_that_does_not_unwind(tmp_path, monkeypatch, number, code, lost):
+    """As in one long computation, or where what was raised in a callback is lost."""
+    left, killed = [], threading.Event()
+    monkeypatch.setattr(signals, "GRACE", 0.01 if lost else 60.0)
+    monkeypatch.setattr(signals.os, "_exit", lambda code: (left.append(code), killed.set()))
+
+    def main():
+        partial = Partial(tmp_path / "out.mp4")
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            if not lost:
+                partial.abort()
+                raise
+            assert killed.wait(30)
+
+    before = [signal.getsignal(number) for number in signals.CODES]
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    assert not list(tmp_path.iterdir()) and left == ([code] if lost else [])
+    assert lost or exit_.value.code == code
+    assert [signal.getsignal(number) for number in signals.CODES] == before
+
+
+def test_training_keeps_its_signals(monkeypatch):
+    """Its own handlers save first: nobody ends the process meanwhile."""
+    monkeypatch.setattr(signals, "GRACE", 0.0)
+    monkeypatch.setattr(signals.os, "_exit", lambda code: pytest.fail("ended"))
+    with signals.ending(), Stop() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert stop.signal == signal.SIGTERM
+
+
+@pytest.mark.subprocesses
+def test_a_platform_that_is_not_there_is_one_line(subprocess_env):
+    code = "import jax\nfrom greedy_distill_jax import cli\ncli.run(lambda: jax.devices() and None)"
+    env = {**subprocess_env, "JAX_PLATFORMS": "nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: JAX_PLATFORMS=nowhere: jax cannot start there (")
+    assert len(done.stderr.splitlines()) == 1 and "set JAX_PLATFORMS=cpu" in done.stderr
 
 
 def test_other_errors_keep_their_traceback():

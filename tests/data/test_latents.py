@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import VideoWriter
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.lock import sole_writer
 from greedy_distill_jax.storage.sharded import ShardedSource
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
@@ -122,6 +124,12 @@ def test_a_killed_job_goes_on_without_gap_or_repeat(prepared, folder, tmp_path, 
         ShardedSource(tmp_path / "out", LATENTS)
     assert run(folder, tmp_path / "out") == 0
     assert_same(everything(tmp_path / "out"), everything(prepared))
+    same = ShardedSource(tmp_path / "out", LATENTS).fingerprint
+    assert same == ShardedSource(prepared, LATENTS).fingerprint
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    info["shards"]["train"][0]["sha256"] = "0"
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps({**info, "codec": "/moved"}))
+    assert same != ShardedSource(tmp_path / "out", LATENTS).fingerprint
 
 
 @pytest.mark.subprocesses
@@ -189,10 +197,16 @@ def test_half_precision_is_read_as_float32(prepared, folder, tmp_path):
     np.testing.assert_allclose(half, full, rtol=2**-8, atol=1e-6)
 
 
-def test_a_teacher_trains_on_the_folder(prepared, tmp_path):
-    config = tiny.train_config(data__source=f"latents:{prepared}", steps=1, data__batch=8)
+def test_a_teacher_trains_on_the_folder(prepared, folder, tmp_path):
+    shutil.copytree(prepared, source := tmp_path / "latents")
+    config = tiny.train_config(data__source=f"latents:{source}", steps=1, data__batch=8)
     train(config, tmp_path / "run", show_progress=False)
     trained = Run.load(tmp_path / "run")
+    with sole_writer(tmp_path / "run"), pytest.raises(UserError, match="run is being written by another process"):
+        train(config, tmp_path / "run")
+    assert run(folder, source, "--group", "1", "--overwrite") == 0  # the same records in other shards
+    with pytest.raises(UserError, match=r"other content of config.data.source = 'latents:.*; prepare it again from"):
+        train(config, tmp_path / "run")
     assert trained.latent_shape == (4, 4, 4, 16)
     assert trained.sample_videos(["pattern 0"], steps=1).shape == (1, 4, 16, 16, 3)
     with pytest.raises(UserError, match="changes pixels, but"):

@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact round trips, other device counts, kills, messages."""
 
+import errno
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta, load_params
+from greedy_distill_jax.storage.checkpoint import Checkpointer, Damaged, load_meta, load_params
 
 
 class State(NamedTuple):
@@ -178,6 +180,67 @@ def test_a_half_written_step_is_skipped_and_written_again(workdir, damage):
         assert checkpointer.save(2, state, meta(2))
         checkpointer.wait()
         assert checkpointer.steps() == [1, 2]
+
+
+def _spoil(step, what):
+    files = {"state": step.rglob("d/*"), "shapes": [step / "state" / "_METADATA"], "meta": [step / "meta" / "metadata"]}
+    for file in files[what]:
+        file.write_bytes(b"\xff\x00{")
+
+
+@pytest.mark.parametrize("what", ["state", "shapes", "meta"])
+def test_a_damaged_step_is_told_and_the_last_good_one_taken(workdir, capsys, what):
+    state = {"x": jnp.arange(5.0)}  # of several leaves, TensorStore reports into a loop that the first has closed
+    folder, target = workdir / "checkpoints", shapes_of(state)
+    with Checkpointer(folder, async_save=False) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, meta(step))
+    _spoil(folder / "2", what)
+
+    def read(step):
+        return checkpointer.meta(step)["data_position"], checkpointer.restore(step, target)
+
+    with Checkpointer(folder, read_only=True) as checkpointer:
+        with pytest.raises(Damaged, match="checkpoints step 2 is damaged .*; name another step, of 1$") as error:
+            read(2)
+        assert error.value.field == "step" and "\n" not in str(error.value)
+        assert checkpointer.newest(read)[0] == 1 and (folder / "2").exists(), "a reader changed the run"
+    assert "warning: " in (told := capsys.readouterr().err) and "; step 1 is taken instead\n" in told
+    with Checkpointer(folder, async_save=False) as checkpointer:
+        step, (position, found) = checkpointer.newest(read)
+        assert (step, position) == (1, 32) and checkpointer.steps() == [1]
+        assert_same_bits(found, state)
+        assert checkpointer.save(2, state, meta(2)) and read(2)[0] == 64
+        assert (
+            f"moved to {folder}-damaged-2" in capsys.readouterr().err and (workdir / "checkpoints-damaged-2").exists()
+        )
+        for step in (1, 2):
+            _spoil(folder / str(step), what)
+        with pytest.raises(UserError, match="step 2 is damaged .*, and no other step can be read"):
+            checkpointer.newest(read)
+        assert checkpointer.steps() == [1, 2]
+
+
+def test_a_disk_that_refuses_is_no_damage(workdir, monkeypatch):
+    state = {"x": jnp.arange(5.0)}
+    with Checkpointer(workdir, async_save=False) as checkpointer:
+        checkpointer.save(1, state, meta(1))
+        full = ValueError("RESOURCE_EXHAUSTED: Error writing \"x\": No space left on device [os_error_code='28']")
+        (workdir / "2.orbax-checkpoint-tmp").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpointer._manager, "save", mock.Mock(side_effect=full))
+            with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); step 1 is kept"):
+                checkpointer.save(2, state, meta(2))
+        assert [path.name for path in workdir.iterdir()] == ["1"], "a half-written step stays"
+        with monkeypatch.context() as patch:
+            denied = PermissionError(errno.EACCES, "Permission denied")
+            patch.setattr(checkpointer._manager, "restore", mock.Mock(side_effect=denied))
+            with pytest.raises(UserError, match=r"step 1 cannot be read \(Permission denied\)") as error:
+                checkpointer.newest(checkpointer.meta)
+            assert not isinstance(error.value, Damaged)
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="^a mistake of ours$"):
+            patch.setattr(checkpointer._manager, "save", mock.Mock(side_effect=ValueError("a mistake of ours")))
+            checkpointer.save(2, state, meta(2))
 
 
 KILLED = """

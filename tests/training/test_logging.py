@@ -1,9 +1,11 @@
 """Scalars and GIFs reach TensorBoard and scalars.jsonl, also across a kill; progress is readable in a file."""
 
+import errno
 import io
 import json
 import re
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -58,6 +60,30 @@ def test_a_resumed_run_drops_what_the_killed_one_wrote_after_its_checkpoint(work
     assert len([json.loads(line) for line in (workdir / SCALARS).read_text().splitlines()]) == 6
     events = EventAccumulator(str(workdir)).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("content", [b"\x00\xff\xfe binary", b"epoch,loss\n1,2\n", b'{"epoch": 3}\n', b"[1, 2]\n"])
+def test_a_foreign_file_is_moved_aside(workdir, capsys, content):
+    (workdir / SCALARS).write_bytes(content + b"\n")
+    (workdir / f"{SCALARS}.1").touch()
+    with pytest.raises(UserError, match=r"scalars.jsonl does not hold the scalars of a run \(line 1"):
+        read_scalars(workdir)
+    with MetricWriter(workdir, resume_step=5) as writer:
+        writer.scalars(6, {"loss": 1})
+    told = capsys.readouterr().err
+    assert told.startswith("warning: ") and told.endswith(f"moved to {workdir / SCALARS}.2\n")
+    assert (workdir / f"{SCALARS}.2").read_bytes() == content + b"\n"
+    assert [line["step"] for line in read_scalars(workdir)] == [6]
+
+
+def test_a_full_disk_is_one_line(workdir, monkeypatch):
+    writer = MetricWriter(workdir)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_lines", mock.Mock(write=mock.Mock(side_effect=full)))
+        with pytest.raises(UserError, match=rf"{workdir} cannot be written \(No space left on device\); free space"):
+            writer.scalars(1, {"loss": 1})
+    writer.close()
 
 
 def test_other_processes_write_nothing(workdir):

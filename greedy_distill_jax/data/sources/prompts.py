@@ -6,6 +6,7 @@ import operator
 import os
 from typing import Any, SupportsIndex
 
+from greedy_distill_jax.storage.records import fingerprint
 from greedy_distill_jax.text.prompts import read_prompts
 
 
@@ -24,6 +25,11 @@ class Prompts:
     def captions(self) -> set[str]:
         """The prompts without their order."""
         return set(self._prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these prompts, in their order, from any others."""
+        return fingerprint(self._prompts)
 
     def __len__(self) -> int:
         return len(self._prompts)

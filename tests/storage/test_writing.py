@@ -1,0 +1,200 @@
+"""One writer at a time, files that appear whole, what killed processes left, disks that are full."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from greedy_distill_jax.data import video_io
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage import lock, partial, record_job
+from greedy_distill_jax.storage.lock import held, sole_writer
+from greedy_distill_jax.storage.partial import Partial, abort_all, whole
+from greedy_distill_jax.storage.record_job import RecordJob
+from greedy_distill_jax.streaming.recording import Recording
+from greedy_distill_jax.weights.replacing import replacing
+
+HERE, GONE = socket.gethostname(), 2**22 + 1  # no process has this number
+
+
+def _full(*_args, **_options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_second_writer_is_refused_in_one_line(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with sole_writer(folder):
+        with pytest.raises(UserError) as error, sole_writer(folder):
+            pass
+        told = json.loads((folder / lock.FILE).read_text())
+        assert f"process {os.getpid()} on {HERE}, since {told['since']}" in str(error.value)
+        assert str(error.value).startswith(f"{folder} is being written by another process")
+        assert error.value.field == "workdir" and "choose another folder" in str(error.value)
+    assert not folder.exists(), "a folder in which nothing was written stays"
+    with sole_writer(folder):
+        (folder / "x").touch()
+    assert [p.name for p in folder.iterdir()] == ["x"]
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\)"),
+        sole_writer(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "holder, locks, renewed, free",
+    [
+        (dict(host=HERE, pid=GONE), True, False, True),
+        (dict(host=HERE, pid=os.getpid()), True, False, True),  # the kernel knows: the number was given again
+        (dict(host=HERE, pid=GONE), False, False, True),
+        (dict(host=HERE, pid=os.getpid()), False, True, False),
+        (dict(host="elsewhere", pid=1), True, True, False),
+        (dict(host="elsewhere", pid=1), True, False, True),
+        (dict(host="elsewhere", pid=1), False, False, True),
+    ],
+)
+def test_the_lock_of_a_process_that_is_gone(tmp_path, monkeypatch, capsys, holder, locks, renewed, free):
+    path, clock = tmp_path / "a.lock", [0.0]
+    path.write_text(json.dumps({**holder, "since": "yesterday"}))
+
+    def sleep(seconds):
+        clock[0] += seconds
+        if renewed:
+            os.utime(path, (clock[0], clock[0]))
+
+    monkeypatch.setattr(lock.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", lambda *_: _raise(OSError(errno.ENOLCK, "no locks")))
+    if free:
+        with held(path, "the folder"):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert not path.exists() and "the folder: taking over from a process that is gone" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match="since yesterday"), held(path, "the folder"):
+            pass
+        assert json.loads(path.read_text())["pid"] == holder["pid"]
+
+
+def _raise(error):
+    raise error
+
+
+def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
+    shown = threading.Event()
+    monkeypatch.setattr(lock, "BEAT", 0.001)
+    monkeypatch.setattr(lock.os, "utime", lambda *_: shown.set())
+    with held(tmp_path / "a.lock", "it"):
+        assert shown.wait(30)
+
+
+def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
+    own, other = (f".x.txt.{host}0123abcd.partial" for host in (partial._HOST, "ffffffff"))
+    for name in (own, other):
+        (tmp_path / name).touch()
+    with whole(tmp_path / "x.txt") as path, whole(tmp_path / "x.txt") as second:
+        assert path.exists() and second.exists() and not (tmp_path / own).exists()
+        path.write_text("first")
+        second.write_text("second")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other, "x.txt"]
+    os.utime(tmp_path / other, (0, 0))  # more than a day old
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "x.txt") as path:
+        path.write_text("third")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"] and (tmp_path / "x.txt").read_text() == "first"
+    for folder in (False, True):
+        Partial(tmp_path / "y", folder=folder)
+    held_ones = [Partial(tmp_path / "z"), Partial(tmp_path / "z", folder=True)]
+    abort_all()
+    assert not any(p.path.exists() for p in held_ones) and [p.name for p in tmp_path.glob(".z*")] == []
+
+
+def _job(folder, **options):
+    return RecordJob(folder, "numbers", {}, items=4, group=2, **options)
+
+
+def test_two_writers_of_one_part(tmp_path):
+    job = _job(tmp_path / "out")
+    with job.part(1) as part:
+        part.write("train", b"one")
+        with pytest.raises(UserError, match=r"out: part 1 is being written by another process"), job.part(1):
+            pass
+        with pytest.raises(UserError, match="is being written by another process") as error:
+            _job(tmp_path / "out", overwrite=True)
+        assert error.value.field == "directory"
+        with job.part(0) as other:  # of another share
+            other.write("train", b"zero")
+    info = job.finish()
+    assert info["counts"] == {"train": 2} and not list(tmp_path.rglob("*.lock"))
+    assert _job(tmp_path / "out", overwrite=True).pending() == [0, 1]
+
+
+@pytest.mark.parametrize("where", ["write", "close", "mark"])
+def test_a_full_disk_leaves_no_part(tmp_path, monkeypatch, where):
+    class Full(record_job.ArrayRecordWriter):
+        def write(self, record):
+            super().write(record)
+            if where == "write":
+                raise RuntimeError("write() failed: No space left on device; writing /x; at byte 65536")
+
+        def close(self):
+            if where in ("write", "close"):
+                raise RuntimeError("write() failed: No space left on device; writing /x")
+            super().close()
+
+    job = _job(tmp_path / "out")
+    monkeypatch.setattr(record_job, "ArrayRecordWriter", Full)
+    if where == "mark":
+        monkeypatch.setattr(record_job, "_write_json", _full)
+    message = r"out cannot be written \(.*No space left on device\); free space"
+    with pytest.raises(UserError, match=message) as error, job.part(0) as part:
+        part.write("train", b"x")
+        part.write("held_out", b"y")
+    assert error.value.field == "directory" and job.pending() == [0, 1]
+    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.lock"))
+
+
+class _FullContainer:
+    mux = close = _full
+
+
+@pytest.mark.parametrize("suffix, where", [(".mp4", "write"), (".mp4", "finish"), (".gif", "finish")])
+def test_a_full_disk_leaves_no_video(tmp_path, monkeypatch, suffix, where):
+    paths, frames = [tmp_path / f"{n}{suffix}" for n in range(2)], np.zeros((2, 1, 16, 16, 3), np.uint8)
+    save = video_io._save_gif
+
+    def save_the_first(images, path, fps):
+        (_full if ".1." in path.name else save)(images, path, fps)
+
+    monkeypatch.setattr(video_io, "_save_gif", save_the_first)
+    message = rf"cannot write .*1{suffix} \(No space left on device\); free space"
+    with pytest.raises(UserError, match=message), Recording(paths, fps=8) as recording:
+        recording.write(frames)
+        if suffix == ".mp4":
+            recording._writers[1]._container.close()
+            recording._writers[1]._container = _FullContainer()
+        if where == "write":
+            recording.write(frames)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "x"), RuntimeError("Error while serializing: I/O error: (os error 28)")]
+)
+def test_a_full_disk_leaves_the_old_weights(tmp_path, error):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    message = r"a cannot be written \(No space left on device\); free space"
+    with pytest.raises(UserError, match=message), replacing(tmp_path / "a", overwrite=True) as path:
+        path.mkdir()
+        raise error
+    for mistake in (UserError("its own"), RuntimeError("a mistake of ours")):
+        with pytest.raises(type(mistake), match=str(mistake)), replacing(tmp_path / "a", overwrite=True):
+            raise mistake from OSError(errno.ENOSPC, "x") if isinstance(mistake, UserError) else None
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "old"]
