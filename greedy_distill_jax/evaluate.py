@@ -11,6 +11,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.eval.suites import suite_names
 from greedy_distill_jax.eval.tables import MODELS, is_missing, shown
+from greedy_distill_jax.ranges import Count, Seed
 
 PLACES = {
     "teacher": "--teacher",
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         help="a further student and the name of its row, such as stage2=runs/stage2; may be repeated",
     )
     parser.add_argument("--output", required=True, help="folder of metrics.json and report.html")
-    parser.add_argument("--videos", type=int, default=256, help="held-out videos per model")
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--videos", type=cli.number(Count), default=256, help="held-out videos per model")
+    parser.add_argument("--seed", type=cli.number(Seed), default=1000)
     parser.add_argument(
         "--suite",
         action="append",

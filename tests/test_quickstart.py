@@ -266,8 +266,8 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
 @pytest.mark.parametrize(
     "run, arguments, message",
     [
-        ("student", ["--frames", "0"], "--frames: 0 is too small; it must be at least 1"),
-        ("student", ["--steps", "0"], "--steps: 0 is too small"),
+        ("student", ["--frames", "0"], "--frames: it is 0; it must be at least 1"),
+        ("student", ["--steps", "0"], "--steps: it is 0; it must be from 1 to 1000"),
         ("student", ["--steps", "4,x"], "--steps: the steps of a chunk are 'x'"),
         ("student", ["--switch", "halfway"], "--switch: 'halfway' is not of the form FRAME:"),
         ("student", ["--switch", "x:a red square moving up"], "is not of the form FRAME:"),

@@ -10,9 +10,10 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from greedy_distill_jax.errors import Diverged, Stopped, UserError
+from greedy_distill_jax.ranges import complaint
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +22,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError with the hint where the options are listed."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def number(hint: Any) -> Callable[[str], int | float]:
+    """Returns the ``type`` of an option that takes a number which ``hint`` allows, such as ``ranges.Count``."""
+    kind = get_args(hint)[0]
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text
+        wrong = complaint(value, hint)
+        if wrong:
+            raise argparse.ArgumentTypeError(f"it is {text}; it must be {wrong}")
+        return value
+
+    return read
 
 
 @contextlib.contextmanager

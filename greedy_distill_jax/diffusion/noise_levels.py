@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 TABLE_SIZE = 1000
+DISTRIBUTIONS = ("uniform", "logit_normal")
 
 
 def shift_sigma(sigma, shift: float):
@@ -51,7 +52,7 @@ def draw_sigma(key, shape: tuple[int, ...], *, distribution: str = "uniform", sh
         return jnp.asarray(sigma_table(shift), jnp.float32)[index]
     if distribution == "logit_normal":
         return shift_sigma(jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32)), shift)
-    raise ValueError(f"sigma distribution {distribution!r} is unknown; choose 'uniform' or 'logit_normal'.")
+    raise ValueError(f"sigma distribution {distribution!r} is unknown; choose from {', '.join(DISTRIBUTIONS)}.")
 
 
 def bell_weight(sigma, shift: float):

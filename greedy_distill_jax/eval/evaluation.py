@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.comparison import Comparison, Entry, compare, load_runs
@@ -14,6 +15,7 @@ from greedy_distill_jax.eval.report import write_report
 from greedy_distill_jax.eval.suites import Column, Measured, Plot, Suite, resolve, suite_names
 from greedy_distill_jax.eval.tables import MODELS
 from greedy_distill_jax.measure.environment import environment
+from greedy_distill_jax.ranges import Count
 from greedy_distill_jax.training.metrics import read_scalars
 
 SHOWN = 6  # captions in the report's grid
@@ -78,8 +80,7 @@ def evaluate(
     Raises:
       UserError: with the name of the argument that is wrong as its field.
     """
-    if videos < 1:
-        raise UserError(f"{videos} videos; evaluate at least one.", "videos")
+    ranges.check(videos, Count, "videos")
     wanted = [resolve(name) for name in (suite_names() if suites is None else suites)]
     directories = {"teacher": teacher, "stage1": student, **(more or {})}
     runs = load_runs(teacher, student, more or {})

@@ -1,15 +1,26 @@
 """Distribution matching, read as a policy gradient with a reverse-KL reward (docs/method.md)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.losses.pair import Pair
+from greedy_distill_jax.ranges import one_of
 
 NORMALIZERS, WEIGHTINGS = ("real", "none"), ("none", "score")
 
 
-def dmd(net, batch, key, *, pair: Pair, normalizer: str = "real", weighting: str = "none"):
+def dmd(
+    net,
+    batch,
+    key,
+    *,
+    pair: Pair,
+    normalizer: Annotated[str, one_of(*NORMALIZERS)] = "real",
+    weighting: Annotated[str, one_of(*WEIGHTINGS)] = "none",
+):
     """Surrogate whose gradient in the action x is that of the reverse KL between noised student and teacher videos.
 
     g = x0_fake(x_sigma) - x0_real(x_sigma), the mean over the pair's draws; with the normaliser "real" every draw is

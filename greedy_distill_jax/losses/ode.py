@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.ranges import Count
 
 
-def ode(net, batch, key, *, per_frame: bool = False, group: int = 1):
+def ode(net, batch, key, *, per_frame: bool = False, group: Count = 1):
     """mean over T, H, W, C of (x - sigma v(x, sigma) - x0)^2, x a stored state on the way from noise to x0.
 
     Every group of frames draws one of the stored noise levels on its own, as a student meets them when streaming.

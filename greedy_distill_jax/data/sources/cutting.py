@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count, Natural, Range, above
 
 SPLITS = ("train", "held_out")
 
@@ -38,23 +40,16 @@ class Cutting:
       UserError: a number out of its range.
     """
 
-    width: int
-    height: int
-    frames: int
-    fps: float | int | None = None
-    stride: int | None = None
-    held_out: float | int = 0.15
-    crops: int = 0
+    width: Count
+    height: Count
+    frames: Count
+    fps: Annotated[float | int, above(0)] | None = None
+    stride: Count | None = None
+    held_out: Annotated[float | int, Range(0, 1, with_high=False)] = 0.15
+    crops: Natural = 0
 
     def __post_init__(self) -> None:
-        for field, least in (("width", 1), ("height", 1), ("frames", 1), ("stride", 1), ("crops", 0)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise UserError(f"{field}={value} is too small; use at least {least}", field)
-        if self.fps is not None and not self.fps > 0:
-            raise UserError(f"fps={self.fps:g} is no rate; use a positive number", "fps")
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"held_out={self.held_out:g} is no fraction; use at least 0 and less than 1", "held_out")
+        ranges.check_fields(self)
 
     @property
     def step(self) -> int:
