@@ -12,7 +12,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.comparison import Comparison, Entry, compare, load_runs
 from greedy_distill_jax.eval.page import Section
 from greedy_distill_jax.eval.report import write_report
-from greedy_distill_jax.eval.suites import Column, Measured, Plot, Suite, resolve, suite_names
+from greedy_distill_jax.eval.suites import Column, Measured, Plot, Suite, claims_of, measure, resolve, suite_names
 from greedy_distill_jax.eval.tables import MODELS
 from greedy_distill_jax.measure.environment import environment
 from greedy_distill_jax.ranges import Count
@@ -94,7 +94,7 @@ def evaluate(
     for suite in wanted:
         if suite.applies(comparison):
             announce(f"evaluate: {suite.name}")
-            measured[suite] = suite.measure(comparison)
+            measured[suite] = measure(suite, comparison)
         elif suites is not None:
             raise UserError(f"{suite.name} does not apply to runs on {comparison.data}; leave it out.", "suites")
     metrics = metrics_of(comparison, measured, commands)
@@ -129,7 +129,7 @@ def metrics_of(
         "rows": _filled(models.values(), columns[MODELS]),
         "tables": tables,
         "columns": {name: [dataclasses.asdict(column) for column in of] for name, of in columns.items()},
-        "gates": [gate for suite, found in measured.items() for gate in suite.gates(found, comparison)],
+        "gates": [gate for suite, found in measured.items() for gate in claims_of(suite, found, comparison)],
         "training_frames": comparison.training_frames,
         **environment(),
         "config": {

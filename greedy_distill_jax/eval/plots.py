@@ -32,9 +32,6 @@ def draw(plot: Plot, name: str, labels: Sequence[str] | None = None) -> dict[str
 
     Returns:
       {"title", "text", "legend", "svg"}; ``svg`` is None where nothing was measured.
-
-    Raises:
-      ValueError: a line that does not have a value for every x.
     """
     lines = {label: _floats(values) for label, values in plot.lines.items()}
     lines = {label: values for label, values in lines.items() if np.isfinite(values).any()}
@@ -54,8 +51,6 @@ def _figure(plot: Plot, lines: dict[str, np.ndarray], order: list[str]) -> Figur
     longest = 0.0
     for label, values in lines.items():
         x = np.arange(len(values), dtype=np.float64) if plot.x is None else _floats(plot.x)
-        if len(x) != len(values):
-            raise ValueError(f"plot {plot.title!r}: {label!r} has {len(values)} values for {len(x)} positions")
         style, longest = _style(order.index(label)), max(longest, float(len(values)))
         if plot.smooth and len(values) > 100:
             axes.plot(x, values, color=style["color"], linewidth=0.6, alpha=0.3)

@@ -131,7 +131,7 @@ def check_returned(term: Term, returned: Any, examples: int) -> tuple[Any, dict[
             f"example and a dict, which may be empty."
         )
     loss_B, metrics = returned
-    if not _is_number(loss_B, (examples,)):
+    if not is_number(loss_B, (examples,)):
         raise UserError(
             f"{place}: the loss returned {_described(loss_B)} for {examples} examples; return one number per example, "
             f"shape [{examples}], without taking their mean."
@@ -139,7 +139,7 @@ def check_returned(term: Term, returned: Any, examples: int) -> tuple[Any, dict[
     kept = {}
     for name, value in metrics.items():
         scalars = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-        if not isinstance(name, str) or not all(_is_number(x, ()) for x in scalars):
+        if not isinstance(name, str) or not all(is_number(x, ()) for x in scalars):
             raise UserError(
                 f"{place}: the loss returned the metric {name!r} as {_described(value)}; a metric has a name and is a "
                 f"scalar, or a pair (sum, count) of them."
@@ -149,8 +149,8 @@ def check_returned(term: Term, returned: Any, examples: int) -> tuple[Any, dict[
     return loss_B.astype(jnp.float32), kept
 
 
-def _is_number(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether it is an array of real numbers of this shape, or a Python number where that is ()."""
+def is_number(value: Any, shape: tuple[int, ...]) -> bool:
+    """Returns whether it is an array of real numbers of this shape, or a Python number where that is ()."""
     if isinstance(value, int | float):
         return shape == ()
     dtype = getattr(value, "dtype", None)

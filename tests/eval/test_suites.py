@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from greedy_distill_jax import evaluate as command
@@ -11,6 +12,7 @@ from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval import suites
+from greedy_distill_jax.eval.comparison import Comparison, Entry
 from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.eval.suites import Column, Measured, Suite
 from greedy_distill_jax.models.students.etm_sdd import Student
@@ -135,3 +137,57 @@ def test_the_packages_own_suites_are_called_like_their_files(name):
 def test_a_column_of_an_unknown_kind(change):
     with pytest.raises(ValueError, match="must be one of"):
         dataclasses.replace(Column("a", "A"), **change)
+
+
+@pytest.fixture(scope="module")
+def compared(runs):
+    """A comparison with two rows."""
+    video = np.zeros((1, 2, 8, 8, 3), np.uint8)
+    entries = {name: Entry(name, video) for name in ("data", "teacher")}
+    return Comparison(entries, ["a red square"], runs["runs/teacher"], runs["runs/student"], 1, 0)
+
+
+def suite_of(found):
+    """A suite of models that finds this."""
+    return Suite("mine", "Mine", "", (Column("speed", "Speed"),), lambda comparison: found, of_models=True)
+
+
+def with_rows(rows):
+    """What was measured, with rows that the annotations of tests would not let pass."""
+    found = Measured([])
+    object.__setattr__(found, "rows", rows)
+    return found
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        ([{"name": "data"}], "returned a list; return an eval.suites.Measured"),
+        (with_rows(["data"]), "returned rows that are no dictionaries"),
+        (Measured([{"name": "data", "sped": 1}]), "returned 'sped', which is none of its columns"),
+        (
+            Measured([{"name": "stage9", "speed": 1}]),
+            "returned a row named 'stage9'; of_models has a row per entry",
+        ),
+        (Measured([{"speed": 1}]), "returned a row named None"),
+    ],
+)
+def test_what_a_suite_must_return(compared, found, said):
+    with pytest.raises(UserError, match=rf"^suite 'mine': measure\(\) {said}") as error:
+        suites.measure(suite_of(found), compared)
+    assert error.value.field == "suites"
+    good = Measured([{"name": "data", "speed": 1}, {"name": "teacher"}])
+    assert suites.measure(suite_of(good), compared) is good
+
+
+@pytest.mark.parametrize("gates", [None, [{"name": "fast"}], ["fast"], "fast"])
+def test_what_gates_must_be(compared, gates):
+    suite = suite_of(Measured([]))
+    suite = dataclasses.replace(suite, gates=lambda measured, comparison: gates)
+    with pytest.raises(UserError, match=r"suite 'mine': gates\(\) returned .*; return a list of gates.gate"):
+        suites.claims_of(suite, Measured([]), compared)
+
+
+def test_a_line_has_a_value_for_every_position():
+    with pytest.raises(ValueError, match="plot 'Time': 'ours' has 2 values for 3 positions"):
+        suites.Plot("Time", "", "x", "y", {"ours": [1, 2]}, x=[1, 2, 3])
