@@ -68,7 +68,15 @@ def test_it_leaves_a_report_with_every_number(finished):
     validate_metrics(metrics)
     names = ["data", "teacher", "stage1", "stage1_few_steps", "stage2", "stage1_control", "stage2_fake_self"]
     assert [row["name"] for row in metrics["rows"]] == names
-    assert set(metrics["rows"][0]) > {"name", "steps", "direction", "valid_last", "fd_last", "train_cpu_s", "seeds"}
+    assert set(metrics["rows"][0]) > {
+        "name",
+        "steps",
+        "direction",
+        "valid_last",
+        "fd_last",
+        "train_cpu_s",
+        "train_seed",
+    }
     data, teacher, many, few, stage2, control, own = metrics["rows"]
     assert few["steps"] == stage2["steps"] == control["steps"] == own["steps"] == "4,2"
     assert stage2["train_cpu_s"] > 0 and own["train_cpu_s"] > 0
@@ -77,7 +85,8 @@ def test_it_leaves_a_report_with_every_number(finished):
     of_update = many["train_cpu_s"] / load_meta(finished / "student" / "checkpoints")["steps"]
     assert abs(steps * of_update - stage2["train_cpu_s"]) <= of_update
     assert data["direction"] == data["valid_first"] == 1.0 and data["valid_last"] == pytest.approx(1.0, abs=0.01)
-    assert teacher["train_cpu_s"] > 0 and many["train_cpu_s"] > 0 and few["seeds"] == many["seeds"]
+    assert teacher["train_cpu_s"] > 0 and many["train_cpu_s"] > 0 and few["train_seed"] == many["train_seed"] == 0
+    assert teacher["valid_last"] == "\N{EN DASH}" and data["train_seed"] == "\N{EN DASH}"
     times = {row["frames"]: row for row in metrics["tables"]["time_per_frame"]}
     assert {32, 256} <= set(times)
     assert all(row.keys() == {"frames", "etm_sdd", "full_causal", "teacher"} for row in times.values())

@@ -12,8 +12,18 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.comparison import Comparison, Entry, compare, load_runs
 from greedy_distill_jax.eval.page import Section
 from greedy_distill_jax.eval.report import write_report
-from greedy_distill_jax.eval.suites import Column, Measured, Plot, Suite, claims_of, measure, resolve, suite_names
-from greedy_distill_jax.eval.tables import MODELS
+from greedy_distill_jax.eval.suites import (
+    Column,
+    Measured,
+    Plot,
+    Suite,
+    claims_of,
+    keys_of,
+    measure,
+    resolve,
+    suite_names,
+)
+from greedy_distill_jax.eval.tables import MODELS, NOT_THERE
 from greedy_distill_jax.measure.environment import environment
 from greedy_distill_jax.ranges import Count
 from greedy_distill_jax.training.metrics import read_scalars
@@ -45,7 +55,10 @@ AFTER = (
         better="lower",
     ),
     Column(
-        "seeds", "Seeds", "Random seeds of the runs behind the row; more seeds are stronger evidence.", format="text"
+        "train_seed",
+        "Training seed",
+        "Seed of the training behind the row. One is one sample: other seeds may give other figures.",
+        format="count",
     ),
 )
 
@@ -139,6 +152,8 @@ def metrics_of(
         "extra": {
             "commands": list(commands),
             "videos": len(comparison.captions),
+            "evaluation_seed": comparison.seed,
+            "names": {name: entry.about for name, entry in comparison.entries.items()},
             "held_out_captions": sorted(set(comparison.captions)),
             "notes": {suite.name: found.note for suite, found in measured.items() if found.note},
         },
@@ -147,19 +162,21 @@ def metrics_of(
 
 def of_entry(entry: Entry) -> dict[str, Any]:
     """Returns the values of ``BEFORE`` and ``AFTER``."""
-    steps = "\N{EN DASH}" if entry.steps is None else entry.steps
-    return {"name": entry.name, "steps": steps, "train_cpu_s": entry.train_cpu_s, "seeds": list(entry.seeds)}
+    values = {"steps": entry.steps, "train_cpu_s": entry.train_cpu_s or None, "train_seed": entry.train_seed}
+    return {"name": entry.name} | {name: NOT_THERE if value is None else value for name, value in values.items()}
 
 
 def _filled(rows: Any, columns: Sequence[Column]) -> list[dict[str, Any]]:
     """Rows with every column, in the order of the columns, and no other value."""
-    return [{column.name: row.get(column.name) for column in columns} for row in rows]
+    return [{key: row.get(key) for column in columns for key in keys_of(column)} for row in rows]
 
 
 def sections_of(comparison: Comparison, measured: Mapping[Suite, Measured]) -> list[Section]:
     """Returns the parts of the page: the table of models, a part per suite, and the losses of training."""
-    notes = " ".join(found.note for suite, found in measured.items() if suite.of_models and found.note)
-    found = [Section(MODELS, "Quality", note=notes)]
+    videos = f"{len(comparison.captions)} held-out videos per row, drawn with evaluation seed {comparison.seed}."
+    notes = " ".join([videos, *(found.note for suite, found in measured.items() if suite.of_models and found.note)])
+    names = {name: entry.about for name, entry in comparison.entries.items()}
+    found = [Section(MODELS, "Quality", note=notes, names=names)]
     for suite, of in measured.items():
         if of.plots or not suite.of_models:
             note = "" if suite.of_models else of.note
@@ -173,16 +190,19 @@ def loss_plots(comparison: Comparison) -> list[Plot]:
     for name, entry in comparison.entries.items():
         if entry.run is None or name == "stage1_few_steps":  # the same run as stage 1
             continue
-        stage = entry.run.settings.stage
-        lines = [line for line in read_scalars(entry.directory) if f"{stage}/loss" in line]
-        terms = [term for term in entry.run.settings.losses if lines and f"{stage}/{term}" in lines[0]]
+        settings, stage = entry.run.settings, entry.run.settings.stage
+        groups = {"": settings.losses} | {f"{own}/": getattr(keys, "losses", {}) for own, keys in settings.own.items()}
+        terms = [f"{own}{term}" for own, losses in groups.items() for term in losses]
+        log = read_scalars(entry.directory)
+        terms = [term for term in terms if any(f"{stage}/{term}" in line for line in log)]
+        lines = [line for line in log if any(f"{stage}/{term}" in line for term in terms)]
         plots.append(
             Plot(
                 f"Stage {name}",
                 "Each loss term against the training step. It should fall and level off; look into a jump or a gap.",
                 "Training step",
                 "Loss",
-                {term: [line[f"{stage}/{term}"] for line in lines] for term in terms},
+                {term: [line.get(f"{stage}/{term}") for line in lines] for term in terms},
                 x=[line["step"] for line in lines],
                 log="wide",
                 smooth=True,

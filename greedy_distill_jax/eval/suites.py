@@ -30,6 +30,7 @@ class Column:
       unit: such as "px" or "dB"; "" for none.
       format: how a value is shown, one of ``FORMATS``: "share" is a fraction, "distance" has three decimals.
       better: which way is good: "higher", "lower", "data" (close to the row of real videos), "" where none is.
+      error: key of the values' standard errors in the rows, which are shown beside them; "" for none.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Column:
     unit: str = ""
     format: str = "number"
     better: str = ""
+    error: str = ""
 
     def __post_init__(self):
         if self.format not in FORMATS or self.better not in BETTER:
@@ -45,6 +47,11 @@ class Column:
                 f"column {self.name!r}: format {self.format!r} must be one of {FORMATS}, better {self.better!r} one of "
                 f"{BETTER}"
             )
+
+
+def keys_of(column: Column) -> list[str]:
+    """Returns the keys that a column has in the rows: of its values, and of their standard errors."""
+    return [key for key in (column.name, column.error) if key]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +158,7 @@ def measure(suite: Suite, comparison: Comparison) -> Measured:
         raise UserError(f"{place} a {type(found).__name__}; return an eval.suites.Measured.", "suites")
     if not all(isinstance(row, Mapping) for row in found.rows):
         raise UserError(f"{place} rows that are no dictionaries; give values by the names of the columns.", "suites")
-    known = {column.name for column in suite.columns} | ({"name"} if suite.of_models else set())
+    known = {key for column in suite.columns for key in keys_of(column)} | ({"name"} if suite.of_models else set())
     for row in found.rows:
         extra = sorted(set(row) - known)
         if extra:
