@@ -284,9 +284,9 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
         ("student", ["--switch", "²:a red square moving up"], "is not of the form FRAME:"),
         ("student", ["--switch", "0:a red square moving up"], "--switch: frame 0 lies outside.* 1 to 5, or change the"),
         ("student", ["--frames", "1", "--switch", "1:a"], "--switch: a video of 1 frame has nothing to switch"),
-        ("student", ["--fps", "-1"], "fps=-1"),
-        ("student", ["--fps", "0"], "fps=0"),
-        ("student", ["--upscale", "-2"], "upscale=-2"),
+        ("student", ["--fps", "-1"], "--fps: it is -1; it must be above 0"),
+        ("student", ["--fps", "0"], "--fps: it is 0; it must be above 0"),
+        ("student", ["--upscale", "-2"], "--upscale: it is -2; it must be at least 0"),
         ("teacher", ["--switch", "3:a red square moving up"], "needs a streaming student"),
         ("teacher", ["--steps", "4,2"], "--steps: 4,2 is not one number"),
         ("teacher", ["--height", "16"], "--height belongs to --model"),
@@ -372,7 +372,7 @@ def test_bad_arguments_of_evaluate_leave_nothing(finished, tmp_path, teacher, pu
 @pytest.mark.parametrize(
     "option, value, message",
     [
-        ("--videos", "0", "--videos: 0 videos"),
+        ("--videos", "0", "--videos: it is 0; it must be at least 1"),
         ("--more", "nothing", "--more: 'nothing': give NAME=DIR"),
         ("--more", "=nothing", "--more: '' cannot be the row of nothing"),
         ("--more", "data=nothing", "--more: 'data' cannot be the row of nothing.* OTHER"),

@@ -190,7 +190,7 @@ def test_every_number_of_a_command_has_a_range():
     ],
 )
 def test_a_number_of_a_command_outside_its_range(main, arguments, said):
-    with pytest.raises(UserError, match=f"argument {said}.*; see "):
+    with pytest.raises(UserError, match=f"^{said}.*; see "):
         main(arguments)
 
 

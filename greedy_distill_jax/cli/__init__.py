@@ -20,8 +20,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with the hint where the options are listed."""
-        raise UserError(f"{message}; see {self.prog} --help")
+        """Raises UserError: the option, what is wrong with it, and where the options are listed."""
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def number(hint: Any) -> Callable[[str], int | float]:

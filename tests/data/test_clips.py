@@ -221,7 +221,7 @@ def test_bad_captions_stop_before_decoding(folder, tmp_path, capsys, monkeypatch
         (["--held-out", "1"], "--held-out: it is 1; it must be from 0 to below 1"),
         (["--clips", "/nonexistent"], "--clips: /nonexistent is not a folder"),
         (["--captions", "/nonexistent"], "--captions: /nonexistent cannot be read"),
-        (["--group", "0"], "--group: 4 items in parts of 0"),
+        (["--group", "0"], "--group: it is 0; it must be at least 1"),
         (["--shard-index", "1"], "--shard-index and --num-shards belong together"),
     ],
 )

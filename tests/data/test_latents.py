@@ -220,7 +220,7 @@ def test_damage_names_the_record(prepared, folder, tmp_path):
         (["--size", "big"], None, "is not WIDTHxHEIGHT"),
         (["--frames", "0"], None, "--frames: it is 0; it must be at least 1"),
         (["--held-out", "1"], None, "--held-out: it is 1; it must be from 0 to below 1"),
-        (["--group", "0"], None, "--group: 5 items in parts of 0"),
+        (["--group", "0"], None, "--group: it is 0; it must be at least 1"),
         (["--frames", "40"], None, "none of the 5 clips gives a window"),
         (["--captions", "/nowhere.csv"], None, "--captions: /nowhere.csv cannot be read"),
         (["--text-model", "/nowhere"], None, "--text-model: model folder /nowhere has no tokenizer/"),
