@@ -229,13 +229,13 @@ def numbers(video, real, reference, captions) -> dict:
     floor = by_window(real, reference)
     distance = by_window(video, reference) - floor
     return {
-        "fd": gates.corrected_fd(m, r),
+        "fd": float(np.mean(gates.corrected_fd(m, r))),
         "fd_windows": float(distance.mean()),
         "fd_real": float(floor.mean()),
         "fd_first": m["fd_first"] - r["fd_first"],
         "fd_last": m["fd_last"] - r["fd_last"],
         "valid": float(np.mean(m["valid_by_frame"])),
-        "motion": gates.motion_spread(m, r),
+        "motion": (m["step_std"] + m["step_std_last"]) / (r["step_std"] + r["step_std_last"]),
         "motion_last": m["step_std_last"] / r["step_std_last"],
         "wobble": m["wobble"],
         "flicker": m["flicker"],

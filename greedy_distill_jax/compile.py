@@ -23,6 +23,7 @@ from typing import Any
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count
 
 # What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
 
@@ -115,8 +116,8 @@ def main(argv: Sequence[str]) -> int:
             command.add_argument("--no-bundles", action="store_true", help="do not count bundles (faster)")
         if name == "vae":
             command.add_argument("--decoder", action="append", choices=DECODERS, help="default: both")
-            command.add_argument("--height", type=int, default=480, help="of the video, in pixels")
-            command.add_argument("--width", type=int, default=832, help="of the video, in pixels")
+            command.add_argument("--height", type=cli.number(Count), default=480, help="of the video, in pixels")
+            command.add_argument("--width", type=cli.number(Count), default=832, help="of the video, in pixels")
     args = parser.parse_args(argv)
     targets, failures = args.target or list(TOPOLOGIES), []
     if args.command == "sweep":

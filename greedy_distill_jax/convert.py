@@ -17,6 +17,7 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count, Natural, NotNegative, Positive
 from greedy_distill_jax.runs.conversion import export_weights, import_weights
 from greedy_distill_jax.weights.architecture import describe, wan_of
 from greedy_distill_jax.weights.inspect import report, title
@@ -91,8 +92,10 @@ def _parser() -> cli.Parser:
         for argument, text in positional:
             command.add_argument(argument, help=text)
         command.add_argument("--part", default="", help=f"of a .pt: {', '.join(PARTS)}; of a run: ema, params")
-        command.add_argument("--heads", type=int, help="attention heads, where no config.json says it")
-        command.add_argument("--text-len", type=int, help="text rows, where no config.json says it (default: 512)")
+        command.add_argument("--heads", type=cli.number(Count), help="attention heads, where no config.json says it")
+        command.add_argument(
+            "--text-len", type=cli.number(Count), help="text rows, where no config.json says it (default: 512)"
+        )
         command.set_defaults(run=run)
         return command
 
@@ -102,7 +105,7 @@ def _parser() -> cli.Parser:
     exporting = add("export", _export, "write another format", source, ("dst", "folder (causal-pt: file) to write"))
     exporting.add_argument("--format", required=True, choices=WRITABLE)
     exporting.add_argument(
-        "--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file (default: %(default)g)"
+        "--shard-gb", type=cli.number(Positive), default=SHARD_BYTES / 1e9, help="largest file (default: %(default)g)"
     )
     for command in (importing, exporting):
         command.add_argument("--dtype", default="keep", choices=DTYPES, help="default: as stored")
@@ -110,9 +113,11 @@ def _parser() -> cli.Parser:
     inspecting = add("inspect", _inspect, "say what it is", source)
     inspecting.add_argument("--tensors", action="store_true", help="list every leaf")
     for command in (exporting, inspecting):
-        command.add_argument("--step", type=int, help="of a training run (default: the newest)")
+        command.add_argument("--step", type=cli.number(Natural), help="of a training run (default: the newest)")
     verifying = add("verify", _verify, "compare tensor by tensor", ("a", "any source"), ("b", "any source"))
-    verifying.add_argument("--atol", type=float, help="allow this difference (default: identical bits and dtypes)")
+    verifying.add_argument(
+        "--atol", type=cli.number(NotNegative), help="allow this difference (default: identical bits and dtypes)"
+    )
     return parser
 
 

@@ -10,7 +10,8 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.eval.suites import suite_names
-from greedy_distill_jax.eval.tables import MODELS, is_missing, shown
+from greedy_distill_jax.eval.tables import MODELS, NOT_THERE, is_missing, shown, shown_in
+from greedy_distill_jax.ranges import Count, Seed
 
 PLACES = {
     "teacher": "--teacher",
@@ -30,7 +31,7 @@ def print_table(metrics: dict[str, Any]) -> None:
         print(f"  {name}")
         for row in rows:
             cells = [
-                f"{column['name']} {shown(row[column['name']], column['format'])} {column['unit']}".rstrip()
+                f"{column['name']} {shown_in(row, column)} {_unit(row, column)}".rstrip()
                 for column in others
                 if not is_missing(row[column["name"]])
             ]
@@ -39,6 +40,10 @@ def print_table(metrics: dict[str, Any]) -> None:
             print(f"    ({metrics['extra']['notes'][name]})")
     for gate in metrics["gates"]:
         print(f"  {RESULTS[gate['passed']]}  {gate['name']}: {gate['value']} ({gate['threshold']})")
+
+
+def _unit(row: dict[str, Any], column: dict[str, Any]) -> str:
+    return "" if row[column["name"]] == NOT_THERE else column["unit"]
 
 
 def further_students(pairs: list[str]) -> dict[str, str]:
@@ -65,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         help="a further student and the name of its row, such as stage2=runs/stage2; may be repeated",
     )
     parser.add_argument("--output", required=True, help="folder of metrics.json and report.html")
-    parser.add_argument("--videos", type=int, default=256, help="held-out videos per model")
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--videos", type=cli.number(Count), default=256, help="held-out videos per model")
+    parser.add_argument("--seed", type=cli.number(Seed), default=1000)
     parser.add_argument(
         "--suite",
         action="append",

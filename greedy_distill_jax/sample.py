@@ -26,12 +26,6 @@ OF_A_STUDENT, OF_A_TEACHER = ("switch",), ("negative_prompt", "solver", "shift",
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what needs no run to be wrong."""
-    for name in ("frames", "steps", "height", "width"):
-        value = getattr(args, name)
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"{value} is too small; it must be at least 1", name)
-    if args.shift is not None and not args.shift > 0:
-        raise UserError(f"{args.shift} is not positive; choose a number above 0", "shift")
     if args.checkpoint:
         _refuse(args, ("height", "width", "dtype"), "belongs to --model; a run has its own")
         field, folder, remedy = "directory", args.checkpoint, "give the --workdir of a training command"

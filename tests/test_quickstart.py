@@ -68,7 +68,15 @@ def test_it_leaves_a_report_with_every_number(finished):
     validate_metrics(metrics)
     names = ["data", "teacher", "stage1", "stage1_few_steps", "stage2", "stage1_control", "stage2_fake_self"]
     assert [row["name"] for row in metrics["rows"]] == names
-    assert set(metrics["rows"][0]) > {"name", "steps", "direction", "valid_last", "fd_last", "train_cpu_s", "seeds"}
+    assert set(metrics["rows"][0]) > {
+        "name",
+        "steps",
+        "direction",
+        "valid_last",
+        "fd_last",
+        "train_cpu_s",
+        "train_seed",
+    }
     data, teacher, many, few, stage2, control, own = metrics["rows"]
     assert few["steps"] == stage2["steps"] == control["steps"] == own["steps"] == "4,2"
     assert stage2["train_cpu_s"] > 0 and own["train_cpu_s"] > 0
@@ -77,7 +85,8 @@ def test_it_leaves_a_report_with_every_number(finished):
     of_update = many["train_cpu_s"] / load_meta(finished / "student" / "checkpoints")["steps"]
     assert abs(steps * of_update - stage2["train_cpu_s"]) <= of_update
     assert data["direction"] == data["valid_first"] == 1.0 and data["valid_last"] == pytest.approx(1.0, abs=0.01)
-    assert teacher["train_cpu_s"] > 0 and many["train_cpu_s"] > 0 and few["seeds"] == many["seeds"]
+    assert teacher["train_cpu_s"] > 0 and many["train_cpu_s"] > 0 and few["train_seed"] == many["train_seed"] == 0
+    assert teacher["valid_last"] == "\N{EN DASH}" and data["train_seed"] == "\N{EN DASH}"
     times = {row["frames"]: row for row in metrics["tables"]["time_per_frame"]}
     assert {32, 256} <= set(times)
     assert all(row.keys() == {"frames", "etm_sdd", "full_causal", "teacher"} for row in times.values())
@@ -266,8 +275,8 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
 @pytest.mark.parametrize(
     "run, arguments, message",
     [
-        ("student", ["--frames", "0"], "--frames: 0 is too small; it must be at least 1"),
-        ("student", ["--steps", "0"], "--steps: 0 is too small"),
+        ("student", ["--frames", "0"], "--frames: it is 0; it must be at least 1"),
+        ("student", ["--steps", "0"], "--steps: it is 0; it must be from 1 to 1000"),
         ("student", ["--steps", "4,x"], "--steps: the steps of a chunk are 'x'"),
         ("student", ["--switch", "halfway"], "--switch: 'halfway' is not of the form FRAME:"),
         ("student", ["--switch", "x:a red square moving up"], "is not of the form FRAME:"),
@@ -275,9 +284,9 @@ def test_what_is_asked_of_a_teacher_replaces_its_config(finished):
         ("student", ["--switch", "²:a red square moving up"], "is not of the form FRAME:"),
         ("student", ["--switch", "0:a red square moving up"], "--switch: frame 0 lies outside.* 1 to 5, or change the"),
         ("student", ["--frames", "1", "--switch", "1:a"], "--switch: a video of 1 frame has nothing to switch"),
-        ("student", ["--fps", "-1"], "fps=-1"),
-        ("student", ["--fps", "0"], "fps=0"),
-        ("student", ["--upscale", "-2"], "upscale=-2"),
+        ("student", ["--fps", "-1"], "--fps: it is -1; it must be above 0"),
+        ("student", ["--fps", "0"], "--fps: it is 0; it must be above 0"),
+        ("student", ["--upscale", "-2"], "--upscale: it is -2; it must be at least 0"),
         ("teacher", ["--switch", "3:a red square moving up"], "needs a streaming student"),
         ("teacher", ["--steps", "4,2"], "--steps: 4,2 is not one number"),
         ("teacher", ["--height", "16"], "--height belongs to --model"),
@@ -363,7 +372,7 @@ def test_bad_arguments_of_evaluate_leave_nothing(finished, tmp_path, teacher, pu
 @pytest.mark.parametrize(
     "option, value, message",
     [
-        ("--videos", "0", "--videos: 0 videos"),
+        ("--videos", "0", "--videos: it is 0; it must be at least 1"),
         ("--more", "nothing", "--more: 'nothing': give NAME=DIR"),
         ("--more", "=nothing", "--more: '' cannot be the row of nothing"),
         ("--more", "data=nothing", "--more: 'data' cannot be the row of nothing.* OTHER"),

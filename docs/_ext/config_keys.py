@@ -1,6 +1,7 @@
 """The directive ``config-keys``: a table for every group of configuration keys, from the dataclasses that declare them.
 
-A field is a key, its annotation the type, its default the default, the comment on its line what it does.
+A field is a key, its annotation the type and the values it may have, its default the default, the comment on its line
+what it does.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import inspect
 import io
 import itertools
 import tokenize
+import typing
 from collections.abc import Iterator, Mapping
 
 from docutils import nodes
@@ -15,6 +17,7 @@ from docutils.parsers.rst import Directive
 
 from greedy_distill_jax.config import stages
 from greedy_distill_jax.config.keys import Keys
+from greedy_distill_jax.ranges import allowed
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -36,11 +39,12 @@ def comments(cls: type) -> dict[str, str]:
     return {field.name: found.get(field.name, "") for field in dataclasses.fields(cls)}
 
 
-def groups() -> Iterator[tuple[str, str, list[tuple[str, str, str]]]]:
-    """(path of the group, its docstring, [(key, default, comment)]), the shared keys first."""
+def groups() -> Iterator[tuple[str, str, list[tuple[str, str, str, str]]]]:
+    """(path of the group, its docstring, [(key, default, values, comment)]), the shared keys first."""
 
     def walk(path: str, keys):
         cls, rows, below = type(keys), [], []
+        hints = typing.get_type_hints(cls, include_extras=True)
         for name, comment in comments(cls).items():
             value, full = getattr(keys, name), f"{path}.{name}"
             if dataclasses.is_dataclass(value):
@@ -48,7 +52,7 @@ def groups() -> Iterator[tuple[str, str, list[tuple[str, str, str]]]]:
                 continue
             if isinstance(value, Mapping):
                 value = ", ".join(value)
-            rows.append((full, "" if value is None else repr(value), comment))
+            rows.append((full, "" if value is None else repr(value), allowed(hints[name]), comment))
         yield path, inspect.getdoc(cls) or "", rows
         for child in below:
             yield from walk(*child)
@@ -66,11 +70,11 @@ def _text(comment: str) -> nodes.paragraph:
     return paragraph
 
 
-def _table(rows: list[tuple[str, str, str]]) -> nodes.table:
+def _table(rows: list[tuple[str, str, str, str]]) -> nodes.table:
     body, head = nodes.tbody(), nodes.thead()
-    columns = [nodes.colspec(colwidth=width) for width in (30, 20, 50)]
-    out = nodes.table("", nodes.tgroup("", *columns, head, body, cols=3), classes=["colwidths-given"])
-    for place, cells in [(head, ("key", "default", "")), *((body, row) for row in rows)]:
+    columns = [nodes.colspec(colwidth=width) for width in (26, 16, 18, 40)]
+    out = nodes.table("", nodes.tgroup("", *columns, head, body, cols=4), classes=["colwidths-given"])
+    for place, cells in [(head, ("key", "default", "values", "")), *((body, row) for row in rows)]:
         row = nodes.row()
         for i, cell in enumerate(cells):
             code = place is body and i < 2 and cell

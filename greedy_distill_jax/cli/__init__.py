@@ -13,18 +13,36 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from greedy_distill_jax.cli.signals import ending
 from greedy_distill_jax.errors import Diverged, Stopped, UserError
+from greedy_distill_jax.ranges import complaint
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with the hint where the options are listed."""
-        raise UserError(f"{message}; see {self.prog} --help")
+        """Raises UserError: the option, what is wrong with it, and where the options are listed."""
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def number(hint: Any) -> Callable[[str], int | float]:
+    """Returns the ``type`` of an option that takes a number which ``hint`` allows, such as ``ranges.Count``."""
+    kind = get_args(hint)[0]
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text
+        wrong = complaint(value, hint)
+        if wrong:
+            raise argparse.ArgumentTypeError(f"it is {text}; it must be {wrong}")
+        return value
+
+    return read
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 import argparse
 import re
 
+from greedy_distill_jax.cli import number
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count, FrameRate, Momentum, Natural, NotNegative, Seed, Steps
 
 # Argument of the library -> option, for `cli.places`.
 CUTTING = {
@@ -53,16 +55,26 @@ def add_clips(parser: argparse.ArgumentParser, **_: object) -> None:
         metavar="WxH",
         help="pixels, as the codec divides them: multiples of 4 for patches (default: %(default)s)",
     )
-    parser.add_argument("--frames", type=int, default=16, help="frames per window (default: %(default)s)")
-    parser.add_argument("--fps", type=float, help="resample to this rate (default: the one that all clips have)")
-    parser.add_argument("--stride", type=int, help="frames between starts of windows (default: half of --frames)")
+    parser.add_argument("--frames", type=number(Count), default=16, help="frames per window (default: %(default)s)")
     parser.add_argument(
-        "--held-out", type=float, default=0.15, help="last part of each clip in time to hold out (default: %(default)s)"
+        "--fps", type=number(FrameRate), help="resample to this rate (default: the one that all clips have)"
     )
     parser.add_argument(
-        "--crops", type=int, default=0, help="further training windows through random crops (default: %(default)s)"
+        "--stride", type=number(Count), help="frames between starts of windows (default: half of --frames)"
     )
-    parser.add_argument("--group", type=int, default=32, help="clips of a shard (default: %(default)s)")
+    parser.add_argument(
+        "--held-out",
+        type=number(Momentum),
+        default=0.15,
+        help="last part of each clip in time to hold out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--crops",
+        type=number(Natural),
+        default=0,
+        help="further training windows through random crops (default: %(default)s)",
+    )
+    parser.add_argument("--group", type=number(Count), default=32, help="clips of a shard (default: %(default)s)")
 
 
 def add_latents(parser: argparse.ArgumentParser, *, negative: str, text_len: int) -> None:
@@ -96,7 +108,9 @@ def add_text(parser: argparse.ArgumentParser, *, negative: str, text_len: int) -
     _add_output(parser)
     _add_rows(parser, negative, text_len)
     parser.add_argument("--dtype", default="stored", choices=("stored", *_DTYPES), help="to compute and store in")
-    parser.add_argument("--batch", type=int, default=8, help="prompts encoded together (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=number(Count), default=8, help="prompts encoded together (default: %(default)s)"
+    )
 
 
 def add_ode(parser: argparse.ArgumentParser, **_: object) -> None:
@@ -116,25 +130,37 @@ def add_ode(parser: argparse.ArgumentParser, **_: object) -> None:
     )
     _add_prompts(parser)
     _add_output(parser)
-    parser.add_argument("--steps", type=int, default=48, help="evaluations of a trajectory (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, help="default: the teacher run's, with --model 6")
+    parser.add_argument(
+        "--steps", type=number(Steps), default=48, help="evaluations of a trajectory (default: %(default)s)"
+    )
+    parser.add_argument("--guidance", type=number(NotNegative), help="default: the teacher run's, with --model 6")
     parser.add_argument("--negative", metavar="TEXT", help="default: the teacher run's, with --model Wan2.1's own")
     parser.add_argument("--text", metavar="DIR", help="text store or model folder that encodes the prompts instead")
-    parser.add_argument("--per-prompt", type=int, default=1, help="trajectories of each prompt (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="trajectories followed together (default: %(default)s)")
-    parser.add_argument("--group", type=int, default=16, help="trajectories of a shard (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--per-prompt", type=number(Count), default=1, help="trajectories of each prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=number(Count), default=1, help="trajectories followed together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--group", type=number(Count), default=16, help="trajectories of a shard (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=number(Seed), default=0)
     parser.add_argument("--dtype", default="float32", choices=_DTYPES, help="of the stored states")
     parser.add_argument("--size", default="832x480", metavar="WxH", help="pixels, with --model (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=81, help="of video, with --model (default: %(default)s)")
+    parser.add_argument(
+        "--frames", type=number(Count), default=81, help="of video, with --model (default: %(default)s)"
+    )
 
 
 def add_share(parser: argparse.ArgumentParser) -> None:
     """Adds what says which part of a job a process does, and whether it starts again."""
     group = parser.add_argument_group("work on several processes, and resuming")
-    group.add_argument("--shard-index", type=int, help="of this process (default: from jax.distributed, or 0)")
     group.add_argument(
-        "--num-shards", type=int, help="processes that share the work (default: jax.distributed's, or 1)"
+        "--shard-index", type=number(Natural), help="of this process (default: from jax.distributed, or 0)"
+    )
+    group.add_argument(
+        "--num-shards", type=number(Count), help="processes that share the work (default: jax.distributed's, or 1)"
     )
     group.add_argument("--overwrite", action="store_true", help="start again in a folder prepared before")
 
@@ -159,7 +185,9 @@ def _add_rows(parser: argparse.ArgumentParser, negative: str, text_len: int) -> 
         metavar="TEXT",
         help="prompt of the unconditional branch, stored too (default: Wan2.1's own; the empty prompt always is)",
     )
-    parser.add_argument("--text-len", type=int, default=text_len, help="rows of a prompt (default: %(default)s)")
+    parser.add_argument(
+        "--text-len", type=number(Count), default=text_len, help="rows of a prompt (default: %(default)s)"
+    )
 
 
 def parse_size(value: str) -> tuple[int, int]:

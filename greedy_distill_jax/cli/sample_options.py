@@ -1,7 +1,8 @@
 """Options of the command sample."""
 
-from greedy_distill_jax.cli import Parser
+from greedy_distill_jax.cli import Parser, number
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count, FrameRate, Natural, NotNegative, Positive, Seed, Steps
 
 FRAMES, WAN_FRAMES = 64, 81  # default of a student; what Wan2.1 was trained on
 
@@ -16,10 +17,7 @@ def parse_switch(value: str) -> tuple[int, str]:
 
 def parse_steps(value: str) -> int | str:
     """Reads one number; what else a step plan can be is left as it is, such as "4,2"."""
-    try:
-        return int(value)
-    except ValueError:
-        return value
+    return value if set(value) & set(",./") else number(Steps)(value)
 
 
 def parser(description: str) -> Parser:
@@ -32,12 +30,14 @@ def parser(description: str) -> Parser:
     out.add_argument("--text", metavar="DIR", help="text store or model folder that encodes the prompts instead")
     out.add_argument("--codec", metavar="PATH", help="decodes instead: codec.npz, model folder or weights of a VAE")
     frames = f"of the video (default: {FRAMES}, or the next number that fits; a teacher's training length, with --model"
-    out.add_argument("--frames", type=int, help=f"{frames} {WAN_FRAMES})")
+    out.add_argument("--frames", type=number(Count), help=f"{frames} {WAN_FRAMES})")
     steps = "evaluations per video, or per chunk of a student: 4,2 is four for the first chunk, two for all others"
     out.add_argument("--steps", type=parse_steps, help=f"{steps} (default: the run's, or 50)")
-    out.add_argument("--seed", type=int, default=0)
-    out.add_argument("--fps", type=float, help="default: the run's, with --model 16")
-    out.add_argument("--upscale", type=int, default=0, help="pixels per pixel; 0 makes small videos about 128 wide")
+    out.add_argument("--seed", type=number(Seed), default=0)
+    out.add_argument("--fps", type=number(FrameRate), help="default: the run's, with --model 16")
+    out.add_argument(
+        "--upscale", type=number(Natural), default=0, help="pixels per pixel; 0 makes small videos about 128 wide"
+    )
     out.add_argument("--output", default="out.mp4", help=".mp4, .webm or .gif")
     student = out.add_argument_group("streaming students")
     more = dict(action="append", default=[], metavar='FRAME:"PROMPT"')
@@ -45,10 +45,10 @@ def parser(description: str) -> Parser:
     teacher = out.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
     teacher.add_argument("--negative-prompt", metavar="TEXT", help="unconditional branch (Wan2.1's own)")
     teacher.add_argument("--solver", choices=("euler", "unipc"), help="(unipc)")
-    teacher.add_argument("--shift", type=float, help="of the noise levels (what scheduler/ says, else 5)")
-    teacher.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = off (5)")
+    teacher.add_argument("--shift", type=number(Positive), help="of the noise levels (what scheduler/ says, else 5)")
+    teacher.add_argument("--guidance", type=number(NotNegative), help="scale of classifier-free guidance, 1 = off (5)")
     model = out.add_argument_group("model folders")
-    model.add_argument("--height", type=int, help="pixels (480)")
-    model.add_argument("--width", type=int, help="pixels (832)")
+    model.add_argument("--height", type=number(Count), help="pixels (480)")
+    model.add_argument("--width", type=number(Count), help="pixels (832)")
     model.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in (bfloat16)")
     return out

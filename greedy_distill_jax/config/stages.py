@@ -16,6 +16,8 @@ _STAGES: dict[str, Any] = {  # name -> "module:attribute", or the StageKind itse
     "dmd": "greedy_distill_jax.training.stages.dmd:STAGE",  # stage 2: on its own videos
 }
 
+_CONTRACT = ("trains", "keys", "check", "terms", "wanted", "build")  # of a StageKind
+
 
 def register(name: str, kind: Any) -> None:
     """Makes a stage of your own available as ``config.stage``; ``kind``: a StageKind or "module:attribute"."""
@@ -35,6 +37,9 @@ def kind_of(name: str) -> Any:
     if isinstance(kind, str):
         module, _, attribute = kind.partition(":")
         kind = getattr(importlib.import_module(module), attribute)
+    if isinstance(kind, type) or not all(hasattr(kind, part) for part in _CONTRACT):
+        what = f"the class {kind.__name__}" if isinstance(kind, type) else f"a {type(kind).__name__}"
+        raise UserError(f"stage {name!r} is {what}; register an instance of a training.stages.base.StageKind.")
     return kind
 
 

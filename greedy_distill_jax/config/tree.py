@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.config import stages
 from greedy_distill_jax.config.keys import Keys, Loss, Losses
 from greedy_distill_jax.errors import UserError
@@ -76,34 +77,54 @@ def _losses_in(config: ConfigDict) -> Iterator[ConfigDict]:
         yield node
 
 
-def read(cls: type, config: ConfigDict, path: str, besides: Collection[str] = ()) -> Any:
-    """An instance of ``cls`` from its ConfigDict; UserError names keys that are unknown, missing or ill-formed.
+def read(cls: type, config: ConfigDict, path: str, besides: Collection[str] = (), *, check: bool = True) -> Any:
+    """An instance of ``cls`` from its ConfigDict.
 
-    ``besides``: keys that somebody else reads.
+    Args:
+      cls: dataclass of keys.
+      config: with its fields.
+      path: of the group, for errors.
+      besides: keys that somebody else reads.
+      check: every value must be one that its key's annotation allows; False for what was checked before.
+
+    Raises:
+      UserError: keys that are unknown, missing, ill-formed or out of their range.
     """
-    hints = typing.get_type_hints(cls)
+    hints, rules = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     _same_keys([key for key in config if key not in besides], hints, path)
     values = {}
     for name, hint in hints.items():
         value = config[name]
         if hint == Losses:
-            value = {term: _read_loss(node, f"{path}.{name}.{term}") for term, node in value.items()}
+            value = {term: _read_loss(node, f"{path}.{name}.{term}", check) for term, node in value.items()}
         elif dataclasses.is_dataclass(hint):
-            value = read(hint, value, f"{path}.{name}")
-        elif typing.get_origin(hint) is tuple:
+            value = read(hint, value, f"{path}.{name}", check=check)
+        elif check:
+            _check(value, rules[name], f"{path}.{name}")
+        if typing.get_origin(hint) is tuple:
             value = tuple(value)
         values[name] = value
     return cls(**values)
 
 
-def _read_loss(term: ConfigDict, path: str) -> Loss:
+def _read_loss(term: ConfigDict, path: str, check: bool) -> Loss:
     name = path.rsplit(".", 1)[1]
     if name in RESERVED:
         raise UserError(f"{path}: this name is taken in the logs; choose another.")
     given = term.to_dict() if isinstance(term, ConfigDict) else dict(term)
     if set(given) - {"loss", "weight", "options"} or not {"loss", "weight"} <= set(given):
         raise UserError(f"{path} needs the keys loss, weight and options; it has {sorted(given)}.")
-    return Loss(given["loss"], float(given["weight"]), given.get("options", {}))
+    values = {"options": {}, **given}
+    if check:
+        for name, rule in typing.get_type_hints(Loss, include_extras=True).items():
+            _check(values[name], rule, f"{path}.{name}")
+    return Loss(values["loss"], float(values["weight"]), values["options"])
+
+
+def _check(value: Any, hint: Any, key: str) -> None:
+    wrong = ranges.complaint(value, hint)
+    if wrong:
+        raise UserError(f"{key} is {value!r}; it must be {wrong}.")
 
 
 def _same_keys(config: Collection[str], known: Mapping[str, Any], path: str) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Float32, Float64, PRNGKeyArray
 
 TABLE_SIZE = 1000
+DISTRIBUTIONS = ("uniform", "logit_normal")
 
 
 def shift_sigma(sigma: Float[ArrayLike, "*shape"], shift: float) -> Float[ArrayLike, "*shape"]:
@@ -54,7 +55,7 @@ def draw_sigma(
         return jnp.asarray(sigma_table(shift), jnp.float32)[index]
     if distribution == "logit_normal":
         return shift_sigma(jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32)), shift)
-    raise ValueError(f"sigma distribution {distribution!r} is unknown; choose 'uniform' or 'logit_normal'.")
+    raise ValueError(f"sigma distribution {distribution!r} is unknown; choose from {', '.join(DISTRIBUTIONS)}.")
 
 
 def bell_weight(sigma: Float[Array, "*shape"], shift: float) -> Float[Array, "*shape"]:

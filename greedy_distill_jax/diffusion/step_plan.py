@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Float32, Int, Int32
 
 from greedy_distill_jax.diffusion.noise_levels import uniform_steps
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Steps, allowed, complaint
 
 SAMPLERS = ("euler", "renoise")
 
@@ -150,14 +151,14 @@ def _levels(entry: Any, shift: float) -> tuple[float, ...]:
             entry = [float(part) for part in entry.split("/")] if set(entry) & set("/.") else int(entry)
         if _is_list(entry):
             return tuple(float(sigma) for sigma in entry)
-        if isinstance(entry, numbers.Integral) and not isinstance(entry, bool):
+        if not complaint(entry, Steps):
             return uniform_steps(int(entry), shift)
     except (TypeError, ValueError) as error:
         raise UserError(f"the steps of a chunk are {entry!r} ({error}); {_FORMS}", field="steps") from error
     raise UserError(f"the steps of a chunk are {entry!r}; {_FORMS}", field="steps")
 
 
-_FORMS = "give a number of at least 1, or noise levels such as 1/.93/.36"
+_FORMS = f"give a number {allowed(Steps)}, or noise levels such as 1/.93/.36"
 
 
 def _without_repeats(values) -> tuple:

@@ -30,7 +30,7 @@ class Entry:
       run: that made them; None for real videos.
       directory: of the run.
       steps: denoising steps, per frame for a student and per video for a teacher; None for real videos.
-      seeds: of the run's training (if any) and of the data or noise.
+      about: what it is, in a sentence.
     """
 
     name: str
@@ -38,7 +38,12 @@ class Entry:
     run: Run | None = None
     directory: Path | None = None
     steps: int | str | None = None
-    seeds: tuple[int, ...] = ()
+    about: str = ""
+
+    @property
+    def train_seed(self) -> int | None:
+        """Seed of the run's training."""
+        return self.run.settings.seed if self.run else None
 
     @property
     def train_cpu_s(self) -> float:
@@ -133,6 +138,17 @@ def load_runs(teacher: str | Path, student: str | Path, more: Mapping[str, str |
     return runs
 
 
+def _about(name: str, run: Run, directory: Path, steps: int | str) -> str:
+    """What a row of a run is, in a sentence."""
+    if not run.is_student:
+        return f"The bidirectional teacher, {steps} steps for a whole video; run {directory.name}."
+    told = {
+        "stage1": "The student that the report is about, with its own steps",
+        "stage1_few_steps": "The same student with few steps, as the further students are sampled",
+    }.get(name, "A further student")
+    return f"{told}: {steps} per frame; stage {run.settings.stage}, run {directory.name}."
+
+
 def _load(field: str, directory: str | Path, is_student: bool, row: str = "") -> Run:
     """A run of the wanted kind; errors are the argument's."""
     try:
@@ -187,11 +203,10 @@ def compare(
         "stage1_few_steps": ("stage1", long, few),
         **{name: (name, long, few) for name in list(runs)[2:]},
     }
-    entries = {"data": Entry("data", real, seeds=(seed,))}
+    entries = {"data": Entry("data", real, about="Real videos that no run was trained on.")}
     for name, (row, length, steps) in tqdm(todo.items(), desc="sampling", disable=not sys.stderr.isatty()):
         run = runs[row]
         video = sampled(run, captions, frames=length, seed=seed, steps=steps)
-        entries[name] = Entry(
-            name, video, run, Path(directories[row]), shown_steps(run, steps), (run.settings.seed, seed)
-        )
+        shown, where = shown_steps(run, steps), Path(directories[row])
+        entries[name] = Entry(name, video, run, where, shown, _about(name, run, where, shown))
     return Comparison(entries, captions, teacher, student, few, seed, lengths)

@@ -6,14 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.comparison import Comparison, Entry, compare, load_runs
 from greedy_distill_jax.eval.page import Section
 from greedy_distill_jax.eval.report import write_report
-from greedy_distill_jax.eval.suites import Column, Measured, Plot, Suite, resolve, suite_names
-from greedy_distill_jax.eval.tables import MODELS
+from greedy_distill_jax.eval.suites import (
+    Column,
+    Measured,
+    Plot,
+    Suite,
+    claims_of,
+    keys_of,
+    measure,
+    resolve,
+    suite_names,
+)
+from greedy_distill_jax.eval.tables import MODELS, NOT_THERE
 from greedy_distill_jax.measure.environment import environment
+from greedy_distill_jax.ranges import Count
 from greedy_distill_jax.training.metrics import read_scalars
 
 SHOWN = 6  # captions in the report's grid
@@ -43,7 +55,10 @@ AFTER = (
         better="lower",
     ),
     Column(
-        "seeds", "Seeds", "Random seeds of the runs behind the row; more seeds are stronger evidence.", format="text"
+        "train_seed",
+        "Training seed",
+        "Seed of the training behind the row. One is one sample: other seeds may give other figures.",
+        format="count",
     ),
 )
 
@@ -78,8 +93,7 @@ def evaluate(
     Raises:
       UserError: with the name of the argument that is wrong as its field.
     """
-    if videos < 1:
-        raise UserError(f"{videos} videos; evaluate at least one.", "videos")
+    ranges.check(videos, Count, "videos")
     wanted = [resolve(name) for name in (suite_names() if suites is None else suites)]
     directories = {"teacher": teacher, "stage1": student, **(more or {})}
     runs = load_runs(teacher, student, more or {})
@@ -93,7 +107,7 @@ def evaluate(
     for suite in wanted:
         if suite.applies(comparison):
             announce(f"evaluate: {suite.name}")
-            measured[suite] = suite.measure(comparison)
+            measured[suite] = measure(suite, comparison)
         elif suites is not None:
             raise UserError(f"{suite.name} does not apply to runs on {comparison.data}; leave it out.", "suites")
     metrics = metrics_of(comparison, measured, commands)
@@ -128,7 +142,7 @@ def metrics_of(
         "rows": _filled(models.values(), columns[MODELS]),
         "tables": tables,
         "columns": {name: [dataclasses.asdict(column) for column in of] for name, of in columns.items()},
-        "gates": [gate for suite, found in measured.items() for gate in suite.gates(found, comparison)],
+        "gates": [gate for suite, found in measured.items() for gate in claims_of(suite, found, comparison)],
         "training_frames": comparison.training_frames,
         **environment(),
         "config": {
@@ -138,6 +152,8 @@ def metrics_of(
         "extra": {
             "commands": list(commands),
             "videos": len(comparison.captions),
+            "evaluation_seed": comparison.seed,
+            "names": {name: entry.about for name, entry in comparison.entries.items()},
             "held_out_captions": sorted(set(comparison.captions)),
             "notes": {suite.name: found.note for suite, found in measured.items() if found.note},
         },
@@ -146,19 +162,21 @@ def metrics_of(
 
 def of_entry(entry: Entry) -> dict[str, Any]:
     """Returns the values of ``BEFORE`` and ``AFTER``."""
-    steps = "\N{EN DASH}" if entry.steps is None else entry.steps
-    return {"name": entry.name, "steps": steps, "train_cpu_s": entry.train_cpu_s, "seeds": list(entry.seeds)}
+    values = {"steps": entry.steps, "train_cpu_s": entry.train_cpu_s or None, "train_seed": entry.train_seed}
+    return {"name": entry.name} | {name: NOT_THERE if value is None else value for name, value in values.items()}
 
 
 def _filled(rows: Any, columns: Sequence[Column]) -> list[dict[str, Any]]:
     """Rows with every column, in the order of the columns, and no other value."""
-    return [{column.name: row.get(column.name) for column in columns} for row in rows]
+    return [{key: row.get(key) for column in columns for key in keys_of(column)} for row in rows]
 
 
 def sections_of(comparison: Comparison, measured: Mapping[Suite, Measured]) -> list[Section]:
     """Returns the parts of the page: the table of models, a part per suite, and the losses of training."""
-    notes = " ".join(found.note for suite, found in measured.items() if suite.of_models and found.note)
-    found = [Section(MODELS, "Quality", note=notes)]
+    videos = f"{len(comparison.captions)} held-out videos per row, drawn with evaluation seed {comparison.seed}."
+    notes = " ".join([videos, *(found.note for suite, found in measured.items() if suite.of_models and found.note)])
+    names = {name: entry.about for name, entry in comparison.entries.items()}
+    found = [Section(MODELS, "Quality", note=notes, names=names)]
     for suite, of in measured.items():
         if of.plots or not suite.of_models:
             note = "" if suite.of_models else of.note
@@ -172,16 +190,19 @@ def loss_plots(comparison: Comparison) -> list[Plot]:
     for name, entry in comparison.entries.items():
         if entry.run is None or name == "stage1_few_steps":  # the same run as stage 1
             continue
-        stage = entry.run.settings.stage
-        lines = [line for line in read_scalars(entry.directory) if f"{stage}/loss" in line]
-        terms = [term for term in entry.run.settings.losses if lines and f"{stage}/{term}" in lines[0]]
+        settings, stage = entry.run.settings, entry.run.settings.stage
+        groups = {"": settings.losses} | {f"{own}/": getattr(keys, "losses", {}) for own, keys in settings.own.items()}
+        terms = [f"{own}{term}" for own, losses in groups.items() for term in losses]
+        log = read_scalars(entry.directory)
+        terms = [term for term in terms if any(f"{stage}/{term}" in line for line in log)]
+        lines = [line for line in log if any(f"{stage}/{term}" in line for term in terms)]
         plots.append(
             Plot(
                 f"Stage {name}",
                 "Each loss term against the training step. It should fall and level off; look into a jump or a gap.",
                 "Training step",
                 "Loss",
-                {term: [line[f"{stage}/{term}"] for line in lines] for term in terms},
+                {term: [line.get(f"{stage}/{term}") for line in lines] for term in terms},
                 x=[line["step"] for line in lines],
                 log="wide",
                 smooth=True,

@@ -55,6 +55,8 @@ def evaluate_videos(
         |difference of the mass ratio|. Blur lowers it: never a headline.
       wobble: mean movement across the captioned axis between consecutive valid frames, pixels per frame; real: about 0.
       step_std, step_std_last and wobble are nan when no two consecutive frames are valid.
+      direction_se, valid_first_se, valid_last_se, caption_se, flicker_se: standard errors over videos of what they are
+        named for, nan with fewer than two.
 
     Raises:
       UserError: too few frames for the window, an unknown caption, captions or frame sizes that do not match.
@@ -106,10 +108,14 @@ def evaluate_videos(
 
     return {
         "direction": _or_nan(np.mean, headed[direction_V >= 0]),
+        "direction_se": standard_error(headed[direction_V >= 0]),
         "valid_first": float(valid[:, first].mean()),
+        "valid_first_se": standard_error(valid[:, first].mean(1)),
         "valid_last": float(valid[:, last].mean()),
+        "valid_last_se": standard_error(valid[:, last].mean(1)),
         "valid_by_frame": valid.mean(0).tolist(),
         "caption": _or_nan(np.mean, (headed & named)[direction_V >= 0]),
+        "caption_se": standard_error((headed & named)[direction_V >= 0]),
         "colour_change_by_frame": colour_change.tolist(),
         "fd_first": frechet_distance(
             random_conv_features(video_VTHWC[:, first]), random_conv_features(reference_VTHWC[:, :window])
@@ -118,8 +124,15 @@ def evaluate_videos(
         "step_std": step_std(first),
         "step_std_last": step_std(last),
         "flicker": float(change.mean()),
+        "flicker_se": standard_error(change.mean(1)),
         "wobble": _or_nan(np.mean, np.abs(across[:, 1:])[pairs]),
     }
+
+
+def standard_error(values_V: Any) -> float:
+    """Returns the standard error of the mean of independent values; nan with fewer than two."""
+    values = np.asarray(values_V, np.float64)
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def frechet_distance(features_a: Float[np.ndarray, "n F"], features_b: Float[np.ndarray, "m F"]) -> float:

@@ -5,7 +5,8 @@ An oracle reads shape, colour and position back from the pixels (``oracle.py``, 
 
 from greedy_distill_jax.eval import gates, metrics, oracle
 from greedy_distill_jax.eval.comparison import HORIZON, Comparison
-from greedy_distill_jax.eval.suites import Column, Measured, Plot, Suite
+from greedy_distill_jax.eval.suites import Column, Measured, Plot, Suite, keys_of
+from greedy_distill_jax.eval.tables import NOT_THERE
 
 COLUMNS = (
     Column(
@@ -14,6 +15,7 @@ COLUMNS = (
         "Share of videos whose object moves the way the caption says; 100% is perfect.",
         format="share",
         better="higher",
+        error="direction_se",
     ),
     Column(
         "valid_first",
@@ -22,6 +24,7 @@ COLUMNS = (
         "captioned kind.",
         format="share",
         better="higher",
+        error="valid_first_se",
     ),
     Column(
         "valid_last",
@@ -30,6 +33,7 @@ COLUMNS = (
         "drift.",
         format="share",
         better="higher",
+        error="valid_last_se",
     ),
     Column(
         "caption",
@@ -37,6 +41,7 @@ COLUMNS = (
         "Share of videos in which everything the caption says is read back from the pixels; never judge by it alone.",
         format="share",
         better="higher",
+        error="caption_se",
     ),
     Column(
         "fd_first",
@@ -76,6 +81,7 @@ COLUMNS = (
         "How much pixel values change from one frame to the next; blur also scores low, so never judge by it alone.",
         format="distance",
         better="data",
+        error="flicker_se",
     ),
     Column(
         "wobble",
@@ -95,7 +101,10 @@ def measure(comparison: Comparison) -> Measured:
         found = metrics.evaluate_videos(
             entry.video_VTHWC, comparison.captions, window=frames, reference_VTHWC=comparison.reference_VTHWC
         )
-        rows.append({"name": name} | {column.name: found[column.name] for column in COLUMNS})
+        row = {"name": name} | {key: found[key] for column in COLUMNS for key in keys_of(column)}
+        if entry.video_VTHWC.shape[1] == frames:  # no longer than the first window
+            row |= dict.fromkeys(("valid_last", "fd_last", "step_std_last"), NOT_THERE) | {"valid_last_se": None}
+        rows.append(row)
         valid[name] = found["valid_by_frame"]
         quality[name] = oracle.read(entry.video_VTHWC).iou_VT.mean(0).tolist()
     return Measured(
@@ -116,7 +125,9 @@ def measure(comparison: Comparison) -> Measured:
                 frames,
             ),
         ),
-        note="“First” and “last” are the first and the last window of frames of a long rollout.",
+        note="“First” and “last” are the first and the last window of frames of a long rollout; a teacher makes one "
+        "window. ± is the standard error over videos. The Fréchet distances have none: judge them against the row of "
+        "real videos.",
     )
 
 

@@ -39,6 +39,7 @@ class Section:
       plots: drawn in this order; lines of one label look alike in all of them.
       note: caption of the table.
       summary: a last line of the table: text by column.
+      names: what the rows are, by name.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Section:
     plots: Sequence[Plot] = ()
     note: str = ""
     summary: Mapping[str, str] | None = None
+    names: Mapping[str, str] | None = None
 
 
 def render(
@@ -106,12 +108,18 @@ def _cell(value: Any, kind: str = "number") -> str | Markup:
     return Markup('<span class="missing">{}</span>').format(text) if tables.is_missing(value) else text
 
 
+def _cell_in(row: Mapping[str, Any], column: Mapping[str, Any]) -> str | Markup:
+    """The cell of a row under a column."""
+    return _cell(None) if tables.is_missing(row[column["name"]]) else tables.shown_in(row, column)
+
+
 def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["show"] = _cell
+    environment.filters["show_in"] = _cell_in
     return environment
 
 

@@ -16,9 +16,9 @@ from greedy_distill_jax.eval.suites import Number, Plot
 
 # Plots are drawn in stand-in colours, which become CSS variables, so that one SVG suits light and dark.
 _INK, _GRID = "#010203", "#010204"
-_SERIES = tuple(f"#0102{index:02x}" for index in range(16, 22))
+_SERIES = tuple(f"#0102{index:02x}" for index in range(16, 26))
 _CSS_COLORS = {_INK: "var(--ink-soft)", _GRID: "var(--line)"} | {c: f"var(--s{i})" for i, c in enumerate(_SERIES)}
-_DASHES = ("", "6 3", "2 2", "8 2 2 2", "1 3")  # five, with six colours: 30 lines that differ
+_DASHES = ("", "6 3", "2 2", "8 2 2 2", "1 3")
 _WIDE = 20.0  # largest over smallest value from which a logarithmic axis shows more
 
 
@@ -32,9 +32,6 @@ def draw(plot: Plot, name: str, labels: Sequence[str] | None = None) -> dict[str
 
     Returns:
       {"title", "text", "legend", "svg"}; ``svg`` is None where nothing was measured.
-
-    Raises:
-      ValueError: a line that does not have a value for every x.
     """
     lines = {label: _floats(values) for label, values in plot.lines.items()}
     lines = {label: values for label, values in lines.items() if np.isfinite(values).any()}
@@ -54,13 +51,13 @@ def _figure(plot: Plot, lines: dict[str, np.ndarray], order: list[str]) -> Figur
     longest = 0.0
     for label, values in lines.items():
         x = np.arange(len(values), dtype=np.float64) if plot.x is None else _floats(plot.x)
-        if len(x) != len(values):
-            raise ValueError(f"plot {plot.title!r}: {label!r} has {len(values)} values for {len(x)} positions")
         style, longest = _style(order.index(label)), max(longest, float(len(values)))
         if plot.smooth and len(values) > 100:
             axes.plot(x, values, color=style["color"], linewidth=0.6, alpha=0.3)
             values = _smooth(values, len(values) // 40 | 1)
-        axes.plot(x, values, marker="o" if plot.points or len(values) == 1 else None, markersize=4, **style)
+        axes.plot(x, values, marker="o" if plot.points else None, markersize=4, **style)
+        alone = _alone(values)
+        axes.plot(x[alone], values[alone], marker="o", markersize=3, linestyle="none", color=style["color"])
     every = np.concatenate(list(lines.values()))
     low, high = np.nanmin(every), np.nanmax(every)
     if plot.y_limits and plot.y_limits[0] <= low and high <= plot.y_limits[1]:
@@ -94,6 +91,12 @@ def _mark(axes: Any, position: Number, words: str) -> None:
 
 def _floats(values: Sequence) -> np.ndarray:
     return np.asarray([np.nan if value is None else float(value) for value in values], np.float64)
+
+
+def _alone(values: np.ndarray) -> np.ndarray:
+    """Indices of values without a neighbour, which no line would show."""
+    finite = np.pad(np.isfinite(values), 1)
+    return np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -152,12 +155,13 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
     return Markup(text)  # drawn here; every label in it was escaped
 
 
+# Neighbours differ in both colour and dash; no line of 50 looks like another.
 def _css_color(index: int) -> str:
     return f"var(--s{index % len(_SERIES)})"
 
 
 def _dash(index: int) -> str:
-    return _DASHES[index % len(_DASHES)]
+    return _DASHES[(index + index // len(_SERIES)) % len(_DASHES)]
 
 
 def _style(index: int) -> dict:

@@ -30,6 +30,7 @@ class Column:
       unit: such as "px" or "dB"; "" for none.
       format: how a value is shown, one of ``FORMATS``: "share" is a fraction, "distance" has three decimals.
       better: which way is good: "higher", "lower", "data" (close to the row of real videos), "" where none is.
+      error: key of the values' standard errors in the rows, which are shown beside them; "" for none.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Column:
     unit: str = ""
     format: str = "number"
     better: str = ""
+    error: str = ""
 
     def __post_init__(self):
         if self.format not in FORMATS or self.better not in BETTER:
@@ -45,6 +47,11 @@ class Column:
                 f"column {self.name!r}: format {self.format!r} must be one of {FORMATS}, better {self.better!r} one of "
                 f"{BETTER}"
             )
+
+
+def keys_of(column: Column) -> list[str]:
+    """Returns the keys that a column has in the rows: of its values, and of their standard errors."""
+    return [key for key in (column.name, column.error) if key]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,9 @@ class Plot:
       log: "" for linear axes, "y", "xy", or "wide" for a logarithmic y axis where values spread over a factor of 20.
       points: a dot at every value.
       smooth: long lines are drawn as moving averages over the faint values.
+
+    Raises:
+      ValueError: a line that does not have a value for every x.
     """
 
     title: str
@@ -76,6 +86,11 @@ class Plot:
     log: str = ""
     points: bool = False
     smooth: bool = False
+
+    def __post_init__(self):
+        for label, values in self.lines.items():
+            if self.x is not None and len(self.x) != len(values):
+                raise ValueError(f"plot {self.title!r}: {label!r} has {len(values)} values for {len(self.x)} positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +144,41 @@ class Suite:
     gates: Callable[[Measured, Comparison], list[dict[str, Any]]] = no_gates
     applies: Callable[[Comparison], bool] = always
     of_models: bool = False
+
+
+def measure(suite: Suite, comparison: Comparison) -> Measured:
+    """What a suite finds of a comparison.
+
+    Raises:
+      UserError: with field "suites": it returned something else, or rows that are not one per entry. What its own code
+        raises passes as it is.
+    """
+    found, place = suite.measure(comparison), f"suite {suite.name!r}: measure() returned"
+    if not isinstance(found, Measured):
+        raise UserError(f"{place} a {type(found).__name__}; return an eval.suites.Measured.", "suites")
+    if not all(isinstance(row, Mapping) for row in found.rows):
+        raise UserError(f"{place} rows that are no dictionaries; give values by the names of the columns.", "suites")
+    known = {key for column in suite.columns for key in keys_of(column)} | ({"name"} if suite.of_models else set())
+    for row in found.rows:
+        extra = sorted(set(row) - known)
+        if extra:
+            raise UserError(f"{place} {extra[0]!r}, which is none of its columns; add a Column of that name.", "suites")
+        if suite.of_models and row.get("name") not in comparison.entries:
+            raise UserError(
+                f"{place} a row named {row.get('name')!r}; of_models has a row per entry: "
+                f"{', '.join(comparison.entries)}.",
+                "suites",
+            )
+    return found
+
+
+def claims_of(suite: Suite, found: Measured, comparison: Comparison) -> list[dict[str, Any]]:
+    """The gates of what a suite measured; UserError (field "suites") where they are not ones of ``gates.gate``."""
+    out = suite.gates(found, comparison)
+    keys = {"name", "value", "threshold", "passed"}
+    if not isinstance(out, list | tuple) or not all(isinstance(gate, Mapping) and set(gate) == keys for gate in out):
+        raise UserError(f"suite {suite.name!r}: gates() returned {out!r}; return a list of gates.gate(...).", "suites")
+    return list(out)
 
 
 # In the order of the page: file of this package whose SUITE it is.

@@ -9,6 +9,7 @@ import numpy as np
 from greedy_distill_jax.errors import UserError
 
 NOT_MEASURED = "not yet measured"
+NOT_THERE = "\N{EN DASH}"  # the value of what a row does not have, such as the steps of real videos
 TOP_KEYS = (
     "rows",
     "tables",
@@ -42,9 +43,9 @@ def validate_metrics(metrics: dict) -> None:
     """Checks that ``metrics`` has exactly the keys of metrics.json; values that were not measured are None.
 
     rows: the table of models. tables: rows of every other table by its name. columns: by table, with "rows" for that of
-    models, mappings with the fields of ``suites.Column``; every row has exactly these. gates: see ``GATE_KEYS``;
-    ``passed`` is True, False or None. device, cpu, clock, versions, commit: the record of the environment. extra:
-    optional, anything; ``extra["commands"]``, a list of strings, is shown with the environment.
+    models, mappings with the fields of ``suites.Column``; every row has exactly these, and their errors. gates: see
+    ``GATE_KEYS``; ``passed`` is True, False or None. device, cpu, clock, versions, commit: the record of the
+    environment. extra: optional, anything; ``extra["commands"]``, a list of strings, is shown with the environment.
 
     Raises:
       UserError: naming the key that is missing, unknown or of the wrong type.
@@ -57,7 +58,8 @@ def validate_metrics(metrics: dict) -> None:
     _check_keys("metrics['columns']", metrics["columns"], tuple(named))
     for name, rows in named.items():
         where = f"metrics[{name!r}]" if name == MODELS else f"metrics['tables'][{name!r}]"
-        _check_rows(where, rows, [column["name"] for column in metrics["columns"][name]])
+        columns = metrics["columns"][name]
+        _check_rows(where, rows, [column[key] for column in columns for key in ("name", "error") if column[key]])
     _check_rows("metrics['gates']", metrics["gates"], GATE_KEYS)
     frames = metrics["training_frames"]
     if isinstance(frames, bool) or not isinstance(frames, int | np.integer) or frames < 1:
@@ -116,6 +118,13 @@ def shown(value: Any, kind: str = "number") -> str:
         power = 0 if abs(value) < 1024 else min(4, int(math.log2(abs(value)) // 10))
         return f"{value / 1024**power:,.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def shown_in(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
+    """Returns a row's cell as text, without unit; its standard error beside it where there is one."""
+    text, kind = shown(row[column["name"]], column["format"]), column["format"]
+    error = row[column["error"]] if column["error"] else None
+    return text if is_missing(error) else f"{text} ±\N{NO-BREAK SPACE}{shown(error, kind)}"
 
 
 def verdict(gates: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -14,7 +14,11 @@ takes the mean over the batch, applies the weight of the config and logs every t
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax.numpy as jnp
+
+from greedy_distill_jax import ranges
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.extensions import FORMS, load
 from greedy_distill_jax.losses.dmd import dmd
@@ -26,15 +30,17 @@ from greedy_distill_jax.losses.ode import ode
 class Term:
     """One weighted loss of the sum that a stage minimises.
 
-    name: in the logs. options: keyword arguments of the loss.
+    name: in the logs. options: keyword arguments of the loss. place: where it was asked for, for errors.
     """
 
     name: str
     loss: Callable
     weight: float
     options: Mapping[str, object]
+    place: str = ""
 
 
+_FORM = "write loss(net, batch, key, *, option=default), see docs/guides/add_a_loss.md"
 _LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching, "ode": ode}
 
 
@@ -47,7 +53,20 @@ def register(name: str, loss: Callable | None = None) -> Callable:
 
 
 def resolve(name: str) -> Callable:
-    """The loss function behind a config's name."""
+    """The loss function behind a config's name; UserError (field "loss") where there is none that can be called so."""
+    loss = _found(name)
+    if not callable(loss):
+        raise UserError(f"loss {name!r} is a {type(loss).__name__}, not a function; {_FORM}.", "loss")
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(loss).parameters.values()
+    needed = [p.name for p in parameters if p.kind in by_position and p.default is p.empty]
+    taken = [p for p in parameters if p.kind in by_position]
+    if len(needed) > 3 or (len(taken) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)):
+        raise UserError(f"loss {name!r} takes ({', '.join(needed)}) by position; {_FORM}.", "loss")
+    return loss
+
+
+def _found(name: str) -> Any:
     if name in _LOSSES:
         return _LOSSES[name]
     if ":" not in name:
@@ -71,9 +90,17 @@ def asked(loss: Callable) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
-def check_options(name: str, loss: Callable, options: dict) -> None:
-    """Raises UserError for an option the loss does not take, naming those it does."""
+def check_options(name: str, loss: Callable, options: Mapping[str, object]) -> None:
+    """Raises UserError for an option the loss does not take, naming those it does, or not with this value."""
+    networks = sorted(set(options) & set(asked(loss)))
+    if networks:
+        raise UserError(
+            f"loss {name!r} takes {networks[0]!r} from the stage, because it has no default; give it one to make it an "
+            f"option.",
+            "options",
+        )
     parameters = inspect.signature(loss).parameters.values()
+    ranges.check_arguments(loss, options, f"loss {name!r}: option", "options")
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return
     known = option_names(loss)
@@ -83,3 +110,55 @@ def check_options(name: str, loss: Callable, options: dict) -> None:
             f"loss {name!r} has no option {unknown[0]!r}; keyword-only options it takes: {', '.join(known) or 'none'}.",
             "options",
         )
+
+
+def check_returned(term: Term, returned: Any, examples: int) -> tuple[Any, dict[str, Any]]:
+    """(loss_B, metrics) of what a loss returned, both in float32.
+
+    Args:
+      term: whose loss it is.
+      returned: by it.
+      examples: B, of its batch.
+
+    Raises:
+      UserError: something else than one number per example and a dict of scalars or pairs (sum, count).
+    """
+    place = term.place or f"loss {term.name}"
+    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], Mapping):
+        held = f" of {len(returned)}" if isinstance(returned, tuple) else ""
+        raise UserError(
+            f"{place}: the loss returned a {type(returned).__name__}{held}; return (loss_B, metrics), one value per "
+            f"example and a dict, which may be empty."
+        )
+    loss_B, metrics = returned
+    if not is_number(loss_B, (examples,)):
+        raise UserError(
+            f"{place}: the loss returned {_described(loss_B)} for {examples} examples; return one number per example, "
+            f"shape [{examples}], without taking their mean."
+        )
+    kept = {}
+    for name, value in metrics.items():
+        scalars = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+        if not isinstance(name, str) or not all(is_number(x, ()) for x in scalars):
+            raise UserError(
+                f"{place}: the loss returned the metric {name!r} as {_described(value)}; a metric has a name and is a "
+                f"scalar, or a pair (sum, count) of them."
+            )
+        floats = tuple(jnp.asarray(x).astype(jnp.float32) for x in scalars)
+        kept[name] = floats if isinstance(value, tuple) else floats[0]
+    return loss_B.astype(jnp.float32), kept
+
+
+def is_number(value: Any, shape: tuple[int, ...]) -> bool:
+    """Returns whether it is an array of real numbers of this shape, or a Python number where that is ()."""
+    if isinstance(value, int | float):
+        return shape == ()
+    dtype = getattr(value, "dtype", None)
+    real = dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    return real and value.shape == shape
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,7 +1,7 @@
 """Distribution matching, read as a policy gradient with a reverse-KL reward (docs/method.md)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.losses.pair import Pair
+from greedy_distill_jax.ranges import one_of
 
 NORMALIZERS, WEIGHTINGS = ("real", "none"), ("none", "score")
 
@@ -19,8 +20,8 @@ def dmd(
     key: PRNGKeyArray | None,
     *,
     pair: Pair,
-    normalizer: str = "real",
-    weighting: str = "none",
+    normalizer: Annotated[str, one_of(*NORMALIZERS)] = "real",
+    weighting: Annotated[str, one_of(*WEIGHTINGS)] = "none",
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, ""]]]:
     """Surrogate whose gradient in the action x is that of the reverse KL between noised student and teacher videos.
 

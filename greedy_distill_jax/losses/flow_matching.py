@@ -1,13 +1,16 @@
 """Flow matching, for the teacher and (teacher-forced) for the student (docs/method.md, sections 2.7 and 6)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow, noise_levels
+from greedy_distill_jax.ranges import Count, Fraction, NoiseLevel, Positive, one_of
+
+WEIGHTINGS = ("none", "bell", "x0")
 
 
 def flow_matching(
@@ -15,14 +18,14 @@ def flow_matching(
     batch: Mapping[str, Any],
     key: PRNGKeyArray,
     *,
-    shift: float = 5.0,
-    distribution: str = "uniform",
+    shift: Positive = 5.0,
+    distribution: Annotated[str, one_of(*noise_levels.DISTRIBUTIONS)] = "uniform",
     per_frame: bool = False,
-    group: int = 1,
-    draws: int = 1,
-    low: float = 0.0,
-    high: float = 1.0,
-    weighting: str = "none",
+    group: Count = 1,
+    draws: Count = 1,
+    low: Fraction = 0.0,
+    high: NoiseLevel = 1.0,
+    weighting: Annotated[str, one_of(*WEIGHTINGS)] = "none",
 ) -> tuple[Float[Array, " B"], dict[str, tuple[Float[Array, ""], Float[Array, ""]]]]:
     """mean over T, H, W, C of w(sigma) (v(x_sigma, sigma) - (noise - x0))^2.
 
@@ -38,6 +41,9 @@ def flow_matching(
       weighting: "none"; "bell", Wan's training weight; "x0", sigma^2, which makes it the squared error of x0 and suits
         a network that predicts x0: unweighted, its rare low-noise draws (1 / sigma^2) would dominate the gradient.
 
+    Raises:
+      ValueError: frames that do not divide into groups, a weighting that there is not, low above high.
+
     Returns:
       loss [B], and metrics: the error in the lower and upper half of the noise levels, as (sum, count).
 
@@ -52,6 +58,8 @@ def flow_matching(
             f"flow_matching: {batch['latents'].shape[1]} frames do not divide into groups of {group}; "
             f"use the student's chunk, or another frame count."
         )
+    if low > high:
+        raise ValueError(f"flow_matching: low is {low}, above high = {high}; exchange them.")
     key_sigma, key_noise = jax.random.split(key)
     shape = (count, frames // group if per_frame else 1)
     sigma = noise_levels.draw_sigma(key_sigma, shape, distribution=distribution, shift=shift)
@@ -67,7 +75,7 @@ def flow_matching(
     elif weighting == "none":
         weight = jnp.ones_like(sigma)
     else:
-        raise ValueError(f"flow_matching: weighting is {weighting!r}; choose 'none', 'bell' or 'x0'.")
+        raise ValueError(f"flow_matching: weighting is {weighting!r}; choose from {', '.join(WEIGHTINGS)}.")
     middle = float(noise_levels.shift_sigma(0.5, shift))
     is_low = (sigma < middle).astype(jnp.float32)
     metrics = {

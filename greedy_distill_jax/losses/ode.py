@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.ranges import Count
 
 
 def ode(
-    net: Callable, batch: Mapping[str, Any], key: PRNGKeyArray, *, per_frame: bool = False, group: int = 1
+    net: Callable, batch: Mapping[str, Any], key: PRNGKeyArray, *, per_frame: bool = False, group: Count = 1
 ) -> tuple[Float[Array, " B"], dict[str, tuple[Float[Array, ""], Float[Array, ""]]]]:
     """mean over T, H, W, C of (x - sigma v(x, sigma) - x0)^2, x a stored state on the way from noise to x0.
 

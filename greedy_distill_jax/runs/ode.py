@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.data.sources.trajectories import write_trajectories
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count, Steps
 from greedy_distill_jax.runs.model_folder import load_model_folder
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.records import fingerprint
@@ -56,9 +58,8 @@ def follow_teacher(
     Raises:
       UserError: prompts, a teacher or a text encoder that cannot be used, or a folder that cannot be written.
     """
-    for field, value in (("steps", steps), ("frames", frames)):
-        if value < 1:
-            raise UserError(f"{field}={value} is too small; use at least 1", field)
+    ranges.check(steps, Steps, "steps")
+    ranges.check(frames, Count, "frames")
     conditions = read_prompts(prompts)
     if teacher is not None:
         run = _of_run(teacher, text)

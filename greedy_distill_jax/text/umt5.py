@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count
 from greedy_distill_jax.storage.records import fingerprint, first_line
 from greedy_distill_jax.text.cleaning import clean_prompt, cleaning
 from greedy_distill_jax.text.write_store import write_text_store
@@ -89,8 +91,7 @@ class UMT5Encoder:
         Raises:
           UserError: no torch or transformers, an incomplete folder, another kind of model, weights that are missing.
         """
-        if text_len < 1:
-            raise UserError(f"text_len={text_len}; it must be at least 1", field="text_len")
+        ranges.check(text_len, Count, "text_len")
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}", field="dtype")
         folder = Path(folder).expanduser()
@@ -189,8 +190,7 @@ def encode_prompts(
       What dataset.json holds; None if other processes have not finished.
     """
     for name, value in (("text_len", text_len), ("batch", batch)):
-        if value < 1:
-            raise UserError(f"{name}={value}; it must be at least 1", field=name)
+        ranges.check(value, Count, name)
     plan, stored = encoder_plan(folder, text_len, dtype)
     return write_text_store(
         prompts,

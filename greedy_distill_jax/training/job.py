@@ -20,7 +20,7 @@ from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.config.tree import default_text
 from greedy_distill_jax.data.augment import augmented
 from greedy_distill_jax.data.loader import SkipBadRecords, latents_of
-from greedy_distill_jax.data.sources.protocol import captions_of
+from greedy_distill_jax.data.sources.protocol import captions_of, check_example
 from greedy_distill_jax.distribution.mesh import batch_parts
 from greedy_distill_jax.distribution.parallel import check_columns, check_heads, on_mesh
 from greedy_distill_jax.distribution.sharding import shardings
@@ -32,7 +32,7 @@ from greedy_distill_jax.text.protocol import TextEncoder
 from greedy_distill_jax.text.store import check_captions
 from greedy_distill_jax.training import audit
 from greedy_distill_jax.training.sources import fingerprints, frozen_runs, load_sources
-from greedy_distill_jax.training.stages.base import Inputs, Part, Stage
+from greedy_distill_jax.training.stages.base import Inputs, Part, Stage, returned
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.weights.pipeline import load_codec
 
@@ -93,8 +93,12 @@ def open_data(settings: Settings) -> Data:
     """Opens the training data; UserError when it is not what the stage trains on."""
     raw, codec = data_source(settings, "train", frames=settings.data.frames, seed=settings.seed)
     settings.kind.check_source(settings, raw)
+    if not len(raw):
+        raise UserError(f"{settings.data.source!r} is empty; give data with at least one example", "source")
     source = SkipBadRecords(raw, settings.data.max_bad_records)
     examples = [source[i] for i in range(min(4, len(source)))]
+    for example in examples:
+        check_example(example, settings.data.source)
     if "video" not in examples[0] and settings.data.augment != "none":
         raise UserError(
             f"config.data.augment {settings.data.augment!r} changes pixels, but {settings.data.source} holds none; set "
@@ -130,6 +134,10 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     with one_line():
         null_MC = encoder([settings.data.negative_prompt])[0]
         stage = settings.kind.build(settings, Inputs(frozen, null_MC, latent_shape, data.raw))
+    if not isinstance(stage, Stage):
+        raise UserError(
+            f"stage {settings.stage}: build() returned a {type(stage).__name__}; return a stages.base.Stage."
+        )
     check_mesh(settings, mesh, latent_shape, jax.process_count())
     batch_shape = settings.kind.batch_shapes(settings, latent_shape, data.raw)
     _check_entries(settings, data, batch_shape)
@@ -311,13 +319,22 @@ def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape: Ma
             parts.append(part)
             continue
         jitted = jax.jit(
-            on_mesh(part.call, mesh),
+            on_mesh(_checked(part), mesh),
             in_shardings=(of_state, of_frozen, of_batch, None),
             out_shardings=(of_state, NamedSharding(mesh, PartitionSpec()), None),
             donate_argnums=0,
         )
         parts.append(part._replace(call=jitted))
     return tuple(parts), of_state, of_frozen, of_batch
+
+
+def _checked(part: Part):
+    """The part's function, held to what it must return."""
+
+    def call(*args):
+        return returned(part, part.call(*args))
+
+    return call
 
 
 def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
@@ -327,14 +344,14 @@ def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
       Warnings about parameters that no loss trains.
 
     Raises:
-      UserError: a term without a gradient, or a metric that is no scalar.
+      UserError: a term without a gradient.
     """
     carry, warnings = {}, []
     for part in parts:
         if part.host:
             break  # what it hands on is known only when it runs
         with audit.watching() as found:
-            _, metrics, carry = part.call.eval_shape(state, frozen, batch, carry)
+            _, _, carry = part.call.eval_shape(state, frozen, batch, carry)
         for term in audit.idle_terms(found):
             raise UserError(
                 f"{part.losses}.{term} has no gradient: it cannot train anything; remove it, or look for what stops "
@@ -344,9 +361,6 @@ def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
         if idle:
             more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
             warnings.append(f"part {part.name}: no loss trains {', '.join(idle[:5])}{more}")
-        for name, metric in metrics.items():
-            if metric.shape:
-                raise UserError(f"The metric {name} has shape {metric.shape}; a loss must return scalars as metrics.")
     return warnings
 
 

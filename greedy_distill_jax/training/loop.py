@@ -18,7 +18,7 @@ from greedy_distill_jax.runs.run import Run, architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state
 from greedy_distill_jax.training.metrics import MetricWriter
-from greedy_distill_jax.training.stages.base import Part
+from greedy_distill_jax.training.stages.base import Part, returned
 from greedy_distill_jax.training.state import TrainState
 
 
@@ -116,7 +116,7 @@ def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, bat
     due = [part for part in parts if part.due(step)]
     for part in due:
         if part.host:
-            _, found, carry = part.call(None, None, jax.device_get(batch), jax.device_get(carry))
+            _, found, carry = returned(part, part.call(None, None, jax.device_get(batch), jax.device_get(carry)))
         else:
             state, found, carry = part.call(state, frozen, batch, carry)
         metrics |= found

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from greedy_distill_jax.distribution import parallel
-from greedy_distill_jax.losses import Term, asked
+from greedy_distill_jax.losses import Term, asked, check_returned
 from greedy_distill_jax.training import audit
 from greedy_distill_jax.training.state import Net, TrainState
 
@@ -22,12 +22,14 @@ def drop_text(text_BMC, null_MC, key, rate: float):
 def total_loss(terms: Sequence[Term], net, batch, key, networks: Mapping[str, Callable] | None = None):
     """(sum of weight * mean(loss_B), metrics by term, see ``logged``); ``net`` is called with x, sigma, batch.
 
-    ``networks``: those that a loss may ask for, see ``losses.asked``.
+    ``networks``: those that a loss may ask for, see ``losses.asked``. UserError for a loss that returns something else
+    than ``losses.check_returned`` allows.
     """
     total, metrics = jnp.float32(0.0), {}
     for i, term in enumerate(terms):
         given = {name: networks[name] for name in asked(term.loss)}
-        loss_B, extra = term.loss(net, batch, jax.random.fold_in(key, i), **given, **term.options)
+        returned = term.loss(net, batch, jax.random.fold_in(key, i), **given, **term.options)
+        loss_B, extra = check_returned(term, returned, len(batch["text"]))
         value = jnp.mean(loss_B)
         total = total + term.weight * value
         metrics[term.name] = value

@@ -232,9 +232,9 @@ def test_damage_names_the_record(prepared, folder, tmp_path):
     [
         (["--size", "18x16"], None, "multiples of 4"),
         (["--size", "big"], None, "is not WIDTHxHEIGHT"),
-        (["--frames", "0"], None, "--frames: frames=0 is too small"),
-        (["--held-out", "1"], None, "--held-out: held_out=1 is no fraction"),
-        (["--group", "0"], None, "--group: 5 items in parts of 0"),
+        (["--frames", "0"], None, "--frames: it is 0; it must be at least 1"),
+        (["--held-out", "1"], None, "--held-out: it is 1; it must be from 0 to below 1"),
+        (["--group", "0"], None, "--group: it is 0; it must be at least 1"),
         (["--frames", "40"], None, "none of the 5 clips gives a window"),
         (["--captions", "/nowhere.csv"], None, "--captions: /nowhere.csv cannot be read"),
         (["--text-model", "/nowhere"], None, "--text-model: model folder /nowhere has no tokenizer/"),

@@ -10,7 +10,7 @@ import pytest
 from greedy_distill_jax.data.augment import augmented
 from greedy_distill_jax.data.loader import make_loader
 from greedy_distill_jax.data.sources import registry
-from greedy_distill_jax.data.sources.protocol import captions_of
+from greedy_distill_jax.data.sources.protocol import captions_of, check_example
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
@@ -228,6 +228,37 @@ def test_a_source_from_outside(monkeypatch):
         load_source("gray:9")
     with pytest.raises(UserError, match="data 'grey' is unknown"):
         load_source("grey")
+
+
+@pytest.mark.parametrize("opened", [Listed(9), (Listed(9),), (iter("ab"), None), None])
+def test_an_opener_that_returns_no_source(monkeypatch, opened):
+    monkeypatch.setattr(registry, "_OPENERS", {"mine": ("mine", lambda argument, **options: opened)})
+    with pytest.raises(UserError, match="'mine': its opener returned a .*; return .source, codec.") as error:
+        load_source("mine")
+    assert error.value.field == "source"
+
+
+@pytest.mark.parametrize(
+    "example, said",
+    [
+        ("a caption", "without a text as its caption: a str"),
+        ({"video": None}, "without a text as its caption: .'video'."),
+        ({"caption": b"a cat"}, "without a text as its caption"),
+        (
+            {"caption": "a", "video": np.zeros((2, 4, 4, 3), np.float32)},
+            r"'video' as float32\[2, 4, 4, 3\]; a source gives uint8",
+        ),
+        (
+            {"caption": "a", "latents": np.zeros((2, 4, 4), np.float32)},
+            r"'latents' as float32\[2, 4, 4\].*float32 \[T, h, w, C\]",
+        ),
+        ({"caption": "a", "states": [1.0]}, r"'states' as list\[1\]"),
+    ],
+)
+def test_an_example_that_is_none(example, said):
+    check_example(Listed(3)[0], "mine")
+    with pytest.raises(UserError, match=f"'mine' gives .*{said}"):
+        check_example(example, "mine")
 
 
 def test_augmentation_needs_pixels(tmp_path):

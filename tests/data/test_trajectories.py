@@ -175,8 +175,8 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     [
         (["--student", "configs/quickstart.py:teacher"], "configures a teacher"),
         (["--student", "configs/none.py"], "no such file"),
-        (["--steps", "0"], "--steps: steps=0 is too small"),
-        (["--per-prompt", "0"], "--per-prompt: per_prompt=0 is too small"),
+        (["--steps", "0"], "--steps: it is 0; it must be from 1 to 1000"),
+        (["--per-prompt", "0"], "--per-prompt: it is 0; it must be at least 1"),
         (["--prompts", "/nowhere.txt"], "--prompts: /nowhere.txt cannot be read"),
         (["--teacher", "/nowhere"], "--teacher: /nowhere holds no run"),
         (["--model", "/nowhere"], "not allowed with argument"),

@@ -9,6 +9,7 @@ from greedy_distill_jax.eval import metrics
 
 KEYS = {"direction", "valid_first", "valid_last", "valid_by_frame", "caption", "fd_first", "fd_last"}
 KEYS |= {"step_std", "step_std_last", "flicker", "wobble", "colour_change_by_frame"}
+KEYS |= {"direction_se", "valid_first_se", "valid_last_se", "caption_se", "flicker_se"}
 LISTS = ("valid_by_frame", "colour_change_by_frame")
 
 
@@ -42,6 +43,12 @@ def test_real_videos_pass(result):
     assert abs(result["step_std"] - 0.635) < 0.05 and abs(result["step_std_last"] - 0.635) < 0.05
     assert result["fd_first"] < 0.02 and result["fd_last"] < 0.02
     assert result["flicker"] < 0.02 and result["wobble"] < 0.05
+
+
+def test_the_standard_error_of_a_mean():
+    values = np.asarray([True, True, True, False])
+    assert metrics.standard_error(values) == pytest.approx((0.25 / 4) ** 0.5)  # variance 3/4 * 1/4 * 4/3, of 4 values
+    assert np.isnan(metrics.standard_error([1.0])) and np.isnan(metrics.standard_error([]))
 
 
 def test_permuted_captions_fail(real, reference):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.page import Section
+from greedy_distill_jax.eval.plots import draw
 from greedy_distill_jax.eval.report import write_report
 from greedy_distill_jax.eval.suites import Plot
 from greedy_distill_jax.eval.tables import validate_metrics
@@ -25,7 +26,7 @@ TABLES = {
         "share_first": "share",
         "distance": "distance",
         "cost": "seconds",
-        "seeds": "text",
+        "train_seed": "count",
     },
     "time": {"frames": "count", "ours": "number", "theirs": "number"},
     "cache": {"cache": "text", "bytes": "bytes"},
@@ -42,6 +43,7 @@ def columns_of(table) -> list[dict]:
             "unit": "px" if i == 3 else "",
             "format": kind,
             "better": "higher" if kind == "share" else "",
+            "error": "share_error" if kind == "share" else "",
         }
         for i, (name, kind) in enumerate(TABLES[table].items())
     ]
@@ -81,7 +83,8 @@ def make_inputs(captions=("a red square moving left", "a blue circle moving up")
         return (level - drop * np.linspace(0, 1, 64) + random.normal(0, 0.01, 64)).clip(0, 1).tolist()
 
     def row(name, steps, share):
-        return {"name": name, "steps": steps, "share_first": share, "distance": 0.0161, "cost": 68.4, "seeds": [0, 1]}
+        share = {"share_first": share, "share_error": 0.0213}
+        return {"name": name, "steps": steps, **share, "distance": 0.0161, "cost": 68.4, "train_seed": 7}
 
     steps = list(range(0, 2000, 5))
     metrics = {
@@ -114,7 +117,7 @@ def make_inputs(captions=("a red square moving left", "a blue circle moving up")
         "videos": {column: [video(i + j) for i in range(len(captions))] for j, column in enumerate(COLUMNS)},
         "captions": list(captions),
         "sections": [
-            Section("rows", "Quality", note="First and last."),
+            Section("rows", "Quality", note="First and last.", names={"teacher": "The bidirectional one."}),
             Section(
                 "frames",
                 "Long videos",
@@ -225,7 +228,9 @@ def test_everything_given_is_shown(tmp_path):
         '"width": 96',
         '"psnr_db": 27.3',
         "training length",
-        "88.0%",
+        "88.0% ±\N{NO-BREAK SPACE}2.1%",
+        "What the rows are",
+        "The bidirectional one.",
         "Growth, 256 / 32",
         "1.00 x",
     ):
@@ -312,7 +317,7 @@ def test_an_empty_report_is_still_a_report(tmp_path):
     sections = [Section(name, name) for name in ("rows", "time", "cache", "training")]
     page = write(tmp_path / "new" / "folder", metrics=metrics, videos={}, captions=[], sections=sections)
     assert "No gate measured yet" in page.text
-    assert page.text.count("not yet measured") == 6  # videos, every section, seeds
+    assert page.text.count("not yet measured") == 5  # videos, every section
 
 
 def test_one_failed_gate_decides_the_verdict(tmp_path):
@@ -375,3 +380,58 @@ def test_the_same_inputs_give_the_same_page(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b")
     assert (tmp_path / "a/report.html").read_bytes() == (tmp_path / "b/report.html").read_bytes()
+
+
+# --- lines and widths -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [7, 16, 50])
+def test_every_line_of_a_plot_can_be_told_from_every_other(count):
+    lines = {f"model {i}": [0.1 * i, 0.2 * i] for i in range(count)}
+    drawn = draw(Plot("Quality", "", "x", "y", lines), "quality")
+    legend = [(color, dash) for _, color, dash in drawn["legend"]]
+    assert len(set(legend)) == count
+    drawn_paths = re.findall(
+        r'<path d="[^"]*" clip-path="[^"]*" style="([^"]*stroke: var\(--s\d\)[^"]*)"', drawn["svg"]
+    )
+    assert len(drawn_paths) == len(set(drawn_paths)) == count
+    assert count > 10 or len({color for color, _ in legend}) == count
+
+
+def test_a_value_without_neighbours_is_a_dot():
+    def dots(values):
+        return draw(Plot("Loss", "", "x", "y", {"dmd": values, "critic": [1.0] * len(values)}), "loss")["svg"].count(
+            "<use"
+        )
+
+    ticks = dots([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert dots([1.0, None, 3.0, None, 5.0]) == ticks + 3 and dots([1.0, 2.0, None, None, 5.0]) == ticks + 1
+
+
+def test_every_colour_of_a_line_is_one_of_the_page(tmp_path):
+    lines = {f"model {i}": [0.1 * i, 0.2 * i] for i in range(16)}
+    write(tmp_path, sections=[Section("rows", "Quality", plots=(Plot("Quality", "", "x", "y", lines),))])
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    used = set(re.findall(r"var\((--s\d+)\)", html))
+    assert len(used) == 10
+    for name in used:
+        light, dark = re.findall(rf"{name}: (#\w+);", html)
+        assert light != dark
+    of_each = zip(*(re.findall(rf"{name}: (#\w+);", html) for name in used), strict=True)
+    assert all(len(set(colours)) == 10 for colours in of_each)
+
+
+def test_a_wide_table_is_dense_and_says_that_it_scrolls(tmp_path):
+    inputs = make_inputs()
+    page = write(tmp_path)
+    assert not [table for table in page.named("table") if table.get("class") == "dense"]
+    metrics = inputs["metrics"]
+    more = [{**columns_of("time")[1], "name": f"more_{i}"} for i in range(6)]
+    metrics["columns"]["rows"] += more
+    metrics["rows"] = [row | {column["name"]: 1.5 for column in more} for row in metrics["rows"]]
+    page = write(tmp_path, metrics=metrics)
+    assert len([table for table in page.named("table") if table.get("class") == "dense"]) == 1
+    scrolls = [tag for tag in page.named("div") if "scroll" in tag.get("class", "").split()]
+    assert len(scrolls) == len(page.named("table")), "every table can be scrolled, also from the keyboard"
+    assert all(tag.get("tabindex") == "0" and tag["role"] == "region" and tag["aria-label"] for tag in scrolls)
+    assert re.search(r"\.scroll {[^}]*var\(--shade\)", (tmp_path / "report.html").read_text(encoding="utf-8"))

@@ -138,8 +138,8 @@ def test_what_it_refuses():
         dmd(None, action, None, pair=pair, normalizer="mean")
     with pytest.raises(ValueError, match="4 frames do not divide into groups of 3"):
         draw_pair(jax.random.key(0), action["action"], score, score, action, group=3)
-    for name in ("pair", "shift"):
-        with pytest.raises(UserError, match=f"no option '{name}'"):
+    for name, said in (("pair", "takes 'pair' from the stage"), ("shift", "has no option 'shift'")):
+        with pytest.raises(UserError, match=said):
             check_options("dmd", resolve("dmd"), {name: 1})
 
 

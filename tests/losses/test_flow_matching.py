@@ -115,6 +115,7 @@ def test_the_gradient_is_that_of_the_mean_square():
     [
         (dict(weighting="snr"), "weighting is 'snr'"),
         (dict(distribution="beta"), "'beta' is unknown"),
+        (dict(low=0.9, high=0.1), "low is 0.9, above high = 0.1"),
         (dict(per_frame=True, group=4), "6 frames do not divide into groups of 4"),
     ],
 )

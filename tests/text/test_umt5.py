@@ -194,8 +194,8 @@ def test_bad_prompts_are_one_line_and_code_2(folder, tmp_path, capsys, name, con
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--text-len", "0"], "--text-len: text_len=0"),
-        (["--batch", "0"], "--batch: batch=0"),
+        (["--text-len", "0"], "--text-len: it is 0"),
+        (["--batch", "0"], "--batch: it is 0"),
         (["--shard-index", "1"], "belong together"),
         (["--shard-index", "2", "--num-shards", "2"], "--shard-index 2 of --num-shards 2"),
         (["--shard-index", "0", "--num-shards", "2", "--overwrite"], "remove the folder first"),

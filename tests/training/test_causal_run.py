@@ -92,7 +92,7 @@ def test_context_of_the_last_step_trains_and_samples(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(student__kind="casual"), "config.student.kind is 'casual'; choose from etm_sdd, causal"),
+        (dict(student__kind="casual"), "config.student.kind is 'casual'; it must be one of etm_sdd, causal"),
         (dict(student__fusion="add"), r"config.student.fusion is 'add', but config.student.kind = 'causal'.*'selfkv'"),
         (dict(student__window=12), "config.student.window is 12, but config.student.kind = 'causal'"),
         (dict(student__rope_mode="absolute"), "config.student.rope_mode is 'absolute'"),

@@ -7,15 +7,17 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from greedy_distill_jax.data.video_io import check_fps, probe, read_frames
+from greedy_distill_jax import ranges
+from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count, FrameRate, Natural, Range
 
 SPLITS = ("train", "held_out")
 
@@ -42,23 +44,16 @@ class Cutting:
       UserError: a number out of its range.
     """
 
-    width: int
-    height: int
-    frames: int
-    fps: float | int | None = None
-    stride: int | None = None
-    held_out: float | int = 0.15
-    crops: int = 0
+    width: Count
+    height: Count
+    frames: Count
+    fps: FrameRate | None = None
+    stride: Count | None = None
+    held_out: Annotated[float | int, Range(0, 1, with_high=False)] = 0.15
+    crops: Natural = 0
 
     def __post_init__(self) -> None:
-        for field, least in (("width", 1), ("height", 1), ("frames", 1), ("stride", 1), ("crops", 0)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise UserError(f"{field}={value} is too small; use at least {least}", field)
-        if self.fps is not None:
-            check_fps(self.fps)
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"held_out={self.held_out:g} is no fraction; use at least 0 and less than 1", "held_out")
+        ranges.check_fields(self)
 
     @property
     def step(self) -> int:

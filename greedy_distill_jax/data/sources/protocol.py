@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
+import numpy as np
+
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.sharded import ShardedSource
+
+_ENTRIES = {
+    "video": (("uint8",), ("T", "H", "W", "3")),
+    "latents": (("float32", "bfloat16", "float16"), ("T", "h", "w", "C")),
+    "states": (("float32", "bfloat16", "float16"), ("K", "T", "h", "w", "C")),
+    "text": (("float32", "bfloat16", "float16"), ("M", "D")),
+}
 
 
 @runtime_checkable
@@ -28,6 +37,19 @@ class VideoSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
+
+
+def check_example(example: Any, source: str) -> None:
+    """Raises UserError (field "source") unless an example is what ``VideoSource`` says; ``source`` is its name."""
+    if not isinstance(example, Mapping) or not isinstance(example.get("caption"), str):
+        held = sorted(example) if isinstance(example, Mapping) else f"a {type(example).__name__}"
+        raise UserError(f"{source!r} gives an example without a text as its caption: {held}; add 'caption'", "source")
+    for name, (dtypes, dimensions) in _ENTRIES.items():
+        value = example.get(name)
+        if value is not None and (str(getattr(value, "dtype", "")) not in dtypes or np.ndim(value) != len(dimensions)):
+            found = f"{getattr(value, 'dtype', type(value).__name__)}{list(np.shape(value))}"
+            wanted = f"{dtypes[0]} [{', '.join(dimensions)}]"
+            raise UserError(f"{source!r} gives {name!r} as {found}; a source gives {wanted}", "source")
 
 
 def captions_of(source: VideoSource) -> set[str]:

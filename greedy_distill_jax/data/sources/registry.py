@@ -68,4 +68,11 @@ def load_source(
         known = ", ".join(usage for usage, _ in _OPENERS.values())
         raise UserError(f"data {source!r} is unknown; use one of {known}", field="source")
     with about("source"):
-        return opener(argument, split=split, size=size, frames=frames, seed=seed)
+        opened = opener(argument, split=split, size=size, frames=frames, seed=seed)
+    if not isinstance(opened, tuple) or len(opened) != 2 or not isinstance(opened[0], VideoSource):
+        raise UserError(
+            f"{source!r}: its opener returned a {type(opened).__name__}; return (source, codec), the source with a "
+            f"length and examples by index, the codec None where there are only captions",
+            field="source",
+        )
+    return opened

@@ -16,9 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 from tqdm import tqdm
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.data.sources.protocol import check_held
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import Count
 from greedy_distill_jax.storage.record_job import RecordJob
 from greedy_distill_jax.storage.records import encode_record, fingerprint
 from greedy_distill_jax.storage.sharded import RecordKind, ShardedSource
@@ -92,8 +94,7 @@ def write_trajectories(
       What dataset.json holds; None if other processes have not finished.
     """
     for field, value in (("per_prompt", per_prompt), ("batch", batch)):
-        if value < 1:
-            raise UserError(f"{field}={value} is too small; use at least 1", field)
+        ranges.check(value, Count, field)
     if sigmas[0] != 1.0:
         raise UserError(
             f"the student's noise levels begin at {sigmas[0]:g}; a trajectory begins with noise, at 1", "sigmas"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.losses import Term
+from greedy_distill_jax.losses import Term, is_number
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
@@ -38,6 +38,19 @@ class Part(NamedTuple):
     call: Callable
     host: bool = False
     losses: str = "config.losses"
+
+
+def returned(part: Part, out: Any) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+    """What a part returned, if it is (state, metrics, carry) with scalars as metrics; else UserError."""
+    wanted = "return (state, metrics, carry), the last two as dictionaries"
+    if not isinstance(out, tuple) or len(out) != 3 or not all(isinstance(x, Mapping) for x in out[1:]):
+        held = f" of {len(out)}" if isinstance(out, tuple) else ""
+        raise UserError(f"part {part.name} returned a {type(out).__name__}{held}; {wanted}.")
+    for name, metric in out[1].items():
+        if not is_number(metric, ()):
+            held = f"{list(metric.shape)}" if hasattr(metric, "shape") else f"a {type(metric).__name__}"
+            raise UserError(f"part {part.name} returned the metric {name!r} as {held}; a metric is one number.")
+    return out
 
 
 class Network(NamedTuple):

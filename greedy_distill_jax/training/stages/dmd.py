@@ -6,12 +6,12 @@ What it computes is in ``training.policy_gradient``; here are its keys, what the
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax.config.keys import OPTIMIZERS, Losses, Optimizer, flow_matching_alone
+from greedy_distill_jax.config.keys import Losses, Optimizer, flow_matching_alone
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.errors import UserError
@@ -23,6 +23,7 @@ from greedy_distill_jax.models.students.base import ContextGrad, StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.ranges import Count, Natural, NoiseLevel, NotNegative, Positive, between, one_of
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import nets, policy_gradient, rollout
 from greedy_distill_jax.training.cost import Cost, Meter, draws, score_calls, total
@@ -50,25 +51,28 @@ FAKE = ("critic", "self_sg", "self_fm", "self_ema", "stage1")
 class Distill:
     """Keys of stage "dmd"."""
 
-    real: str = "joint"  # teacher score: joint (bidirectional) | autoregressive (stage 1, frozen) | per_frame
-    fake: str = "critic"  # student score: critic | self_sg | self_fm | self_ema | stage1 (frozen)
-    teacher_size: str = ""  # the teacher's, a name as in model.size (a 14B teacher of a 1.3B student); "" = model
-    guidance: float = 4.0  # CFG scale of the teacher score; 1 = off
-    pg: str = "rollout_trunc"  # rollout_trunc | rollout_full | actor_critic, see training/policy_gradient.py
-    segment: int = 0  # rollout_full: chunks through which later frames give credit to earlier ones, 0 = all
-    epochs: int = 1  # actor_critic: updates per rollout
-    anchor: float = 0.0  # actor_critic: weight of (action - action of the rollout)^2
-    frames: int = 0  # length of a rollout; beyond data.frames the scores see random windows; 0 = data.frames
-    shift: float = 5.0  # of the noise levels at which both scores are asked, drawn uniformly before it
-    low: float = 0.02  # these levels are clipped to [low, high]
-    high: float = 0.98
-    draws: int = 1  # noise draws per video, averaged
-    skip: int = 0  # first latent frames of what the scores see that no loss counts
-    exit: str = "random"  # denoising step that makes the frames of a rollout: random | last
-    context_grad_etm: str = "params"  # ETM learns through z: params | none
-    context_grad_sdd: str = "none"  # SDD learns through its keys of earlier frames: params | none
-    generator_every: int = 5  # steps from one generator update to the next; the critic is updated in every step
-    critic_warmup: int = 0  # steps before the first generator update
+    # Teacher score: joint (bidirectional) | autoregressive (stage 1, frozen) | per_frame.
+    real: Annotated[str, one_of(*REAL)] = "joint"
+    fake: Annotated[str, one_of(*FAKE)] = "critic"  # student score: critic, the student itself, or stage1 (frozen)
+    # The teacher's, a name as in model.size (a 14B teacher of a 1.3B student); "" = model.
+    teacher_size: Annotated[str, one_of("", *WAN_SIZES)] = ""
+    guidance: NotNegative = 4.0  # CFG scale of the teacher score; 1 = off
+    pg: Annotated[str, one_of(*policy_gradient.PG)] = "rollout_trunc"  # see training/policy_gradient.py
+    segment: Natural = 0  # rollout_full: chunks through which later frames give credit to earlier ones, 0 = all
+    epochs: Count = 1  # actor_critic: updates per rollout
+    anchor: NotNegative = 0.0  # actor_critic: weight of (action - action of the rollout)^2
+    # Length of a rollout; beyond data.frames the scores see random windows; 0 = data.frames.
+    frames: Annotated[int, between(0, 2**16)] = 0
+    shift: Positive = 5.0  # of the noise levels at which both scores are asked, drawn uniformly before it
+    low: NoiseLevel = 0.02  # these levels are clipped to [low, high]
+    high: NoiseLevel = 0.98
+    draws: Count = 1  # noise draws per video, averaged
+    skip: Natural = 0  # first latent frames of what the scores see that no loss counts
+    exit: Annotated[str, one_of(*rollout.EXITS)] = "random"  # denoising step that makes the frames of a rollout
+    context_grad_etm: Annotated[str, one_of("params", "none")] = "params"  # ETM learns through z
+    context_grad_sdd: Annotated[str, one_of("params", "none")] = "none"  # SDD learns through its keys of earlier frames
+    generator_every: Count = 5  # steps from one generator update to the next; the critic is updated in every step
+    critic_warmup: Natural = 0  # steps before the first generator update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Dmd(StageKind):
         """Raises UserError for keys that exclude each other."""
         check_student(settings)
         d: Distill = settings.own["distill"]
-        _check_values(d)
+        _check_teacher(d)
         _check_critic(settings, d)
         _check_gradient(settings, d)
         _check_rollout(settings, d)
@@ -313,25 +317,9 @@ def score_group(settings: Settings) -> int | None:
     return None if settings.own["distill"].real == "joint" else settings.student_config.chunk
 
 
-def _check_values(d: Distill) -> None:
-    for key, choices in (
-        ("real", REAL),
-        ("fake", FAKE),
-        ("pg", policy_gradient.PG),
-        ("exit", rollout.EXITS),
-        ("context_grad_etm", ("params", "none")),
-        ("context_grad_sdd", ("params", "none")),
-        ("teacher_size", ("", *WAN_SIZES)),
-    ):
-        if getattr(d, key) not in choices:
-            listed = ", ".join(choice or "'' (that of config.model)" for choice in choices)
-            raise UserError(f"config.distill.{key} is {getattr(d, key)!r}; choose from {listed}.")
-    at_least = {"generator_every": 1, "epochs": 1, "draws": 1, "segment": 0, "critic_warmup": 0, "skip": 0}
-    for key, least in at_least.items():
-        if getattr(d, key) < least:
-            raise UserError(f"config.distill.{key} is {getattr(d, key)}; it must be at least {least}.")
-    if not 0 < d.low <= d.high <= 1:
-        raise UserError(f"config.distill.low and .high are {d.low} and {d.high}; they must rise within (0, 1].")
+def _check_teacher(d: Distill) -> None:
+    if d.low > d.high:
+        raise UserError(f"config.distill.low is {d.low}, above config.distill.high = {d.high}; exchange them.")
     if d.teacher_size and d.real == "autoregressive":
         raise UserError(
             f"config.distill.teacher_size is {d.teacher_size!r}, but real 'autoregressive' asks no teacher; leave it "
@@ -344,9 +332,6 @@ def _check_critic(settings: Settings, d: Distill) -> None:
         raise UserError("config.student_from is empty; stage dmd starts from a stage-1 student, name its run.")
     if d.fake == "critic":
         critic_terms(settings)
-        name = settings.own["critic"].optimizer.name
-        if name not in OPTIMIZERS:
-            raise UserError(f"config.critic.optimizer.name is {name!r}; choose from {', '.join(OPTIMIZERS)}.")
     elif d.generator_every != 1 or d.critic_warmup:
         raise UserError(
             f"config.distill.fake is {d.fake!r}: there is no critic to update between generator updates; set "

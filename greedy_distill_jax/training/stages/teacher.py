@@ -7,6 +7,7 @@ from greedy_distill_jax.config.settings import Settings, terms_of
 from greedy_distill_jax.diffusion.solvers import SOLVERS
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term
+from greedy_distill_jax.ranges import Steps, complaint
 from greedy_distill_jax.training import nets
 from greedy_distill_jax.training.sources import Wanted
 from greedy_distill_jax.training.stages.base import Inputs, Network, Part, Stage, StageKind, always, own_update
@@ -25,8 +26,9 @@ class Teacher(StageKind):
             raise UserError(
                 f"config.sample.sampler is {settings.sample.sampler!r}; a teacher's are {', '.join(SOLVERS)}."
             )
-        if not isinstance(settings.sample.steps, int) or settings.sample.steps < 1:
-            raise UserError(f"config.sample.steps is {settings.sample.steps}; a teacher takes a number of at least 1.")
+        wrong = complaint(settings.sample.steps, Steps)
+        if wrong:
+            raise UserError(f"config.sample.steps is {settings.sample.steps!r}; of a teacher it must be {wrong}.")
         if settings.sample.context_sigma:
             raise UserError(
                 f"config.sample.context_sigma is {settings.sample.context_sigma}, but a teacher makes whole videos; "
