@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(hint: Any) -> Callable[[str], int | float]:
     """Returns the ``type`` of an option that takes a number which ``hint`` allows, such as ``ranges.Count``."""
-    kind = get_args(hint)[0]
+    kind = int if get_args(hint)[0] is int else float
 
     def read(text: str) -> int | float:
         try:
