@@ -27,7 +27,8 @@ class StepPlan:
     """The denoising steps and the context level of every chunk; equal plans are equal streams.
 
     Attributes:
-      sigmas: per chunk the decreasing noise levels of its steps, in (0, 1]; chunk i takes list min(i, last).
+      sigmas: per chunk the decreasing noise levels of its steps, from 1, pure noise, on; chunk i takes list
+        min(i, last).
       sampler: "euler" follows the flow ODE; "renoise" predicts x0 and adds fresh noise (few-step students).
       context_sigmas: per chunk the noise level, in [0, 1), at which it is kept once it is finished; the last one
         repeats. 0 keeps it clean.
@@ -51,9 +52,10 @@ class StepPlan:
             raise UserError("there are no steps; give at least one list of noise levels", field="steps")
         for chunk, row in enumerate(lists):
             falls = all(a > b for a, b in itertools.pairwise(row))
-            if not row or not falls or not 0 < row[-1] <= row[0] <= 1:
+            if not row or not falls or row[-1] <= 0 or row[0] != 1:
                 raise UserError(
-                    f"the steps of chunk {chunk} are {list(row)}; give noise levels that decrease within (0, 1]",
+                    f"the steps of chunk {chunk} are {list(row)}; give noise levels that decrease from 1, the pure noise "
+                    f"that a chunk begins as, and stay above 0",
                     field="steps",
                 )
         wrong = [sigma for sigma in contexts if not 0 <= sigma < 1]

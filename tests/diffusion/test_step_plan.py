@@ -27,9 +27,9 @@ def test_numbers_of_steps(value, lengths):
 def test_levels_as_text_lists_and_beside_numbers():
     text = ",".join("/".join(map(str, row)) for row in LISTS)
     assert StepPlan.parse(text, shift=8.0).sigmas == StepPlan.parse([*map(list, LISTS)], shift=8.0).sigmas == LISTS
-    mixed = StepPlan.parse("1.0/0.5,3,0.9", shift=5.0)
-    assert mixed.sigmas == ((1.0, 0.5), uniform_steps(3, 5.0), (0.9,))
-    assert mixed.values(5.0)["steps"] == ((1.0, 0.5), 3, (0.9,))
+    mixed = StepPlan.parse("1.0/0.5,3,1.0/0.9", shift=5.0)
+    assert mixed.sigmas == ((1.0, 0.5), uniform_steps(3, 5.0), (1.0, 0.9))
+    assert mixed.values(5.0)["steps"] == ((1.0, 0.5), 3, (1.0, 0.9))
 
 
 @pytest.mark.parametrize("context_sigma", [0.0, 0.357, (0.1, 0.2, 0.357)])
@@ -47,18 +47,19 @@ def test_the_last_entry_repeats():
     np.testing.assert_array_equal(plan.ends, [3, 2, 1])
     np.testing.assert_allclose(plan.table[2], [1.0, 0.357, 0.0, 0.0, 0.0])
     np.testing.assert_allclose(plan.context_sigma(np.arange(4)), [0.0, 0.357, 0.357, 0.357])
-    np.testing.assert_allclose(StepPlan(((1.0, 0.5), (0.9,))).last_sigmas(3), [0.5, 0.9, 0.9])
+    np.testing.assert_allclose(StepPlan(((1.0, 0.5), (1.0, 0.9))).last_sigmas(3), [0.5, 0.9, 0.9])
     assert not plan.keeps_clean and StepPlan(LISTS, context_sigmas=(0.0, 0.0)).keeps_clean
 
 
 @pytest.mark.parametrize(
     "steps, message",
     [
-        ([[1.0, 0.5], [0.5, 0.5]], r"chunk 1 are \[0.5, 0.5\].*decrease within \(0, 1\]"),
+        ([[1.0, 0.5], [0.5, 0.5]], r"chunk 1 are \[0.5, 0.5\].*decrease from 1"),
         ("1/0.5/0.7", "steps of chunk 0 are .*decrease"),
-        ([[1.2, 0.5]], "decrease within"),
-        ([[1.0, 0.0]], "decrease within"),
-        ([[1.0, float("nan")]], "decrease within"),
+        ([[1.2, 0.5]], "decrease from 1"),
+        ([[0.9, 0.5]], "decrease from 1"),
+        ([[1.0, 0.0]], "decrease from 1"),
+        ([[1.0, float("nan")]], "decrease from 1"),
         ([[]], "steps of chunk 0 are"),
         ([], "there are no steps"),
         (0, "steps of a chunk are 0"),
