@@ -229,7 +229,7 @@ def numbers(video, real, reference, captions) -> dict:
     floor = by_window(real, reference)
     distance = by_window(video, reference) - floor
     return {
-        "fd": float(np.mean(gates.corrected_fd(m, r))),
+        "fd": gates.corrected_fd(m, r),
         "fd_windows": float(distance.mean()),
         "fd_real": float(floor.mean()),
         "fd_first": m["fd_first"] - r["fd_first"],

@@ -9,7 +9,6 @@ from greedy_distill_jax.data.sources.moving_shapes import MovingShapes
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos
-from greedy_distill_jax.eval.tables import NOT_THERE
 from greedy_distill_jax.eval.time_per_frame import cost_gate
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.runs.run import Run
@@ -172,31 +171,7 @@ def test_half_the_spread_of_motion_fails_the_second_gate_alone(data):
     real = {"fd_first": 0.01, "fd_last": 0.01, "step_std": 0.6, "step_std_last": 0.6}
     close = {"fd_first": 0.02, "fd_last": 0.03, "step_std": 0.3, "step_std_last": 0.3}
     assert _stage2(close, stage1, real) == [True, False]
-    assert _stage2(close | {"step_std": 0.7, "step_std_last": 0.6}, stage1, real) == [True, True]
-    assert _stage2(close | {"fd_last": 0.15}, stage1, real) == [True, False]
+    assert _stage2(close | {"step_std": 0.8, "step_std_last": 0.6}, stage1, real) == [True, True]
+    assert _stage2(close | {"fd_last": 0.2}, stage1, real) == [True, False]
+    assert _stage2(close | {"fd_last": 0.3}, stage1, real) == [False, False]
     assert _stage2(close | {"step_std": float("nan")}, stage1, real)[1] is False
-
-
-@pytest.mark.parametrize(
-    "change, passed, values",
-    [
-        ({}, [True, True], [[0.1111, 0.1053], [1.0, 1.0]]),
-        ({"step_std": 0.8, "step_std_last": 0.4}, [True, False], [[0.1111, 0.1053], [1.3333, 0.6667]]),
-        ({"fd_first": 0.01, "fd_last": 0.16}, [False, True], [[0.0, 0.7895], [1.0, 1.0]]),
-        ({"fd_first": 0.1, "fd_last": 0.01}, [False, True], [[1.0, 0.0], [1.0, 1.0]]),
-    ],
-)
-def test_a_window_that_is_right_on_average_alone_fails(change, passed, values):
-    stage1 = {"fd_first": 0.1, "fd_last": 0.2, "step_std": 0.5, "step_std_last": 0.5}
-    real = {"fd_first": 0.01, "fd_last": 0.01, "step_std": 0.6, "step_std_last": 0.6}
-    right = {"fd_first": 0.02, "fd_last": 0.03, "step_std": 0.6, "step_std_last": 0.6}
-    found = gates.stage2_gates(right | change, stage1, real)
-    assert [gate["passed"] for gate in found] == passed and [gate["value"] for gate in found] == values
-
-
-def test_nothing_is_divided_by_a_stage_1_that_is_as_good_as_real_videos():
-    real = {"fd_first": 0.02, "fd_last": 0.01, "step_std": 0.6, "step_std_last": 0.6}
-    stage1 = real | {"fd_last": 0.1}
-    found = gates.stage2_gates(real | {"fd_last": 0.02}, stage1, real)[0]
-    assert found["value"] == [NOT_THERE, 0.1111] and found["passed"] is True
-    assert gates.stage2_gates(real | {"fd_first": 0.03}, stage1, real)[0]["passed"] is False
