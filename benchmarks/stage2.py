@@ -235,7 +235,7 @@ def numbers(video, real, reference, captions) -> dict:
         "fd_first": m["fd_first"] - r["fd_first"],
         "fd_last": m["fd_last"] - r["fd_last"],
         "valid": float(np.mean(m["valid_by_frame"])),
-        "motion": (m["step_std"] + m["step_std_last"]) / (r["step_std"] + r["step_std_last"]),
+        "motion": gates.motion_spread(m, r),
         "motion_last": m["step_std_last"] / r["step_std_last"],
         "wobble": m["wobble"],
         "flicker": m["flicker"],

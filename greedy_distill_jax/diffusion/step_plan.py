@@ -54,8 +54,8 @@ class StepPlan:
             falls = all(a > b for a, b in itertools.pairwise(row))
             if not row or not falls or row[-1] <= 0 or row[0] != 1:
                 raise UserError(
-                    f"the steps of chunk {chunk} are {list(row)}; give noise levels that decrease from 1, the pure noise "
-                    f"that a chunk begins as, and stay above 0",
+                    f"the steps of chunk {chunk} are {list(row)}; give noise levels that decrease from 1, the pure "
+                    f"noise that a chunk begins as, and stay above 0",
                     field="steps",
                 )
         wrong = [sigma for sigma in contexts if not 0 <= sigma < 1]
