@@ -39,6 +39,8 @@ class Range:
         besides = "" if self.also is None else f"{self.also} or "
         if self.high == math.inf:
             return f"{besides}{'at least' if self.with_low else 'above'} {self.low}"
+        if self.low == -math.inf:
+            return f"{besides}{'at most' if self.with_high else 'below'} {self.high}"
         if self.with_low:
             return f"{besides}from {self.low} to {'' if self.with_high else 'below '}{self.high}"
         return f"{besides}above {self.low} and {'at most' if self.with_high else 'below'} {self.high}"
@@ -152,8 +154,10 @@ def _complaint(value: Any, plain: Any, rules: list[Range | Choice]) -> str:
     if plain is int:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             return f"a whole number{said and f', {said}'}"
-        if abs(value) > MOST and all(isinstance(rule, Range) and rule.high == math.inf for rule in rules):
+        if value > MOST and all(isinstance(rule, Range) and rule.high == math.inf for rule in rules):
             return f"at most {MOST}"
+        if value < -MOST and all(isinstance(rule, Range) and rule.low == -math.inf for rule in rules):
+            return f"at least {-MOST}"
     elif plain is float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return f"a number{said and f', {said}'}"
@@ -168,7 +172,7 @@ def _complaint(value: Any, plain: Any, rules: list[Range | Choice]) -> str:
 
 
 def _of_any(value: Any, hints: tuple[Any, ...], rules: list[Range | Choice]) -> str:
-    """A complaint about a value that none of several annotations allows; the one of a number, where there is one."""
+    """A complaint about a value that none of several annotations allows; the first one's."""
     if value is None and types.NoneType in hints:
         return ""
     found = [complaint(value, Annotated[hint, *rules] if rules else hint) for hint in hints if hint is not type(None)]

@@ -21,14 +21,18 @@ def sigma_table(shift: float) -> Float64[np.ndarray, "1000"]:
 
 def warp_steps(raw: tuple[float | int, ...], shift: float) -> tuple[float, ...]:
     """Raw step list such as (1000, 750, 500, 250) -> noise levels; shift 5 gives (1, .9375, .8333, .625)."""
-    return tuple(float(shift_sigma(r / TABLE_SIZE, shift)) for r in raw)
+    return tuple(_shifted(r / TABLE_SIZE, shift) for r in raw)
 
 
 def uniform_steps(steps: int, shift: float) -> tuple[float, ...]:
     """``steps`` shifted levels from 1, equally spaced before the shift; the closing 0 is left to the solver."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    return tuple(float(shift_sigma(1.0 - i / steps, shift)) for i in range(steps))
+    return tuple(_shifted(1.0 - i / steps, shift) for i in range(steps))
+
+
+def _shifted(sigma: float, shift: float) -> float:
+    return 1.0 if sigma == 1 else float(shift_sigma(sigma, shift))  # which rounds 1 up for some shifts below 1
 
 
 def wan_steps(steps: int, shift: float) -> tuple[float, ...]:

@@ -154,6 +154,20 @@ def varying(tree):
     return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
 
 
+def summed_as(x, like):
+    """Sums a hand-written cotangent ``x`` over the stripes where ``like``, what it belongs to, is the same on all.
+
+    Differentiation by jax does so by itself.
+    """
+    over = tuple(_varying_axes(x) - _varying_axes(like))
+    return jax.lax.psum(x, over) if over else x
+
+
+def _varying_axes(x) -> frozenset[str]:
+    kind = jax.typeof(x)
+    return frozenset(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)  # jax from 0.11 on; before
+
+
 def settled(x):
     """Returns ``x``, on TPU computed before what follows.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.diffusion import flow, noise_levels
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Count, Fraction, NoiseLevel, Positive, one_of
 
 WEIGHTINGS = ("none", "bell", "x0")
@@ -42,7 +43,8 @@ def flow_matching(
         a network that predicts x0: unweighted, its rare low-noise draws (1 / sigma^2) would dominate the gradient.
 
     Raises:
-      ValueError: frames that do not divide into groups, a weighting that there is not, low above high.
+      ValueError: frames that do not divide into groups, a weighting that there is not.
+      UserError: low above high.
 
     Returns:
       loss [B], and metrics: the error in the lower and upper half of the noise levels, as (sum, count).
@@ -59,7 +61,7 @@ def flow_matching(
             f"use the student's chunk, or another frame count."
         )
     if low > high:
-        raise ValueError(f"flow_matching: low is {low}, above high = {high}; exchange them.")
+        raise UserError(f"flow_matching: low is {low}, above high = {high}; exchange them.", "options")
     key_sigma, key_noise = jax.random.split(key)
     shape = (count, frames // group if per_frame else 1)
     sigma = noise_levels.draw_sigma(key_sigma, shape, distribution=distribution, shift=shift)

@@ -154,6 +154,11 @@ class Streamer:
           exits: number of the last step, per list of the plan; without, the lists run to their ends.
           record: number of the step whose transition is recorded, per list, not behind the exit.
         """
+        if self.cfg.context == "fused":
+            raise ValueError(
+                "step_to: context 'fused' leaves the pass over the last chunk to the next `step`; make the student "
+                "with context 'clean', whose numbers are the same."
+            )
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
         call = self._caller(params, state, z)

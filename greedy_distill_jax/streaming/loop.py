@@ -1,7 +1,7 @@
 """What the streams of all students share: the denoising loop of a chunk, what is kept of it, the slots of a ring.
 
-A stream's noise comes from one key, or from a key per video, [B]: then a video is the same alone and among others, and
-videos with equal keys share their noise.
+A stream's noise comes from one typed key (``jax.random.key``), or from a key per video, [B]: then a video is the same
+alone and among others, and videos with equal keys share their noise.
 """
 
 from collections.abc import Callable
@@ -180,7 +180,10 @@ def kept_call_again(exit: Exit, keys: Exit, x0: Float32[Array, "B g H W C"]) -> 
 def as_last_input(
     plan: StepPlan, index: Int32[Array, ""], x: Float32[Array, "B g H W C"], key: Key[Array, "*B"]
 ) -> Exit:
-    """A given chunk as the input of its list's last step, noised with what that step would have had."""
+    """A given chunk as the input of its list's last step.
+
+    Its noise is what "renoise" would have added before that step; with "euler" it is fresh.
+    """
     row = jnp.minimum(index, len(plan.sigmas) - 1)
     last = jnp.asarray(plan.ends)[row]
     sigma = jnp.asarray(plan.table)[row, last]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
@@ -117,10 +118,15 @@ def go_on(
       (new state, rollout of the new frames).
 
     Raises:
-      ValueError: both ``exits`` and ``record``: a chunk that is left early may not have had the step.
+      ValueError: both ``exits`` and ``record``: a chunk that is left early may not have had the step; or a step behind
+        the end of its list.
     """
     if exits is not None and record is not None:
         raise ValueError("go_on: exits and record exclude each other; a step is recorded of lists that run to the end.")
+    known = record is not None and not isinstance(record, jax.core.Tracer)
+    if known and (np.any(np.asarray(record) < 0) or np.any(np.asarray(record) > streamer.plan.ends)):
+        given, ends = np.asarray(record).tolist(), streamer.plan.ends.tolist()
+        raise ValueError(f"go_on: record is {given}, the last steps of the lists are {ends}.")
     call = functools.partial(_go_on, streamer, streamer.student.chunks_of(frames))
     return parallel.split_videos(call, *jax.lax.stop_gradient((params, state)), exits, record, whole=1)
 
@@ -223,8 +229,17 @@ def recompute(
       text_BMC: prompts, the same for the whole video.
       rollout: what is made again.
       grads: what flows through the parameters that made the contexts.
-      before: everything that the stream made or observed before the rollout; none of it gets a gradient.
+      before: everything that the stream made or observed before the rollout; none of it gets a gradient. For a group
+        (``loop.fork``) repeated as its videos are.
+
+    Raises:
+      ValueError: ``before`` of another number of videos.
     """
+    if before is not None and len(before.x0_BTHWC) != len(rollout.x0_BTHWC):
+        raise ValueError(
+            f"recompute: before has {len(before.x0_BTHWC)} videos, the rollout {len(rollout.x0_BTHWC)}; repeat every "
+            f"video of before for each of its group."
+        )
     whole = rollout if before is None else join(before, rollout)
     sigma = _per_video(whole.sigma_T, whole)
     v = student(params, whole.exit_BTHWC, sigma, text_BMC, history(student, whole), grads)

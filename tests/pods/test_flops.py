@@ -60,9 +60,11 @@ def test_the_teacher():
     [
         *(dataclasses.replace(STUDENT, fusion=f) for f in ("selfkv", "xattn2", "replace", "add", "concat", "adaln")),
         dataclasses.replace(STUDENT, chunk=2, rope_mode="absolute", sink=1),
+        dataclasses.replace(STUDENT, context="last_step_kv"),
         CausalConfig(base=BASE, chunk=1, window=3, sink=1, max_frames=FRAMES),
+        CausalConfig(base=BASE, chunk=1, window=3, sink=1, max_frames=FRAMES, context="last_step_kv"),
     ],
-    ids=lambda cfg: getattr(cfg, "fusion", "causal"),
+    ids=lambda cfg: f"{getattr(cfg, 'fusion', 'causal')}-{cfg.context}",
 )
 def test_the_students(cfg):
     student = make_student(cfg)

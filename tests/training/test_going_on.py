@@ -137,6 +137,12 @@ def test_both_gradients_after_given_frames(case):
     assert float(distance) < 1e-5
 
 
+def test_a_fused_stream_is_not_rolled_out():
+    streamer, params, _, state, _ = _observed("etm_sdd fused", jax.random.key(1))
+    with pytest.raises(ValueError, match="make the student with context 'clean', whose numbers are the same"):
+        rollouts.go_on(streamer, params, state, NEW)
+
+
 def test_frames_that_are_observed_count():
     streamer, params, text, state, seen = _observed("etm_sdd last step", jax.random.key(1))
     np.testing.assert_array_equal(seen.x0_BTHWC, _given())
@@ -182,6 +188,8 @@ def test_the_recorded_step_is_one_of_the_sampler(case):
     streamer, params, text, state, seen = _observed(case, jax.random.key(1))
     with pytest.raises(ValueError, match="exits and record exclude each other"):
         rollouts.go_on(streamer, params, state, NEW, np.asarray([0, 0]), record=np.asarray([0, 0]))
+    with pytest.raises(ValueError, match=r"record is \[3, 0\], the last steps of the lists are \[2, 2\]"):
+        rollouts.go_on(streamer, params, state, NEW, record=np.asarray([3, 0]))
     lists, g, student = streamer.plan.sigmas, streamer.cfg.chunk, jax.jit(streamer.student)
     for n in range(3):
         record = np.asarray([n, n], np.int32)

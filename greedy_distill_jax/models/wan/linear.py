@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from greedy_distill_jax.distribution.parallel import summed_as
 from greedy_distill_jax.models.wan.config import WanConfig
 
 FLOAT32 = ("time_in", "time_out", "time_projection", "projection")  # names of the layers that ``float32_dense`` makes
@@ -26,14 +27,15 @@ def _forward(precision, x, kernel, bias):
 
 
 def _backward(precision, saved, g):
-    x, kernel, bias = saved
+    x, kernel, _ = saved
     rows = tuple(range(x.ndim - 1))
     of_x = jax.lax.dot_general(g, kernel.astype(g.dtype), (((g.ndim - 1,), (1,)), ((), ())), precision=precision)
     of_kernel = jax.lax.dot_general(
         x, g, ((rows, rows), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
     of_bias = jnp.sum(g.astype(jnp.float32), axis=rows)
-    return of_x, of_kernel.astype(kernel.dtype), of_bias.astype(bias.dtype)
+    found = zip((of_x, of_kernel, of_bias), saved, strict=True)
+    return tuple(summed_as(gradient, of).astype(of.dtype) for gradient, of in found)
 
 
 _linear_in_float32 = jax.custom_vjp(_linear, nondiff_argnums=(0,))
