@@ -87,14 +87,9 @@ def _cutting(args: argparse.Namespace) -> Cutting:
 def _text(args: argparse.Namespace) -> None:
     job = _job(args)
     with cli.places(**options.TEXT):
+        prompts = [*read_prompts(args.prompts), args.negative]
         info = encode_prompts(
-            [*read_prompts(args.prompts), args.negative],
-            args.output,
-            args.model,
-            text_len=args.text_len,
-            dtype=args.dtype,
-            batch=args.batch,
-            **job,
+            prompts, args.output, args.model, text_len=args.text_len, dtype=args.dtype, batch=args.batch, **job
         )
     if _all_done(args, info):
         print(
