@@ -66,7 +66,11 @@ def _latents(args: argparse.Namespace) -> None:
 
 
 def _tell_windows(args: argparse.Namespace, info: dict[str, Any], what: str) -> None:
-    if transparent := sum(clip.get("alpha", False) for clip in info["clips"]):  # earlier versions did not look
+    # Earlier versions, whose folders are gone on with, looked neither at rates nor at transparency.
+    rates = sorted({round(clip["fps"], 2) for clip in info["clips"]}) if args.fps is None else []
+    if rates and rates[-1] > 1.01 * rates[0]:
+        print(f"note: clips of different rates ({', '.join(map(str, rates))} fps) are mixed; --fps N resamples them.")
+    if transparent := sum(clip.get("alpha", False) for clip in info["clips"]):
         print(f"note: clips that may be transparent, where they were put on black: {transparent}")
     counts = info["counts"]
     print(
@@ -83,14 +87,9 @@ def _cutting(args: argparse.Namespace) -> Cutting:
 def _text(args: argparse.Namespace) -> None:
     job = _job(args)
     with cli.places(**options.TEXT):
+        prompts = [*read_prompts(args.prompts), args.negative]
         info = encode_prompts(
-            [*read_prompts(args.prompts), args.negative],
-            args.output,
-            args.model,
-            text_len=args.text_len,
-            dtype=args.dtype,
-            batch=args.batch,
-            **job,
+            prompts, args.output, args.model, text_len=args.text_len, dtype=args.dtype, batch=args.batch, **job
         )
     if _all_done(args, info):
         print(

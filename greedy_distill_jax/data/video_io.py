@@ -357,9 +357,12 @@ class VideoWriter:
             raise
 
     def commit(self) -> None:
-        """Gives a finished file its name."""
-        with self._disk():
-            self._partial.commit()
+        """Gives a finished file its name; removes it where that cannot be."""
+        try:
+            with self._disk():
+                self._partial.commit()
+        finally:
+            self.abort()  # nothing once it has its name
 
     def abort(self) -> None:
         """Drops what was written; nothing stays behind."""

@@ -55,11 +55,12 @@ def _write_all(directory: Path, contents: dict[str, str]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            partials = {name: Partial(directory / name) for name in contents}
-            for name, partial in partials.items():
-                stack.callback(partial.abort)
-                partial.path.write_text(contents[name], encoding="utf-8")
-            for partial in partials.values():
+            partials = []
+            for name, text in contents.items():
+                partials.append(Partial(directory / name))
+                stack.callback(partials[-1].abort)  # nothing once it has its name
+                partials[-1].path.write_text(text, encoding="utf-8")
+            for partial in partials:
                 partial.commit()
     except OSError as error:
         reason = error.strerror or error

@@ -1,7 +1,8 @@
 """Files that get their name when they are whole: until then they are hidden beside it, and nothing is left of them.
 
 A process that is killed cannot tidy up. Whoever writes a partial file holds a lock on it, which the kernel frees with
-the process; the next who writes the same target removes those that nobody holds.
+the process; the next who writes the same target removes those that nobody holds. Where a file system has no locks
+nobody does.
 """
 
 from __future__ import annotations
@@ -14,54 +15,80 @@ import shutil
 import socket
 import time
 import uuid
-import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 _DAY = 24 * 3600.0
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-_open: weakref.WeakSet[Partial] = weakref.WeakSet()
+_open: set[Partial] = set()
 
 
 class Partial:
-    """A hidden file or folder beside its target: `commit` gives it the target's name, `abort` removes it.
+    """A hidden file or folder beside its target: `commit` gives what is written the target's name, `abort` removes it.
 
     Attributes:
       target: path that it gets.
-      path: where it is written.
+      path: what to write; of a folder, a file or folder inside it.
     """
 
     def __init__(self, target: str | os.PathLike, *, folder: bool = False) -> None:
         """Creates it, and removes what killed processes left of the same target.
 
         Args:
-          target: path of the whole file.
-          folder: make a folder instead.
+          target: path of what is written.
+          folder: make a folder, in which a file or a folder is written that replaces whatever the target is.
 
         Raises:
           OSError: the place cannot be written.
         """
         self.target = Path(target)
         remove_leftovers(self.target)
-        self.path = self.target.with_name(f".{self.target.name}.{_HOST}{uuid.uuid4().hex[:8]}.partial")
-        if folder:
-            self.path.mkdir()
-        else:
-            self.path.touch(exist_ok=False)
-        self._lock = _locked(self.path)
-        _open.add(self)
+        self._lock: int | None = None
+        while True:
+            self._place = self.target.with_name(f".{self.target.name}.{_HOST}{uuid.uuid4().hex[:8]}.partial")
+            self.path = self._place / self.target.name if folder else self._place
+            _open.add(self)
+            try:
+                if folder:
+                    self._place.mkdir()
+                else:
+                    self._place.touch(exist_ok=False)
+                if self._is_held():
+                    return
+            except BaseException:
+                self.abort()
+                raise
+            self._close()
+
+    def _is_held(self) -> bool:
+        """Locks it; False if somebody took it for left behind, and removed it, before it was locked."""
+        with contextlib.suppress(FileNotFoundError):
+            self._lock = _locked(self._place, wait=True)
+            return self._place.exists()
+        return False
 
     def commit(self) -> None:
-        """Gives it the target's name, in place of a file that has it."""
+        """Gives it the target's name, in place of what has it."""
+        if self.path != self._place and (self.path.is_dir() or self.target.is_dir()):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.target, _replaced(self._place, self.target))
         os.replace(self.path, self.target)
+        if self.path != self._place:
+            _remove(self._place, self.target)
         self._close()
 
     def abort(self) -> None:
-        """Removes it; nothing happens after `commit`."""
+        """Removes it, and puts back what `commit` was about to replace; nothing happens after `commit`.
+
+        Raises:
+          OSError: it cannot be removed or put back; it stays.
+        """
         if self in _open:
-            _remove(self.path)
-            self._close()
+            try:
+                _remove(self._place, self.target)
+            finally:
+                self._close()
 
     def _close(self) -> None:
         _open.discard(self)
@@ -90,33 +117,46 @@ def abort_all() -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Removes the partial files of a target that killed processes left.
+    """Removes the partial files of a target that killed processes left, and puts back what they were replacing.
 
-    A lock may be known to its own host alone: what another one left stays for a day.
+    A lock may be known to its own host alone: what another one left stays for a day. What may not be removed stays.
     """
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             own = path.name.removesuffix(".partial").rsplit(".", 1)[-1].startswith(_HOST)
             lock = _locked(path)
             if lock is not None:
-                if own or time.time() - path.stat().st_mtime > _DAY:
-                    _remove(path)
-                os.close(lock)
+                try:
+                    if own or time.time() - path.stat().st_mtime > _DAY:
+                        _remove(path, target)
+                finally:
+                    os.close(lock)
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, *, wait: bool = False) -> int | None:
     """A descriptor that holds the lock of a file or folder; None where another one does, or there are no locks."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return descriptor
     except OSError:
         os.close(descriptor)
         return None
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
-def _remove(path: Path) -> None:
+def _replaced(place: Path, target: Path) -> Path:
+    """Where a target waits inside a partial folder until the new one has its name."""
+    return place / f"{target.name}.replaced"
+
+
+def _remove(path: Path, target: Path) -> None:
     if path.is_dir():
+        if not os.path.lexists(target):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(_replaced(path, target), target)
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -31,9 +31,10 @@ def read_text(path: str | os.PathLike, field: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        rest = error.object  # without the mark, which `start` does not count
+        line = rest[: error.start].count(b"\n") + 1
         raise UserError(
-            f"{path} line {line} cannot be read (byte 0x{data[error.start]:02x} is not UTF-8); save the file as UTF-8",
+            f"{path} line {line} cannot be read (byte 0x{rest[error.start]:02x} is not UTF-8); save the file as UTF-8",
             field,
         ) from error
     if "\0" in text:

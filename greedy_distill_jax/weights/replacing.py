@@ -7,7 +7,7 @@ from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.disk import disk_reason
-from greedy_distill_jax.storage.partial import Partial
+from greedy_distill_jax.storage.partial import Partial, remove_leftovers
 
 
 @contextlib.contextmanager
@@ -15,9 +15,11 @@ def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator
     """A temporary path beside ``target`` for a file or folder; renamed to it at the end, removed on any error.
 
     Raises:
-      UserError: ``target`` exists (and ``overwrite`` is off), or its place cannot be written.
+      UserError: ``target`` exists (and ``overwrite`` is off), its place cannot be written, or what was there cannot be
+        put back after an error.
     """
     target = Path(target).expanduser()
+    remove_leftovers(target)  # of a process that was killed while it replaced the target, which is put back
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; choose another name, or overwrite it.", "overwrite")
     try:
@@ -28,10 +30,8 @@ def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator
             f"{target} cannot be written ({error.strerror or error}); choose another place.", "target"
         ) from error
     try:
-        yield place.path / target.name
-        if target.exists():
-            os.replace(target, place.path / "replaced")
-        os.replace(place.path / target.name, target)
+        yield place.path
+        place.commit()
     except UserError:
         raise
     except Exception as error:  # safetensors and torch have errors of their own
@@ -42,4 +42,9 @@ def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator
             f"{target} cannot be written ({reason}); free space, or choose another place.", "target"
         ) from error
     finally:
-        place.abort()
+        try:
+            place.abort()
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} is what {target} was and cannot be put back ({error.strerror}); rename it.", "target"
+            ) from error

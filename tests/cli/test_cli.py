@@ -1,10 +1,11 @@
 """Command lines: overrides, one line for mistakes, exit codes."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from ml_collections import ConfigDict
@@ -247,12 +248,56 @@ def test_signals_end_a_command_that_does_not_unwind(tmp_path, monkeypatch, numbe
 
 def test_training_keeps_its_signals(monkeypatch):
     """Its own handlers save first: nobody ends the process meanwhile."""
+    left, asked, handler = [], threading.Semaphore(0), signal.getsignal
     monkeypatch.setattr(signals, "GRACE", 0.0)
-    monkeypatch.setattr(signals.os, "_exit", lambda code: pytest.fail("ended"))
+    monkeypatch.setattr(signals.os, "_exit", left.append)
     with signals.ending(), Stop() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        time.sleep(0.05)
-    assert stop.signal == signal.SIGTERM
+        monkeypatch.setattr(signals.signal, "getsignal", lambda number: (handler(number), asked.release())[0])
+        for _ in range(2):  # once the second is looked at, nothing came of the first
+            signal.raise_signal(signal.SIGTERM)
+            assert asked.acquire(timeout=30)
+    assert stop.signal == signal.SIGTERM and not left
+
+
+def test_the_process_ends_whatever_its_last_acts_do(monkeypatch):
+    left, ended, never = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(signals, "GRACE", 0.0)
+    monkeypatch.setattr(signals, "_LAST", 0.0)
+    monkeypatch.setattr(signals.os, "_exit", lambda code: (left.append(code), ended.set()))
+    for act in ("abort_all", "_say_last"):
+        ended.clear()
+        with monkeypatch.context() as patch, contextlib.suppress(SystemExit), signals.ending():
+            patch.setattr(signals, act, _raise(ValueError("x")) if act == "abort_all" else lambda _: never.wait(30))
+            patch.setattr(threading, "excepthook", lambda _: None)
+            with contextlib.suppress(SystemExit):
+                signal.raise_signal(signal.SIGTERM)
+            assert ended.wait(30)
+    never.set()
+    assert left == [143, 143]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:")
+def test_forked_children_have_their_own_signals_and_may_outlive_a_command(monkeypatch):
+    """A child has the socket of its parent's watcher."""
+    left, (end, start) = [], os.pipe()
+    monkeypatch.setattr(signals, "GRACE", 0.0)
+    monkeypatch.setattr(signals.os, "_exit", left.append)
+    with signals.ending():
+        child = os.fork()
+        if not child:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except SystemExit:
+                os.write(start, b"x")
+                signal.pause()
+            finally:  # it is no second run of the tests
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.close(start)
+        told = os.read(end, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(end)
+    assert told == b"x" and not left, "the watcher of the parent has seen the child's signal"
 
 
 @pytest.mark.subprocesses

@@ -1,5 +1,6 @@
 """Prepared clips: windows hold what the clips show, splits share no frame, bad input leaves nothing behind."""
 
+import argparse
 import json
 import pickle
 
@@ -370,6 +371,16 @@ def test_damaged_folders_are_named(folder, prepared, tmp_path):
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         ShardedSource(tmp_path, CLIPS)
+
+
+@pytest.mark.parametrize(
+    "fps, rates, told", [(None, [25, 29.97], "25, 29.97 fps"), (None, [29.97, 30], ""), (8.0, [25, 30], "")]
+)
+def test_mixed_rates_of_an_earlier_version_are_told(capsys, fps, rates, told):
+    info = {"clips": [{"fps": rate} for rate in rates], "skipped": [], "counts": {"train": 2}}
+    prepare._tell_windows(argparse.Namespace(fps=fps, output="out"), info, "small")
+    assert (f"note: clips of different rates ({told})" in (out := capsys.readouterr().out)) == bool(told), out
+    assert "note" not in out or told
 
 
 @pytest.mark.parametrize("shape", [(40, 80), (80, 40), (8, 12), (33, 47), (16, 16)])

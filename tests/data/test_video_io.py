@@ -289,6 +289,16 @@ def test_nothing_stays_after_an_error(tmp_path, video):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_that_cannot_be_given_leaves_nothing(tmp_path, video):
+    with (
+        pytest.raises(UserError, match="cannot write .*out.gif .Is a directory"),
+        VideoWriter(tmp_path / "out.gif") as w,
+    ):
+        w.write(video[0])
+        (tmp_path / "out.gif").mkdir()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gif"]
+
+
 def test_error_keeps_the_file_of_before(tmp_path, video):
     path = _write(tmp_path / "out.mp4", video)
     before = path.read_bytes()

@@ -353,18 +353,19 @@ def test_wrong_metrics_are_named_and_nothing_is_written(tmp_path, change, messag
     assert not (tmp_path / "report").exists()
 
 
-def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", ["creating", "writing"])
+def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch, at):
     write(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(before) == ["metrics.json", "report.html"]
-    write_text = Path.write_text
+    call = Path.write_text if at == "writing" else Path.touch
 
-    def full_disk(path, text, **options):
-        write_text(path, text[: len(text) // 2], **options)
+    def full_disk(path, *given, **options):
         if "report.html" in path.name:
             raise OSError(28, "No space left on device")
+        return call(path, *given, **options)
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, call.__name__, full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         write(tmp_path, captions=["other", "captions"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -14,7 +14,7 @@ from greedy_distill_jax.data import video_io
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage import lock, partial, record_job
 from greedy_distill_jax.storage.lock import held, sole_writer
-from greedy_distill_jax.storage.partial import Partial, abort_all, whole
+from greedy_distill_jax.storage.partial import Partial, abort_all, remove_leftovers, whole
 from greedy_distill_jax.storage.record_job import RecordJob
 from greedy_distill_jax.streaming.recording import Recording
 from greedy_distill_jax.weights.replacing import replacing
@@ -108,11 +108,42 @@ def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
         path.write_text("third")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"] and (tmp_path / "x.txt").read_text() == "first"
-    for folder in (False, True):
+    for folder in (False, True):  # nobody refers to them
         Partial(tmp_path / "y", folder=folder)
-    held_ones = [Partial(tmp_path / "z"), Partial(tmp_path / "z", folder=True)]
+    assert len(list(tmp_path.glob(".y.*"))) == 2
     abort_all()
-    assert not any(p.path.exists() for p in held_ones) and [p.name for p in tmp_path.glob(".z*")] == []
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_another_takes_for_left_behind_is_made_anew(tmp_path, monkeypatch, folder):
+    """Between the creation of a file and its lock nobody holds it."""
+    locked, taken = partial._locked, []
+
+    def locked_late(path, **options):
+        if options and not taken:
+            taken.append(path)
+            remove_leftovers(tmp_path / "x")
+        return locked(path, **options)
+
+    monkeypatch.setattr(partial, "_locked", locked_late)
+    mine = Partial(tmp_path / "x", folder=folder)
+    mine.path.write_text("mine")
+    assert len(taken) == 1 and not taken[0].exists()
+    remove_leftovers(tmp_path / "x")
+    mine.commit()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "mine")]
+
+
+def test_what_another_user_left_stays(tmp_path, monkeypatch):
+    left, opened = tmp_path / f".x.{partial._HOST}0123abcd.partial", os.open
+    left.touch()
+    monkeypatch.setattr(
+        partial.os, "open", lambda path, *a: _raise(PermissionError(13, "no")) if path == left else opened(path, *a)
+    )
+    with whole(tmp_path / "x") as path:
+        path.write_text("mine")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [left.name, "x"]
 
 
 def _job(folder, **options):
@@ -198,3 +229,46 @@ def test_a_full_disk_leaves_the_old_weights(tmp_path, error):
         with pytest.raises(type(mistake), match=str(mistake)), replacing(tmp_path / "a", overwrite=True):
             raise mistake from OSError(errno.ENOSPC, "x") if isinstance(mistake, UserError) else None
     assert [p.name for p in tmp_path.rglob("*")] == ["a", "old"]
+
+
+def _weights(path, text, folder):
+    if folder:
+        path.mkdir()
+    (path / "weights" if folder else path).write_text(text)
+
+
+def _texts(tmp_path):
+    return {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["a", "replaced"])
+@pytest.mark.parametrize("old, new", [(False, False), (False, True), (True, False), (True, True)])
+def test_weights_are_replaced_by_a_file_or_a_folder(tmp_path, name, old, new):
+    _weights(tmp_path / name, "old", old)
+    with replacing(tmp_path / name, overwrite=True) as path:
+        _weights(path, "new", new)
+    assert _texts(tmp_path) == {f"{name}/weights" if new else name: "new"}
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.EIO, "x"), "abort_all", "back"])
+def test_weights_come_back_where_replacing_them_stops(tmp_path, monkeypatch, stop):
+    target, renamed = tmp_path / "a", os.replace
+
+    def rename(source, goal):
+        if goal == target and (stop == "back" or source.name == "a"):
+            abort_all() if stop == "abort_all" else None
+            raise OSError(errno.EIO, "x", str(source)) if isinstance(stop, str) else stop
+        renamed(source, goal)
+
+    _weights(target, "old", True)
+    monkeypatch.setattr(partial.os, "replace", rename)
+    with pytest.raises((UserError, KeyboardInterrupt)) as error, replacing(target, overwrite=True) as path:
+        _weights(path, "new", True)
+    if stop == "back":
+        (left,) = tmp_path.iterdir()
+        assert str(error.value) == f"{left}/a.replaced is what {target} was and cannot be put back (x); rename it."
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="a exists; choose another name"), replacing(target):
+            pass
+    assert _texts(tmp_path) == {"a/weights": "old"} and [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -85,6 +85,7 @@ def test_a_row_that_would_be_read_wrongly_is_named(tmp_path, rows, message, read
         ("a.csv", b"", "has neither"),
         ("a.txt", b"a\nb\0\n", "line 2 holds a NUL byte"),
         ("a.txt", "a\n".encode("utf-16"), "line 1 cannot be read"),
+        ("a.txt", b"\xef\xbb\xbfa\nb\n\xff\n", "line 3 cannot be read .byte 0xff"),
     ],
 )
 def test_files_of_prompts_that_are_refused(tmp_path, name, data, message):

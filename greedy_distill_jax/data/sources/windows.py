@@ -67,7 +67,7 @@ def write_windows(
     caption_of = read_captions(clips, captions)
     names, folder = list(caption_of), Path(clips)
     files = fingerprint(f"{name} {(folder / name).stat().st_size} {caption_of[name]}" for name in names)
-    if cutting.fps is None and (overwrite or not (Path(directory).expanduser() / PLAN).exists()):  # else checked before
+    if cutting.fps is None and (overwrite or not (Path(directory).expanduser() / PLAN).exists()):  # or as it began
         check_rates([folder / name for name in names], progress=progress)
     plan = {"clips": files, **cutting.plan(), **plan}
     job = RecordJob(directory, kind, plan, items=len(names), group=group, overwrite=overwrite)
