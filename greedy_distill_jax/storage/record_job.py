@@ -247,7 +247,7 @@ class RecordJob:
                     before(described)
             except UserError:
                 if not shards:  # no record to keep: with better input the same command starts anew
-                    shutil.rmtree(self.directory)
+                    shutil.rmtree(self.directory, ignore_errors=True)  # other processes may be at it too
                 raise
             _write_json(self.directory / "dataset.json", described)
         return described
@@ -267,7 +267,7 @@ class RecordJob:
 
 def _is_own(name: str) -> bool:
     """Whether another process of the same job may just have put this there."""
-    return name == "parts" or name.endswith(".partial")
+    return name == "parts" or (name.startswith(f".{PLAN}.") and name.endswith(".partial"))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -100,10 +101,11 @@ def test_another_job_is_refused(tmp_path):
         RecordJob(folder, "other", {"size": 3}, items=7, group=2, overwrite=True)
     again = RecordJob(folder, KIND.name, {"size": 4}, items=3, group=2, overwrite=True)
     assert again.pending() == [0, 1] and not list(folder.glob("*.array_record"))
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "me.jpg").touch()
-    with pytest.raises(UserError, match="other files: not touched"):
-        RecordJob(tmp_path / "photos", KIND.name, {}, items=1, group=1, overwrite=True)
+    for name in ("me.jpg", "film.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        with pytest.raises(UserError, match="other files: not touched"):
+            RecordJob(tmp_path / name, KIND.name, {}, items=1, group=1, overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         job(tmp_path / "file")
@@ -163,6 +165,19 @@ def test_what_belongs_to_a_folder_is_there_before_it_is_finished(tmp_path):
         read_dataset(tmp_path, KIND)
     one.finish(lambda info: (tmp_path / "more.txt").write_text(str(info["size"])), size=3)
     assert (tmp_path / "more.txt").read_text() == "3" and len(ShardedSource(tmp_path, KIND, "even")) == 1
+
+
+def test_two_processes_finish_a_job_without_records(tmp_path):
+    one = RecordJob(tmp_path / "out", KIND.name, {}, items=1, group=1)
+    with one.part(0):
+        pass
+
+    def refuse(_):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)  # as the other process does
+        raise UserError("no record")
+
+    with pytest.raises(UserError, match="^no record$"):
+        one.finish(refuse)
 
 
 def test_fingerprints_tell_lists_apart():
