@@ -91,6 +91,38 @@ def held(path: Path, what: str, *, field: str = "") -> Iterator[None]:
         ) from None
 
 
+def join(path: Path, what: str, *, alone: bool = False, field: str = "") -> int | None:
+    """Marks an existing file as in use by this process, beside others that join it, until the descriptor is closed.
+
+    Unlike `held` it knows no sign of life: users on hosts whose locks are not seen here do not count.
+
+    Args:
+      path: of the file.
+      what: it stands for, in messages.
+      alone: nobody else may use it meanwhile.
+      field: of the errors.
+
+    Returns:
+      The descriptor; None where there are no locks.
+
+    Raises:
+      UserError: it is used alone by another process or, with ``alone``, used by any.
+      OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        if _is_file_at(path, descriptor):
+            return descriptor
+        refused = True  # another process has removed it just now
+    except OSError as error:
+        refused = isinstance(error, BlockingIOError)
+    os.close(descriptor)
+    if refused:
+        raise _held_by(what, {}, field)
+    return None
+
+
 def _acquire(path: Path, what: str, field: str) -> tuple[int, str]:
     """(descriptor of the file, the token in it by which this holder is known)."""
     while True:
@@ -213,9 +245,9 @@ def _is_alive(pid: Any) -> bool:
 
 
 def _held_by(what: str, holder: Mapping[str, Any], field: str) -> UserError:
+    who = f" ({_told(holder)})" if holder else ""
     return UserError(
-        f"{what} is being written by another process ({_told(holder)}); wait for it or end it, or choose another "
-        "folder",
+        f"{what} is being written by another process{who}; wait for it or end it, or choose another folder",
         field,
     )
 

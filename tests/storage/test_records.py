@@ -10,7 +10,7 @@ import pytest
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.record_job import RecordJob
-from greedy_distill_jax.storage.records import decode_record, encode_record, fingerprint
+from greedy_distill_jax.storage.records import decode_record, encode_record, fingerprint, fingerprint_files
 from greedy_distill_jax.storage.sharded import RecordKind, ShardedSource, open_shards, read_dataset
 
 
@@ -95,12 +95,13 @@ def test_processes_share_the_parts(tmp_path, count):
 def test_another_job_is_refused(tmp_path):
     folder = tmp_path / "out"
     run(job(folder))
-    with pytest.raises(UserError, match=r"begun with size = 3, not 4; go on with the same input"):
+    with pytest.raises(UserError, match=r"begun with size = 3, not 4; go on with the same input") as refused:
         job(folder, size=4)
     with pytest.raises(UserError, match=r"begun with kind = 'numbers', not 'other'; .* choose another folder$"):
         RecordJob(folder, "other", {"size": 3}, items=7, group=2, overwrite=True)
     again = RecordJob(folder, KIND.name, {"size": 4}, items=3, group=2, overwrite=True)
     assert again.pending() == [0, 1] and not list(folder.glob("*.array_record"))
+    assert refused.traceback, "the refused job, which its error keeps alive, may be overwritten"
     for name in ("me.jpg", "film.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -178,6 +179,22 @@ def test_two_processes_finish_a_job_without_records(tmp_path):
 
     with pytest.raises(UserError, match="^no record$"):
         one.finish(refuse)
+
+
+def test_fingerprints_of_files_tell_contents_apart(tmp_path):
+    found = set()
+    for place in (None, 0, 2**15, 2**17, 2**18 - 1):  # nothing, the head, the end of the head, further on, the end
+        folder = tmp_path / str(place) / "transformer"
+        folder.mkdir(parents=True)
+        data = bytearray(2**18)
+        if place is not None:
+            data[place] = 1
+        (folder / "model.safetensors").write_bytes(data)
+        (folder / "config.json").write_text("{}")
+        found.add(fingerprint_files(sorted(folder.iterdir())))
+    assert len(found) == 5
+    shutil.copytree(tmp_path / "0", tmp_path / "moved")
+    assert fingerprint_files(sorted((tmp_path / "moved" / "transformer").iterdir())) in found
 
 
 def test_fingerprints_tell_lists_apart():

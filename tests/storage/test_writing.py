@@ -182,9 +182,24 @@ def test_two_writers_of_one_part(tmp_path):
         assert error.value.field == "directory"
         with job.part(0) as other:  # of another share
             other.write("train", b"zero")
+    with pytest.raises(UserError, match="out is being written by another process; wait"):  # no part is in work
+        _job(tmp_path / "out", overwrite=True)
     info = job.finish()
     assert info["counts"] == {"train": 2} and not list(tmp_path.rglob("*.lock"))
-    assert _job(tmp_path / "out", overwrite=True).pending() == [0, 1]
+    again = _job(tmp_path / "out", overwrite=True)
+    assert again.pending() == [0, 1]
+    with pytest.raises(KeyboardInterrupt), again.part(0):
+        raise KeyboardInterrupt
+    assert _job(tmp_path / "out", overwrite=True).pending() == [0, 1], "a job that failed is still at it"
+
+
+def test_a_folder_that_is_overwritten_cannot_be_joined(tmp_path):
+    (path := tmp_path / "plan.json").touch()
+    descriptor = lock.join(path, "out", alone=True)
+    with pytest.raises(UserError, match="^out is being written by another process; wait"):
+        lock.join(path, "out")
+    os.close(descriptor)
+    os.close(lock.join(path, "out"))
 
 
 @pytest.mark.parametrize("where", ["write", "close", "mark"])
