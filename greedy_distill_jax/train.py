@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     join_hosts()
     main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        if main:
+        if main:  # where it is refused, the other processes end when they miss this one
             stack.enter_context(sole_writer(workdir))
         job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))
         stop = stack.enter_context(Stop())

@@ -12,7 +12,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Count, Steps
 from greedy_distill_jax.runs.model_folder import load_model_folder
 from greedy_distill_jax.runs.run import Run
-from greedy_distill_jax.storage.records import fingerprint
+from greedy_distill_jax.storage.records import fingerprint_files
 from greedy_distill_jax.text.prompts import read_prompts
 
 _MOST_IN_MEMORY = 128  # prompts; one has 8 MiB of rows at Wan's size
@@ -63,7 +63,7 @@ def follow_teacher(
     conditions = read_prompts(prompts)
     if teacher is not None:
         run = _of_run(teacher, text)
-        source = f"{Path(teacher).name}, trained on {run.meta['data_position']} examples ({run.fingerprint})"
+        source = f"run of {run.meta['data_position']} examples ({run.fingerprint})"
     else:
         if not text and len(conditions) > _MOST_IN_MEMORY:
             raise UserError(
@@ -75,8 +75,7 @@ def follow_teacher(
         guidance = _MODEL_GUIDANCE if guidance is None else guidance
         parts = (Path(model).expanduser() / part for part in ("transformer", "vae"))
         files = sorted(file for part in parts for file in part.rglob("*") if file.is_file())
-        sizes = fingerprint(f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in files)
-        source = f"{Path(model).name} ({sizes})"
+        source = f"model folder {fingerprint_files(files)}"
     sampler = run.teacher_sampler(steps=steps, shift=shift, guidance=guidance, negative_prompt=negative)
     return write_trajectories(
         conditions,
@@ -88,6 +87,7 @@ def follow_teacher(
         latent_shape=run.latent_shape,
         plan={
             "teacher": source,
+            "text": getattr(run.encoder, "fingerprint", None),
             "steps": steps,
             "shift": shift,
             "guidance": sampler.guidance,

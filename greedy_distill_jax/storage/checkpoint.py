@@ -254,7 +254,9 @@ class Checkpointer:
     def newest(self, read: Callable[[int], T]) -> tuple[int, T]:
         """Reads the newest checkpoint that is not damaged; those after it are named in a warning.
 
-        A run that is written moves them aside, so that it can save these steps again.
+        A run that is written moves them aside, so that it can save these steps again. Of several processes each reads
+        its own part, so none may decide alone which step all take, and a remote folder is not moved: there a damaged
+        step is an error.
 
         Args:
           read: step -> what is wanted of it.
@@ -270,11 +272,14 @@ class Checkpointer:
             try:
                 found = read(step)
             except Damaged as error:
+                if jax.process_count() > 1 or (not self._read_only and "://" in self.directory):
+                    where = self._manager.directory / str(step)
+                    raise UserError(f"{error.told}; move {where} away, then run the same command again") from error
                 damaged[step] = error
                 continue
             for number, error in damaged.items():
                 told = f"warning: {error.told}; step {step} is taken instead"
-                if not self._read_only and jax.process_index() == 0:
+                if not self._read_only:
                     told += f", and the damaged one moved to {self._move_aside(number)}"
                 print(told, file=sys.stderr, flush=True)
             return step, found
@@ -335,8 +340,8 @@ class Checkpointer:
             reason = disk_reason(error)
             if not reason:
                 raise
-            for path in self._manager.directory.iterdir():
-                if _TEMPORARY in path.name:
+            for path in () if self._read_only else self._manager.directory.iterdir():
+                if _TEMPORARY in path.name:  # of a reader they are what the run is writing
                     with contextlib.suppress(OSError):
                         path.rmtree()
             kept = max((step for step in self._manager.all_steps() if self._is_complete(step)), default=None)

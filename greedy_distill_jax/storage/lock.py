@@ -2,12 +2,14 @@
 
 The lock is ``flock`` on a file which holds host, process and time for the message. Where another host's locks are not
 seen (or a file system has none), the file's modification time is the sign of life: its holder renews it, and a holder
-that is silent for a minute is gone.
+that is silent for a minute is gone. A holder that was silent and lives on finds another token in its file: its block
+ends with an error. Without ``flock``, of two that start at the same moment the last to write its token keeps the lock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -15,14 +17,21 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.host import kernel, process_numbers
 
 BEAT, SILENT = 10.0, 60.0  # seconds: between two signs of life, and after how many without one a holder is gone
+SETTLED = 1.0  # seconds after which, without flock, a file holds the token of one alone
 FILE = "writer.lock"
+
+
+class _Overtaken(BaseException):
+    """Another process holds the lock now; raised in the block of the one that held it."""
 
 
 @contextlib.contextmanager
@@ -56,53 +65,120 @@ def held(path: Path, what: str, *, field: str = "") -> Iterator[None]:
       field: of the errors.
 
     Raises:
-      UserError: another process holds it, or the place cannot be written.
+      UserError: another process holds it, or has taken it over inside the block, or the place cannot be written.
     """
     try:
-        descriptor = _acquire(path, what, field)
+        descriptor, token = _acquire(path, what, field)
     except OSError as error:
         raise _unwritable(path.parent, error, field) from error
     released = threading.Event()
-    life = threading.Thread(target=_show_life, args=(descriptor, released), daemon=True)
-    life.start()
+    arguments = (path, descriptor, token, released, threading.get_ident())
+    life = threading.Thread(target=_show_life, args=arguments, daemon=True)
     try:
-        yield
+        try:
+            life.start()
+            yield
+        finally:
+            released.set()
+            if life.ident is not None:
+                life.join()
+            _release(path, descriptor, token)
+    except _Overtaken:
+        raise UserError(
+            f"{what}: another process has taken over, as this one gave no sign of life for {SILENT:.0f} s; it ends "
+            "here, and the other one goes on",
+            field,
+        ) from None
+
+
+def join(path: Path, what: str, *, alone: bool = False, field: str = "") -> int | None:
+    """Marks an existing file as in use by this process, beside others that join it, until the descriptor is closed.
+
+    Unlike `held` it knows no sign of life: users on hosts whose locks are not seen here do not count.
+
+    Args:
+      path: of the file.
+      what: it stands for, in messages.
+      alone: nobody else may use it meanwhile.
+      field: of the errors.
+
+    Returns:
+      The descriptor; None where there are no locks.
+
+    Raises:
+      UserError: it is used alone by another process or, with ``alone``, used by any.
+      OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        if _is_file_at(path, descriptor):
+            return descriptor
+        refused = True  # another process has removed it just now
+    except OSError as error:
+        refused = isinstance(error, BlockingIOError)
+    os.close(descriptor)
+    if refused:
+        raise _held_by(what, {}, field)
+    return None
+
+
+def _acquire(path: Path, what: str, field: str) -> tuple[int, str]:
+    """(descriptor of the file, the token in it by which this holder is known)."""
+    while True:
+        descriptor, locks = _try(path)
+        try:
+            holder = _holder(descriptor)
+            if locks is False or (holder and not _is_gone(path, holder, locks)):
+                raise _held_by(what, holder, field)
+            if _is_file_at(path, descriptor):
+                return descriptor, _take(path, descriptor, holder, what, field, settle=locks is None)
+        except BaseException:  # Ctrl-C while it waits: in a notebook the process lives on
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder has removed the file just now
+
+
+def _take(path: Path, descriptor: int, gone: Mapping[str, Any], what: str, field: str, *, settle: bool) -> str:
+    """Writes this process into the file and returns its token."""
+    if gone:
+        _say(f"warning: {what}: taking over from a process that is gone ({_told(gone)})")
+    token, since = uuid.uuid4().hex, time.strftime("%Y-%m-%d %H:%M:%S")
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "token": token}
+    text = json.dumps({**own, "kernel": kernel(), "processes": process_numbers()}) + "\n"
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
+        if settle:
+            time.sleep(SETTLED)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if _holder(descriptor).get("token", token) == token:
+                path.unlink()
+        raise
+    if settle and (holder := _holder(descriptor)).get("token") != token:
+        raise _held_by(what, holder, field)
+    return token
+
+
+def _release(path: Path, descriptor: int, token: str) -> None:
+    try:
+        if _holder(descriptor).get("token") == token and _is_file_at(path, descriptor):
+            path.unlink(missing_ok=True)
     finally:
-        released.set()
-        life.join()
-        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _acquire(path: Path, what: str, field: str) -> int:
-    while True:
-        descriptor, locks = _try(path, os.O_RDWR | os.O_CREAT)
-        holder = _holder(descriptor)
-        if locks is False or (holder and not _is_gone(path, holder, locks)):
-            os.close(descriptor)
-            raise UserError(
-                f"{what} is being written by another process ({_told(holder)}); wait for it or end it, or choose "
-                "another folder",
-                field,
-            )
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                break
-        os.close(descriptor)  # its holder has removed the file just now
-    if holder:
-        print(
-            f"warning: {what}: taking over from a process that is gone ({_told(holder)})", file=sys.stderr, flush=True
-        )
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n"
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
-    return descriptor
+def _is_file_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
-def _try(path: Path, flags: int) -> tuple[int, bool | None]:
+def _try(path: Path) -> tuple[int, bool | None]:
     """(descriptor of the file, whether it is locked now by us: False = by another one, None = there are no locks)."""
-    descriptor = os.open(path, flags, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor, True
@@ -121,7 +197,9 @@ def _holder(descriptor: int) -> dict[str, Any]:
 
 def _is_gone(path: Path, holder: Mapping[str, Any], locks: bool | None) -> bool:
     """Whether the process that a lock file names has ended, though nobody holds the lock as far as this host knows."""
-    if holder.get("host") == socket.gethostname() and (locks or not _is_alive(holder.get("pid"))):
+    if locks and holder.get("kernel") == kernel():
+        return True
+    if holder.get("processes") == process_numbers() and not _is_alive(holder.get("pid")):
         return True
     _say(f"waiting {SILENT:.0f} s for a sign of life of {_told(holder)} ({path})")
     first, end = _renewed(path), time.monotonic() + SILENT
@@ -145,8 +223,13 @@ def _renewed(path: Path) -> int | None:
         return None
 
 
-def _show_life(descriptor: int, released: threading.Event) -> None:
+def _show_life(path: Path, descriptor: int, token: str, released: threading.Event, thread: int) -> None:
+    """Renews the file until it is released; ends the block in ``thread`` when another holder's token is in it."""
     while not released.wait(BEAT):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads(path.read_bytes()).get("token", token) != token:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Overtaken))
+                return
         with contextlib.suppress(OSError):
             os.utime(descriptor)
 
@@ -159,6 +242,14 @@ def _is_alive(pid: Any) -> bool:
     except OSError:
         pass  # of another user
     return True
+
+
+def _held_by(what: str, holder: Mapping[str, Any], field: str) -> UserError:
+    who = f" ({_told(holder)})" if holder else ""
+    return UserError(
+        f"{what} is being written by another process{who}; wait for it or end it, or choose another folder",
+        field,
+    )
 
 
 def _say(line: str) -> None:

@@ -12,15 +12,16 @@ import fcntl
 import glob
 import os
 import shutil
-import socket
 import time
 import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from greedy_distill_jax.storage.host import kernel
+
 _DAY = 24 * 3600.0
-_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_HOST = f"{zlib.crc32(kernel().encode()):08x}"
 _open: set[Partial] = set()
 
 

@@ -4,7 +4,8 @@ A job is a list of items, cut into parts of equal size. A part is computed as a 
 they are complete, then `parts/NNNNN.json` says that the part is done. Whoever finishes the last part writes
 `dataset.json`, and with it the folder is finished. What is done is a matter of files, so any number of processes may
 share the parts, and a job that is started again goes on with the parts that are missing; `plan.json` holds it to the
-same input. A part that two processes would write at once is refused to the second.
+same input. A part that two processes would write at once is refused to the second, and so is overwriting a job at which
+a process still is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage.lock import held
+from greedy_distill_jax.storage.lock import held, join
 from greedy_distill_jax.storage.partial import Partial, whole
 from greedy_distill_jax.storage.records import first_line
 from greedy_distill_jax.storage.sharded import FORMAT
@@ -126,7 +128,8 @@ class RecordJob:
           overwrite: remove what a job of the same kind has left there.
 
         Raises:
-          UserError: a folder of something else or of another plan, or one that cannot be written.
+          UserError: a folder of something else or of another plan, one that another process overwrites or, with
+            ``overwrite``, is at, or one that cannot be written.
         """
         self.directory, self.items, self._kind, self._group = Path(directory).expanduser(), items, kind, group
         if items < 1 or group < 1:
@@ -141,13 +144,27 @@ class RecordJob:
                 for lock in self.directory.glob("parts/*.lock"):
                     with held(lock, str(self.directory), field="directory"):
                         pass  # nobody else writes here
+                leave = self._join(alone=True)  # nor is between two parts
                 shutil.rmtree(self.directory)
+                leave()
                 stored = None
             if stored is None:
                 (self.directory / "parts").mkdir(parents=True, exist_ok=True)
                 _write_json(self.directory / PLAN, plan)
-            else:
-                self._check_plan(stored, plan)
+            self._leave = self._join()
+            try:
+                self._check_plan(self._stored_plan() or {}, plan)
+            except UserError:
+                self._leave()  # in a notebook the error keeps this object alive, and the remedy is to overwrite
+                raise
+
+    def _join(self, *, alone: bool = False) -> Callable[[], Any]:
+        """Shows that this process is at the job; returns what ends it, at the latest when the job is forgotten."""
+        try:
+            descriptor = join(self.directory / PLAN, str(self.directory), alone=alone, field="directory")
+        except FileNotFoundError:  # clips of an earlier version
+            descriptor = None
+        return weakref.finalize(self, os.close, descriptor) if descriptor is not None else lambda: None
 
     def _stored_plan(self) -> dict[str, Any] | None:
         """The plan that a job began here; that of clips prepared before these had one is only their kind."""
@@ -215,6 +232,7 @@ class RecordJob:
                 _write_json(self._sidecar(number), part.finish())
             except BaseException:
                 part.abort()
+                self._leave()  # in a notebook the error keeps the job alive
                 raise
 
     def finish(self, before: Callable[[dict[str, Any]], None] | None = None, **info: Any) -> dict[str, Any] | None:
@@ -226,6 +244,7 @@ class RecordJob:
             it at the same time.
           info: what readers need to know besides the shards; a callable value gets the notes of all parts in order.
         """
+        self._leave()
         if not all(self._sidecar(number).is_file() for number in range(self.parts)):
             return None
         done = [json.loads(self._sidecar(number).read_text(encoding="utf-8")) for number in range(self.parts)]
@@ -247,7 +266,7 @@ class RecordJob:
                     before(described)
             except UserError:
                 if not shards:  # no record to keep: with better input the same command starts anew
-                    shutil.rmtree(self.directory)
+                    shutil.rmtree(self.directory, ignore_errors=True)  # other processes may be at it too
                 raise
             _write_json(self.directory / "dataset.json", described)
         return described
@@ -267,7 +286,7 @@ class RecordJob:
 
 def _is_own(name: str) -> bool:
     """Whether another process of the same job may just have put this there."""
-    return name == "parts" or name.endswith(".partial")
+    return name == "parts" or (name.startswith(f".{PLAN}.") and name.endswith(".partial"))
 
 
 def _write_json(path: Path, value: Any) -> None:

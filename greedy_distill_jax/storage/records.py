@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+_HEAD, _BLOCK, _BLOCKS = 2**16, 2**12, 64  # bytes of a file's start, of a sample; samples
 _MAGIC = b"GDJ2"
 _CLIPS_MAGIC = b"GDJ1"  # of clips prepared before records named their arrays: one video of uint8
 _DTYPES = {"uint8": np.uint8, "float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
@@ -50,6 +52,24 @@ def fingerprint(items: Iterable[str]) -> str:
     for item in items:
         digest.update(f"{len(item)}:{item}".encode())
     return digest.hexdigest()[:16]
+
+
+def fingerprint_files(files: Iterable[Path]) -> str:
+    """Returns a short name of files by name, size and samples of their bytes, wherever their folder lies.
+
+    The samples are the first 64 KiB (headers, configurations) and 64 blocks of 4 KiB at even distances up to the end:
+    another training of the same network differs in all, an edit elsewhere in a large file is not seen.
+    """
+    told = []
+    for path in files:
+        digest, size = hashlib.sha256(), path.stat().st_size
+        with open(path, "rb") as file:
+            digest.update(file.read(_HEAD))
+            for block in range(_BLOCKS if size > _HEAD else 0):
+                file.seek(max(0, (size - _BLOCK) * (block + 1) // _BLOCKS))
+                digest.update(file.read(_BLOCK))
+        told.append(f"{path.parent.name}/{path.name} {size} {digest.hexdigest()}")
+    return fingerprint(told)
 
 
 def first_line(error: Exception) -> str:

@@ -88,8 +88,12 @@ class ShardedSource:
 
     @property
     def fingerprint(self) -> str:
-        """Tells this content from any other: of dataset.json, which has a hash of the records of every shard."""
-        content = {key: value for key, value in self.info.items() if key != "codec"}  # a path, which may move
+        """Tells this content from any other: of dataset.json, which has a hash of the records of every shard.
+
+        The same records in parts of another size count as another content.
+        """
+        # The codec is a path, which may move; reasons of what was skipped hold paths and the words of a version.
+        content = {key: value for key, value in self.info.items() if key not in ("codec", "skipped")}
         return fingerprint([json.dumps(content, sort_keys=True)])
 
     @property

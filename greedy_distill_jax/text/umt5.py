@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from greedy_distill_jax import ranges
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Count
-from greedy_distill_jax.storage.records import fingerprint, first_line
+from greedy_distill_jax.storage.records import fingerprint, fingerprint_files, first_line
 from greedy_distill_jax.text.cleaning import clean_prompt, cleaning
 from greedy_distill_jax.text.write_store import write_text_store
 from greedy_distill_jax.weights.torch_files import import_torch
@@ -50,13 +50,13 @@ def read_encoder_config(folder: str | os.PathLike) -> dict[str, Any]:
 def encoder_plan(folder: str | os.PathLike, text_len: int, dtype: str) -> tuple[dict[str, Any], str]:
     """Returns (what the rows of an encoder depend on, for a `RecordJob`; the dtype in which to store them).
 
-    The model is named by its files and their sizes, so that it may be moved between two runs.
+    The model is named by its files' content, see `fingerprint_files`, so that it may be moved between two runs.
     """
     folder = Path(folder).expanduser()
     config = read_encoder_config(folder)
     files = [p for part in ("tokenizer", "text_encoder") for p in sorted((folder / part).iterdir()) if p.is_file()]
     plan = {
-        "encoder": fingerprint(f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in files),
+        "encoder": fingerprint_files(files),
         "cleaning": cleaning(),
         "text_len": text_len,
         "text_dim": config["d_model"],

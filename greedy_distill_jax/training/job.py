@@ -116,11 +116,11 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     with cli.places(**DATA_PLACES):
         data, wan = open_data(settings), settings.wan
         encoder = load_text_encoder(settings.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
-    resumed = _is_resumed(workdir)
-    held = {"data.source": data.raw, "data.text": encoder}
-    held = {key: found for key, part in held.items() if (found := getattr(part, "fingerprint", None))}
+        held = _content(source=data.raw, text=encoder)
+    stored = _stored_meta(workdir)
+    resumed = stored is not None
     if resumed:
-        _check_data(settings, workdir, held)
+        _check_data(settings, workdir, held, stored)
     wanted = settings.kind.wanted(settings)
     sources = load_sources(settings, wanted, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
     settings.kind.check_sources(settings, sources)
@@ -169,26 +169,49 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     )
 
 
-def _is_resumed(workdir: Path) -> bool:
-    """Whether the folder holds steps of a run; UserError for imported weights, which no training may overwrite."""
+def _content(**parts: Any) -> dict[str, str]:
+    """{"data.NAME": fingerprint} of the parts that have one; UserError for one that is no text."""
+    held = {}
+    for name, part in parts.items():
+        found = getattr(part, "fingerprint", None)
+        if not isinstance(found, str | None):
+            raise UserError(
+                f"the fingerprint of {type(part).__name__} is a {type(found).__name__}; make it a text, as a property, "
+                f"or None",
+                name,
+            )
+        if found:
+            held[f"data.{name}"] = found
+    return held
+
+
+def _stored_meta(workdir: Path) -> dict[str, Any] | None:
+    """What was saved with the newest step of the folder, None without one.
+
+    UserError for imported weights, which no training may overwrite.
+    """
     if not has_checkpoint(workdir / "checkpoints"):
-        return False
-    if "source" in load_meta(workdir / "checkpoints"):
+        return None
+    meta = load_meta(workdir / "checkpoints")
+    if "source" in meta:
         raise UserError(
             f"{workdir} holds imported weights, not a run; choose another workdir, and start from them with "
             f"config.teacher_from."
         )
-    return True
+    return meta
 
 
-def _check_data(settings: Settings, workdir: Path, held: Mapping[str, str]) -> None:
+_REMEDY = {"data.source": "prepare it again from the same input", "data.text": "give the encoder or the store it had"}
+
+
+def _check_data(settings: Settings, workdir: Path, held: Mapping[str, str], meta: Mapping[str, Any]) -> None:
     """Raises UserError when data or texts were prepared anew, with other content, since a run was started."""
-    for key, old in load_meta(workdir / "checkpoints").get("data", {}).items():
+    for key, old in meta.get("data", {}).items():
         if held.get(key) != old:
             value = settings.data.source if key == "data.source" else settings.data.text
             raise UserError(
                 f"{workdir} was started with other content of config.{key} = {value!r} (fingerprint {old}, not "
-                f"{held.get(key)}); prepare it again from the same input, or choose another workdir."
+                f"{held.get(key)}); {_REMEDY[key]}, or choose another workdir."
             )
 
 

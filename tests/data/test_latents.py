@@ -127,8 +127,11 @@ def test_a_killed_job_goes_on_without_gap_or_repeat(prepared, folder, tmp_path, 
     same = ShardedSource(tmp_path / "out", LATENTS).fingerprint
     assert same == ShardedSource(prepared, LATENTS).fingerprint
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    told = {"codec": "/moved", "skipped": [{"clip": "x", "reason": "/moved/x is cut off"}]}
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps({**info, **told}))
+    assert same == ShardedSource(tmp_path / "out", LATENTS).fingerprint
     info["shards"]["train"][0]["sha256"] = "0"
-    (tmp_path / "out" / "dataset.json").write_text(json.dumps({**info, "codec": "/moved"}))
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(info))
     assert same != ShardedSource(tmp_path / "out", LATENTS).fingerprint
 
 

@@ -221,6 +221,27 @@ def test_a_damaged_step_is_told_and_the_last_good_one_taken(workdir, capsys, wha
         assert checkpointer.steps() == [1, 2]
 
 
+@pytest.mark.parametrize("processes, read_only, prefix", [(2, False, ""), (2, True, ""), (1, False, "gs://")])
+def test_nobody_goes_back_a_step_alone(workdir, monkeypatch, processes, read_only, prefix):
+    for step in (1, 2):
+        for item, name in (("state", "_METADATA"), ("meta", "metadata")):
+            (file := workdir / str(step) / item / name).parent.mkdir(parents=True)
+            file.write_text("{}")
+    with Checkpointer(workdir, read_only=read_only) as checkpointer:
+        checkpointer.directory = prefix + checkpointer.directory
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+
+        def read(step):
+            if step == 2:
+                raise Damaged("run step 2 is damaged (x)", [1])
+            return step
+
+        with pytest.raises(UserError, match=f"^run step 2 is damaged .x.; move {workdir}/2 away, then run the same"):
+            checkpointer.newest(read)
+        assert checkpointer.steps() == [1, 2] and not list(workdir.parent.glob("*-damaged-*"))
+        monkeypatch.undo()
+
+
 def test_a_disk_that_refuses_is_no_damage(workdir, monkeypatch):
     state = {"x": jnp.arange(5.0)}
     with Checkpointer(workdir, async_save=False) as checkpointer:
@@ -232,6 +253,11 @@ def test_a_disk_that_refuses_is_no_damage(workdir, monkeypatch):
             with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); step 1 is kept"):
                 checkpointer.save(2, state, meta(2))
         assert [path.name for path in workdir.iterdir()] == ["1"], "a half-written step stays"
+        (workdir / "2.orbax-checkpoint-tmp").mkdir()
+        reader = Checkpointer(workdir, read_only=True)
+        with pytest.raises(UserError, match="cannot be written"), reader, reader._writing():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert (workdir / "2.orbax-checkpoint-tmp").exists(), "a reader removed what the run is writing"
         with monkeypatch.context() as patch:
             denied = PermissionError(errno.EACCES, "Permission denied")
             patch.setattr(checkpointer._manager, "restore", mock.Mock(side_effect=denied))

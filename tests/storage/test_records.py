@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.record_job import RecordJob
-from greedy_distill_jax.storage.records import decode_record, encode_record, fingerprint
+from greedy_distill_jax.storage.records import decode_record, encode_record, fingerprint, fingerprint_files
 from greedy_distill_jax.storage.sharded import RecordKind, ShardedSource, open_shards, read_dataset
 
 
@@ -94,16 +95,18 @@ def test_processes_share_the_parts(tmp_path, count):
 def test_another_job_is_refused(tmp_path):
     folder = tmp_path / "out"
     run(job(folder))
-    with pytest.raises(UserError, match=r"begun with size = 3, not 4; go on with the same input"):
+    with pytest.raises(UserError, match=r"begun with size = 3, not 4; go on with the same input") as refused:
         job(folder, size=4)
     with pytest.raises(UserError, match=r"begun with kind = 'numbers', not 'other'; .* choose another folder$"):
         RecordJob(folder, "other", {"size": 3}, items=7, group=2, overwrite=True)
     again = RecordJob(folder, KIND.name, {"size": 4}, items=3, group=2, overwrite=True)
     assert again.pending() == [0, 1] and not list(folder.glob("*.array_record"))
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "me.jpg").touch()
-    with pytest.raises(UserError, match="other files: not touched"):
-        RecordJob(tmp_path / "photos", KIND.name, {}, items=1, group=1, overwrite=True)
+    assert refused.traceback, "the refused job, which its error keeps alive, may be overwritten"
+    for name in ("me.jpg", "film.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        with pytest.raises(UserError, match="other files: not touched"):
+            RecordJob(tmp_path / name, KIND.name, {}, items=1, group=1, overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         job(tmp_path / "file")
@@ -163,6 +166,35 @@ def test_what_belongs_to_a_folder_is_there_before_it_is_finished(tmp_path):
         read_dataset(tmp_path, KIND)
     one.finish(lambda info: (tmp_path / "more.txt").write_text(str(info["size"])), size=3)
     assert (tmp_path / "more.txt").read_text() == "3" and len(ShardedSource(tmp_path, KIND, "even")) == 1
+
+
+def test_two_processes_finish_a_job_without_records(tmp_path):
+    one = RecordJob(tmp_path / "out", KIND.name, {}, items=1, group=1)
+    with one.part(0):
+        pass
+
+    def refuse(_):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)  # as the other process does
+        raise UserError("no record")
+
+    with pytest.raises(UserError, match="^no record$"):
+        one.finish(refuse)
+
+
+def test_fingerprints_of_files_tell_contents_apart(tmp_path):
+    found = set()
+    for place in (None, 0, 2**15, 2**17, 2**18 - 1):  # nothing, the head, the end of the head, further on, the end
+        folder = tmp_path / str(place) / "transformer"
+        folder.mkdir(parents=True)
+        data = bytearray(2**18)
+        if place is not None:
+            data[place] = 1
+        (folder / "model.safetensors").write_bytes(data)
+        (folder / "config.json").write_text("{}")
+        found.add(fingerprint_files(sorted(folder.iterdir())))
+    assert len(found) == 5
+    shutil.copytree(tmp_path / "0", tmp_path / "moved")
+    assert fingerprint_files(sorted((tmp_path / "moved" / "transformer").iterdir())) in found
 
 
 def test_fingerprints_tell_lists_apart():

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ import pytest
 from greedy_distill_jax.data import video_io
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage import lock, partial, record_job
+from greedy_distill_jax.storage.host import kernel, process_numbers
 from greedy_distill_jax.storage.lock import held, sole_writer
 from greedy_distill_jax.storage.partial import Partial, abort_all, remove_leftovers, whole
 from greedy_distill_jax.storage.record_job import RecordJob
 from greedy_distill_jax.streaming.recording import Recording
 from greedy_distill_jax.weights.replacing import replacing
 
-HERE, GONE = socket.gethostname(), 2**22 + 1  # no process has this number
+GONE = 2**22 + 1  # no process has this number
+HERE = dict(host=socket.gethostname(), kernel=kernel(), processes=process_numbers())
+NAMESAKE = dict(host=socket.gethostname(), kernel="another boot", processes="another container")
 
 
 def _full(*_args, **_options):
@@ -32,7 +36,7 @@ def test_the_second_writer_is_refused_in_one_line(tmp_path):
         with pytest.raises(UserError) as error, sole_writer(folder):
             pass
         told = json.loads((folder / lock.FILE).read_text())
-        assert f"process {os.getpid()} on {HERE}, since {told['since']}" in str(error.value)
+        assert f"process {os.getpid()} on {socket.gethostname()}, since {told['since']}" in str(error.value)
         assert str(error.value).startswith(f"{folder} is being written by another process")
         assert error.value.field == "workdir" and "choose another folder" in str(error.value)
     assert not folder.exists(), "a folder in which nothing was written stays"
@@ -50,10 +54,12 @@ def test_the_second_writer_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     "holder, locks, renewed, free",
     [
-        (dict(host=HERE, pid=GONE), True, False, True),
-        (dict(host=HERE, pid=os.getpid()), True, False, True),  # the kernel knows: the number was given again
-        (dict(host=HERE, pid=GONE), False, False, True),
-        (dict(host=HERE, pid=os.getpid()), False, True, False),
+        (dict(HERE, pid=GONE), True, False, True),
+        (dict(HERE, pid=os.getpid()), True, False, True),  # the kernel knows: the number was given again
+        (dict(HERE, pid=GONE), False, False, True),
+        (dict(HERE, pid=os.getpid()), False, True, False),
+        (dict(NAMESAKE, pid=GONE), True, True, False),
+        (dict(NAMESAKE, kernel=kernel(), pid=GONE), False, True, False),
         (dict(host="elsewhere", pid=1), True, True, False),
         (dict(host="elsewhere", pid=1), True, False, True),
         (dict(host="elsewhere", pid=1), False, False, True),
@@ -92,6 +98,52 @@ def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(lock.os, "utime", lambda *_: shown.set())
     with held(tmp_path / "a.lock", "it"):
         assert shown.wait(30)
+
+
+def test_a_lock_that_was_not_taken_is_free(tmp_path, monkeypatch):
+    path = tmp_path / "a.lock"
+    path.write_text(json.dumps(dict(host="elsewhere", pid=1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.time, "sleep", lambda _: _raise(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt), held(path, "it"):
+            pass
+        patch.setattr(lock, "SILENT", 0.0)
+        patch.setattr(lock.os, "ftruncate", _full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left"), held(path, "it"):
+            pass
+    with held(path, "it"), monkeypatch.context() as patch:
+        patch.setattr(lock.Path, "unlink", lambda *_, **__: _raise(OSError(errno.EROFS, "read-only")))
+        with pytest.raises(OSError, match="read-only"), held(tmp_path / "b.lock", "other"):
+            pass
+    with held(tmp_path / "b.lock", "other"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_overtaken_holder_ends_and_leaves_the_lock_of_the_next(tmp_path, monkeypatch):
+    path, other = tmp_path / "a.lock", json.dumps({"token": "another"})
+    with held(path, "it"):
+        path.write_text(other)
+    assert path.read_text() == other
+    monkeypatch.setattr(lock, "BEAT", 0.001)
+    path.unlink()
+    with pytest.raises(UserError, match="^it: another process has taken over"), held(path, "it"):
+        path.write_text(other)
+        for _ in range(3000):
+            time.sleep(0.01)
+    assert path.read_text() == other
+    with held(tmp_path / "b.lock", "it"):
+        time.sleep(0.01)
+
+
+def test_without_locks_one_of_two_starters_is_told(tmp_path, monkeypatch):
+    def other_starts(_):
+        (tmp_path / "a.lock").write_text(json.dumps({"token": "another", "pid": 1}))
+
+    monkeypatch.setattr(fcntl, "flock", lambda *_: _raise(OSError(errno.ENOLCK, "no locks")))
+    monkeypatch.setattr(lock.time, "sleep", other_starts)
+    with pytest.raises(UserError, match=r"written by another process \(process 1 on"), held(tmp_path / "a.lock", "it"):
+        pass
 
 
 def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
@@ -161,9 +213,24 @@ def test_two_writers_of_one_part(tmp_path):
         assert error.value.field == "directory"
         with job.part(0) as other:  # of another share
             other.write("train", b"zero")
+    with pytest.raises(UserError, match="out is being written by another process; wait"):  # no part is in work
+        _job(tmp_path / "out", overwrite=True)
     info = job.finish()
     assert info["counts"] == {"train": 2} and not list(tmp_path.rglob("*.lock"))
-    assert _job(tmp_path / "out", overwrite=True).pending() == [0, 1]
+    again = _job(tmp_path / "out", overwrite=True)
+    assert again.pending() == [0, 1]
+    with pytest.raises(KeyboardInterrupt), again.part(0):
+        raise KeyboardInterrupt
+    assert _job(tmp_path / "out", overwrite=True).pending() == [0, 1], "a job that failed is still at it"
+
+
+def test_a_folder_that_is_overwritten_cannot_be_joined(tmp_path):
+    (path := tmp_path / "plan.json").touch()
+    descriptor = lock.join(path, "out", alone=True)
+    with pytest.raises(UserError, match="^out is being written by another process; wait"):
+        lock.join(path, "out")
+    os.close(descriptor)
+    os.close(lock.join(path, "out"))
 
 
 @pytest.mark.parametrize("where", ["write", "close", "mark"])

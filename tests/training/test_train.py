@@ -19,7 +19,7 @@ from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
-from greedy_distill_jax.training import loop
+from greedy_distill_jax.training import job, loop
 from greedy_distill_jax.training.metrics import read_scalars
 from tests.conftest import exit_code
 
@@ -291,3 +291,12 @@ def test_training_options_of_the_student_run_together(tmp_path):
     assert read_settings(config).terms[0].options["group"] == 2
     train(config, tmp_path, show_progress=False)
     assert Run.load(tmp_path).sample_videos(["a red square moving left"], frames=6).shape == (1, 6, 16, 16, 3)
+
+
+@pytest.mark.parametrize("found, held", [("abc", {"data.source": "abc"}), (None, {}), ("", {})])
+def test_a_fingerprint_is_a_text(found, held):
+    assert job._content(source=mock.Mock(fingerprint=found), text=object()) == held
+    for wrong in (lambda: "abc", 7, b"abc"):
+        with pytest.raises(UserError, match="the fingerprint of .* is a (function|int|bytes); make it a text") as error:
+            job._content(text=mock.Mock(fingerprint=wrong))
+        assert error.value.field == "text"

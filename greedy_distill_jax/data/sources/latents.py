@@ -16,7 +16,7 @@ from greedy_distill_jax.data.sources.cutting import SPLITS, Cutting
 from greedy_distill_jax.data.sources.protocol import check_held
 from greedy_distill_jax.data.sources.windows import write_windows
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage.records import fingerprint
+from greedy_distill_jax.storage.records import fingerprint, fingerprint_files
 from greedy_distill_jax.storage.sharded import RecordKind, ShardedSource
 from greedy_distill_jax.weights.pipeline import CODEC, load_codec
 
@@ -97,8 +97,8 @@ def _identity(codec: VideoCodec) -> tuple[str, str]:
         arrays = (codec.mean, codec.components, np.float32(codec.scale))
         return fingerprint(array.tobytes().hex() for array in arrays), CODEC
     vae = Path(codec.source) / "vae" if (Path(codec.source) / "vae").is_dir() else Path(codec.source)
-    files = sorted(vae.iterdir()) if vae.is_dir() else [vae]
-    return fingerprint(f"{file.name} {file.stat().st_size}" for file in files), codec.source
+    files = sorted(file for file in vae.iterdir() if file.is_file()) if vae.is_dir() else [vae]
+    return fingerprint_files(files), codec.source
 
 
 def open_latents(
