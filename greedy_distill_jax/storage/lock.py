@@ -30,10 +30,6 @@ SETTLED = 1.0  # seconds after which, without flock, a file holds the token of o
 FILE = "writer.lock"
 
 
-class _Overtaken(BaseException):
-    """Another process holds the lock now; raised in the block of the one that held it."""
-
-
 @contextlib.contextmanager
 def sole_writer(folder: Path, *, field: str = "workdir") -> Iterator[None]:
     """Holds a folder for this process inside the block; makes it, and removes it again if nothing came into it.
@@ -72,7 +68,8 @@ def held(path: Path, what: str, *, field: str = "") -> Iterator[None]:
     except OSError as error:
         raise _unwritable(path.parent, error, field) from error
     released = threading.Event()
-    arguments = (path, descriptor, token, released, threading.get_ident())
+    overtaken = type("Overtaken", (BaseException,), {})  # one of its own: blocks may lie inside each other
+    arguments = (path, descriptor, token, released, threading.get_ident(), overtaken)
     life = threading.Thread(target=_show_life, args=arguments, daemon=True)
     try:
         try:
@@ -83,7 +80,7 @@ def held(path: Path, what: str, *, field: str = "") -> Iterator[None]:
             if life.ident is not None:
                 life.join()
             _release(path, descriptor, token)
-    except _Overtaken:
+    except overtaken:
         raise UserError(
             f"{what}: another process has taken over, as this one gave no sign of life for {SILENT:.0f} s; it ends "
             "here, and the other one goes on",
@@ -223,12 +220,14 @@ def _renewed(path: Path) -> int | None:
         return None
 
 
-def _show_life(path: Path, descriptor: int, token: str, released: threading.Event, thread: int) -> None:
-    """Renews the file until it is released; ends the block in ``thread`` when another holder's token is in it."""
+def _show_life(
+    path: Path, descriptor: int, token: str, released: threading.Event, thread: int, overtaken: type
+) -> None:
+    """Renews the file until it is released; raises in ``thread`` when another holder's token is in it."""
     while not released.wait(BEAT):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if json.loads(path.read_bytes()).get("token", token) != token:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Overtaken))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(overtaken))
                 return
         with contextlib.suppress(OSError):
             os.utime(descriptor)

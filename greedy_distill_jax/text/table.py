@@ -11,11 +11,16 @@ from greedy_distill_jax.text.protocol import TextEncoder
 
 
 class TextTable:
-    """Rows that were encoded before, in memory: what remains of an encoder that is too large to keep."""
+    """Rows that were encoded before, in memory: what remains of an encoder that is too large to keep.
+
+    Attributes:
+      fingerprint: the encoder's; None where it has none.
+    """
 
     def __init__(self, encoder: TextEncoder, prompts: Sequence[str]) -> None:
         """Args: `encoder` to ask once, for all of `prompts`."""
         self.text_len, self.text_dim = encoder.text_len, encoder.text_dim
+        self.fingerprint: str | None = getattr(encoder, "fingerprint", None)
         different = list(dict.fromkeys(prompts))
         self._rows = dict(zip(different, encoder(different), strict=True))
 

@@ -1,5 +1,7 @@
 """Trajectories of a teacher at a student's noise levels: the ODE, reproducible noise, resuming, the command."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,12 @@ from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.sources.trajectories import TRAJECTORIES, write_trajectories
 from greedy_distill_jax.diffusion import noise_levels, solvers
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs import ode
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.sharded import ShardedSource
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
+from greedy_distill_jax.text.table import TextTable
 from greedy_distill_jax.train import train
 
 SIGMAS = noise_levels.uniform_steps(3, 5.0)
@@ -168,6 +172,23 @@ def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     np.testing.assert_allclose(source[1]["latents"], end[0], atol=1e-4)
     assert "2 trajectories at noise levels 1, " in capsys.readouterr().out
     assert source.info["plan"]["shift"] == student.sample.shift
+
+
+def test_the_plan_tells_models_and_encoders_apart(prompts, tmp_path, monkeypatch):
+    def plan(model, encoder):
+        monkeypatch.setattr(ode, "_of_folder", lambda *_, **__: mock.Mock(encoder=encoder))
+        return ode.follow_teacher(prompts, tmp_path, sigmas=(1.0,), shift=1.0, model=model, text="x", negative="")
+
+    def encoder(fingerprint):
+        return TextTable(mock.Mock(wraps=HashWordEncoder(), text_len=2, text_dim=3, fingerprint=fingerprint), [""])
+
+    monkeypatch.setattr(ode, "write_trajectories", lambda *_, plan, **__: {k: plan[k] for k in ("teacher", "text")})
+    for name, data in (("a", b"1"), ("renamed", b"1"), ("retrained", b"2")):
+        (tmp_path / name / "transformer").mkdir(parents=True)
+        (tmp_path / name / "transformer" / "x.safetensors").write_bytes(data)
+    one = plan(tmp_path / "a", encoder("e"))
+    assert one == plan(tmp_path / "renamed", encoder("e")) and one["text"] == "e"
+    assert one != plan(tmp_path / "retrained", encoder("e")) and one != plan(tmp_path / "a", encoder("f"))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,11 @@ def test_an_overtaken_holder_ends_and_leaves_the_lock_of_the_next(tmp_path, monk
     assert path.read_text() == other
     monkeypatch.setattr(lock, "BEAT", 0.001)
     path.unlink()
-    with pytest.raises(UserError, match="^it: another process has taken over"), held(path, "it"):
+    with (
+        pytest.raises(UserError, match="^it: another process has taken over"),
+        held(path, "it"),
+        held(tmp_path / "inner", "x"),
+    ):
         path.write_text(other)
         for _ in range(3000):
             time.sleep(0.01)
