@@ -1,8 +1,8 @@
 """Files that get their name when they are whole: until then they are hidden beside it, and nothing is left of them.
 
 A process that is killed cannot tidy up. Whoever writes a partial file holds a lock on it, which the kernel frees with
-the process; the next who writes the same target removes those that nobody holds. Where a file system has no locks
-nobody does.
+the process; the next who writes the same target removes those that nobody holds. They stay where a file system has no
+locks.
 """
 
 from __future__ import annotations
