@@ -127,8 +127,8 @@ def _raised_inside(error: BaseException) -> bool:
     """Whether an error is a mistake in the file (a deep traceback) and not a rejected argument."""
     if isinstance(error, UserError):
         return True  # already says what is wrong
-    here = Path(__file__).name, Path(contextlib.__file__).name
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name not in here]
+    here = __file__, contextlib.__file__
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in here]
     if isinstance(error, TypeError):
         return bool(frames)
     return any(frame.name != "get_config" for frame in frames)  # one may call another's with its argument

@@ -78,7 +78,7 @@ def test_a_gradient_is_not_rounded():
     assert min(_bits_lost(x) for x in jax.tree.leaves(ours)) > 0 == max(_bits_lost(x) for x in jax.tree.leaves(rounded))
     np.testing.assert_array_equal(of_input, same)
     errors = [float(optax.tree.norm(jax.tree.map(jnp.subtract, x, exact))) for x in (ours, rounded)]
-    assert errors[0] < 0.8 * errors[1] < 0.01 * float(optax.tree.norm(exact))
+    assert errors[0] < 0.8 * errors[1] and errors[0] < 0.01 * float(optax.tree.norm(exact))
     plain, _ = _gradient("compute", "float32")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), exact, plain)
 
