@@ -144,7 +144,11 @@ class Run:
         return isinstance(self.model, StreamingModel)
 
     def text(self, prompts: Sequence[str]) -> jax.Array:
-        """Encoder rows [B, M, C]."""
+        """Encoder rows [B, M, C] of a list of prompts; TypeError for a single text, ValueError for none."""
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts is the single text {prompts!r}; give a list of them: [{prompts!r}].")
+        if not len(prompts):
+            raise ValueError("there are no prompts; give one for each video.")
         return jnp.asarray(self.encoder(list(prompts)))
 
     def streamer(self, steps: Any = None) -> Streamer | CausalStreamer:

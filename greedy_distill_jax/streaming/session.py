@@ -82,7 +82,7 @@ class Session:
           params: of the student.
           codec: that makes video of its latents; None where only latents are asked for.
           text: the encoder of prompts.
-          prompts: one for each video.
+          prompts: a list, one for each video.
           seed: of the noise.
           latent_shape: (H, W, C) of a latent frame.
         """

@@ -9,6 +9,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs import teacher_sampler
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.runs.teacher_sampler import TeacherSampler, check_memory, least_bytes
 from greedy_distill_jax.testing import tiny
 
@@ -52,3 +53,12 @@ def test_trajectories_keep_the_levels_asked_for():
     assert latents.shape == (1, *SHAPE) and states.shape == (2, 1, *SHAPE)
     np.testing.assert_array_equal(states[0], noise)
     assert jnp.isfinite(states).all() and (states[1] != latents).any()
+
+
+def test_prompts_are_a_list(tiny_teacher):
+    run = Run.load(tiny_teacher)
+    with pytest.raises(TypeError, match=r"prompts is the single text 'a red square'; give a list of them"):
+        run.text("a red square")
+    with pytest.raises(ValueError, match="there are no prompts"):
+        run.text([])
+    assert len(run.text(["a red square", ""])) == 2

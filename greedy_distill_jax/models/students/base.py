@@ -60,7 +60,7 @@ class StreamingModel:
 
     def chunks_of(self, frames: int) -> int:
         """Number of chunks in ``frames`` latent frames."""
-        if frames % self.cfg.chunk:
+        if frames < 1 or frames % self.cfg.chunk:
             raise ValueError(
                 f"{frames} latent frames do not divide into chunks of {self.cfg.chunk}; "
                 f"use a multiple of {self.cfg.chunk} or another chunk size."
