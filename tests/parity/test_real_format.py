@@ -33,7 +33,7 @@ def test_from_a_model_folder_and_clips_to_a_streaming_pytorch_student(real_clips
     assert exit_code(convert.main, "import", model, tmp_path / "teacher") == 0
     text = ["--model", model, "--prompts", table, "--negative", "worst quality", "--output", tmp_path / "text"]
     assert exit_code(prepare.main, "text", *text) == 0
-    cut = ["--size", "48x32", "--frames", 9, "--stride", 24]
+    cut = ["--fps", 25, "--size", "48x32", "--frames", 9, "--stride", 24]
     options = ["--clips", clips, "--captions", table, "--codec", model, *cut, "--output", tmp_path / "latents"]
     assert exit_code(prepare.main, "latents", *options) == 0
 

@@ -56,7 +56,7 @@ TEACHER, DMD = "configs/wan1_3b/teacher.py", "configs/wan1_3b/dmd.py"
             "the mesh has 1 data and fsdp parts, which do not divide over the 4 processes",
         ),
         (["--topology=v5e", "--search", "--only=nothing"], "--only: no step of this job has 'nothing' in its name"),
-        (["--topology=v5e", "--search", "--config.optimizer.name=none"], "config.optimizer.name is 'none'; choose"),
+        (["--topology=v5e", "--search", "--config.optimizer.name=none"], "optimizer.name is 'none'; it must be one of"),
         (["--topology=v5e", "--search", "--config.model.num_heads=7"], "num_heads"),
         (
             ["--topology=v9", "--search"],
