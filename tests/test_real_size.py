@@ -11,6 +11,7 @@ import pytest
 from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.linear import FLOAT32
 from greedy_distill_jax.testing import tiny
 
 LATENT = (3, 4, 4, 16)
@@ -29,9 +30,8 @@ def test_two_updates_at_width_1536(name):
     if config.stage != "teacher":
         kernels = [params["student"][part]["blocks"]["self_attn"]["q"]["kernel"] for part in ("etm", "sdd")]
         assert [k.shape for k in kernels] == [(1, 1536, 1536)] * 2  # "interleaved": one block each of the two
-    assert all(
-        x.dtype == jnp.bfloat16 for p, x in jax.tree_util.tree_leaves_with_path(stage.frozen) if p[-1].key == "kernel"
-    )
+    frozen = jax.tree_util.tree_leaves_with_path(stage.frozen)
+    assert all((x.dtype == jnp.bfloat16) == (p[-2].key not in FLOAT32) for p, x in frozen if p[-1].key == "kernel")
     state, rng = jax.jit(stage.state)(params), np.random.default_rng(0)
     before = [np.asarray(x) for x in jax.tree.leaves(params)]
     batch = {

@@ -211,7 +211,7 @@ def test_an_unknown_loss_names_itself(name):
         (dict(stage="stage9"), "config.stage"),
         (dict(steps=0), "config.steps is 0"),
         (dict(log__fps=0), "config.log.fps is 0"),
-        (dict(log__fps=60), "config.log.fps is 60; the GIFs of samples hold at most 50"),
+        (dict(log__fps=60), "config.log.fps is 60; it must be from 1 to 50"),
         (dict(text_dropout=1.5), "text_dropout is 1.5"),
         (dict(data__size=20), "Latent grid 5x5"),
         (dict(data__batch=6), "config.data.batch is 6"),
