@@ -88,6 +88,19 @@ def held(path: Path, what: str, *, field: str = "") -> Iterator[None]:
         ) from None
 
 
+def check_free(path: Path, what: str, *, field: str = "") -> None:
+    """Raises UserError if another process holds the lock at ``path``; the lock of one that is gone is removed.
+
+    Args:
+      path, what, field: as for `held`.
+
+    Raises:
+      OSError: the place cannot be written.
+    """
+    descriptor, token = _acquire(path, what, field)
+    _release(path, descriptor, token)
+
+
 def join(path: Path, what: str, *, alone: bool = False, field: str = "") -> int | None:
     """Marks an existing file as in use by this process, beside others that join it, until the descriptor is closed.
 
@@ -238,8 +251,8 @@ def _is_alive(pid: Any) -> bool:
         os.kill(int(pid), 0)
     except (ProcessLookupError, TypeError, ValueError):
         return False
-    except OSError:
-        pass  # of another user
+    except PermissionError:
+        return True  # another user's
     return True
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage.lock import held, join
+from greedy_distill_jax.storage.lock import check_free, held, join
 from greedy_distill_jax.storage.partial import Partial, whole
 from greedy_distill_jax.storage.records import first_line
 from greedy_distill_jax.storage.sharded import FORMAT
@@ -142,10 +142,9 @@ class RecordJob:
             stored = self._stored_plan()
             if stored is not None and overwrite and stored.get("kind") == kind:
                 for lock in self.directory.glob("parts/*.lock"):
-                    with held(lock, str(self.directory), field="directory"):
-                        pass  # nobody else writes here
-                leave = self._join(alone=True)  # nor is between two parts
-                shutil.rmtree(self.directory)
+                    check_free(lock, str(self.directory), field="directory")
+                leave = self._join(alone=True)  # nor is anybody between two parts
+                self._empty()
                 leave()
                 stored = None
             if stored is None:
@@ -165,6 +164,17 @@ class RecordJob:
         except FileNotFoundError:  # clips of an earlier version
             descriptor = None
         return weakref.finalize(self, os.close, descriptor) if descriptor is not None else lambda: None
+
+    def _empty(self) -> None:
+        """Removes what is in the folder, the plan, which is locked, last.
+
+        The folder stays: NFS keeps an open file under another name in it, with which it could not be removed.
+        """
+        for path in sorted(self.directory.iterdir(), key=lambda path: path.name == PLAN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _stored_plan(self) -> dict[str, Any] | None:
         """The plan that a job began here; that of clips prepared before these had one is only their kind."""
