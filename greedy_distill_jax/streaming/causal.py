@@ -5,7 +5,6 @@ One step makes one chunk: it is denoised against [sink | ring | itself], then a 
 a step do not depend on how many frames came before.
 """
 
-import functools
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,12 +24,12 @@ from greedy_distill_jax.streaming.loop import (
     Exit,
     Made,
     PerList,
-    as_last_input,
     context_noise,
-    denoise,
+    given_chunk,
     kept,
-    kept_call,
-    kept_call_again,
+    keys_of,
+    made_again,
+    make_chunk,
     ring_slot,
     split_key,
     write_slot,
@@ -148,14 +147,8 @@ class CausalStreamer:
         """As ``Streamer.step_to``."""
         key, key_sample = split_key(state.key)
         call, shape = self._caller(params, state), state.last.shape
-        last_kv, ends = self._keeps_last(state), self.plan.ends if exits is None else exits
-        emit = ("own",) if last_kv and exits is None else ()
-        own = self._empty(state.last, 1) if emit else None
-        velocity = functools.partial(call, emit=emit)
-        made, own = denoise(self.plan, velocity, state.index, shape, own, key_sample, ends, record=record)
-        if last_kv and exits is not None:
-            made = made._replace(keys=kept_call(self.plan, state.index, made, exits, key_sample))
-            own = self._keys_of(call, made.keys)
+        own = self._empty(state.last, 1) if self._keeps_last(state) else None
+        made, own = make_chunk(self.plan, call, state.index, shape, own, key_sample, exits, record)
         noise = context_noise(self.plan, state.index, key_sample, shape)
         return self._conclude(call, state._replace(key=key), made.x0, own, noise), made
 
@@ -164,20 +157,13 @@ class CausalStreamer:
     ) -> tuple[CausalState, Made]:
         """As ``Streamer.observe``."""
         key, key_sample = split_key(state.key)
-        call, own = self._caller(params, state), None
-        made = Made(x0_BTHWC, Exit(x0_BTHWC, jnp.float32(0.0)))
-        if self._keeps_last(state):
-            made = made._replace(keys=as_last_input(self.plan, state.index, x0_BTHWC, key_sample))
-            own = self._keys_of(call, made.keys)
+        call, last_kv = self._caller(params, state), self._keeps_last(state)
+        made, own = given_chunk(self.plan, call, state.index, x0_BTHWC, key_sample, last_kv=last_kv)
         noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
         return self._conclude(call, state._replace(key=key), x0_BTHWC, own, noise), made
 
     def _keeps_last(self, state: CausalState) -> bool:
         return self.cfg.context == "last_step_kv" and state.cache is not None
-
-    @staticmethod
-    def _keys_of(call, exit: Exit) -> KeyValue:
-        return call(*exit, with_head=False, emit=("own",))[1].own
 
     def replay(
         self,
@@ -191,10 +177,7 @@ class CausalStreamer:
     ) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """As ``Streamer.replay``."""
         call = self._caller(params, state)
-        v, emitted = call(exit.x, exit.sigma, emit=("own",) if self._keeps_last(state) and keys is None else ())
-        x = exit.x - exit.sigma * v
-        seen = x if frames else jax.lax.stop_gradient(x)
-        own = emitted.own if keys is None else self._keys_of(call, kept_call_again(exit, keys, seen))
+        x, seen, own = made_again(call, exit, keys, frames=frames, last_kv=self._keeps_last(state))
         return self._conclude(call, state, seen, own, noise, frozen=grads.sdd == "none"), x
 
     def _caller(self, params, state: CausalState):
@@ -221,7 +204,7 @@ class CausalStreamer:
         last, sigma = kept(self.plan, state.index, x, noise)
         if state.cache is not None:
             if own is None:
-                own = self._keys_of(call, Exit(last, sigma))
+                own = keys_of(call, Exit(last, sigma))
             state = self._remember(state, jax.lax.stop_gradient(own) if frozen else own, last)
         return state._replace(index=state.index + 1, last=last)
 

@@ -8,7 +8,6 @@ look at. What ETM reads and what that pass sees is the finished chunk at its con
 a fixed size, so does the cost: neither depends on how many frames came before.
 """
 
-import functools
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,13 +28,14 @@ from greedy_distill_jax.streaming.loop import (
     Exit,
     Made,
     PerList,
-    as_last_input,
     context_noise,
     denoise,
+    given_chunk,
     kept,
-    kept_call,
-    kept_call_again,
+    keys_of,
     last_sigma,
+    made_again,
+    make_chunk,
     ring_slot,
     split_key,
     write_slot,
@@ -162,15 +162,10 @@ class Streamer:
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
         call = self._caller(params, state, z)
-        last_kv, ends = self.cfg.context == "last_step_kv", self.plan.ends if exits is None else exits
-        emit = ("own",) if last_kv and exits is None else ()
-        tokens = self.student.chunk_tokens(state.last)
-        own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache) if emit else None
-        velocity = functools.partial(call, emit=emit)
-        made, own = denoise(self.plan, velocity, state.index, state.last.shape, own, key_sample, ends, record=record)
-        if last_kv and exits is not None:
-            made = made._replace(keys=kept_call(self.plan, state.index, made, exits, key_sample))
-            own = self._keys_of(call, made.keys)
+        tokens, own = self.student.chunk_tokens(state.last), None
+        if self.cfg.context == "last_step_kv":
+            own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache)
+        made, own = make_chunk(self.plan, call, state.index, state.last.shape, own, key_sample, exits, record)
         noise = context_noise(self.plan, state.index, key_sample, state.last.shape)
         return self._conclude(call, state, made.x0, own, noise), made
 
@@ -188,24 +183,17 @@ class Streamer:
             state = self._clean_pass(params, state)
         z, state = self._etm(params, state)
         noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
-        made, own = Made(x0_BTHWC, Exit(x0_BTHWC, jnp.float32(0.0))), None
+        call, last_kv = self._caller(params, state, z), self.cfg.context == "last_step_kv"
+        made, own = given_chunk(self.plan, call, state.index, x0_BTHWC, key_sample, last_kv=last_kv)
         if self.cfg.context == "fused":
             last, _ = kept(self.plan, state.index, x0_BTHWC, noise)
             return state._replace(z=z, index=state.index + 1, last=last), made
-        call = self._caller(params, state, z)
-        if self.cfg.context == "last_step_kv":
-            made = made._replace(keys=as_last_input(self.plan, state.index, x0_BTHWC, key_sample))
-            own = self._keys_of(call, made.keys)
         return self._conclude(call, state, x0_BTHWC, own, noise), made
-
-    @staticmethod
-    def _keys_of(call, exit: Exit) -> KeyValue:
-        return call(*exit, with_head=False, emit=("own",))[1].own
 
     def _clean_pass(self, params, state: StreamState) -> StreamState:
         """The pass over the last chunk that context mode "fused" leaves pending, by itself."""
         call = self._caller(params, state._replace(index=state.index - 1), state.z)
-        own = self._keys_of(call, Exit(state.last, last_sigma(self.plan, state.index)))
+        own = keys_of(call, Exit(state.last, last_sigma(self.plan, state.index)))
         cache = self._remember(state.sdd_cache, own, state.index == 1)
         made = state.index > 0
         return state._replace(
@@ -238,18 +226,14 @@ class Streamer:
         z, state = self._etm(params, state)
         z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
         call = self._caller(params, state, z)
-        last_kv = self.cfg.context == "last_step_kv"
-        v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv and keys is None else ())
-        x = exit.x - exit.sigma * v
-        seen = x if frames else jax.lax.stop_gradient(x)
-        own = emitted.own if keys is None else self._keys_of(call, kept_call_again(exit, keys, seen))
+        x, seen, own = made_again(call, exit, keys, frames=frames, last_kv=self.cfg.context == "last_step_kv")
         return self._conclude(call, state, seen, own, noise, frozen=grads.sdd == "none"), x
 
     def _conclude(self, call, state: StreamState, x, own: KeyValue | None, noise, frozen: bool = False) -> StreamState:
         """The state after chunk ``x``: a pass over it as it is kept (or its last step's keys) becomes the cache."""
         last, sigma = kept(self.plan, state.index, x, noise)
         if own is None:
-            own = self._keys_of(call, Exit(last, sigma))
+            own = keys_of(call, Exit(last, sigma))
         own = jax.lax.stop_gradient(own) if frozen else own
         cache = self._remember(state.sdd_cache, own, state.index == 0)
         return state._replace(sdd_cache=cache, index=state.index + 1, last=last)

@@ -4,6 +4,7 @@ A stream's noise comes from one typed key (``jax.random.key``), or from a key pe
 alone and among others, and videos with equal keys share their noise.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -157,6 +158,73 @@ def denoise(
         following = jnp.where(recorded == last, 0.0, sigmas[recorded + 1])
         transition = Transition(ends[0], sigmas[recorded], ends[1], following)
     return Made(x, Exit(entered, sigmas[last]), transition), own
+
+
+def keys_of(call: Callable, exit: Exit) -> KeyValue:
+    """The keys and values that a network's call on a chunk leaves."""
+    return call(*exit, with_head=False, emit=("own",))[1].own
+
+
+def make_chunk(
+    plan: StepPlan,
+    call: Callable,
+    index: Int32[Array, ""],
+    shape: tuple[int, ...],
+    own: KeyValue | None,
+    key: Key[Array, "*B"],
+    exits: PerList | None,
+    record: PerList | None,
+) -> tuple[Made, KeyValue | None]:
+    """``denoise`` by a student's ``call``, with the keys that context mode "last_step_kv" keeps.
+
+    Args:
+      own: arrays of their shapes; None in the other modes.
+      plan, index, shape, key, record: as for ``denoise``.
+      call: ``call(x, sigma, **module) -> (velocity, Emitted)``.
+      exits: as for ``denoise``; None runs the lists to their ends.
+    """
+    if exits is None:
+        velocity = functools.partial(call, emit=("own",) if own is not None else ())
+        return denoise(plan, velocity, index, shape, own, key, plan.ends, record=record)
+    made, _ = denoise(plan, call, index, shape, None, key, exits, record=record)
+    if own is None:
+        return made, None
+    made = made._replace(keys=kept_call(plan, index, made, exits, key))
+    return made, keys_of(call, made.keys)
+
+
+def given_chunk(
+    plan: StepPlan,
+    call: Callable,
+    index: Int32[Array, ""],
+    x0: Float32[Array, "B g H W C"],
+    key: Key[Array, "*B"],
+    *,
+    last_kv: bool,
+) -> tuple[Made, KeyValue | None]:
+    """A given chunk in place of ``make_chunk``'s: its exit is the chunk itself at level 0."""
+    made = Made(x0, Exit(x0, jnp.float32(0.0)))
+    if not last_kv:
+        return made, None
+    made = made._replace(keys=as_last_input(plan, index, x0, key))
+    return made, keys_of(call, made.keys)
+
+
+def made_again(
+    call: Callable, exit: Exit, keys: Exit | None, *, frames: bool, last_kv: bool
+) -> tuple[Float32[Array, "B g H W C"], Float32[Array, "B g H W C"], KeyValue | None]:
+    """The chunk of a recorded exit, differentiable: (x0, what later chunks see of it, the keys that are kept).
+
+    Args:
+      call: as for ``make_chunk``.
+      exit, keys: of the chunk's ``Made``.
+      frames: gradients flow through what later chunks see.
+      last_kv: the keys of the last step are kept (context mode "last_step_kv").
+    """
+    v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv and keys is None else ())
+    x = exit.x - exit.sigma * v
+    seen = x if frames else jax.lax.stop_gradient(x)
+    return x, seen, emitted.own if keys is None else keys_of(call, kept_call_again(exit, keys, seen))
 
 
 def kept_call(plan: StepPlan, index: Int32[Array, ""], made: Made, exits: PerList, key: Key[Array, "*B"]) -> Exit:

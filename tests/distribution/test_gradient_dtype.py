@@ -92,7 +92,7 @@ class Rounded(Dense):
 
 
 def test_time_embedding_and_head_are_float32(monkeypatch):
-    """A third of the error of a bfloat16 velocity came from them."""
+    """What they round is in the whole velocity."""
     base = dataclasses.replace(tiny.BASE, dim=192, ffn_dim=256, num_heads=4, num_layers=4)
     exact, half = Teacher(base), Teacher(dataclasses.replace(base, dtype="bfloat16"))
     params, text = tiny.random_params(exact, latent_shape=(1, 4, 4, 4)), tiny.text_rows(2, jax.random.key(3))
