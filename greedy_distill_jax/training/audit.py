@@ -89,7 +89,7 @@ _KEEPS_ZERO = {  # output i is zero where operand i is
 }
 _ANY_ZERO = {"mul", "dot_general", "conv_general_dilated"}
 _ALL_ZERO = {
-    *("add", "sub", "add_any", "concatenate", "dynamic_update_slice", "scatter-add", "pad", "max", "min"),
+    *("add", "sub", "add_any", "concatenate", "stack", "dynamic_update_slice", "scatter-add", "pad", "max", "min"),
 }
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # of pjit, remat, custom derivatives, shard_map
 
@@ -134,6 +134,8 @@ def _zeros_of(equation, inputs: list[bool]) -> list[bool]:
         return [all(without_indices.get(name, inputs))]
     if name == "select_n":
         return [all(inputs[1:])]
+    if name in ("split", "unstack"):
+        return inputs * count
     if name == "optimization_barrier":
         return inputs
     if name in _KEEPS_ZERO:
@@ -141,7 +143,7 @@ def _zeros_of(equation, inputs: list[bool]) -> list[bool]:
     if name == "integer_pow":
         return [inputs[0] and params["y"] > 0]
     if name == "scan":
-        return _zeros_of_scan(params, inputs)
+        return _zeros_of_scan(equation, inputs)
     if name == "while":
         return _zeros_of_while(params, inputs)
     if name == "cond":
@@ -159,11 +161,18 @@ def _inside(program, inputs: Sequence[bool]) -> list[bool]:
     return zero_outputs(jaxpr, consts, inputs)
 
 
-def _zeros_of_scan(params, inputs: list[bool]) -> list[bool]:
-    consts, carry = params["num_consts"], params["num_carry"]
+def _zeros_of_scan(equation, inputs: list[bool]) -> list[bool]:
+    body = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
+
+    def scanned(outer, inner) -> int:
+        """How many have a leading axis that the body does not see; what tells them apart is named anew by every jax."""
+        return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outer, inner, strict=True))
+
+    carry = len(equation.outvars) - scanned(equation.outvars, body.outvars)
+    consts = len(inputs) - carry - scanned(equation.invars, body.invars)
     state = inputs[consts : consts + carry]
     while True:  # what is zero at the start may not stay so; flags only ever fall
-        out = _inside(params["jaxpr"], [*inputs[:consts], *state, *inputs[consts + carry :]])
+        out = _inside(equation.params["jaxpr"], [*inputs[:consts], *state, *inputs[consts + carry :]])
         after = [before and now for before, now in zip(state, out[:carry], strict=True)]
         if after == state:
             return [*state, *out[carry:]]
