@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from greedy_distill_jax import cli
+from greedy_distill_jax import cli, losses
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.config.tree import default_text
@@ -283,7 +283,8 @@ def one_line() -> Iterator[None]:
     except UserError:
         raise
     except KeyError as error:
-        if _passed_through_users_code(error):
+        *_, last = traceback.extract_tb(error.__traceback__)
+        if Path(last.filename).parent != Path(losses.__file__).parent:
             raise
         raise UserError(f"config.losses: a loss takes {error} of the batch, which this stage does not have.") from error
     except (ValueError, ZeroDivisionError) as error:
