@@ -33,9 +33,10 @@ def get_config(arg: str = "teacher"):
         raise ValueError(f"{arg!r} is not one of {', '.join(STAGES)}, each with ',fast' or ',smoke' or neither")
     config = base()
     config.data.batch = 16
+    config.shift = 8.0
     if speed == "smoke":
         config.sample.steps = 2
-    config.losses.flow_matching.options.update(shift=8.0, weighting="x0")
+    config.losses.flow_matching.options.update(weighting="x0")
     if stage == "teacher":
         config.stage = "teacher"
         config.optimizer.muon_rate = 3e-2
@@ -64,8 +65,7 @@ def _stage2(config):
     config.stage = "dmd"
     del config.losses["flow_matching"]
     config.losses.dmd = dict(loss="dmd", weight=1.0, options={})
-    config.distill.shift = 8.0
-    config.critic.losses.flow_matching.options.update(shift=8.0, low=0.02, high=0.98, weighting="x0")
+    config.critic.losses.flow_matching.options.update(low=0.02, high=0.98, weighting="x0")
     config.distill.generator_every = 2
     config.distill.critic_warmup = 20
     config.distill.guidance = 1.0  # match the data: guidance narrows the distribution

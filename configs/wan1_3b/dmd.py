@@ -32,7 +32,7 @@ def get_config(arg: str = "critic"):
     config.steps = 600
     del config.losses["flow_matching"]
     config.losses.dmd = dict(loss="dmd", weight=1.0, options={})
-    config.critic.losses.flow_matching.options.update(shift=5.0, low=0.02, high=0.98)
+    config.critic.losses.flow_matching.options.update(low=0.02, high=0.98)
     config.distill.guidance = 4.0
     config.distill.generator_every = 5
     config.text_dropout = 0.0
@@ -42,7 +42,7 @@ def get_config(arg: str = "critic"):
         optimizer.weight_decay, optimizer.clip, optimizer.warmup, optimizer.final = 0.01, 10.0, 0, 1.0
     config.optimizer.new_scale = 1.0
     config.ema.decay, config.ema.start = 0.99, 200
-    config.sample.steps, config.sample.shift = 4, 5.0
+    config.sample.steps = 4
     config.sample.sampler = "renoise"
     if arg == "teacher_14b":
         config.distill.teacher_size = "wan14b"

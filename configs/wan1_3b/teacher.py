@@ -33,8 +33,6 @@ def get_config():
     config.ema.start = 200
     config.sample.steps = 50
     config.sample.sampler = "unipc"
-    config.sample.shift = 5.0
     config.sample.guidance = 5.0
-    options = config.losses.flow_matching.options
-    options.shift, options.weighting = 5.0, "bell"
+    config.losses.flow_matching.options.weighting = "bell"
     return config

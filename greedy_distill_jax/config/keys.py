@@ -155,7 +155,7 @@ class Sample:
     # Noise level at which the student's finished chunks are kept for later ones, 0 = clean. The first chunk stays
     # clean, unless there is one level per chunk, of which the last repeats.
     context_sigma: Any = 0.0
-    shift: Positive = 8.0
+    shift: Positive | None = None  # empty = config.shift
     sampler: str = "euler"  # euler | unipc (teachers; Wan's default) | renoise (students)
     guidance: NotNegative = 2.0  # CFG scale of the teacher; 1 = off
 
@@ -194,6 +194,9 @@ class Keys:
     stage: str = "teacher"  # a name in config.stages, which lists what each trains
     seed: Seed = 0  # parameters, data order and noise are functions of it
     steps: Count = 1000  # optimiser updates
+    # Noise shift of training and sampling: of losses that draw levels, of the levels at which scores are asked, and of
+    # samplers; each may be given one of its own.
+    shift: Positive = 5.0
     teacher_from: str = ""  # run directory of the teacher that a student is cut from, or that losses ask for scores
     critic_from: str = ""  # run directory of the teacher that the critic of stage "dmd" starts from; "" = teacher_from
     student_from: str = ""  # run directory of the student that a stage starts from

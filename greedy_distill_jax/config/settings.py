@@ -134,7 +134,14 @@ def _read(config: ConfigDict, *, check: bool = True) -> Settings:
         if name in kind.keys:
             own[name] = tree.read(group, config[name], f"config.{name}", check=check)
     fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(keys.Keys)}
+    fields["sample"] = _with_shift(values.sample, values.shift)
+    own = {name: _with_shift(group, values.shift) for name, group in own.items()}
     return Settings(**fields, own=own, text=config.to_json_best_effort())
+
+
+def _with_shift(group: Any, shift: float) -> Any:
+    """A group of keys; one whose ``shift`` is empty has that of the configuration."""
+    return dataclasses.replace(group, shift=shift) if getattr(group, "shift", 0) is None else group
 
 
 def _refuse_changes(read: Any, default: Any, path: str, stage: str) -> None:
@@ -188,17 +195,22 @@ def _refuse_keys_of_another_kind(student: keys.Student) -> None:
 
 
 def terms_of(
-    losses: keys.Losses, path: str, *, offered: tuple[str, ...], chunk_of: Callable[[Any], int | None], stage: str
+    losses: keys.Losses,
+    path: str,
+    settings: Settings,
+    *,
+    offered: tuple[str, ...],
+    chunk_of: Callable[[Any], int | None],
 ) -> tuple[Term, ...]:
     """The losses that a configuration names, as functions with their options.
 
     Args:
       losses: name in the logs -> key group.
       path: of the group, for errors.
+      settings: of the stage; a loss with the option "shift" takes ``config.shift`` as its default.
       offered: networks that the stage has for losses that ask for some.
       chunk_of: latent frames that share a noise level, given the loss: its options "per_frame" and "group" take them
         as defaults, as when streaming. None: one level per video, so that a video is drawn once.
-      stage: its name, for errors.
 
     Raises:
       UserError: a loss that cannot be found, an option it does not take, a network the stage does not have.
@@ -213,9 +225,11 @@ def terms_of(
         if missing:
             has = f"which has {', '.join(offered)}" if offered else "which has none"
             raise UserError(
-                f"{path}.{name}: {term.loss!r} asks for the network {missing[0]!r} of stage {stage}, {has}; use it in "
-                f"another stage, or give {missing[0]!r} a default if it is an option."
+                f"{path}.{name}: {term.loss!r} asks for the network {missing[0]!r} of stage {settings.stage}, {has}; "
+                f"use it in another stage, or give {missing[0]!r} a default if it is an option."
             )
+        if "shift" in takes:
+            options = {"shift": settings.shift} | options
         chunk = chunk_of(loss)
         if chunk is not None:
             options = {k: v for k, v in (("group", chunk), ("per_frame", True)) if k in takes} | options

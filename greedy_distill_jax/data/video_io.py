@@ -83,14 +83,14 @@ def probe(path: str | os.PathLike) -> VideoInfo:
                 first = next(iter(_decode(decoder, packet, path)), None)
         if first is None:
             raise _no_frame(path)
-        height, width = show(first, stream.sample_aspect_ratio, path).shape[:2]
+        height, width = show(first, _pixel_aspect(stream), path).shape[:2]
         fps, variable = _rate(np.sort(times), stream)
         return VideoInfo(width, height, fps, len(times), variable, has_alpha(first))
 
 
 def _rate(times: Float[np.ndarray, " n"], stream: av.VideoStream) -> tuple[float, bool]:
     """(mean frames per second, whether they are uneven) of the sorted times of frames, in seconds."""
-    stored = float(_stored_rate(stream) or 0)
+    stored = _stored_rate(stream)
     if len(times) < 2 or times[0] == times[-1]:
         return stored, False
     fps = float((len(times) - 1) / (times[-1] - times[0]))
@@ -99,8 +99,14 @@ def _rate(times: Float[np.ndarray, " n"], stream: av.VideoStream) -> tuple[float
     return (stored if abs(stored / fps - 1) < 0.01 else fps), variable
 
 
-def _stored_rate(stream: av.VideoStream) -> Fraction | None:
-    return stream.average_rate or stream.guessed_rate
+def _stored_rate(stream: av.VideoStream) -> float:
+    """Frames per second that the file says, 0 where it does not."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def _pixel_aspect(stream: av.VideoStream) -> Fraction | None:
+    found = stream.sample_aspect_ratio  # from version 19 on a number of PyAV's own
+    return Fraction(found.numerator, found.denominator) if found else None
 
 
 def _tick(stream: av.VideoStream) -> float:
@@ -129,14 +135,14 @@ def _read_frames(path: str | os.PathLike, fps: float | int | None) -> Iterator[n
     count = 0
     with _opened(path) as container:
         stream = _video_stream(container)
-        aspect = stream.sample_aspect_ratio
+        aspect = _pixel_aspect(stream)
         decoded = _decoded(container, stream, path)
         if fps is None:
             for frame in decoded:
                 count += 1
                 yield show(frame, aspect, path)
         else:
-            rate = float(_stored_rate(stream) or 0)
+            rate = _stored_rate(stream)
             early = _tick(stream) + 1e-6  # a frame counts as on display this long before its rounded time
             shown, start, end, image = None, None, 0.0, None
             for index, frame in enumerate(decoded):
@@ -163,9 +169,13 @@ def _no_frame(path: object) -> UserError:
     return UserError(f"{path} holds no video frame; give a file with a video stream, or remove it", "path")
 
 
+# A title in another encoding than UTF-8 is no reason not to read a video; from version 19 on that is understood.
+_ANY_METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 def _opened(path: str | os.PathLike) -> av.container.InputContainer:
     try:
-        container = av.open(os.fspath(path), metadata_errors="replace")
+        container = av.open(os.fspath(path), **_ANY_METADATA)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; give the path of a video file", "path") from error
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -200,7 +210,7 @@ def _decoder(stream: av.VideoStream, path: object) -> av.CodecContext:
 def _packets(container: av.container.InputContainer, stream: av.VideoStream, path: object) -> Iterator[av.Packet]:
     """The packets of a stream, then an empty one; UserError where the file has been cut off."""
     _check_index(container, stream, path)
-    end, step = 0.0, 1 / float(_stored_rate(stream) or 1)
+    end, step = 0.0, 1 / (_stored_rate(stream) or 1)
     with _reading(path):
         for packet in container.demux():
             own = packet.stream.index == stream.index

@@ -34,7 +34,8 @@ def flow_matching(
       net: ``velocity = net(x, sigma, batch)``; gradients flow through it.
       batch: "latents" [B, T, H, W, C] is x0.
       key: PRNG key.
-      shift, distribution: how noise levels are drawn, see ``noise_levels.draw_sigma``.
+      shift, distribution: how noise levels are drawn, see ``noise_levels.draw_sigma``. In a configuration the shift is
+        ``config.shift``, unless the options say another.
       per_frame: one noise level per group of frames instead of one per video.
       group: frames that share a level when ``per_frame`` (the student's chunk).
       draws: noise draws per example, laid out along the frames: ``net`` gets [B, draws * T, ...].

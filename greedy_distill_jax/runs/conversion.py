@@ -72,7 +72,7 @@ def _meta(source: Source) -> dict[str, Any]:
             if hasattr(cfg, name):
                 config.student[name] = getattr(cfg, name)
         if plan := source.meta.get("plan"):
-            config.sample.update(_sample_keys({"shift": config.sample.shift, **plan}))
+            config.sample.update(_sample_keys({"shift": config.shift, **plan}))
     model = Student(cfg) if isinstance(cfg, StudentConfig) else Teacher(cfg)
     return dict(
         stage=config.stage,
@@ -103,8 +103,9 @@ def _plan(source: Source) -> dict[str, Any]:
     stored = json.loads(source.meta["config"])
     config = base()
     config.stage = "teacher_forcing"  # a student's samplers
-    config.sample.update(stored["sample"])
-    plan = dataclasses.asdict(read_settings(config).plan) | {"shift": config.sample.shift}
+    config.update({name: stored[name] for name in ("shift", "sample") if name in stored})
+    settings = read_settings(config)
+    plan = dataclasses.asdict(settings.plan) | {"shift": settings.sample.shift}
     return {"plan": plan, "latent_shape": list(source.meta["latent_shape"])}
 
 

@@ -129,6 +129,7 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     with cli.places(**DATA_PLACES):
         known = [settings.data.negative_prompt, *captions_of(data.raw)]
         check_captions(encoder, known, augment=settings.data.augment)
+    settings.kind.check_codec(settings, codec)
     latent_shape = _latent_shape(settings, data, codec, sources)
     frozen = {name: run.params for name, run in frozen_runs(wanted, sources).items()}
     with one_line():
@@ -138,6 +139,9 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         raise UserError(
             f"stage {settings.stage}: build() returned a {type(stage).__name__}; return a stages.base.Stage."
         )
+    for warning in averages(settings, stage):
+        if jax.process_index() == 0:
+            print(f"warning: {warning}", file=sys.stderr)
     check_mesh(settings, mesh, latent_shape, jax.process_count())
     batch_shape = settings.kind.batch_shapes(settings, latent_shape, data.raw)
     _check_entries(settings, data, batch_shape)
@@ -385,6 +389,23 @@ def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
         if idle:
             more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
             warnings.append(f"part {part.name}: no loss trains {', '.join(idle[:5])}{more}")
+    return warnings
+
+
+def averages(settings: Settings, stage: Stage) -> list[str]:
+    """Warnings about averages that reach back before the run's own updates."""
+    warnings = []
+    for name, network in stage.networks.items():
+        decay, start = network.update.ema_decay, network.update.ema_start
+        if decay is None or start >= settings.steps:
+            continue  # none is made, or it is the parameters
+        updates = network.update.count * (settings.steps - start) // settings.steps
+        if 1.0 / (1.0 - decay) > max(updates, 1):
+            warnings.append(
+                f"config.ema.decay = {decay:g} averages over some {round(1 / (1 - decay))} updates, but the {name} has "
+                f"{updates} after config.ema.start = {start}: {decay**updates:.0%} of its average are parameters of "
+                f"that step; lower config.ema.decay, or train longer."
+            )
     return warnings
 
 

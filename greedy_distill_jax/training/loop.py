@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,13 @@ class Progress:
         self.checkpointer.save(self.step, state, self.meta())
 
 
-def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batch):
-    """(state after the parts of a step, their metrics, names of those that were due)."""
+def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batches: Mapping[str, Any]):
+    """(state after the parts of a step, their metrics, names of those that were due); batches by ``Part.order``."""
     metrics: dict[str, Any] = {}
     carry: Any = {}
     due = [part for part in parts if part.due(step)]
     for part in due:
+        batch = batches[part.order]
         if part.host:
             _, found, carry = returned(part, part.call(None, None, jax.device_get(batch), jax.device_get(carry)))
         else:
@@ -123,16 +124,39 @@ def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, bat
     return state, metrics, {part.name for part in due}
 
 
-def batches(job: Job, first: int) -> Iterator[dict[str, jax.Array]]:
-    """Global batches on their devices, from the example that step ``first`` ended at."""
+class Feed:
+    """Global batches on their devices, from where step ``first`` ended; one order of the data per ``Part.order``."""
+
+    def __init__(self, job: Job, first: int):
+        self._job, self._first = job, first
+        self._orders: dict[str, Iterator[dict[str, jax.Array]]] = {}
+
+    def __call__(self, step: int) -> dict[str, dict[str, jax.Array]]:
+        """The batches of a step, by order."""
+        return {order: next(self._of(order)) for order in self._due(step)}
+
+    def _due(self, step: int) -> set[str]:
+        return {part.order for part in self._job.parts if not part.order or part.due(step)}
+
+    def _of(self, order: str) -> Iterator[dict[str, jax.Array]]:
+        if order not in self._orders:
+            seed, seen = self._job.settings.seed, self._first
+            if order:
+                seed = int(np.random.SeedSequence([seed, *order.encode()]).generate_state(1)[0])
+                seen = sum(order in self._due(step) for step in range(1, self._first + 1))
+            self._orders[order] = _batches(self._job, seed, seen)
+        return self._orders[order]
+
+
+def _batches(job: Job, seed: int, seen: int) -> Iterator[dict[str, jax.Array]]:
     data = job.settings.data
     loader = make_loader(
         job.source,
         codec=job.codec,
         text_encoder=job.encoder,
         global_batch=data.batch,
-        seed=job.settings.seed,
-        start=first * data.batch,
+        seed=seed,
+        start=seen * data.batch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=data.threads,
@@ -153,11 +177,11 @@ def run_loop(
     """Steps until the last one of the settings, or until ``stop``; returns the last state, saved."""
     at, job = progress_of, progress_of.job
     settings, alone = job.settings, jax.process_count() == 1
-    feed, compiled = batches(job, at.first), set()
+    feed, compiled = Feed(job, at.first), set()
     with progress(settings.steps, at.first, settings.stage, enabled=show) as bar:
         while at.step < settings.steps and not stop.signal:
-            batch, at.step = next(feed), at.step + 1
-            state, metrics, due = run_parts(job.parts, at.step, state, frozen, batch)
+            batches, at.step = feed(at.step + 1), at.step + 1
+            state, metrics, due = run_parts(job.parts, at.step, state, frozen, batches)
             state = state._replace(step=_placed(at.step, job.state_sharding.step))
             at.made(metrics)
             last = at.step == settings.steps

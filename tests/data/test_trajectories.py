@@ -154,8 +154,8 @@ def run(*arguments):
 def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
     options = ["--teacher", teacher, "--student", STUDENT, "--prompts", prompts, "--output", tmp_path / "out"]
     assert run(*options, "--steps", 8, "--guidance", 3, "--batch", 2, "--seed", 7) == 0
-    student = read_config(STUDENT)
-    lists = read_settings(student, imagine_runs=True).plan.sigmas
+    student = read_settings(read_config(STUDENT), imagine_runs=True)
+    lists = student.plan.sigmas
     source, loaded = ShardedSource(tmp_path / "out", TRAJECTORIES), Run.load(teacher)
     assert source.levels == tuple(sorted({s for row in lists for s in row}, reverse=True))
     levels = tuple(sorted({*noise_levels.uniform_steps(8, student.sample.shift), *source.levels}, reverse=True))

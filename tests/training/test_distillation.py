@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from greedy_distill_jax import losses
+from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.distribution.mesh import make_mesh
@@ -22,13 +23,15 @@ from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
-from greedy_distill_jax.training import nets, policy_gradient
+from greedy_distill_jax.training import loop, nets, policy_gradient
 from greedy_distill_jax.training.job import prepare_job
 from greedy_distill_jax.training.metrics import read_scalars
 from greedy_distill_jax.training.stages import dmd as stage2
+from greedy_distill_jax.training.stages.teacher_forcing import looking_back
 from greedy_distill_jax.training.state import Net, TrainState
 
 LATENT = (4, 4, 4, 16)
+CONTEXTS = ("clean", "fused", "last_step_kv")
 OWN = dict(loss="flow_matching", weight=0.3, options={})
 
 
@@ -194,6 +197,32 @@ def test_one_network_as_both_scores_gives_no_gradient(context):
     assert float(metrics["dmd/gradient"]) < 1e-6 and float(metrics["dmd/distance"]) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "real, context, noise",
+    [
+        ("joint", "clean", 0.0),
+        *(("autoregressive", context, noise) for context in CONTEXTS for noise in (0.0, 0.4)),
+    ],
+)
+def test_equal_scores_agree_whatever_they_look_back_on(real, context, noise):
+    """Of every real score and a fake one of its kind; they see the same history, drawn once."""
+    config = config_of(distill__real=real, distill__guidance=1.0, student__context=context)
+    config.student.context_noise = noise
+    settings = read_settings(config)
+    student = settings.kind.model(settings)
+    params = tiny.random_params(Teacher(settings.wan) if real == "joint" else student, latent_shape=LATENT)
+
+    @jax.jit
+    def gap(params, videos, key):
+        state = TrainState(0, {"student": Net(params, params, None), "critic": Net(params, None, None)})
+        scores = stage2.score_nets(settings, student, jnp.zeros((6, 8)))(state, {"teacher": params, "stage1": params})
+        videos = looking_back(settings, student)(videos, key)
+        pair = draw_pair(key, videos["latents"], **scores, batch=videos, group=stage2.score_group(settings))
+        return jnp.abs(pair.x0_real - pair.x0_fake).max() / jnp.abs(pair.x0_real).max()
+
+    assert gap(params, batch_of(), jax.random.key(1)) < 1e-5
+
+
 # --- through the command ----------------------------------------------------------------------------------------------
 
 
@@ -269,6 +298,26 @@ def test_no_device_holds_a_whole_network(sources, tmp_path):
             held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
         whole = sum(x.nbytes for x in jax.tree.leaves(network))
         assert len(held) == 8 and max(held.values()) < whole / 4  # biases and norms are whole on every device
+
+
+def test_generator_and_critic_draw_their_own_prompts(sources, tmp_path):
+    config = run_config(sources, distill__critic_warmup=1, data__threads=0)
+    job = prepare_job(read_settings(config), tmp_path, make_mesh({"data": -1}))
+    feed = loop.Feed(job, 0)
+    seen = [{order: np.asarray(batch["text"]) for order, batch in feed(step).items()} for step in range(1, 7)]
+    assert [set(batches) - {""} for batches in seen] == [set(), {"generator"}] * 3
+    critics, generators = ([b[order] for b in seen if order in b] for order in ("", "generator"))
+    assert not any(np.array_equal(a, b) for a in critics for b in generators)
+    for first in range(6):  # a resumed run goes on with what comes next in either order
+        resumed = loop.Feed(job, first)(first + 1)
+        for order, text in seen[first].items():
+            np.testing.assert_array_equal(resumed[order]["text"], text)
+
+
+def test_long_rollouts_need_latents_that_are_all_alike(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(PatchCodec, "temporal_stride", 4)
+    with pytest.raises(UserError, match=r"config\.distill\.frames is 8, beyond .* begin with a latent of 4 frames"):
+        prepare_job(read_settings(run_config(sources, distill__frames=8)), tmp_path, make_mesh({"data": -1}))
 
 
 def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):

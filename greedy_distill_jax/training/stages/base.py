@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, is_number
@@ -30,7 +31,8 @@ class Part(NamedTuple):
     of arrays, empty at the start of a step, that the parts of a step hand on to each other. A part is jitted and its
     state donated, unless it is a ``host`` part: that gets numpy arrays as its batch and carry, None as its state and
     frozen networks, and runs as it is, in a single process; between a rollout and an update it may ask a reward
-    outside. ``losses``: where its terms stand, for errors.
+    outside. ``losses``: where its terms stand, for errors. ``order``: parts of one name are given the same batch; the
+    parts of another name than "" see the data in an order of their own, and only batches of steps they are due in.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Part(NamedTuple):
     call: Callable
     host: bool = False
     losses: str = "config.losses"
+    order: str = ""
 
 
 def returned(part: Part, out: Any) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
@@ -160,9 +163,7 @@ class StageKind(abc.ABC):
     def terms(self, settings: Settings) -> tuple[Term, ...]:
         """The losses of the network it is named for: of a student, one noise level per chunk, as when streaming."""
         chunk = settings.student_config.chunk
-        return terms_of(
-            settings.losses, "config.losses", offered=self.offers, chunk_of=lambda loss: chunk, stage=settings.stage
-        )
+        return terms_of(settings.losses, "config.losses", settings, offered=self.offers, chunk_of=lambda loss: chunk)
 
     def all_terms(self, settings: Settings) -> tuple[Term, ...]:
         """The losses of all its networks."""
@@ -211,6 +212,9 @@ class StageKind(abc.ABC):
     def check_sources(self, settings: Settings, sources: Mapping[str, Any]) -> None:  # noqa: B027 (most accept all)
         """Raises UserError when a loaded run cannot serve."""
 
+    def check_codec(self, settings: Settings, codec: VideoCodec) -> None:  # noqa: B027 (most accept all)
+        """Raises UserError when it cannot train on latents of this codec."""
+
     @abc.abstractmethod
     def build(self, settings: Settings, inputs: Inputs) -> Stage:
         """The stage: networks, frozen parameters, parts."""
@@ -231,7 +235,7 @@ def own_update(settings: Settings, updates: int) -> Update:
     """How the network that a stage is named for is updated, ``updates`` times in the run."""
     o = settings.optimizer
     scale = None if o.new_scale == 1.0 else new_parameter_scale(o.new_scale)
-    return Update(make_optimizer(o, steps=updates), settings.ema.decay, settings.ema.start, scale)
+    return Update(make_optimizer(o, steps=updates), settings.ema.decay, settings.ema.start, scale, updates)
 
 
 def compute_precision(params, dtype: str):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config.keys import Losses, Optimizer, flow_matching_alone
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.diffusion import guidance
@@ -63,7 +64,8 @@ class Distill:
     anchor: NotNegative = 0.0  # actor_critic: weight of (action - action of the rollout)^2
     # Length of a rollout; beyond data.frames the scores see random windows; 0 = data.frames.
     frames: Annotated[int, between(0, 2**16)] = 0
-    shift: Positive = 5.0  # of the noise levels at which both scores are asked, drawn uniformly before it
+    # Of the noise levels at which both scores are asked, drawn uniformly before it; empty = config.shift.
+    shift: Positive | None = None
     low: NoiseLevel = 0.02  # these levels are clipped to [low, high]
     high: NoiseLevel = 0.98
     draws: Count = 1  # noise draws per video, averaged
@@ -106,9 +108,9 @@ class Dmd(StageKind):
         return terms_of(
             settings.losses,
             "config.losses",
+            settings,
             offered=self.offers,
             chunk_of=lambda loss: chunk if asked(loss) else settings.student_config.chunk,
-            stage=settings.stage,
         )
 
     def wanted(self, settings: Settings) -> dict[str, Wanted]:
@@ -182,6 +184,16 @@ class Dmd(StageKind):
                 f"another real."
             )
 
+    def check_codec(self, settings: Settings, codec: VideoCodec) -> None:
+        """A window of a longer rollout is a video like any other only where all latent frames are alike."""
+        frames, of_data = settings.own["distill"].frames, settings.data.frames
+        if frames > of_data and codec.temporal_stride > 1:
+            raise UserError(
+                f"config.distill.frames is {frames}, beyond config.data.frames = {of_data}: the scores would see "
+                f"windows that begin with a latent of {codec.temporal_stride} frames of video, where every video they "
+                f"were trained on begins with a latent of one; leave config.distill.frames at 0."
+            )
+
     def build(self, settings: Settings, inputs: Inputs) -> Stage:
         """The student and, with a separate fake score, the critic, each with a part of its own."""
         d: Distill = settings.own["distill"]
@@ -228,6 +240,7 @@ class Dmd(StageKind):
                 policy_gradient.critic_step, make_net=critic_net, terms=critic_terms(settings), update=update, **shared
             )
             parts.append(_part("critic", always, step)._replace(losses="config.critic.losses"))
+            parts[0] = parts[0]._replace(order="generator")  # each draws prompts of its own, as in Self-Forcing
         frozen = {name: compute_precision(tree, student.cfg.base.dtype) for name, tree in inputs.frozen.items()}
         return Stage(networks, frozen, tuple(parts))
 
@@ -252,9 +265,9 @@ def critic_terms(settings: Settings) -> tuple[Term, ...]:
     return terms_of(
         settings.own["critic"].losses,
         "config.critic.losses",
+        settings,
         offered=(),
         chunk_of=lambda loss: None if joint else chunk,
-        stage=settings.stage,
     )
 
 

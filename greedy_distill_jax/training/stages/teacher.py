@@ -37,9 +37,7 @@ class Teacher(StageKind):
 
     def terms(self, settings: Settings) -> tuple[Term, ...]:
         """The losses, with one noise level per video."""
-        return terms_of(
-            settings.losses, "config.losses", offered=self.offers, chunk_of=lambda loss: None, stage=settings.stage
-        )
+        return terms_of(settings.losses, "config.losses", settings, offered=self.offers, chunk_of=lambda loss: None)
 
     def wanted(self, settings: Settings) -> dict[str, Wanted]:
         """A teacher may go on from another run's, or from converted weights."""
