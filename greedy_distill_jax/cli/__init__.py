@@ -78,7 +78,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
         _say(f"error: {error}")
         code = 4
     except Stopped as stopped:
-        _say(str(stopped))
+        if str(stopped):
+            _say(str(stopped))
         code = 0
     except KeyboardInterrupt:
         _say("interrupted")
