@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -26,6 +26,7 @@ _QUIET = 600.0  # seconds of one wait for a question: the service keeps somethin
 _runs = itertools.count()
 
 
+@runtime_checkable
 class Store(Protocol):
     """Texts by name, which all processes share."""
 

@@ -91,7 +91,7 @@ def _missing_of_srun(environment: Mapping[str, str]) -> str:
     if missing:
         return f"{missing[0]} is not set"
     # A shell that salloc opens on a node is a step of one task in a job of several.
-    if environment.get("SLURM_STEP_NUM_TASKS") == "1" < _number(environment, "SLURM_NTASKS", 1):
+    if environment.get("SLURM_STEP_NUM_TASKS") == "1" and _number(environment, "SLURM_NTASKS", 1) > 1:
         return "SLURM_STEP_NUM_TASKS is 1"
     return ""
 
