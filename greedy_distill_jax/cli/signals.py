@@ -17,6 +17,7 @@ GRACE = 5.0  # seconds in which the stack must have unwound
 _LAST = 1.0  # seconds for the last line: a pipe that nobody reads takes none
 _listeners: list[Callable[[int], None]] = []
 _lines: list[str] = []
+_unwound = threading.Event()
 
 
 @contextlib.contextmanager
@@ -29,6 +30,7 @@ def ending() -> Iterator[None]:
     as those of training, keep their signals for themselves.
     """
     ended = threading.Event()
+    _unwound.clear()
 
     def handle(number: int, _: object) -> None:
         if number == signal.SIGINT:
@@ -57,6 +59,7 @@ def ending() -> Iterator[None]:
         yield
     finally:
         ended.set()
+        _unwound.set()  # whoever called says how it ended
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -90,25 +93,23 @@ def saying(line: str) -> Iterator[None]:
         _lines.remove(line)
 
 
-def end_soon(code: int, last: Callable[[], None] | None = None) -> None:
-    """Ends the process with this code if it has not ended itself in ``GRACE`` seconds; ``last`` is done first."""
+def end_soon(code: int, seconds: float = 0.0) -> None:
+    """Ends the process with this code if it has not ended itself ``GRACE`` and these seconds from now."""
 
     def wait() -> None:
-        time.sleep(GRACE)
-        _end(code, last)
+        time.sleep(GRACE + seconds)
+        _end(code)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _end(code: int, act: Callable[[], None] | None = None) -> None:
+def _end(code: int) -> None:
     """Ends the process without unwinding, whatever its last acts do."""
     try:
         abort_all()
-        for target, arguments in ((_say_last, (code,)), (act, ())):
-            if target:
-                last = threading.Thread(target=target, args=arguments, daemon=True)
-                last.start()
-                last.join(_LAST)
+        last = threading.Thread(target=_say_last, args=(code,), daemon=True)
+        last.start()
+        last.join(_LAST)
     finally:
         os._exit(code)
 
@@ -116,7 +117,7 @@ def _end(code: int, act: Callable[[], None] | None = None) -> None:
 def _say_last(code: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        if code == CODES[signal.SIGINT]:
+        if code == CODES[signal.SIGINT] and not _unwound.is_set():
             _lines.append("interrupted")
         for line in _lines:
             print(line, file=sys.stderr, flush=True)

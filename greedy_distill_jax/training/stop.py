@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.cli import signals
 from greedy_distill_jax.distribution.agreement import Agreement, Decision, ServiceStore
 from greedy_distill_jax.errors import Diverged, UserError
+
+_LEADER = 1.0  # seconds that process 0, with the service of all, ends after the others: jax aborts who misses it
 
 
 class Stop:
@@ -66,23 +69,27 @@ class AgreedStop(Stop):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._stack.close()
-        self._agreement.close("" if error is None or self._unwinds else _told(error))
+        failed = error is not None and not self._unwinds
+        self._agreement.close(_told(error) if failed else "")
+        if failed:
+            cli.end_without_others()
         super().__exit__(kind, error, trace)
 
     def begins(self, step: int) -> bool:
         """Whether this step may begin, which waits for the others when one of them was told to stop."""
         if self._agreement.begins(step):
             return True
-        decision = self._agreement.decision
-        if decision and not decision.step:
-            self._unwind(signals.CODES[signal.Signals(decision.signal)])
+        if decision := self._agreement.decision:
+            self.signal = decision.signal
+            if not decision.step:
+                self._unwind(signals.CODES[signal.Signals(decision.signal)])
         return False
 
     def _heard(self, number: int) -> None:
         """In a thread, also while the main one is inside a computation."""
         self._heard_interrupts += number == signal.SIGINT
         if self._heard_interrupts == 2:
-            signals.end_soon(signals.CODES[signal.SIGINT], jax.distributed.shutdown)
+            signals.end_soon(signals.CODES[signal.SIGINT])
         if not self._code:
             self._agreement.ask(number)
 
@@ -102,7 +109,6 @@ class AgreedStop(Stop):
             raise KeyboardInterrupt if code == signals.CODES[signal.SIGINT] else SystemExit(code)
 
     def _decided(self, decision: Decision) -> None:
-        self.signal = decision.signal
         if decision.step:
             self._say(f"\nstopping after step {decision.step} ...")
         else:
@@ -116,7 +122,7 @@ class AgreedStop(Stop):
     def _leave(self, code: int) -> None:
         """Ends this process, from a thread: a signal wakes the main one, if Python still gets to see it there."""
         self._code = code
-        signals.end_soon(code, jax.distributed.shutdown)
+        signals.end_soon(code, seconds=_LEADER if jax.process_index() == 0 else 0.0)
         if self._old:
             os.kill(os.getpid(), signal.SIGTERM)
 
