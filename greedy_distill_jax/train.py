@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.config_flags import load_config
 from greedy_distill_jax.config import open_keys, read_settings
+from greedy_distill_jax.distribution.agreement import place
 from greedy_distill_jax.distribution.join import check_joined, join_hosts
 from greedy_distill_jax.distribution.mesh import make_mesh, use_compile_cache
 from greedy_distill_jax.errors import Stopped, UserError
@@ -51,15 +52,15 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     settings, workdir = read_settings(config), Path(workdir).expanduser()
     use_compile_cache(settings.compile_cache)
     join_hosts()
-    check_joined()
-    main, alone = jax.process_index() == 0, jax.process_count() == 1
+    process, processes = place()
     with contextlib.ExitStack() as stack:
-        if not alone:  # first of all: what ends one process ends the others, too
-            stop = stack.enter_context(AgreedStop(settings.stage))
-        if main:
+        if processes > 1:  # first of all: what ends one process ends the others, too
+            stop = stack.enter_context(AgreedStop(settings.stage, process, processes))
+        check_joined()
+        if main := jax.process_index() == 0:
             stack.enter_context(sole_writer(workdir))
         job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))
-        if alone:
+        if processes == 1:
             stop = stack.enter_context(Stop())
         # Where it stands: at its newest checkpoint, or at the beginning.
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", max_to_keep=settings.checkpoint.keep))

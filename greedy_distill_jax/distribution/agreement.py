@@ -156,6 +156,17 @@ class Agreement:
         return None
 
 
+def place() -> tuple[int, int]:
+    """(number of this process, how many have joined), as the service has them; (0, 1) without one.
+
+    Unlike ``jax.process_index`` it starts no devices, which would wait for those of the other processes.
+    """
+    from jax._src import distributed
+
+    state = distributed.global_state
+    return (0, 1) if state.client is None else (state.process_id, state.num_processes)
+
+
 class ServiceStore:
     """The store of the coordination service, with names of its own for every run of a process."""
 

@@ -6,8 +6,6 @@ import signal
 import sys
 from typing import Any
 
-import jax
-
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli import signals
 from greedy_distill_jax.distribution.agreement import Agreement, Decision, ServiceStore
@@ -55,14 +53,15 @@ class AgreedStop(Stop):
     wait for another process takes longer than ``signals.GRACE``. The same holds when one of them fails.
     """
 
-    def __init__(self, stage: str):
+    def __init__(self, stage: str, process: int, processes: int):
         super().__init__()
-        self._stage, self._code, self._unwinds, self._heard_interrupts = stage, 0, False, 0
+        self._stage, self._process, self._processes = stage, process, processes
+        self._code, self._unwinds, self._heard_interrupts = 0, False, 0
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "AgreedStop":
-        index, count = jax.process_index(), jax.process_count()
-        self._agreement = Agreement(ServiceStore(), index, count, self._decided, self._failed)
+        store, place = ServiceStore(), (self._process, self._processes)
+        self._agreement = Agreement(store, *place, self._decided, self._failed)
         super().__enter__()
         self._stack.enter_context(signals.listening(self._heard))
         return self
@@ -122,12 +121,12 @@ class AgreedStop(Stop):
     def _leave(self, code: int) -> None:
         """Ends this process, from a thread: a signal wakes the main one, if Python still gets to see it there."""
         self._code = code
-        signals.end_soon(code, seconds=_LEADER if jax.process_index() == 0 else 0.0)
+        signals.end_soon(code, seconds=_LEADER if self._process == 0 else 0.0)
         if self._old:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _say(self, line: str) -> None:
-        if jax.process_index() == 0:  # the others would say the same
+        if self._process == 0:  # the others would say the same
             print(line, file=sys.stderr, flush=True)
 
 
