@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-ANSWER = 60.0  # seconds in which every process must say which step it has begun
+ANSWER = 20.0  # seconds in which every process must say which step it has begun
 _SLICE = 1.0  # seconds between two looks at whether an answer is still wanted
 _QUIET = 600.0  # seconds of one wait for a question: the service keeps something of every wait that nobody ended
 _runs = itertools.count()
