@@ -21,14 +21,17 @@ from ml_collections import ConfigDict
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.config_flags import load_config
 from greedy_distill_jax.config import open_keys, read_settings
-from greedy_distill_jax.distribution.mesh import join_hosts, make_mesh, use_compile_cache
+from greedy_distill_jax.distribution.agreement import place
+from greedy_distill_jax.distribution.join import check_joined, join_hosts
+from greedy_distill_jax.distribution.mesh import make_mesh, use_compile_cache
 from greedy_distill_jax.errors import Stopped, UserError
 from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.storage.lock import sole_writer
 from greedy_distill_jax.training.job import prepare_job
-from greedy_distill_jax.training.loop import Progress, Stop, run_loop
+from greedy_distill_jax.training.loop import Progress, run_loop
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.training.state import TrainState
+from greedy_distill_jax.training.stop import AgreedStop, Stop
 from greedy_distill_jax.weights.pipeline import save_codec
 
 
@@ -49,12 +52,16 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     settings, workdir = read_settings(config), Path(workdir).expanduser()
     use_compile_cache(settings.compile_cache)
     join_hosts()
-    main = jax.process_index() == 0
+    process, processes = place()
     with contextlib.ExitStack() as stack:
-        if main:  # where it is refused, the other processes end when they miss this one
+        if processes > 1:  # first of all: what ends one process ends the others, too
+            stop = stack.enter_context(AgreedStop(settings.stage, process, processes))
+        check_joined()
+        if main := jax.process_index() == 0:
             stack.enter_context(sole_writer(workdir))
         job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))
-        stop = stack.enter_context(Stop())
+        if processes == 1:
+            stop = stack.enter_context(Stop())
         # Where it stands: at its newest checkpoint, or at the beginning.
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", max_to_keep=settings.checkpoint.keep))
         progress = Progress(job, workdir, checkpointer)
@@ -71,13 +78,14 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         )
         state = run_loop(progress, state, frozen, writer, stop, show_progress and main)
 
-    if stop.signal and progress.step < settings.steps:
+    if progress.step < settings.steps:
         step = progress.step
         saved = f"saved step {step} of {settings.steps} in {workdir}" if step else "nothing to save yet"
         message = f"{settings.stage}: stopped, {saved}; the same command goes on from there."
         if stop.signal == signal.SIGTERM:
-            raise Stopped(message)
-        print(message, file=sys.stderr)
+            raise Stopped(message if main else "")
+        if main:
+            print(message, file=sys.stderr)
         raise KeyboardInterrupt
     return state
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from greedy_distill_jax.cli.signals import ending
+from greedy_distill_jax.cli.signals import end_soon, ending
 from greedy_distill_jax.errors import Diverged, Stopped, UserError
 from greedy_distill_jax.ranges import complaint
 
@@ -64,6 +64,7 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
     Raises:
       SystemExit: always, except for an error that is not the user's, which keeps its traceback.
     """
+    code: Any = 1
     try:
         with ending():
             if argv is None and not _needs_argument(main):
@@ -78,7 +79,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
         _say(f"error: {error}")
         code = 4
     except Stopped as stopped:
-        _say(str(stopped))
+        if str(stopped):
+            _say(str(stopped))
         code = 0
     except KeyboardInterrupt:
         _say("interrupted")
@@ -96,7 +98,18 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
             raise
         _say(f"error: {_no_platform(error)}")
         code = 2
+    finally:
+        if _alone:  # jax would wait for the others, for minutes
+            end_soon(code)
     sys.exit(code or 0)
+
+
+_alone: list[bool] = []
+
+
+def end_without_others() -> None:
+    """The command of this process, one of several, ends with an error, and not all of the others may get to know."""
+    _alone.append(True)
 
 
 def _is_about_the_platform(error: BaseException) -> bool:

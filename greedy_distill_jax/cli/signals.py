@@ -7,13 +7,17 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from greedy_distill_jax.storage.partial import abort_all
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 GRACE = 5.0  # seconds in which the stack must have unwound
 _LAST = 1.0  # seconds for the last line: a pipe that nobody reads takes none
+_listeners: list[Callable[[int], None]] = []
+_lines: list[str] = []
+_unwound = threading.Event()
 
 
 @contextlib.contextmanager
@@ -26,6 +30,7 @@ def ending() -> Iterator[None]:
     as those of training, keep their signals for themselves.
     """
     ended = threading.Event()
+    _unwound.clear()
 
     def handle(number: int, _: object) -> None:
         if number == signal.SIGINT:
@@ -35,14 +40,10 @@ def ending() -> Iterator[None]:
     def watch() -> None:
         while told := reader.recv(1):
             number = told[0]
+            for listen in tuple(_listeners):
+                listen(number)
             if signal.getsignal(number) is handle and not ended.wait(GRACE):
-                try:
-                    abort_all()
-                    last = threading.Thread(target=_say_last, args=(number,), daemon=True)
-                    last.start()
-                    last.join(_LAST)
-                finally:
-                    os._exit(CODES[signal.Signals(number)])
+                _end(CODES[signal.Signals(number)])
 
     _keep_from_children()
     process = os.getpid()
@@ -58,6 +59,7 @@ def ending() -> Iterator[None]:
         yield
     finally:
         ended.set()
+        _unwound.set()  # whoever called says how it ended
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -68,11 +70,57 @@ def ending() -> Iterator[None]:
         reader.close()
 
 
-def _say_last(number: int) -> None:
+@contextlib.contextmanager
+def listening(listen: Callable[[int], None]) -> Iterator[None]:
+    """Inside the block ``listen`` hears of every signal within ``ending``, in a thread, whatever Python waits for."""
+    _listeners.append(listen)
+    try:
+        yield
+    finally:
+        _listeners.remove(listen)
+
+
+@contextlib.contextmanager
+def saying(line: str) -> Iterator[None]:
+    """A process that a signal ends inside the block says this line, whether its stack unwinds or not."""
+    _lines.append(line)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        print(line, file=sys.stderr, flush=True)
+        raise
+    finally:
+        _lines.remove(line)
+
+
+def end_soon(code: int, seconds: float = 0.0) -> None:
+    """Ends the process with this code if it has not ended itself ``GRACE`` and these seconds from now."""
+
+    def wait() -> None:
+        time.sleep(GRACE + seconds)
+        _end(code)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _end(code: int) -> None:
+    """Ends the process without unwinding, whatever its last acts do."""
+    try:
+        abort_all()
+        last = threading.Thread(target=_say_last, args=(code,), daemon=True)
+        last.start()
+        last.join(_LAST)
+    finally:
+        os._exit(code)
+
+
+def _say_last(code: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        if number == signal.SIGINT:
-            print("interrupted", file=sys.stderr, flush=True)
+        if code == CODES[signal.SIGINT] and not _unwound.is_set():
+            _lines.append("interrupted")
+        for line in _lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 @functools.cache

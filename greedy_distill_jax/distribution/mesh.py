@@ -1,4 +1,4 @@
-"""Devices: the other hosts, the mesh, the compilation cache."""
+"""Devices: the mesh, the compilation cache."""
 
 import os
 from collections.abc import Mapping
@@ -18,13 +18,6 @@ def use_compile_cache(path: str) -> None:
     if path:
         jax.config.update("jax_compilation_cache_dir", str(Path(path).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def join_hosts() -> None:
-    """Joins the other processes of a job that SLURM started, or one with JAX_COORDINATOR_ADDRESS set."""
-    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
-    if several and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
 
 
 def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:

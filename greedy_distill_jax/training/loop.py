@@ -1,7 +1,5 @@
 """The one loop that every stage runs in: batches in, parts in their order, scalars, samples and checkpoints out."""
 
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,34 +18,7 @@ from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, init
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.training.stages.base import Part, returned
 from greedy_distill_jax.training.state import TrainState
-
-
-class Stop:
-    """Set by SIGTERM and Ctrl-C; the loop saves and leaves. A second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        self.signal, self._interrupts = 0, 0
-        self._old = {}
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._old[number] = signal.signal(number, self._set)
-            except ValueError:  # not the main thread (a notebook server): no handlers there
-                break
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _set(self, number, _):
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
-        if not self.signal:
-            print("\nstopping after this update ...", file=sys.stderr, flush=True)
-        self.signal = self.signal or number
+from greedy_distill_jax.training.stop import Stop
 
 
 class Progress:
@@ -179,7 +150,7 @@ def run_loop(
     settings, alone = job.settings, jax.process_count() == 1
     feed, compiled = Feed(job, at.first), set()
     with progress(settings.steps, at.first, settings.stage, enabled=show) as bar:
-        while at.step < settings.steps and not stop.signal:
+        while at.step < settings.steps and stop.begins(at.step + 1):
             batches, at.step = feed(at.step + 1), at.step + 1
             state, metrics, due = run_parts(job.parts, at.step, state, frozen, batches)
             state = state._replace(step=_placed(at.step, job.state_sharding.step))
@@ -198,7 +169,7 @@ def run_loop(
                 _write_samples(job, state, at.meta(), at.step, writer)
             bar.update(1, restart=not due <= compiled)  # the first call of a part compiles it
             compiled |= due
-    if stop.signal and at.first < at.step < settings.steps:
+    if at.first < at.step < settings.steps:
         mean = at.check()
         if mean:
             writer.scalars(at.step, {f"{settings.stage}/{name}": x for name, x in mean.items()})

@@ -17,7 +17,7 @@ from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion import solvers
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.partial import Partial
-from greedy_distill_jax.training.loop import Stop
+from greedy_distill_jax.training.stop import Stop
 
 CONFIG = """
 from ml_collections import ConfigDict

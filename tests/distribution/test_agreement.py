@@ -1,0 +1,217 @@
+"""Processes that agree on their last step, as threads with a store of their own; and how processes join."""
+
+import queue
+import re
+import threading
+import time
+
+import jax
+import pytest
+from hypothesis import given, strategies as st
+
+from greedy_distill_jax.distribution import agreement
+from greedy_distill_jax.distribution.agreement import Agreement, Decision
+from greedy_distill_jax.distribution.join import joining
+from greedy_distill_jax.errors import UserError
+
+LONG = 60.0  # seconds after which a test counts as hanging
+PAUSES = st.lists(st.sampled_from([0.0, 0.0, 0.001, 0.004]), min_size=1, max_size=20)
+
+
+class FakeStore:
+    """A store in this process, whose calls take as long as ``pauses`` say, one after the other."""
+
+    def __init__(self, pauses=(0.0,)):
+        self.texts, self._changed = {}, threading.Condition()
+        self._pauses, self._calls = pauses, 0
+
+    def _pause(self):
+        self._calls += 1
+        time.sleep(self._pauses[self._calls % len(self._pauses)])
+
+    def set(self, key, value):
+        self._pause()
+        with self._changed:
+            self.texts[key] = value
+            self._changed.notify_all()
+
+    def get(self, key, seconds):
+        with self._changed:
+            self._changed.wait_for(lambda: key in self.texts, seconds)
+            found = self.texts.get(key)
+        self._pause()
+        return found
+
+
+class Steps:
+    """Steps that all processes compute together: none ends before all have begun it."""
+
+    def __init__(self, processes, ahead):
+        self._begun, self._ahead, self._changed = [0] * processes, ahead, threading.Condition()
+
+    def make(self, process, step):
+        with self._changed:
+            self._begun[process] = step
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: min(self._begun) >= step - self._ahead, LONG), "a step never ends"
+
+    def end(self, process):
+        """It waits for what it has begun."""
+        with self._changed:
+            step = self._begun[process]
+            assert self._changed.wait_for(lambda: min(self._begun) >= step, LONG), "a step never ends"
+
+
+@given(
+    processes=st.integers(2, 4),
+    total=st.integers(1, 6),
+    ahead=st.integers(0, 2),
+    signals=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.sampled_from([2, 15])), max_size=3),
+    own=st.lists(PAUSES, min_size=4, max_size=4),
+    pauses=PAUSES,
+)
+def test_all_processes_make_the_same_steps(processes, total, ahead, signals, own, pauses):
+    store, steps = FakeStore(pauses), Steps(processes, ahead)
+    made, decisions, failures = [None] * processes, queue.SimpleQueue(), []
+
+    def run(process):
+        agreed = Agreement(store, process, processes, decisions.put, failures.append)
+        step = 0
+
+        def signalled():
+            for number in (number for at, when, number in signals if (at, when) == (process, step)):
+                agreed.ask(number)
+
+        signalled()
+        while step < total and agreed.begins(step + 1):
+            step += 1
+            signalled()
+            time.sleep(own[process][step % len(own[process])])
+            steps.make(process, step)
+        steps.end(process)
+        made[process] = step
+        agreed.close()
+
+    threads = [threading.Thread(target=run, args=(process,), daemon=True) for process in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert None not in made, "a process waits for ever"
+    assert len(set(made)) == 1 and not failures
+    asked = [(when, number) for at, when, number in signals if at < processes and when <= total]
+    if not asked:
+        assert made[0] == total
+    while not decisions.empty():
+        found = decisions.get()
+        assert found.step == made[0] and found.signal in {number for _, number in asked}
+    if made[0] < total:
+        assert made[0] >= min(when for when, _ in asked)
+
+
+def _failure(process=0, processes=2, *, store=None, act=lambda agreed: agreed.ask(15)):
+    """The line with which a process learns that it cannot go on."""
+    failures = queue.SimpleQueue()
+    agreed = Agreement(store or FakeStore(), process, processes, lambda _: None, failures.put)
+    act(agreed)
+    try:
+        return failures.get(timeout=LONG)
+    finally:
+        agreed.close()
+
+
+def test_a_process_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(agreement, "ANSWER", 0.05)
+    assert _failure() == "process 1 does not say within 0 s which step it has begun"
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_process_that_fails_ends_the_others(stopping):
+    """Also after they agreed to stop, as when it cannot save."""
+    store, decided = FakeStore(), threading.Semaphore(0)
+    other = Agreement(store, 1, 2, lambda _: decided.release(), lambda _: None)
+
+    def act(agreed):
+        if stopping:
+            agreed.ask(15)
+            assert decided.acquire(timeout=LONG) and not agreed.begins(1)
+        other.close("the disk is full")
+
+    assert _failure(store=store, act=act) == "process 1 has ended (the disk is full); the others end, too"
+
+
+def test_a_service_that_is_gone_is_a_line():
+    class Gone(FakeStore):
+        def get(self, key, seconds):
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: no connection\nmore")
+
+    line = "the service that joins the processes does not answer (UNAVAILABLE: no connection)"
+    assert _failure(store=Gone(), act=lambda _: None) == line
+
+
+def test_a_stop_at_the_end_of_a_run_needs_nobody_who_has_left():
+    store, decisions = FakeStore(), queue.SimpleQueue()
+    first, last = (Agreement(store, process, 2, decisions.put, lambda _: None) for process in (0, 1))
+    assert first.begins(1) and last.begins(1)
+    first.close()
+    last.ask(15)
+    assert decisions.get(timeout=LONG) == Decision(1, 15)
+    assert not last.begins(2)
+    last.close()
+
+
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_STEP_NUM_TASKS": "2",
+}
+BATCH = {name: text for name, text in SRUN.items() if "STEP" not in name}  # the script of sbatch itself
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "node1:1234"}
+COUNT, INDEX = {"JAX_NUM_PROCESSES": "2"}, {"JAX_PROCESS_ID": "1"}
+EXPLICIT = {"coordinator_address": "node1:1234", "num_processes": 2, "process_id": 1}
+
+
+@pytest.mark.parametrize(
+    "environment, arguments",
+    [
+        ({}, None),
+        ({"JAX_COORDINATOR_ADDRESS": ""}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7"}, None),  # a job that says no number of tasks
+        ({**BATCH, "JAX_NUM_PROCESSES": "1"}, None),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        (SRUN, {}),
+        ({**SRUN, **ADDRESS}, {"coordinator_address": "node1:1234"}),
+        ({**ADDRESS, **COUNT, **INDEX}, EXPLICIT),
+        ({**BATCH, **ADDRESS, **COUNT, **INDEX}, EXPLICIT),  # started by a loop over ssh in the script of a job
+        (ADDRESS, {"coordinator_address": "node1:1234"}),  # a slice of TPUs knows the rest
+    ],
+)
+def test_how_a_process_joins(environment, arguments):
+    assert joining(environment) == arguments
+
+
+@pytest.mark.parametrize(
+    "environment, line",
+    [
+        ({**ADDRESS, **COUNT}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES are set, JAX_PROCESS_ID is not"),
+        ({**ADDRESS, **INDEX}, "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID are set, JAX_NUM_PROCESSES is not"),
+        ({**COUNT, **INDEX}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID without JAX_COORDINATOR_ADDRESS; set it"),
+        (INDEX, "JAX_PROCESS_ID without JAX_COORDINATOR_ADDRESS; .* and JAX_NUM_PROCESSES"),
+        ({**ADDRESS, **COUNT, "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2 of JAX_NUM_PROCESSES = 2; .* from 0 to 1"),
+        ({**ADDRESS, **INDEX, "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a number from 1"),
+        ({**COUNT, **INDEX, "JAX_COORDINATOR_ADDRESS": "node1"}, "JAX_COORDINATOR_ADDRESS is 'node1'; .* HOST:PORT"),
+        (BATCH, "2 tasks .SLURM_NTASKS., but srun has not .* .SLURM_STEP_NODELIST is not set.; start it with srun"),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, "SLURM_STEP_NODELIST is not set"),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, "SLURM_STEP_NUM_TASKS is 1"),  # a shell of salloc
+        ({**BATCH, **ADDRESS}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID are not, and srun has not started this"),
+        ({**SRUN, "SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
+    ],
+)
+def test_what_a_process_lacks_to_join(environment, line):
+    with pytest.raises(UserError) as error:
+        joining(environment)
+    assert re.search(line, str(error.value)) and "\n" not in str(error.value)

@@ -1,0 +1,141 @@
+"""Two processes of one run: a signal to one of them stops both after the same step, and what ends one ends both."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.storage.lock import held
+from greedy_distill_jax.training.metrics import read_scalars
+
+CONFIG = """
+import os, pathlib, time
+import jax
+from greedy_distill_jax.training import job
+from greedy_distill_jax.training.metrics import MetricWriter
+from greedy_distill_jax.testing.tiny import train_config
+def hold(at):
+    file = pathlib.Path(os.environ["HOLD"] + str(jax.process_index()))
+    if file.name.startswith(str(at) + "-"):
+        file.touch()
+        while file.exists():
+            time.sleep(0.01)
+write, open_data = MetricWriter.scalars, job.open_data
+def scalars(self, step, *args):
+    write(self, step, *args)
+    hold(step)
+def opened(*args):
+    hold("setup")
+    return open_data(*args)
+MetricWriter.scalars, job.open_data = scalars, opened
+def get_config(stage="teacher"):
+    return train_config(stage, steps=16, checkpoint__every=5, mesh__data=4)
+"""
+
+
+class _Pair:
+    """A training command in two processes with two devices each, which wait for signals at a step, or in the setup."""
+
+    def __init__(self, tmp_path, workdir, env, hold="none", changes=()):
+        config, self.hold = tmp_path / "config.py", tmp_path / f"{hold}-"
+        config.write_text(CONFIG)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        env = {
+            **env,
+            "XLA_FLAGS": f"{env['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "HOLD": str(self.hold),
+        }
+        command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={config}", f"--workdir={workdir}"]
+        self.files = [tmp_path / f"err{index}" for index in (0, 1)]
+        self.processes = []
+        for index, file in enumerate(self.files):
+            with open(file, "w") as err:
+                own = {**env, "JAX_PROCESS_ID": str(index)}
+                self.processes.append(subprocess.Popen([*command, *changes], env=own, stderr=err))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def signal(self, number, *indices, between=0.0):
+        """Sends a signal to some of the processes once they wait, then lets all go on."""
+        files = [self.hold.with_name(f"{self.hold.name}{index}") for index in (0, 1)]
+        while not all(file.exists() for file in files):
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.01)
+        for index in indices:
+            self.processes[index].send_signal(number)
+            time.sleep(between)
+        for file in files:
+            file.unlink()
+
+    def said(self):
+        return "\n".join(file.read_text() for file in self.files)
+
+    def codes(self):
+        return [process.wait(timeout=240) for process in self.processes]
+
+
+def _saved(workdir):
+    with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
+        return checkpointer.latest_step()
+
+
+@pytest.mark.slow
+@pytest.mark.subprocesses
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, subprocess_env):
+    workdir = tmp_path / "run"
+    stops = [
+        (4, signal.SIGTERM, (1,), 0),
+        (8, signal.SIGTERM, (0, 1), 0),
+        (12, signal.SIGINT, (0,), 130),
+    ]
+    for step, number, indices, code in stops:
+        with _Pair(tmp_path, workdir, subprocess_env, hold=step) as pair:
+            pair.signal(number, *indices, between=0.5)
+            assert pair.codes() == [code, code], pair.said()
+            kept = _saved(workdir)
+            assert step <= kept < step + 4
+            assert pair.said().count(f"saved step {kept} of 16") == 1, pair.said()
+            assert pair.said().count(f"stopping after step {kept}") == 1, pair.said()
+    with _Pair(tmp_path, workdir, subprocess_env) as pair:
+        assert pair.codes() == [0, 0], pair.said()
+    assert _saved(workdir) == 16
+    assert [line["step"] for line in read_scalars(workdir)] == list(range(1, 17))
+
+
+@pytest.mark.slow
+@pytest.mark.subprocesses
+def test_a_signal_before_the_first_step_ends_all(tmp_path, subprocess_env):
+    workdir = tmp_path / "run"
+    with _Pair(tmp_path, workdir, subprocess_env, hold="setup") as pair:
+        pair.signal(signal.SIGTERM, 1)
+        assert pair.codes() == [143, 143], pair.said()
+        assert pair.said().strip() == "teacher: stopped before a step, nothing to save; the same command starts again."
+    assert not workdir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.subprocesses
+def test_a_refusal_of_one_process_ends_the_other_with_its_line(tmp_path, subprocess_env):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with held(workdir / "writer.lock", "it"), _Pair(tmp_path, workdir, subprocess_env) as pair:
+        assert pair.codes() == [2, 2], pair.said()
+        first, second = (file.read_text() for file in pair.files)
+    assert f"error: --workdir: {workdir} is being written by another process (process {os.getpid()}" in first
+    assert f"error: process 0 has ended ({workdir} is being written by another process" in second
