@@ -34,7 +34,11 @@ def _check(args: argparse.Namespace) -> None:
         field, folder, remedy = "folder", args.model, "give a model folder in the layout of diffusers"
     if not Path(folder).expanduser().is_dir():
         raise UserError(f"{folder}: no such folder; {remedy}", field)
-    args.switches = dict(options.parse_switch(value) for value in args.switch)
+    args.switches = options.parse_switches(args.switch)
+    for prompt in dict.fromkeys(args.prompt):
+        if (times := args.prompt.count(prompt)) > 1:
+            same = f"given {times} times, is the same video {times} times; another --seed makes another"
+            print(f"warning: --prompt {prompt!r}, {same}.", file=sys.stderr)
     if args.frames:
         check_switches(args.switches, args.frames)
 
@@ -61,11 +65,17 @@ def _load(args: argparse.Namespace):
 
 
 def _videos(run, args: argparse.Namespace) -> Iterator:
-    """The videos as they are made, uint8 [B, some frames, H, W, 3]; sets ``args.frames`` where it was not given."""
+    """The videos as they are made, uint8 [B, some frames, H, W, 3]; sets ``args.frames`` where it was not given.
+
+    Every prompt is encoded and sampled by itself: in a program for several videos the last bits depend on how many.
+    """
+    import numpy as np
+
     if run.is_student:
         args.frames = args.frames or Timeline(run.codec.temporal_stride, run.model.cfg.chunk).fill(options.FRAMES)
-        session = run.session(args.prompt, seed=args.seed, steps=args.steps)
-        return session.play(args.frames, args.switches)
+        sessions = [run.session([prompt], seed=args.seed, steps=args.steps) for prompt in args.prompt]
+        playing = [session.play(args.frames, args.switches) for session in sessions]
+        return (np.concatenate(frames) for frames in zip(*playing, strict=True))
     trained = (
         options.WAN_FRAMES if args.model else Timeline(run.codec.temporal_stride).video_frames(run.latent_shape[0])
     )
@@ -76,7 +86,8 @@ def _videos(run, args: argparse.Namespace) -> Iterator:
     if args.frames > trained:
         less = "longer videos are likely worse, and cost the square of their length (a student streams any length)"
         print(f"warning: --frames {args.frames}: this teacher was trained on {trained}; {less}.", file=sys.stderr)
-    video = sampler.videos(run.codec, run.text(args.prompt), args.frames, run.latent_shape[1:], args.seed)
+    size = args.frames, run.latent_shape[1:], args.seed
+    video = np.concatenate([sampler.videos(run.codec, run.text([prompt]), *size) for prompt in args.prompt])
     return (video[:, t : t + 1] for t in range(args.frames))
 
 
@@ -95,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         recording = stack.enter_context(Recording(paths, fps=args.fps, upscale=args.upscale))  # before it costs a video
         run = _load(args)
         use_compile_cache(run.settings.compile_cache)
+        run.check_words([*args.prompt, *args.switches.values()])  # in one line, before a video is made
         recording.fps = args.fps or run.settings.log.fps
         videos = _videos(run, args)
         bar = stack.enter_context(tqdm(total=args.frames, unit="frame", desc="sample"))

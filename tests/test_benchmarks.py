@@ -107,6 +107,15 @@ def test_stream_next_to_torch(benchmark, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1].startswith("| half | ")
 
 
+def test_gradient_precision(benchmarks):
+    """On one device the float32 gradient is its own reference, and rounded ones are further from everything."""
+    found = benchmarks("gradient_precision").measure(1, 32, 1, 2)
+    assert found["float32, to the same forward pass"] == 0.0 < found["velocity"] < 0.02
+    for kind in ("to float32", "to the same forward pass"):
+        assert 0 < found[f"compute, {kind}"] == found[f"compute, bfloat16 sums, {kind}"] < 0.02
+    assert found["float32, to float32"] < found["compute, to float32"]
+
+
 def test_train_step(benchmark, tmp_path, capsys):
     train_step, output = benchmark("train_step"), tmp_path / "train.json"
     train_step.main(["--size=tiny", "--only", "stage 1", "critic", "--repeats=1", f"--output={output}"])

@@ -15,6 +15,16 @@ def parse_switch(value: str) -> tuple[int, str]:
     return int(frame), prompt
 
 
+def parse_switches(values: list[str]) -> dict[int, str]:
+    """Reads several; UserError (field "switches") for two at one frame."""
+    pairs = [parse_switch(value) for value in values]
+    frames = [frame for frame, _ in pairs]
+    for frame in frames:
+        if frames.count(frame) > 1:
+            raise UserError(f"two prompts from frame {frame} on; keep one of them", "switches")
+    return dict(pairs)
+
+
 def parse_steps(value: str) -> int | str:
     """Reads one number; what else a step plan can be is left as it is, such as "4,2"."""
     return value if set(value) & set(",./") else number(Steps)(value)
@@ -26,7 +36,12 @@ def parser(description: str) -> Parser:
     source = out.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="DIR", help="run directory (the --workdir of training)")
     source.add_argument("--model", metavar="DIR", help="model folder in the layout of diffusers: a teacher")
-    out.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    out.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        help="may be given several times; each gives the video it gives alone",
+    )
     out.add_argument("--text", metavar="DIR", help="text store or model folder that encodes the prompts instead")
     out.add_argument("--codec", metavar="PATH", help="decodes instead: codec.npz, model folder or weights of a VAE")
     frames = f"of the video (default: {FRAMES}, or the next number that fits; a teacher's training length, with --model"

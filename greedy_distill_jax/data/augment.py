@@ -18,6 +18,18 @@ AUGMENTATIONS = ("none", "labelled")
 COPIES = 128  # variants of a video in one pass over the data
 _PLAIN = 0.25  # fraction left as it is
 _CHANNELS = tuple(itertools.permutations(range(3)))
+_MIRRORED, _INVERTED, _TRANSPOSED, _REVERSED = "mirrored", "inverted", "transposed", "reversed"
+
+
+def _recoloured(order: tuple[int, ...]) -> str:
+    return "".join("rgb"[i] for i in order)
+
+
+# What captions may say besides their own words, by the name of an augmentation.
+WORDS = {
+    "none": (),
+    "labelled": (_MIRRORED, _INVERTED, _TRANSPOSED, _REVERSED, *map(_recoloured, _CHANNELS[1:])),
+}
 
 
 class Labelled:
@@ -41,16 +53,16 @@ class Labelled:
         video, words = example["video"], []
         square = video.shape[1] == video.shape[2]
         for word, possible, change in (
-            ("mirrored", True, lambda v: v[:, :, ::-1]),
-            ("inverted", True, lambda v: v[:, ::-1]),
-            ("transposed", square, lambda v: v.swapaxes(1, 2)),
-            ("reversed", True, lambda v: v[::-1]),
+            (_MIRRORED, True, lambda v: v[:, :, ::-1]),
+            (_INVERTED, True, lambda v: v[:, ::-1]),
+            (_TRANSPOSED, square, lambda v: v.swapaxes(1, 2)),
+            (_REVERSED, True, lambda v: v[::-1]),
         ):
             if possible and rng.random() < 0.5:
                 video, words = change(video), [*words, word]
         order = _CHANNELS[rng.integers(len(_CHANNELS))]
         if order != (0, 1, 2):
-            video, words = video[..., order], [*words, "".join("rgb"[i] for i in order)]
+            video, words = video[..., order], [*words, _recoloured(order)]
         return {**example, "video": np.ascontiguousarray(video), "caption": " ".join([example["caption"], *words])}
 
 

@@ -39,7 +39,8 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"bos", (None,)),
     (r"etm/norm/(scale|bias)", (None,)),
     # Not parameters: counters and keys of updates and of streams, and Muon's polynomial.
-    (r"count|step|index|key", ()),
+    (r"count|step|index", ()),
+    (r"key", ("batch",)),  # one per video; one for all of them is whole on every device
     (r"ns_coeffs", (None,)),
     # Batches, and what a stream carries from chunk to chunk.
     (r"latents|last|frames", ("batch", None, None, None, None)),
@@ -110,6 +111,8 @@ def specs(tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES):
         if len(rows) != 1:
             raise ValueError(f"sharding: {path} matches rows {rows} of sharding.TABLE; it must match exactly one.")
         logical = TABLE[rows[0]][1]
+        if leaf.ndim == 0 and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            logical = ()
         if len(logical) != leaf.ndim:
             raise ValueError(f"sharding: {path} has shape {leaf.shape}, but its row lists the axes {logical}.")
         spec = [(axes,) if isinstance(axes, str) else axes or () for axes in rules.spec(logical)]

@@ -25,7 +25,7 @@ from greedy_distill_jax.eval.suites import (
 )
 from greedy_distill_jax.eval.tables import MODELS, NOT_THERE
 from greedy_distill_jax.measure.environment import environment
-from greedy_distill_jax.ranges import Count
+from greedy_distill_jax.ranges import Count, Seed
 from greedy_distill_jax.training.metrics import read_scalars
 
 SHOWN = 6  # captions in the report's grid
@@ -94,6 +94,7 @@ def evaluate(
       UserError: with the name of the argument that is wrong as its field.
     """
     ranges.check(videos, Count, "videos")
+    ranges.check(seed, Seed, "seed")
     wanted = [resolve(name) for name in (suite_names() if suites is None else suites)]
     directories = {"teacher": teacher, "stage1": student, **(more or {})}
     runs = load_runs(teacher, student, more or {})

@@ -3,6 +3,8 @@
 An oracle reads shape, colour and position back from the pixels (``oracle.py``, ``metrics.py``); nothing is learned.
 """
 
+import math
+
 from greedy_distill_jax.eval import gates, metrics, oracle
 from greedy_distill_jax.eval.comparison import HORIZON, Comparison
 from greedy_distill_jax.eval.suites import Column, Measured, Plot, Suite, keys_of
@@ -104,6 +106,8 @@ def measure(comparison: Comparison) -> Measured:
         row = {"name": name} | {key: found[key] for column in COLUMNS for key in keys_of(column)}
         if entry.video_VTHWC.shape[1] == frames:  # no longer than the first window
             row |= dict.fromkeys(("valid_last", "fd_last", "step_std_last"), NOT_THERE) | {"valid_last_se": None}
+        # Where no frame is valid there is no motion, and without captioned directions none is right: a dash, no error.
+        row |= {key: None if key.endswith("_se") else NOT_THERE for key, x in row.items() if x != x}
         rows.append(row)
         valid[name] = found["valid_by_frame"]
         quality[name] = oracle.read(entry.video_VTHWC).iou_VT.mean(0).tolist()
@@ -126,8 +130,8 @@ def measure(comparison: Comparison) -> Measured:
             ),
         ),
         note="“First” and “last” are the first and the last window of frames of a long rollout; a teacher makes one "
-        "window. ± is the standard error over videos. The Fréchet distances have none: judge them against the row of "
-        "real videos.",
+        "window. ± is the standard error over videos, 0 where all agree. The Fréchet distances have none: judge them "
+        "against the row of real videos.",
     )
 
 
@@ -147,7 +151,7 @@ def _by_frame(what: str, text: str, lines: dict[str, list[float]], training_fram
 
 def claims(measured: Measured, comparison: Comparison) -> list[dict]:
     """Claims that the teacher follows captions, its student loses little, and stage 2 (where there is one) helps."""
-    rows = {row["name"]: row for row in measured.rows}
+    rows = {row["name"]: {k: math.nan if x == NOT_THERE else x for k, x in row.items()} for row in measured.rows}
     told = (oracle.captioned(comparison.captions, len(comparison.captions))[:, 2] >= 0).all()
     found = gates.quality_gates(rows["teacher"], rows["stage1"], direction=bool(told))
     if "stage2" in rows:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -40,9 +41,11 @@ def sampled(
     Args:
       run: of a teacher or a student.
       captions: the prompts.
-      batch: videos at a time; batch i has the seed ``seed`` + i * ``batch``.
+      batch: videos at a time, each with noise of its own, because captions repeat; batch i has the seed
+        ``seed`` + i * ``batch``.
       seed: of the noise.
       **options: of ``run.sample_videos``, such as frames and steps.
     """
     starts = range(0, len(captions), batch)
-    return np.concatenate([run.sample_videos(captions[i : i + batch], seed=seed + i, **options) for i in starts])
+    keys = {start: jax.random.key(seed + start) for start in starts}
+    return np.concatenate([run.sample_videos(captions[i : i + batch], seed=key, **options) for i, key in keys.items()])

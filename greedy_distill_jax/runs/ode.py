@@ -76,6 +76,7 @@ def follow_teacher(
         parts = (Path(model).expanduser() / part for part in ("transformer", "vae"))
         files = sorted(file for part in parts for file in part.rglob("*") if file.is_file())
         source = f"model folder {fingerprint_files(files)}"
+    run.check_words(conditions)
     sampler = run.teacher_sampler(steps=steps, shift=shift, guidance=guidance, negative_prompt=negative)
     return write_trajectories(
         conditions,

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Array, Float32, Key, UInt8
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config import Settings
@@ -27,8 +28,10 @@ from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.session import Session
+from greedy_distill_jax.text.hashed_words import HashWordEncoder, words_of
 from greedy_distill_jax.text.load import load_text_encoder
 from greedy_distill_jax.text.protocol import TextEncoder
+from greedy_distill_jax.text.vocabulary import never_seen, unknown_words
 from greedy_distill_jax.weights import pipeline
 
 NOT_ARCHITECTURE = ("dtype", "gradient_dtype", "remat", "gate_init", "text_init", "time_init")
@@ -62,6 +65,7 @@ class Run:
         here.
       latent_shape: (T, H, W, C) of a training example.
       meta: what the checkpoint was saved with.
+      told: what was said about prompts; it is said once.
     """
 
     settings: Settings
@@ -71,6 +75,7 @@ class Run:
     encoder: TextEncoder | None
     latent_shape: tuple[int, ...]
     meta: dict[str, Any]
+    told: set[str] = dataclasses.field(default_factory=set, repr=False)
 
     @classmethod
     def load(
@@ -144,12 +149,37 @@ class Run:
         return isinstance(self.model, StreamingModel)
 
     def text(self, prompts: Sequence[str]) -> jax.Array:
-        """Encoder rows [B, M, C] of a list of prompts; TypeError for a single text, ValueError for none."""
+        """Encoder rows [B, M, C] of a list of prompts; TypeError for a single text, ValueError for none.
+
+        What ``check_words`` has to say about them is said.
+        """
         if isinstance(prompts, str):
             raise TypeError(f"prompts is the single text {prompts!r}; give a list of them: [{prompts!r}].")
         if not len(prompts):
             raise ValueError("there are no prompts; give one for each video.")
+        self.check_words(prompts)
         return jnp.asarray(self.encoder(list(prompts)))
+
+    def check_words(self, prompts: Sequence[str], *, empty: bool = True) -> None:
+        """Warns on standard error of prompts that the network cannot follow: a line each, once.
+
+        Words that no caption of its training has are named where the words are hashed and the run knows its captions;
+        other encoders give every word a meaning.
+
+        Args:
+          prompts: that are asked for.
+          empty: also warn of one without a word.
+        """
+        hashed, known = isinstance(self.encoder, HashWordEncoder), self.meta.get("words")
+        wordless = [prompt for prompt in prompts if empty and not (words_of(prompt) if hashed else prompt.strip())]
+        unknown = unknown_words(prompts, known) if hashed and known is not None else []
+        found = [f"prompt {prompt!r} has no word: its video follows no caption" for prompt in wordless]
+        if new := [word for word in unknown if word not in self.told]:
+            found.append(never_seen(new))
+        for warning in dict.fromkeys(found):
+            if warning not in self.told:
+                print(f"warning: {warning}.", file=sys.stderr)
+        self.told |= {*found, *unknown}
 
     def streamer(self, steps: Any = None) -> Streamer | CausalStreamer:
         """The student's streaming functions with this run's step plan; ``steps`` changes it, see ``StepPlan.parse``."""
@@ -181,19 +211,27 @@ class Run:
           solver, steps, shift, guidance: as in ``TeacherSampler``; None for those of ``config.sample``.
           negative_prompt: of the unconditional branch; None for ``config.data.negative_prompt``.
         """
-        own = self.settings.sample
+        own, negative = self.settings.sample, negative_prompt
+        negative = self.settings.data.negative_prompt if negative is None else negative
+        self.check_words([negative], empty=False)
         return TeacherSampler(
             self.model.cfg,
             self.params,
-            self.text([self.settings.data.negative_prompt if negative_prompt is None else negative_prompt]),
+            jnp.asarray(self.encoder([negative])),
             solver=own.sampler if solver is None else solver,
             steps=own.steps if steps is None else steps,
             shift=own.shift if shift is None else shift,
             guidance=own.guidance if guidance is None else guidance,
         )
 
-    def session(self, prompts: Sequence[str], *, seed: int = 0, steps: Any = None) -> Session:
-        """Opens a stream of the student, one video per prompt; ``steps`` as for ``streamer``."""
+    def session(self, prompts: Sequence[str], *, seed: int | Key[Array, "*B"] = 0, steps: Any = None) -> Session:
+        """Opens a stream of the student, one video per prompt.
+
+        Args:
+          prompts: one for each video.
+          seed: of the noise, as for ``Session``.
+          steps: as for ``streamer``.
+        """
         streamer, shape = self.streamer(steps), self.latent_shape[1:]
         return Session(streamer, self.params, self.codec, self.text, prompts, seed=seed, latent_shape=shape)
 
@@ -203,7 +241,7 @@ class Run:
         *,
         frames: int | None = None,
         steps: Any = None,
-        seed: int = 0,
+        seed: int | Key[Array, "*B"] = 0,
     ) -> Float32[np.ndarray, "B T H W C"]:
         """Returns latents of so many latent frames; the teacher denoises all together, the student streams them.
 
@@ -211,7 +249,7 @@ class Run:
           prompts: one for each video.
           frames: latent frames; None for as many as the run was trained on.
           steps: network evaluations of a teacher's video, or see ``streamer``; None for the run's own.
-          seed: of the noise.
+          seed: of the noise, as for ``Session``.
         """
         frames = frames or self.latent_shape[0]
         if not self.is_student:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.diffusion import noise_levels, solvers
@@ -16,6 +16,7 @@ from greedy_distill_jax.distribution.mesh import memory_bytes
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.streaming.loop import noise_keys
 from greedy_distill_jax.streaming.timeline import Timeline
 
 
@@ -48,10 +49,17 @@ class TeacherSampler:
         return _solve(self.params, noise, text, null, cfg=self.cfg, **options)
 
     def sample(
-        self, text: Float[Array, "B M D"], latent_shape: tuple[int, int, int, int], seed: int = 0
+        self,
+        text: Float[Array, "B M D"],
+        latent_shape: tuple[int, int, int, int],
+        seed: int | Key[Array, "*B"] = 0,
     ) -> Float[np.ndarray, "B T H W C"]:
-        """Returns latents of shape [T, H, W, C] for every row of text, from noise that ``seed`` draws."""
-        noise = jax.random.normal(jax.random.key(seed), (len(text), *latent_shape), jnp.float32)
+        """Returns latents of shape [T, H, W, C] for every row of text; ``seed`` as for ``Session``."""
+        keys = noise_keys(seed, len(text))
+        if keys.ndim:
+            noise = jax.vmap(lambda key: jax.random.normal(key, latent_shape, jnp.float32))(keys)
+        else:
+            noise = jax.random.normal(keys, (len(text), *latent_shape), jnp.float32)
         return np.asarray(self.denoise(noise, text))
 
     def videos(
@@ -60,7 +68,7 @@ class TeacherSampler:
         text: Float[Array, "B M D"],
         frames: int,
         latent_shape: tuple[int, int, int],
-        seed: int = 0,
+        seed: int | Key[Array, "*B"] = 0,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """Returns decoded videos of ``frames`` frames.
 
@@ -69,7 +77,7 @@ class TeacherSampler:
           text: rows of the prompts.
           frames: of video, that the codec can make.
           latent_shape: [H, W, C] of a latent frame.
-          seed: of the noise.
+          seed: of the noise, as for ``Session``.
 
         Raises:
           UserError: a length (field "frames") that does not fit the codec or the memory of the device; the latter is

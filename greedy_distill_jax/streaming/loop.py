@@ -5,6 +5,7 @@ alone and among others, and videos with equal keys share their noise.
 """
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key, Shaped
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.wan.layers import KeyValue
+from greedy_distill_jax.ranges import Seed
 
 CONTEXT_FOLD = 2**31 - 1  # folded into a chunk's key for the noise on its context; denoising step n folds in n
 
@@ -77,6 +80,26 @@ def fork(state: State, keys: Key[Array, " N"]) -> State:
         return field if axes is None else jax.tree.map(lambda x: jnp.repeat(x, len(keys) // videos, axes.videos), field)
 
     return type(state)(**{name: repeated(name, x) for name, x in state._asdict().items()})._replace(key=keys)
+
+
+def noise_keys(seed: int | Key[Array, "*B"], videos: int) -> Key[Array, "*B"]:
+    """Keys of the noise of some videos.
+
+    Args:
+      seed: a number gives every video the noise that it has alone; a key, from which all videos draw together, or a key
+        per video are returned as they are.
+      videos: how many.
+
+    Raises:
+      UserError: a number that is no seed (field "seed").
+      ValueError: keys for another number of videos.
+    """
+    if isinstance(seed, numbers.Integral):
+        ranges.check(seed, Seed, "seed")
+        return jnp.broadcast_to(jax.random.key(seed), (videos,))
+    if seed.shape not in ((), (videos,)):
+        raise ValueError(f"seed holds keys of shape {seed.shape} for {videos} videos; give one, or one for each.")
+    return seed
 
 
 def split_key(key: Key[Array, "*B"]) -> tuple[Key[Array, "*B"], Key[Array, "*B"]]:

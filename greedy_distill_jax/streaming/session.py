@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from greedy_distill_jax.codecs.protocol import VideoCodec, stream_decoder
 from greedy_distill_jax.diffusion.step_plan import StepPlan
@@ -15,6 +15,7 @@ from greedy_distill_jax.ops.attention import backends
 from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
+from greedy_distill_jax.streaming.loop import noise_keys
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 
@@ -72,7 +73,7 @@ class Session:
         text: Callable[[Sequence[str]], Float[Array, "B M D"]],
         prompts: Sequence[str],
         *,
-        seed: int = 0,
+        seed: int | Key[Array, "*B"] = 0,
         latent_shape: tuple[int, int, int],
     ):
         """Opens the stream.
@@ -83,15 +84,21 @@ class Session:
           codec: that makes video of its latents; None where only latents are asked for.
           text: the encoder of prompts.
           prompts: a list, one for each video.
-          seed: of the noise.
+          seed: of the noise. A number gives every prompt the video that it gives alone (to rounding: a program for
+            another number of videos adds in another order), equal prompts the same one; for others see
+            ``loop.noise_keys``.
           latent_shape: (H, W, C) of a latent frame.
         """
         self._programs, self._params, self._codec, self._text = programs(streamer), params, codec, text
         self._videos, self._chunk, self._decode, self._made = len(prompts), streamer.cfg.chunk, None, 0
-        self.state = self._programs.init(params, text(prompts), jax.random.key(seed), tuple(latent_shape))
+        keys = noise_keys(seed, len(prompts))
+        self.state = self._programs.init(params, text(prompts), keys, tuple(latent_shape))
 
     def switch_prompts(self, prompts: str | Sequence[str]) -> None:
-        """Makes the next chunks follow other prompts: one for every video, or a single one for all of them."""
+        """Makes the next chunks follow other prompts: one for every video, or a single one for all of them.
+
+        They hold from the next chunk on; before it is made, other prompts take their place.
+        """
         prompts = [prompts] * self._videos if isinstance(prompts, str) else list(prompts)
         if len(prompts) != self._videos:
             raise ValueError(f"switch_prompts: {len(prompts)} prompts for {self._videos} videos; give one for each.")

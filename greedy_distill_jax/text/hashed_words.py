@@ -13,6 +13,11 @@ from jaxtyping import Float32
 from greedy_distill_jax.errors import UserError
 
 
+def words_of(prompt: str) -> list[str]:
+    """The words of a prompt: lower-case runs of letters and digits."""
+    return re.findall(r"[^\W_]+", prompt.lower())
+
+
 class HashWordEncoder:
     """One row per word, drawn from N(0, 1) by the SHA-256 of the word: no files, open vocabulary, equal everywhere.
 
@@ -33,7 +38,7 @@ class HashWordEncoder:
             raise TypeError("HashWordEncoder: expected a list of prompts, got one string; wrap it in a list")
         out = np.zeros((len(prompts), self.text_len, self.text_dim), np.float32)
         for rows, prompt in zip(out, prompts, strict=True):
-            words = re.findall(r"[^\W_]+", prompt.lower())
+            words = words_of(prompt)
             if len(words) > self.text_len:
                 warnings.warn(
                     f"prompt {prompt[:60]!r} has {len(words)} words, text_len is {self.text_len}: cut after "

@@ -18,11 +18,11 @@ class TextTable:
     """
 
     def __init__(self, encoder: TextEncoder, prompts: Sequence[str]) -> None:
-        """Args: `encoder` to ask once, for all of `prompts`."""
+        """Args: `encoder` to ask once for each of `prompts`, by itself: rows depend on nothing but their prompt."""
         self.text_len, self.text_dim = encoder.text_len, encoder.text_dim
         self.fingerprint: str | None = getattr(encoder, "fingerprint", None)
         different = list(dict.fromkeys(prompts))
-        self._rows = dict(zip(different, encoder(different), strict=True))
+        self._rows = {prompt: encoder([prompt])[0] for prompt in different}
 
     def __call__(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B M D"]:
         """Rows of every prompt; KeyError for one that was not encoded."""

@@ -18,7 +18,7 @@ from greedy_distill_jax import cli, losses
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.config.tree import default_text
-from greedy_distill_jax.data.augment import augmented
+from greedy_distill_jax.data.augment import WORDS, augmented
 from greedy_distill_jax.data.loader import SkipBadRecords, latents_of
 from greedy_distill_jax.data.sources.protocol import captions_of, check_example
 from greedy_distill_jax.distribution.mesh import batch_parts
@@ -27,9 +27,11 @@ from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, architecture, data_source
 from greedy_distill_jax.storage.checkpoint import has_checkpoint, load_meta
+from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.text.load import load_text_encoder
 from greedy_distill_jax.text.protocol import TextEncoder
 from greedy_distill_jax.text.store import check_captions
+from greedy_distill_jax.text.vocabulary import vocabulary
 from greedy_distill_jax.training import audit
 from greedy_distill_jax.training.sources import fingerprints, frozen_runs, load_sources
 from greedy_distill_jax.training.stages.base import Inputs, Part, Stage, returned
@@ -41,7 +43,8 @@ class Job(NamedTuple):
     """A run that is ready to start.
 
     given: parameters of the runs that networks start from. fingerprints: of the runs behind frozen networks. data: of
-    what the data and the text encoder hold, by configuration key.
+    what the data and the text encoder hold, by configuration key. words: of all captions that the run's network has
+    seen, see ``_words``.
     """
 
     settings: Settings
@@ -51,6 +54,7 @@ class Job(NamedTuple):
     data: dict[str, str]
     source: Any
     captions: list[str]
+    words: list[str] | None
     codec: VideoCodec
     encoder: TextEncoder
     latent_shape: tuple[int, int, int, int]
@@ -74,6 +78,7 @@ class Job(NamedTuple):
             "steps": settings.steps,
             "sources": self.fingerprints,
             "data": self.data,
+            "words": self.words,
         }
 
 
@@ -162,6 +167,7 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         held,
         augmented(data.source, settings.data.augment, settings.seed),
         [example["caption"] for example in data.examples],
+        _words(settings, encoder, data.raw, _words_before(stage, sources), stored),
         codec,
         encoder,
         latent_shape,
@@ -171,6 +177,29 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         batch_sharding,
         jitted,
     )
+
+
+def _words_before(stage: Stage, sources: Mapping[str, Run]) -> list[str] | None:
+    """Words that the run which the trained network starts from has seen; None where they are not known."""
+    origin = next((sources[name] for name in stage.networks[stage.name].start_from if name in sources), None)
+    return origin.meta.get("words") if origin else []
+
+
+def _words(
+    settings: Settings, encoder: TextEncoder, raw: Any, before: list[str] | None, stored: Mapping[str, Any] | None
+) -> list[str] | None:
+    """Words of all captions that the trained network has seen; None where other words have a meaning to it, too.
+
+    Also None where they are not known: a source that does not list its captions, a run from before they were kept (or
+    one that starts from it), and more of them than a checkpoint keeps.
+    """
+    if stored is not None:
+        return stored.get("words")
+    captions = getattr(raw, "captions", None)
+    if not isinstance(encoder, HashWordEncoder) or not captions or before is None:
+        return None
+    more = [*before, *WORDS[settings.data.augment]]
+    return vocabulary([*captions, settings.data.negative_prompt], encoder.text_len, more)
 
 
 def _content(**parts: Any) -> dict[str, str]:

@@ -186,5 +186,5 @@ def _placed(step: int, sharding: jax.sharding.Sharding) -> jax.Array:
 def _write_samples(job: Job, state: TrainState, meta: dict[str, Any], step: int, writer: MetricWriter) -> None:
     ema = state.nets[job.stage.name].ema
     run = Run(job.settings, job.stage.model, ema, job.codec, job.encoder, job.latent_shape, meta)
-    for number, video in enumerate(run.sample_videos(job.captions)):
+    for number, video in enumerate(run.sample_videos(job.captions, seed=jax.random.key(0))):
         writer.gif(step, f"samples/{number}: {job.captions[number]}", video)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution.mesh import make_mesh
@@ -13,6 +14,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.config import FUSIONS
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.streaming.loop import draw_noise
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 
@@ -29,7 +31,9 @@ def _stream_shapes(cfg):
     streamer = make_streamer(student, StepPlan(((1.0, 0.5),), "renoise"))
     params = jax.eval_shape(lambda key: student.init(key, (1, 4, 4, 4)), jax.random.key(0))
     text = jax.ShapeDtypeStruct((1, cfg.base.text_len, cfg.base.text_dim), jnp.float32)
-    return jax.eval_shape(lambda p, t, k: streamer.init(p, t, k, (4, 4, 4)), params, text, jax.random.key(0))
+    return jax.eval_shape(
+        lambda p, t, k: streamer.init(p, t, k, (4, 4, 4)), params, text, jax.random.split(jax.random.key(0), 1)
+    )
 
 
 def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
@@ -47,6 +51,15 @@ def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
             assert len(TABLE[rows[0]][1]) == leaf.ndim, (path, leaf.shape)
             seen.add(rows[0])
     assert seen == set(range(len(TABLE))), [TABLE[i] for i in set(range(len(TABLE))) - seen]
+
+
+def test_keys_of_noise_go_with_their_videos_and_one_for_all_is_everywhere():
+    mesh, key = make_mesh({"data": 4}, jax.devices()[:4]), jax.random.key(0)
+    many, one = shardings({"key": jax.random.split(key, 8)}, mesh), shardings({"key": key}, mesh)
+    assert (many["key"].spec, one["key"].spec) == (PartitionSpec(("data", "fsdp")), PartitionSpec())
+    keys = jax.random.split(key, 8)
+    spread = jax.jit(lambda k: draw_noise(k, 1, (8, 1, 2, 2, 2)))(jax.device_put(keys, many["key"]))
+    np.testing.assert_array_equal(spread, draw_noise(keys, 1, (8, 1, 2, 2, 2)))
 
 
 def test_a_leaf_without_a_row_is_an_error():

@@ -1,5 +1,8 @@
 """The gates of a trained pair: real videos pass them, every control fails the gate that is about it."""
 
+import json
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -154,24 +157,45 @@ def _stage2(row, blurred, data):
 
 
 def test_real_streams_pass_the_gates_of_stage_2(rows, blurred, data):
-    assert _stage2(rows[1], blurred, data) == [True, True]
-    assert _stage2(blurred, blurred, data)[0] is False
+    assert _stage2(rows[1], blurred, data) == [True] * 4
+    assert _stage2(blurred, blurred, data)[:2] == [False, False]
 
 
 def test_a_repeated_frame_and_noise_fail_the_gates_of_stage_2(student, reference, blurred, data):
     video, captions = student
     frozen = np.repeat(video[:, :1], LONG, axis=1)
-    assert _stage2(_row(frozen, captions, reference), blurred, data) == [False, False]
+    assert _stage2(_row(frozen, captions, reference), blurred, data) == [False] * 4
     noise = np.random.default_rng(0).integers(0, 256, video.shape).astype(np.uint8)
     assert False in _stage2(_row(noise, captions, reference), blurred, data)
 
 
-def test_half_the_spread_of_motion_fails_the_second_gate_alone(data):
+@pytest.mark.parametrize(
+    "change, passed",
+    [
+        ({}, [True, True, True, True]),
+        ({"fd_first": 0.08}, [False, True, True, True]),  # their mean would pass
+        ({"fd_last": 0.18}, [True, False, True, True]),
+        ({"step_std": 0.4, "step_std_last": 0.6}, [True, True, False, True]),
+        ({"step_std": 0.7, "step_std_last": 0.29}, [True, True, True, False]),
+        ({"step_std": 0.8, "step_std_last": 0.4}, [True, True, False, True]),
+        ({"step_std": float("nan")}, [True, True, False, True]),
+        ({"step_std_last": float("nan")}, [True, True, True, False]),
+    ],
+)
+def test_no_window_hides_behind_the_other(change, passed):
     stage1 = {"fd_first": 0.1, "fd_last": 0.2, "step_std": 0.5, "step_std_last": 0.5}
     real = {"fd_first": 0.01, "fd_last": 0.01, "step_std": 0.6, "step_std_last": 0.6}
-    close = {"fd_first": 0.02, "fd_last": 0.03, "step_std": 0.3, "step_std_last": 0.3}
-    assert _stage2(close, stage1, real) == [True, False]
-    assert _stage2(close | {"step_std": 0.8, "step_std_last": 0.6}, stage1, real) == [True, True]
-    assert _stage2(close | {"fd_last": 0.2}, stage1, real) == [True, False]
-    assert _stage2(close | {"fd_last": 0.3}, stage1, real) == [False, False]
-    assert _stage2(close | {"step_std": float("nan")}, stage1, real)[1] is False
+    good = {"fd_first": 0.02, "fd_last": 0.03, "step_std": 0.6, "step_std_last": 0.6}
+    assert _stage2(good | change, stage1, real) == passed
+
+
+@pytest.mark.parametrize("run", ["2026-11-21", "2026-11-28"])
+def test_the_committed_runs_pass_and_their_controls_fail(run):
+    stored = Path(__file__).parents[2] / f"benchmarks/results/{run}-cpu-quickstart.json"
+    rows = {row["name"]: row for row in json.loads(stored.read_text(encoding="utf-8"))["rows"]}
+    passed = {
+        name: _stage2(rows[name], rows["stage1_few_steps"], rows["data"])
+        for name in ("stage2", "stage1_control", "stage2_fake_self", "stage1_few_steps")
+    }
+    assert passed.pop("stage2") == [True] * 4
+    assert all(False in gates for gates in passed.values()), passed

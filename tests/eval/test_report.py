@@ -325,6 +325,9 @@ def test_one_failed_gate_decides_the_verdict(tmp_path):
     metrics["gates"][1].update(passed=np.False_, value=1.4)
     page = write(tmp_path, metrics=metrics)
     assert "1 of 2 gates failed" in page.text and "✗ fail" in page.text and "✓ pass" in page.text
+    metrics["gates"][1].update(value=float("nan"))  # it was measured: there is nothing to show
+    told = write(tmp_path, metrics=metrics).text
+    assert told.count("not yet measured") == page.text.count("not yet measured")
 
 
 @pytest.mark.parametrize(

@@ -216,13 +216,22 @@ def test_a_teacher_has_no_last_window_and_the_critic_is_drawn(runs, tmp_path):
         "data": Entry("data", video),
         "teacher": Entry("teacher", video[:, :FRAMES], teacher, tmp_path / "no log"),
         "stage2": Entry("stage2", video, distilled, tmp_path),
+        "black": Entry("black", np.zeros_like(video)),
     }
     comparison = Comparison(entries, captions, teacher, student, 1, 0)
     rows = suites.measure(suites.resolve("moving_shapes"), comparison).rows
-    data, of_teacher, stage2 = rows
+    data, of_teacher, stage2, black = rows
     assert [of_teacher[name] for name in ("valid_last", "fd_last", "step_std_last")] == ["\N{EN DASH}"] * 3
     assert of_teacher["valid_last_se"] is None and of_teacher["valid_first_se"] == 0.0 == stage2["valid_last_se"]
     assert data == {**stage2, "name": "data"} and 0 < data["flicker_se"] < data["flicker"]
+    # Without a valid frame there is no motion: measured, and nothing.
+    assert [black[name] for name in ("step_std", "step_std_last", "wobble")] == ["\N{EN DASH}"] * 3
+    same = {"name": "stage1_few_steps"}
+    measured = suites.Measured(
+        [data, stage2 | {"name": "stage1"}, of_teacher, stage2 | same, black | {"name": "stage2"}]
+    )
+    claims = suites.resolve("moving_shapes").gates(measured, comparison)
+    assert [claim["passed"] for claim in claims[-4:]] == [False] * 4
 
     empty, plot = loss_plots(comparison)
     assert empty.lines == {} and plot.x == [2, 4]

@@ -198,6 +198,13 @@ class MovingShapes:
             "caption": caption_of(truth.shape, truth.colour, truth.direction),
         }
 
+    @property
+    def captions(self) -> set[str]:
+        """All captions of the split."""
+        if self.motion == "wandering":
+            return {caption_of(shape, -1, -1) for shape in range(len(SHAPES))}
+        return {caption_of(*choice) for choice in _OF_SPLIT[self.split]}
+
     def state(self, index: SupportsIndex) -> ShapeState:
         """The ground truth of video `index`; IndexError outside [0, length)."""
         index = operator.index(index)

@@ -30,8 +30,9 @@ class VideoSource(Protocol):
         tells as its attribute ``levels``;
       "text": float32 [M, D], the rows of the caption, where they are stored.
 
-    A source may have an attribute ``captions``, the set of all of them, so that a missing one is found before training,
-    and ``fingerprint``, a text that tells its content from any other, so that no run goes on with other content.
+    A source may have an attribute ``captions``, the set of all of them, so that a missing one is found before training
+    and words that none of them has are named when the trained network is asked for them, and ``fingerprint``, a text
+    that tells its content from any other, so that no run goes on with other content.
     """
 
     def __len__(self) -> int: ...
