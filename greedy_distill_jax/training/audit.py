@@ -50,19 +50,21 @@ def note(objective: Callable, params: Any, *, leaves: bool = True) -> None:
     found = _FOUND.get()
     if found is None:
         return
-    _, metrics = jax.eval_shape(objective, params)
-    terms = [name for name in metrics or () if "/" not in name] or [""]
+    reached: dict[str, set[str]] = {}
+    terms: list[str] = []  # known once the objective has been traced
 
-    def value(params, term):
+    def next_term(params):
         total, by_term = objective(params)
+        terms[:] = [name for name in by_term or () if "/" not in name] or [""]
+        term = terms[len(reached)]
         return by_term[term] if term else total
 
-    reached = {}
-    for term in terms:
-        program, shapes = jax.make_jaxpr(jax.grad(lambda p, t=term: value(p, t)), return_shape=True)(params)
+    while not reached or len(reached) < len(terms):
+        # A function of its own each time: jax would answer from the last trace of the same one.
+        program, shapes = jax.make_jaxpr(jax.grad(lambda p: next_term(p)), return_shape=True)(params)
         zeros = zero_outputs(program.jaxpr, program.consts, [False] * len(program.jaxpr.invars))
         paths = [path for path, _ in leaf_paths(shapes)]
-        reached[term] = {path for path, is_zero in zip(paths, zeros, strict=True) if not is_zero}
+        reached[terms[len(reached)]] = {path for path, is_zero in zip(paths, zeros, strict=True) if not is_zero}
     found.append(Finding(reached, {path for path, _ in leaf_paths(params)} if leaves else set()))
 
 

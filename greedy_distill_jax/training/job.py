@@ -155,8 +155,11 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
         raise UserError(f"part {hosts[0]} of stage {settings.stage} runs on the host, which needs a single process.")
     with one_line():
         state_shape = state_shapes(stage, latent_shape)
-        jitted, state_sharding, frozen_sharding, batch_sharding = jit_parts(stage, mesh, state_shape, batch_shape)
-        for warning in trace_parts(jitted, state_shape, stage.frozen, batch_shape):
+        jitted, *placed = jit_parts(stage, mesh, state_shape, batch_shape)
+        state_sharding, frozen_sharding, batch_sharding = placed
+        # With the shardings they will have: jax keeps the traces for the first update, which would trace all again.
+        of = map(with_shardings, (state_shape, stage.frozen, batch_shape), placed)
+        for warning in trace_parts(jitted, *of):
             if jax.process_index() == 0:  # the same on all
                 print(f"warning: {warning}", file=sys.stderr)
     return Job(
@@ -383,6 +386,11 @@ def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape: Ma
         )
         parts.append(part._replace(call=jitted))
     return tuple(parts), of_state, of_frozen, of_batch
+
+
+def with_shardings(tree: Any, of: Any) -> Any:
+    """The shapes of a tree, with the sharding of every leaf."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, of)
 
 
 def _checked(part: Part):

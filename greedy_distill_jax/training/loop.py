@@ -14,7 +14,7 @@ from greedy_distill_jax.data.loader import make_loader
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
-from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state
+from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state, with_shardings
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.training.stages.base import Part, returned
 from greedy_distill_jax.training.state import TrainState
@@ -43,9 +43,7 @@ class Progress:
     def _read(self, step: int) -> tuple[dict[str, Any], TrainState]:
         job, meta = self.job, self.checkpointer.meta(step)
         check_resume(job, self._workdir, step, meta)
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), job.state_shape, job.state_sharding
-        )
+        target = with_shardings(job.state_shape, job.state_sharding)
         return meta, self.checkpointer.restore(step, target, architecture=architecture(job.stage.model))
 
     def meta(self) -> dict[str, Any]:
