@@ -53,8 +53,8 @@ def _read_job(argv: Sequence[str], flags: dict[str, tuple]) -> tuple[Any, dict[s
 
 def _check_writable(path: str) -> None:
     """Refuses now, and not after minutes of compiling, if there can be no file ``path``."""
-    target = Path(path)
-    if path and (target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK)):
+    target, there = Path(path), Path(path).parent.is_dir()
+    if path and (target.is_dir() or not there or not os.access(target if target.exists() else target.parent, os.W_OK)):
         raise UserError(f"{path} cannot be written; name a file in a folder that exists", "json")
 
 
@@ -123,7 +123,8 @@ def main(argv: Sequence[str]) -> int:
     if args.command == "sweep":
         sweep_blocks(targets, _say)
     elif args.command == "kernels":
-        failures = compile_kernels(targets, args.only, not args.no_bundles, _say)
+        with cli.places(**PLACES):
+            failures = compile_kernels(targets, args.only, not args.no_bundles, _say)
     else:
         failures = compile_decoders(targets, args.decoder or DECODERS, args.height, args.width, _say)
     for failure in failures:

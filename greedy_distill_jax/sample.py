@@ -20,7 +20,7 @@ from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 
 OPTIONS = ("frames", "steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output")
 PLACES = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
-PLACES |= {"switches": "--switch", "directory": "--checkpoint", "folder": "--model"}
+PLACES |= {"switches": "--switch", "path": "--output", "directory": "--checkpoint", "folder": "--model"}
 OF_A_STUDENT, OF_A_TEACHER = ("switch",), ("negative_prompt", "solver", "shift", "guidance")
 
 
@@ -34,7 +34,7 @@ def _check(args: argparse.Namespace) -> None:
         field, folder, remedy = "folder", args.model, "give a model folder in the layout of diffusers"
     if not Path(folder).expanduser().is_dir():
         raise UserError(f"{folder}: no such folder; {remedy}", field)
-    args.switches = dict(options.parse_switch(value) for value in args.switch)
+    args.switches = options.parse_switches(args.switch)
     if args.frames:
         check_switches(args.switches, args.frames)
 

@@ -149,6 +149,7 @@ def compiling(source: Source) -> Case:
     config = "--config={made}/config.py:" + source.pick("teacher", "teacher_forcing", "dmd")
     rng = source.rng
     command = source.pick("train", "sharding")
+    four = "--config.data.batch=4"  # one of each device
     form = rng.randrange(6)
     if form == 0:
         n, m = rng.randint(3, 99), rng.randint(3, 99)
@@ -159,13 +160,15 @@ def compiling(source: Source) -> Case:
         return Case("compile", (command, config, f"--topology={wrong}"), needs=((wrong,),))
     if form == 1:
         size = source.pick("", "1080p", "0p", "480", source.word(), f"{rng.randint(1, 999)}x{rng.randint(1, 999)}")
-        return Case("compile", (command, config, "--topology=v5e:2x2", f"--size={size}"), needs=(("--size", "size"),))
+        return Case(
+            "compile", (command, config, four, "--topology=v5e:2x2", f"--size={size}"), needs=(("--size", "size"),)
+        )
     if form == 2:
         where = source.pick("{here}", "{made}/captions.csv/x.json", "{here}/none/x.json", f"{{here}}/{'x' * 300}/y")
-        return Case("compile", ("train", config, "--topology=v5e:2x2", f"--json={where}"), needs=(("--json",),))
+        return Case("compile", ("train", config, four, "--topology=v5e:2x2", f"--json={where}"), needs=(("--json",),))
     if form == 3:
         word = source.word() + "x"
-        return Case("compile", ("train", config, "--topology=v5e:2x2", f"--only={word}"), needs=((word,),))
+        return Case("compile", ("train", config, four, "--topology=v5e:2x2", f"--only={word}"), needs=((word,),))
     if form == 4:
         return Case("compile", ("kernels", "--target=v5e", f"--only={source.word()}qq"), needs=(("--only",),))
     wrong = source.misspelt(source.pick("v5e", "v6e", "v5p"))

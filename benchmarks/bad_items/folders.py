@@ -22,8 +22,8 @@ def _nowhere(source: Source) -> tuple[str, dict]:
         (f"{{here}}/{word}/a/b/out", {word: b""}),
         (f"/proc/{word}", {}),
         (f"/dev/null/{word}", {}),
-        (f"{{here}}/{word * 40}", {}),
-        (f"{{here}}/{'/'.join([word * 9] * 60)}", {}),
+        (f"{{here}}/{word[0] * 300}", {}),
+        (f"{{here}}/{'/'.join([word[0] * 200] * 30)}", {}),
         (f"{{here}}/{word}", {word: f"@{{here}}/{word}"}),
         (f"/sys/{word}", {}),
     )
@@ -38,15 +38,15 @@ def places(source: Source) -> Case:
     argv = {
         "clips": ("prepare", (*CUT, f"--output={where}"), "--output"),
         "ode": ("prepare", (*ODE, f"--output={where}"), "--output"),
-        "import": ("convert", ("import", "{made}/wan", where), "DST"),
-        "export": ("convert", ("export", "{made}/teacher", where, "--format=original"), "DST"),
+        "import": ("convert", ("import", "{made}/wan", where), ("DST", "--overwrite")),
+        "export": ("convert", ("export", "{made}/teacher", where, "--format=original"), ("DST", "--overwrite")),
         "sample": ("sample", (*STUDENT[:2], "--frames=2", f"--output={video}"), "--output"),
         "train": ("train", ("--config={made}/config.py", f"--workdir={where}"), "--workdir"),
         "evaluate": ("evaluate", (*EVALUATE[:2], f"--output={where}"), "--output"),
         "quickstart": ("quickstart", (f"--workdir={where}", "--smoke"), "--workdir"),
     }
     command, given, place = source.pick(*argv.values())
-    return Case(command, given, files=files, needs=((place,), there))
+    return Case(command, given, files=files, needs=(place if isinstance(place, tuple) else (place,), there))
 
 
 @kind("what is there", 8)
@@ -65,12 +65,14 @@ def what_is_there(source: Source) -> Case:
     key, value = rng.choice(list(resume.items()))
     key = key.removeprefix("config.")
     return source.pick(
-        Case("convert", ("import", "{made}/wan", f"{{here}}/{word}"), files=held, needs=(("DST",), (word,))),
+        Case(
+            "convert", ("import", "{made}/wan", f"{{here}}/{word}"), files=held, needs=(("DST", "--overwrite"), (word,))
+        ),
         Case(
             "convert",
             ("export", "{made}/teacher", f"{{here}}/{word}", "--format=original"),
             files=held,
-            needs=(("DST",), (word,)),
+            needs=(("DST", "--overwrite"), (word,)),
         ),
         Case("convert", ("import", "{made}/wan", "{here}/out"), ACCEPTED, files=held),
         Case(
@@ -138,12 +140,12 @@ def _as_nobody(source: Source) -> Case:
     word = source.word()
     command, argv, place = source.pick(
         ("prepare", (*CUT, f"--output={{here}}/{word}"), "--output"),
-        ("convert", ("import", "{made}/wan", f"{{here}}/{word}"), "DST"),
+        ("convert", ("import", "{made}/wan", f"{{here}}/{word}"), ("DST", "--overwrite")),
         ("sample", (*STUDENT[:2], "--frames=2", f"--output={{here}}/{word}.mp4"), "--output"),
         ("train", ("--config={made}/config.py", f"--workdir={{here}}/{word}"), "--workdir"),
         ("evaluate", (*EVALUATE[:2], f"--output={{here}}/{word}"), "--output"),
     )
-    return Case(command, argv, unprivileged=True, needs=((place,), (word,)))
+    return Case(command, argv, unprivileged=True, needs=(place if isinstance(place, tuple) else (place,), (word,)))
 
 
 @kind("quickstart", 2)

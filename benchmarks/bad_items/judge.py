@@ -20,7 +20,6 @@ from typing import Any
 
 from bad_items.case import ACCEPTED, CODES, DIVERGED, EITHER, REFUSED, THEIRS, Case
 from bad_items.made import listing
-
 from greedy_distill_jax import cli
 
 # Verdicts; those from TRACEBACK on are faults.

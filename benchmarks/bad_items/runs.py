@@ -106,7 +106,7 @@ def damaged_runs(source: Source) -> Case:
     where = f"{{here}}/{word}"
     if source.chance(0.4):
         return Case("convert", ("verify", where, f"{{made}}/{run}"), EITHER, files=held, needs=((word, "damage"),))
-    if source.chance(0.3):
+    if source.chance(0.08):
         stage, argv = ("teacher", ()) if run == "teacher" else ("teacher_forcing", ())
         held = {f"run/{path.split('/', 1)[1]}": data for path, data in held.items()}
         argv = train(stage, "--config.steps=2")
@@ -120,7 +120,9 @@ def damaged_datasets(source: Source) -> Case:
     """One file of a prepared folder lost, cut off or changed, where training opens it."""
     word, rng = source.word(), source.rng
     held = source.folder("dataset", word)
-    argv = train("teacher", f"--config.data.source=clips:{{here}}/{word}", "--config.data.frames=4")
+    argv = train(
+        "teacher", f"--config.data.source=clips:{{here}}/{word}", "--config.data.frames=4", "--config.model.channels=7"
+    )
     # Never trained: its codec makes more channels than the network takes, which shows once examples were read.
     name = rng.choice(
         [name for name in sorted(held) if "/parts/" not in name and "plan.json" not in name and "held_out" not in name]

@@ -7,7 +7,6 @@ import types
 import typing
 
 from bad_items.case import ACCEPTED, Case, Source, kind
-
 from greedy_distill_jax import ranges
 from greedy_distill_jax.config import keys, stages
 
@@ -102,8 +101,13 @@ def values_of_keys(source: Source) -> Case:
     stage, more = stage_of(source, number.key), ()
     if number.key.startswith("student.causal"):
         more = ("--config.student.kind=causal", "--config.student.window=4")
-    needs = ((number.key,), (value, repr(value), *_other_forms(value)))
+    needs = ((_named(number.key),), (value, repr(value), *_other_forms(value)))
     return Case("train", train(stage, *more, f"--config.{number.key}={value}"), needs=needs)
+
+
+def _named(key: str) -> str:
+    """What must be said of a key: all of it, or of a network's fields and a student's the last part."""
+    return key.rsplit(".", 1)[-1] if key in NAMES else key
 
 
 def _has_choice(number: Number) -> bool:
@@ -136,7 +140,7 @@ def _other_forms(value: str) -> tuple[str, ...]:
 
 GOOD_VALUES = (
     *("log.every=3", "checkpoint.every=7", "checkpoint.keep=1", "log.fps=9", "data.threads=0", "ema.decay=0.5"),
-    *("text_dropout=0.5", "optimizer.clip=0", "optimizer.learning_rate=1e-3", "optimizer.betas=(0.5, 0.6)"),
+    *("text_dropout=0.5", "optimizer.learning_rate=1e-3", "optimizer.betas=(0.5, 0.6)"),
     *("data.max_bad_records=0", "sample.guidance=1", "sample.steps=3", "ema.start=0", "losses.flow_matching.weight=2"),
     *("mesh.data=1", "compile_cache=", "optimizer.warmup=0", "log.samples_every=5", "sample.sampler=unipc"),
 )
@@ -176,6 +180,7 @@ def names_of_keys(source: Source) -> Case:
         given = (f"--config={{made}}/config.py:{source.pick('teacher', 'dmd')}", "--workdir={here}/run")
         return Case("train", (*given, f"--{name}={source.word()}"), needs=((name,),))
     if form == 4:
+        key = source.pick(*sorted(n.key for n in all_keys() if n.plain is not bool and "losses" not in n.key))
         return Case("train", train("teacher", f"--config.{key}"), needs=((key, "--workdir"),))
     while (wrong := _wrong_key(source, key)) in known | groups or wrong.startswith(("losses.", "critic.losses.")):
         continue
@@ -321,7 +326,7 @@ def huge_numbers(source: Source) -> Case:
         Case("sample", (*TEACHER, f"--frames={n}"), needs=(("--frames",),)),
         Case("sample", (*STUDENT, "--frames=1", f"--upscale={n}"), needs=(("--upscale",),)),
         Case("sample", (*MODEL, f"--height={n}", f"--width={n}"), needs=(("height", "codec", "--model"),)),
-        Case("prepare", (*CLIPS, f"--frames={n}"), needs=(("--frames", "--held-out"),)),
+        Case("prepare", (*CLIPS, f"--frames={n}"), needs=(("--frames", "--held-out", "--clips"),)),
         Case("prepare", (*CLIPS, f"--size={n // 4 * 4}x{n // 4 * 4}"), needs=(("--size",),)),
         Case("train", train("teacher", f"--config.data.size={n}"), needs=(("data.size",),)),
         Case("train", train("teacher", f"--config.data.frames={n}"), needs=(("data.frames",),)),

@@ -112,7 +112,7 @@ def safetensors(source: Source) -> Case:
         ("export", f"{{here}}/{word}", "{here}/out", "--format=diffusers"),
         ("verify", f"{{here}}/{word}", "{made}/wan"),
     )
-    return Case("convert", argv, files=held, needs=((*needed, MODEL),))
+    return Case("convert", argv, files=held, needs=((*needed, MODEL, "metadata 'greedy"),))
 
 
 BAD_JSON = (b"", b"{", b"[]", b"null", b"3", b'"a"', b"\xff", b"\0", b'{"a": }', b"{}x", b"[" * 5000, b"NaN")

@@ -28,6 +28,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
+def text(value: str) -> str:
+    """The ``type`` of an option that takes words: bytes that are not UTF-8 would be noise to a network."""
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise argparse.ArgumentTypeError(f"it is {value!a}, which is not UTF-8")
+    return value
+
+
 def number(hint: Any) -> Callable[[str], int | float]:
     """Returns the ``type`` of an option that takes a number which ``hint`` allows, such as ``ranges.Count``."""
     kind = int if get_args(hint)[0] is int else float
@@ -87,9 +94,12 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
         sys.stderr.close()  # the reader of our output left, as in `... | head`
         code = 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.ENAMETOOLONG:  # whoever looked there first
+            _say(f"error: {error.filename} cannot be used ({error.strerror}); choose a shorter name.")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _say(f"error: {error.filename or 'standard output'} cannot be written ({error.strerror}); free space.")
+        else:
             raise
-        _say(f"error: {error.filename or 'standard output'} cannot be written ({error.strerror}); free space.")
         code = 2
     except (RuntimeError, AssertionError) as error:
         if not _is_about_the_platform(error):

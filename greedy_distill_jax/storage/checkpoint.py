@@ -324,13 +324,18 @@ class Checkpointer:
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:
+            bare = type(error) is Exception  # of orbax, where a chunk of an array cannot be decoded
+            if not bare and not isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
+                raise
             reason = disk_reason(error, but=OF_DAMAGE)
             where = f"{self.directory} step {step}"
             if reason:
                 raise UserError(f"{where} cannot be read ({reason}); see to the disk, then try again") from error
             others = [other for other in self.steps() if other != step]
-            raise Damaged(f"{where} is damaged ({first_line(error)[:200]})", others) from error
+            raise Damaged(
+                f"{where} is damaged ({first_line((bare and error.__cause__) or error)[:200]})", others
+            ) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

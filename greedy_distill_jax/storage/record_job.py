@@ -186,7 +186,7 @@ class RecordJob:
                 return dict(json.loads(path.read_text(encoding="utf-8")))
             if (described := self.directory / "dataset.json").is_file():
                 return {"kind": json.loads(described.read_text(encoding="utf-8")).get("kind", "clips")}
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{self.directory}: plan.json or dataset.json is damaged ({error}); remove the folder and start again",
                 field="directory",

@@ -10,6 +10,13 @@ from greedy_distill_jax.storage.disk import disk_reason
 from greedy_distill_jax.storage.partial import Partial, remove_leftovers
 
 
+def check_apart(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Raises UserError (field "target") where replacing the target would remove what it is made of."""
+    read, written = (Path(path).expanduser().resolve() for path in (source, target))
+    if written == read or written in read.parents:
+        raise UserError(f"{target} holds {source}, which it is made of; choose another place.", "target")
+
+
 @contextlib.contextmanager
 def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary path beside ``target`` for a file or folder; renamed to it at the end, removed on any error.
