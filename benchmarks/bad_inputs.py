@@ -98,7 +98,7 @@ class Worker:
 
 def work(seed: int, folder: Path, scratch: Path) -> None:
     """A worker: a number a line in, a result a line out."""
-    results = open(os.dup(1), "w", buffering=1)
+    results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
         drawn = case.draw(seed, int(line), folder)

@@ -104,7 +104,10 @@ def configuration_files(source: Source) -> Case:
     return Case("train", train("teacher", config=where), needs=(needed,), files={name: text.encode()})
 
 
-BODY = '    x = batch["latents"]\n    v = net(x, jnp.full(x.shape[:2], 0.5), batch)\n    e = jnp.mean((v + x) ** 2, (1, 2, 3, 4))\n'
+BODY = """    x = batch["latents"]
+    v = net(x, jnp.full(x.shape[:2], 0.5), batch)
+    e = jnp.mean((v + x) ** 2, (1, 2, 3, 4))
+"""
 LOSS = "import jax\nimport jax.numpy as jnp\n\n\ndef mine(net, batch, key{options}):\n{body}    return {out}\n"
 
 

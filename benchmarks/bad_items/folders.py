@@ -38,8 +38,12 @@ def places(source: Source) -> Case:
     argv = {
         "clips": ("prepare", (*CUT, f"--output={where}"), "--output"),
         "ode": ("prepare", (*ODE, f"--output={where}"), "--output"),
-        "import": ("convert", ("import", "{made}/wan", where), ("DST", "--overwrite")),
-        "export": ("convert", ("export", "{made}/teacher", where, "--format=original"), ("DST", "--overwrite")),
+        "import": ("convert", ("import", "{made}/wan", where), ("DST", "--overwrite", "name too long")),
+        "export": (
+            "convert",
+            ("export", "{made}/teacher", where, "--format=original"),
+            ("DST", "--overwrite", "name too long"),
+        ),
         "sample": ("sample", (*STUDENT[:2], "--frames=2", f"--output={video}"), "--output"),
         "train": ("train", ("--config={made}/config.py", f"--workdir={where}"), "--workdir"),
         "evaluate": ("evaluate", (*EVALUATE[:2], f"--output={where}"), "--output"),

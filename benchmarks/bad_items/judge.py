@@ -74,8 +74,8 @@ def redirected(folder: Path) -> Iterator[tuple[Path, Path]]:
         os.dup2(first.fileno(), 1)
         os.dup2(second.fileno(), 2)
         # As the streams of a command are: what cannot be encoded is an error on one and escaped on the other.
-        sys.stdout = open(os.dup(1), "w", encoding="utf-8", errors="strict")
-        sys.stderr = open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="strict")
+        sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         try:
             yield out, err
         finally:

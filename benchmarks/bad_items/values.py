@@ -50,7 +50,7 @@ def _numbers(group: type, path: str = "") -> typing.Iterator[Number]:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         pair = origin is tuple
         several = pair or origin in (typing.Union, types.UnionType)
-        first = [a for a in (inner if several else (hint,)) if a is not types.NoneType][0]
+        first = next(a for a in (inner if several else (hint,)) if a is not types.NoneType)
         plain, *rules = typing.get_args(first) if typing.get_origin(first) is typing.Annotated else (first,)
         yield Number(here, plain, tuple(rules), pair)
 

@@ -43,7 +43,7 @@ def videos(source: Source) -> Case:
             return Case(
                 "prepare",
                 argv,
-                needs=((name,),) if alone else ((name,),),
+                needs=((name,),),
                 files={**files, f"in/{name}": data},
                 expect=EITHER,
             )

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import inspect
+import itertools
 import os
 import sys
 import traceback
@@ -95,7 +96,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
         code = 141
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # whoever looked there first
-            _say(f"error: {error.filename} cannot be used ({error.strerror}); choose a shorter name.")
+            place = _option_of(str(error.filename), sys.argv[1:] if argv is None else argv)
+            _say(f"error: {place}{error.filename} cannot be used ({error.strerror}); choose a shorter name.")
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             _say(f"error: {error.filename or 'standard output'} cannot be written ({error.strerror}); free space.")
         else:
@@ -107,6 +109,15 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
         _say(f"error: {_no_platform(error)}")
         code = 2
     sys.exit(code or 0)
+
+
+def _option_of(path: str, argv: Sequence[str]) -> str:
+    """ "--workdir: " where that option's value is the path or begins it; "" where none's is."""
+    for before, argument in itertools.pairwise(["", *argv]):
+        option, equals, value = argument.partition("=") if argument.startswith("-") else (before, "=", argument)
+        if equals and value and option.startswith("-") and path.startswith(value):
+            return f"{option}: "
+    return ""
 
 
 def _is_about_the_platform(error: BaseException) -> bool:

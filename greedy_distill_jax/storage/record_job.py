@@ -290,7 +290,7 @@ class RecordJob:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.directory} cannot be written ({error}); free space or choose another folder", field="directory"
+                f"{self.directory} cannot be written ({error.strerror or error}); free space or choose another folder", field="directory"
             ) from error
 
 
