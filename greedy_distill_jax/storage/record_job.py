@@ -289,9 +289,10 @@ class RecordJob:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"{self.directory} cannot be written ({error.strerror or error}); free space or choose another folder", field="directory"
-            ) from error
+            told = (
+                f"{self.directory} cannot be written ({error.strerror or error}); free space or choose another folder"
+            )
+            raise UserError(told, field="directory") from error
 
 
 def _is_own(name: str) -> bool:

@@ -47,5 +47,5 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON ({error}); remove it or copy the right one.", "path") from error
     if not isinstance(config, dict):
-        raise UserError(f"{file} is a {type(config).__name__}, no dictionary; remove it or copy the right one.", "path")
+        raise UserError(f"{file} is no dictionary ({type(config).__name__}); remove it or copy the right one.", "path")
     return config

@@ -278,6 +278,12 @@ def test_refusals_of_the_command(tmp_path, capsys):
         (["import", path, tmp_path / "taken.safetensors", *SIZES], "--overwrite: "),
         (["import", path, tmp_path / "out"], "--heads: "),
         (["import", path, tmp_path / "out", *SIZES, "--mesh", "fsdp"], "--mesh: 'fsdp' is not of the form"),
+        (["import", path, tmp_path / "out", *SIZES, "--mesh", "fspd=1"], "--mesh: 'fspd' in 'fspd=1' is not an axis"),
+        (["import", path, tmp_path / "out", *SIZES, "--mesh", "data=1,data=1"], "gives data twice"),
+        (["inspect", path, *SIZES, "--part", "ema"], "--part: 'ema' is not in"),
+        (["inspect", path, *SIZES, "--step", "3"], "--step: 3 is asked for"),
+        (["import", path, tmp_path, *SIZES, "--overwrite"], "DST: "),
+        (["import", path, path, *SIZES, "--overwrite"], "which it is made of"),
         (["export", path, tmp_path / "out", "--format", "torch-student", *SIZES], "--format: "),
         (["export", path, tmp_path / "out", "--format", "causal-pt", *SIZES], "DST: "),
         (["export", path, tmp_path / "out", "--format", "original", *SIZES, "--shard-gb", "0"], "--shard-gb: "),
@@ -289,6 +295,23 @@ def test_refusals_of_the_command(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and word in err, (argv, err)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "taken.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("model.safetensors.index.json", '{"weight_map": {"a": null}}'),
+        ("model.safetensors.index.json", '{"weight_map": {}}'),
+        ("model.safetensors.index.json", "[" * 100_000),
+        ("config.json", "[" * 100_000),
+        ("config.json", "[]"),
+    ],
+)
+def test_files_beside_weights_that_say_nothing(tmp_path, name, text, capsys):
+    _write(tensors(), tmp_path / "model.safetensors")
+    (tmp_path / name).write_text(text)
+    assert run("inspect", tmp_path, *SIZES) == 2
+    assert capsys.readouterr().err.startswith(f"error: SRC: {tmp_path / name} is no")
 
 
 def test_inspect_and_verify(tmp_path, capsys):
