@@ -63,7 +63,7 @@ def _other_files(source: Source, argv, files, name: str, good: bytes) -> Case:
     wrong = f"{word}.{source.pick('mpg', 'gif', 'txt', 'm4v', 'mp5')}"
     named = {"c.csv": f"clip,caption\n{wrong},a\n".encode(), f"in/{wrong}": good, "in/good.mp4": good}
     return source.pick(
-        Case("prepare", few, files={**files, in_: good}, needs=(("--frames", "--held-out", name),)),
+        Case("prepare", few, files={**files, in_: good}, needs=(("--frames", "--held-out", "--clips"),)),
         Case("prepare", other, files={**files, in_: good}, needs=(("--clips",), (word,))),
         Case("prepare", other, files={**files, in_: good, word: b"x"}, needs=(("--clips",), (word,))),
         Case("prepare", other, files={**files, in_: good, word: None}, needs=(("--clips",), (word,))),

@@ -28,6 +28,15 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError: the option, what is wrong with it, and where the options are listed."""
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's, which makes an empty list of the value in ``--fps=--`` before Python 3.13."""
+        given = sys.argv[1:] if args is None else list(args)
+        for argument in given:
+            option, _, value = argument.partition("=")
+            if value == "--" and option.startswith("-"):
+                self.error(f"argument {option}: it is --, which is no value")
+        return super().parse_known_args(given, namespace)
+
 
 def text(value: str) -> str:
     """The ``type`` of an option that takes words: bytes that are not UTF-8 would be noise to a network."""

@@ -325,6 +325,7 @@ def test_a_name_that_is_too_long_is_one_line(form, capsys):
     [
         (["--switch", "1:a", "--switch", "01:b"], "--switch: frame 1 has two new prompts, 'a' and 'b'"),
         (["--prompt", "\udcff"], "--prompt: it is '\\udcff', which is not UTF-8"),
+        (["--fps=--"], "--fps: it is --, which is no value"),
         (["--output", "out.avi"], "--output: cannot write out.avi"),
     ],
 )

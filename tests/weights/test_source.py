@@ -237,12 +237,14 @@ def test_bad_pt(content, named, tmp_path, capsys):
     check_refused(tmp_path / "bad.pt", ["bad.pt", *named], tmp_path, capsys)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "pickle", "empty"])
+@pytest.mark.parametrize("kind", ["truncated", "pickle", "empty", "mark"])
 def test_damaged_pt(kind, tmp_path, capsys):
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
     path = tmp_path / "bad.pt"
     torch.save({"generator": {"model.x": torch.zeros(4000)}}, path)
-    data = {"truncated": path.read_bytes()[:-3000], "pickle": pickle.dumps(Malicious()), "empty": b""}[kind]
+    data = {"truncated": path.read_bytes()[:-3000], "pickle": pickle.dumps(Malicious()), "empty": b""}.get(
+        kind, b"\x80\x02e."
+    )
     path.write_bytes(data)
     check_refused(path, ["bad.pt"], tmp_path, capsys)
     assert "unpickled" not in capsys.readouterr().out
@@ -273,6 +275,7 @@ def test_nothing_is_left_of_a_failed_export(tmp_path, monkeypatch, capsys):
 def test_refusals_of_the_command(tmp_path, capsys):
     path = _write(tensors(), tmp_path / "in.safetensors")
     save_file({}, tmp_path / "taken.safetensors")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     cases = [
         (["import", tmp_path / "no", tmp_path / "out"], f"SRC: {tmp_path / 'no'} does not exist"),
         (["import", path, tmp_path / "taken.safetensors", *SIZES], "--overwrite: "),
@@ -281,6 +284,7 @@ def test_refusals_of_the_command(tmp_path, capsys):
         (["import", path, tmp_path / "out", *SIZES, "--mesh", "fspd=1"], "--mesh: 'fspd' in 'fspd=1' is not an axis"),
         (["import", path, tmp_path / "out", *SIZES, "--mesh", "data=1,data=1"], "gives data twice"),
         (["inspect", path, *SIZES, "--part", "ema"], "--part: 'ema' is not in"),
+        (["import", path, tmp_path / "loop", *SIZES], "--overwrite: "),
         (["inspect", path, *SIZES, "--step", "3"], "--step: 3 is asked for"),
         (["import", path, tmp_path, *SIZES, "--overwrite"], "DST: "),
         (["import", path, path, *SIZES, "--overwrite"], "which it is made of"),
@@ -294,7 +298,7 @@ def test_refusals_of_the_command(tmp_path, capsys):
         assert run(*argv) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and word in err, (argv, err)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "taken.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "loop", "taken.safetensors"]
 
 
 @pytest.mark.parametrize(
