@@ -230,8 +230,10 @@ class Checkpointer:
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
         step = self._existing(step)
-        with self._reading(step):
+        with self.reading(step):
             meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+            if isinstance(meta.get("config"), str):
+                json.loads(meta["config"])  # a text of JSON within JSON
         layout = meta.get("layout", 1)
         if layout != LAYOUT:
             wrote = meta.get("versions", {}).get("greedy_distill_jax", "an older one")
@@ -308,7 +310,7 @@ class Checkpointer:
         return steps[-1] if step is None else step
 
     def _stored(self, step: int) -> dict[Path, jax.ShapeDtypeStruct]:
-        with self._reading(step):
+        with self.reading(step):
             tree = self._manager.item_metadata(step)["state"].tree
             return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}
 
@@ -317,13 +319,16 @@ class Checkpointer:
         restore = ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        with self._reading(step):
+        with self.reading(step):
             return dict(flatten(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]))
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
+    def reading(self, step: int) -> Iterator[None]:
+        """What goes wrong in here is a damaged step (`Damaged`), unless the disk failed; UserErrors pass."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             bare = type(error) is Exception  # of orbax, where a chunk of an array cannot be decoded
             if not bare and not isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
