@@ -10,6 +10,7 @@ import errno
 import inspect
 import itertools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -113,18 +114,19 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
             raise
         code = 2
     except (RuntimeError, AssertionError) as error:
-        if not _is_about_the_platform(error):
+        home = _unknown_home(error, sys.argv[1:] if argv is None else argv)
+        if not home and not _is_about_the_platform(error):
             raise
-        _say(f"error: {_no_platform(error)}")
+        _say(f"error: {home or _no_platform(error)}")
         code = 2
     sys.exit(code or 0)
 
 
 def _option_of(path: str, argv: Sequence[str]) -> str:
-    """ "--workdir: " where that option's value is the path or begins it; "" where none's is."""
+    """ "--workdir: " where that option's value begins as the path does, or it as the value; "" where none's does."""
     for before, argument in itertools.pairwise(["", *argv]):
         option, equals, value = argument.partition("=") if argument.startswith("-") else (before, "=", argument)
-        if equals and value and option.startswith("-") and path.startswith(value):
+        if equals and value and option.startswith("-") and (path.startswith(value) or value.startswith(path)):
             return f"{option}: "
     return ""
 
@@ -133,6 +135,15 @@ def _is_about_the_platform(error: BaseException) -> bool:
     """Whether jax found no device: the error comes from where it starts its platforms, whoever asked first."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (Path(frame.filename).name, frame.name) == ("xla_bridge.py", "backends")
+
+
+def _unknown_home(error: BaseException, argv: Sequence[str]) -> str:
+    """What is wrong with a path that begins with ~NAME, whoever looked there first; "" where the error is another."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if (Path(frame.filename).name, frame.name) != ("pathlib.py", "expanduser"):
+        return ""
+    named = [argument for argument in argv if re.search(r"(^|[=:])~[^/]", argument)]
+    return f"{named[0] if named else '~'}: there is no such user, whose home ~ would be; write the path out."
 
 
 def _no_platform(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -310,7 +311,14 @@ def test_a_platform_that_is_not_there_is_one_line(subprocess_env):
     assert len(done.stderr.splitlines()) == 1 and "set JAX_PLATFORMS=cpu" in done.stderr
 
 
-@pytest.mark.parametrize("form", ["--workdir={}/out", "--workdir {}/out", "{}"])
+@pytest.mark.parametrize("argument", ["--config.data.source=clips:~nobody-here/x", "~nobody-here"])
+def test_a_home_that_there_is_not_is_one_line(argument, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda argv: pathlib.Path("~nobody-here/x").expanduser(), [argument])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {argument}: there is no such user")
+
+
+@pytest.mark.parametrize("form", ["--workdir={}/out", "--workdir={}/out/more:x", "--workdir {}/out", "{}"])
 def test_a_name_that_is_too_long_is_one_line(form, capsys):
     name = "x" * 300
     with pytest.raises(SystemExit) as end:

@@ -16,6 +16,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.weights.architecture import as_config
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.source import TreeSource
 from greedy_distill_jax.weights.verify import compare
@@ -343,3 +344,9 @@ def test_sharded_import(tmp_path):
     assert len(jax.devices()) == 8
     assert run("import", path, tmp_path / "ours", *SIZES, "--mesh", "fsdp=4,tensor=2") == 0
     assert compare(open_source(path, heads=2, text_len=3), open_source(tmp_path / "ours")) == []
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, None, [24]])
+def test_a_field_of_another_type_is_no_architecture(value):
+    with pytest.raises(UserError, match="text_len is .*; it must be a whole number"):
+        as_config({"dim": 24, "num_heads": 2, "text_len": value})
