@@ -43,6 +43,7 @@ from greedy_distill_jax.storage.trees import (
 )
 
 LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
+_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of steps that are being written
 
 T = TypeVar("T")
@@ -327,20 +328,17 @@ class Checkpointer:
         """What goes wrong in here is a damaged step (`Damaged`), unless the disk failed; UserErrors pass."""
         try:
             yield
-        except UserError:
-            raise
         except Exception as error:
             bare = type(error) is Exception  # of orbax, where a chunk of an array cannot be decoded
-            if not bare and not isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
+            if isinstance(error, UserError) or not (bare or isinstance(error, _OF_DAMAGE)):
                 raise
             reason = disk_reason(error, but=OF_DAMAGE)
             where = f"{self.directory} step {step}"
             if reason:
                 raise UserError(f"{where} cannot be read ({reason}); see to the disk, then try again") from error
             others = [other for other in self.steps() if other != step]
-            raise Damaged(
-                f"{where} is damaged ({first_line((bare and error.__cause__) or error)[:200]})", others
-            ) from error
+            told = first_line((bare and error.__cause__) or error)[:200]
+            raise Damaged(f"{where} is damaged ({told})", others) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

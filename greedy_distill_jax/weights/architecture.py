@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import typing
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -63,9 +64,10 @@ def as_config(fields: Mapping[str, Any], wan_changes: Mapping[str, Any] = Mappin
 
 def _checked(kind: type[Config], **fields: Any) -> Any:
     """The configuration of these fields, once every one has its type."""
-    cfg = kind(**fields)
-    ranges.check_fields(cfg)
-    return cfg
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for name in fields.keys() & hints.keys():
+        ranges.check(fields[name], hints[name], name)
+    return kind(**fields)
 
 
 def precision_of(meta: Mapping[str, Any]) -> dict[str, Any]:
