@@ -213,7 +213,9 @@ def main() -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         seconds = sum(r["s"] for r in found.values())
         result = dict(seed=args.seed, seconds=round(seconds, 1), kinds=counts, **environment.environment())
-        result["faults"] = [r for _, r in sorted(found.items()) if r["verdict"] in judge.FAULTS]
+        shown = ("case", "kind", "verdict", "code", "command", "argv")  # what was said names this machine's folders
+        faults = [r for _, r in sorted(found.items()) if r["verdict"] in judge.FAULTS]
+        result["faults"] = [{key: r[key] for key in shown if key in r} for r in faults]
         record.write_json(args.output.with_suffix(".json"), result)
         args.output.with_suffix(".md").write_text(f"Seed {args.seed}, {len(found)} cases.\n\n{text}\n")
     return int(any(r["verdict"] in judge.FAULTS for r in found.values()))

@@ -27,7 +27,6 @@ class Case:
       skipped: a clip that must be named in dataset.json as skipped when the exit code is 0.
       unprivileged: run without the rights of root, where the process has them.
       env: of a process of its own, which such a case needs.
-      writes: paths in the case's folder that a refused case may leave; the lock of a folder is one.
     """
 
     command: str

@@ -38,7 +38,7 @@ NOBODY = 65534
 
 
 def put(case: Case, here: Path) -> None:
-    """Writes the files of a case; folders come out before links, and links before what needs them."""
+    """Writes the files, folders and links of a case."""
     here.mkdir(parents=True)
     for name, content in case.files.items():
         path = here / name
