@@ -19,11 +19,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ranges import Count
+from greedy_distill_jax.ranges import between
 
 # What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
 
@@ -38,6 +38,7 @@ TRAIN_FLAGS = JOB_FLAGS | {
 }
 PLACES = {name: f"--{name}" for name in TRAIN_FLAGS}
 FAILED, DOES_NOT_FIT = 1, 3
+SIDE = Annotated[int, between(1, 2**14)]  # pixels of a video
 
 
 def _read_job(argv: Sequence[str], flags: dict[str, tuple]) -> tuple[Any, dict[str, Any]]:
@@ -53,8 +54,8 @@ def _read_job(argv: Sequence[str], flags: dict[str, tuple]) -> tuple[Any, dict[s
 
 def _check_writable(path: str) -> None:
     """Refuses now, and not after minutes of compiling, if there can be no file ``path``."""
-    target = Path(path)
-    if path and (target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK)):
+    target, there = Path(path), Path(path).parent.is_dir()
+    if path and (target.is_dir() or not there or not os.access(target if target.exists() else target.parent, os.W_OK)):
         raise UserError(f"{path} cannot be written; name a file in a folder that exists", "json")
 
 
@@ -116,14 +117,15 @@ def main(argv: Sequence[str]) -> int:
             command.add_argument("--no-bundles", action="store_true", help="do not count bundles (faster)")
         if name == "vae":
             command.add_argument("--decoder", action="append", choices=DECODERS, help="default: both")
-            command.add_argument("--height", type=cli.number(Count), default=480, help="of the video, in pixels")
-            command.add_argument("--width", type=cli.number(Count), default=832, help="of the video, in pixels")
+            command.add_argument("--height", type=cli.number(SIDE), default=480, help="of the video, in pixels")
+            command.add_argument("--width", type=cli.number(SIDE), default=832, help="of the video, in pixels")
     args = parser.parse_args(argv)
     targets, failures = args.target or list(TOPOLOGIES), []
     if args.command == "sweep":
         sweep_blocks(targets, _say)
     elif args.command == "kernels":
-        failures = compile_kernels(targets, args.only, not args.no_bundles, _say)
+        with cli.places(**PLACES):
+            failures = compile_kernels(targets, args.only, not args.no_bundles, _say)
     else:
         failures = compile_decoders(targets, args.decoder or DECODERS, args.height, args.width, _say)
     for failure in failures:

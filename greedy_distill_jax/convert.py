@@ -14,7 +14,7 @@ import functools
 import sys
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.distribution.mesh import make_mesh
+from greedy_distill_jax.distribution.mesh import AXES, make_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Count, Natural, NotNegative, Positive
@@ -45,9 +45,16 @@ def _open(args: argparse.Namespace, path: str, place: str = "SRC") -> Source:
 
 def _parse_mesh(value: str) -> dict[str, int]:
     try:
-        return {axis: int(size) for axis, size in (part.split("=") for part in value.split(","))}
+        parts = [(axis, int(size)) for axis, size in (part.split("=") for part in value.split(","))]
     except ValueError as error:
         raise UserError(f"{value!r} is not of the form AXIS=SIZE,..., such as fsdp=8.", "mesh") from error
+    named = [axis for axis, _ in parts]
+    for axis in named:
+        if axis not in AXES:
+            raise UserError(f"{axis!r} in {value!r} is not an axis; choose from {', '.join(AXES)}.", "mesh")
+        if named.count(axis) > 1:
+            raise UserError(f"{value!r} gives {axis} twice; give it once.", "mesh")
+    return dict(parts)
 
 
 def _import(args: argparse.Namespace) -> None:

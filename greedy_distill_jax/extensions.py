@@ -38,7 +38,14 @@ def load(name: str, *, kind: str = "", field: str = "") -> Any:
     if where.endswith(".py"):
         if not Path(where).is_file():
             raise UserError(f"{kind}{name!r} cannot be loaded: there is no file {where}. Check the path.", field)
-        module = execute(Path(where))
+        try:
+            module = execute(Path(where))
+        except SyntaxError as error:
+            if error.filename not in (None, where, str(Path(where).resolve())):
+                raise  # of a file that this one imports
+            line = f" line {error.lineno}" if error.lineno else ""
+            told = f"{where}{line} is not Python ({error.msg}). Correct it there."
+            raise UserError(f"{kind}{name!r} cannot be loaded: {told}", field) from error
     else:
         try:
             module = importlib.import_module(where)

@@ -20,7 +20,7 @@ from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 
 OPTIONS = ("frames", "steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output")
 PLACES = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
-PLACES |= {"switches": "--switch", "directory": "--checkpoint", "folder": "--model"}
+PLACES |= {"switches": "--switch", "path": "--output", "directory": "--checkpoint", "folder": "--model"}
 OF_A_STUDENT, OF_A_TEACHER = ("switch",), ("negative_prompt", "solver", "shift", "guidance")
 
 

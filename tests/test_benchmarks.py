@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment
 from greedy_distill_jax.ops.attention.arg_specs import Spec
 from greedy_distill_jax.ops.attention.pattern import Pattern
@@ -114,6 +115,54 @@ def test_gradient_precision(benchmarks):
     for kind in ("to float32", "to the same forward pass"):
         assert 0 < found[f"compute, {kind}"] == found[f"compute, bfloat16 sums, {kind}"] < 0.02
     assert found["float32, to float32"] < found["compute, to float32"]
+
+
+def test_bad_inputs(benchmark, tmp_path, monkeypatch):
+    """The judge tells what is refused well from what is not; cases are drawn again as they were."""
+    benchmark("bad_inputs")
+    from bad_items import case, judge
+
+    kinds = {case.kind_of(number) for number in range(1000)}
+    assert kinds == set(case.KINDS) and len(kinds) > 20
+    made, scratch = tmp_path / "made", tmp_path / "scratch"
+    made.mkdir()
+    scratch.mkdir()
+    argv = ("inspect", "{here}/none.safetensors")
+    bad = case.Case("convert", argv, needs=(("SRC",), ("{here}/none.safetensors",)))
+    expected = {
+        "refused well": bad,
+        "said badly": dataclasses.replace(bad, needs=(("nothing that it says",),)),
+        "control refused": dataclasses.replace(bad, expect=case.ACCEPTED),
+        "wrong exit 0": case.Case("sample", ("--help",)),
+        "accepted": case.Case("sample", ("--help",), case.ACCEPTED),
+        "other code": case.Case("convert", argv, case.DIVERGED),
+    }
+    assert {verdict: judge.judged(of, made, scratch)["verdict"] for verdict, of in expected.items()} == {
+        verdict: verdict for verdict in expected
+    }
+    assert not list(scratch.iterdir())
+    for text, verdict in (("1 / 0", "their traceback"), ("def get_config(:", "traceback")):
+        files = {"own.py": text.encode()}
+        own = case.Case("train", ("--config={here}/own.py", "--workdir={here}/run"), case.THEIRS, files=files)
+        assert (judge.judged(own, made, scratch)["verdict"] == "their traceback") == (verdict == "their traceback")
+    drawn = [number for number in range(400) if case.kind_of(number) in ("names of keys", "switches", "meshes")]
+    keys = [case.draw(0, number, made).key() for number in drawn[:20] if case.kind_of(number) == "switches"]
+    assert keys == [case.draw(0, number, made).key() for number in drawn[:20] if case.kind_of(number) == "switches"]
+
+
+def test_bad_inputs_are_counted_and_gone_on_with(benchmark, tmp_path):
+    bad_inputs = benchmark("bad_inputs")
+    rows = [
+        {"seed": 0, "case": n, "kind": "switches", "verdict": v, "s": 0.1} for n, v in enumerate(("accepted", "hang"))
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"cut off')
+    found = bad_inputs.read(path, 0)
+    text, counts = bad_inputs.table(found)
+    assert counts["all"]["cases"] == 2 and counts["switches"]["hang"] == counts["all"]["accepted"] == 1
+    assert text.splitlines()[-1].startswith("| all | 2 | 2 |")
+    with pytest.raises(UserError, match="of seed 0, not 1"):
+        bad_inputs.read(path, 1)
 
 
 def test_train_step(benchmark, tmp_path, capsys):

@@ -39,6 +39,17 @@ def test_what_is_not_there(name, message):
     assert error.value.field == "losses"
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [(b"\ndef own(:\n", "own.py line 2 is not Python"), (b"\0", "is not Python"), (b"\xff", "is not Python")],
+)
+def test_a_file_that_is_no_python(tmp_path, text, message):
+    (tmp_path / "own.py").write_bytes(text)
+    with pytest.raises(UserError, match=message) as error:
+        extensions.load(f"{tmp_path}/own.py:X", kind="loss ", field="losses")
+    assert error.value.field == "losses"
+
+
 def test_a_fault_of_the_file_is_told_as_it_is(tmp_path):
     (tmp_path / "own.py").write_text("import math\nmath.nothing\n")
     with pytest.raises(AttributeError, match="nothing"):

@@ -112,6 +112,14 @@ def test_a_second_call_says_that_it_is_done(finished, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("held", [None, b"\xff"])
+def test_a_job_that_cannot_be_read_is_another(tmp_path, held):
+    (tmp_path / "job").mkdir() if held is None else (tmp_path / "job").write_bytes(held)
+    with pytest.raises(UserError, match="holds another job") as error:
+        quickstart.quickstart(tmp_path, speed="smoke")
+    assert error.value.field == "workdir"
+
+
 @pytest.mark.parametrize("options", [dict(speed="fast"), dict(speed="smoke", clips=Path("c"), captions=Path("d"))])
 def test_another_job_in_the_same_folder_is_refused(finished, options):
     with pytest.raises(UserError, match="holds another job.*moving_shapes, smoke"):

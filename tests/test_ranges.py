@@ -181,7 +181,7 @@ def test_every_number_of_a_command_has_a_range():
     [
         (evaluate.main, ["--videos", "0"], "--videos: it is 0; it must be at least 1"),
         (evaluate.main, ["--seed", "-1"], "--seed: it is -1; it must be from 0 to 4294967295"),
-        (compiling.main, ["vae", "--height", "x"], "--height: it is x; it must be a whole number, at least 1"),
+        (compiling.main, ["vae", "--height", "x"], "--height: it is x; it must be a whole number, from 1 to 16384"),
         (convert.main, ["inspect", "a", "--heads", "0"], "--heads: it is 0; it must be at least 1"),
         (convert.main, ["export", "a", "b", "--shard-gb", "nan"], "--shard-gb: it is nan; it must be a finite number"),
         (convert.main, ["verify", "a", "b", "--atol", "-1"], "--atol: it is -1; it must be at least 0"),

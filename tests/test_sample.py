@@ -102,7 +102,7 @@ def test_nothing_is_said_where_words_are_not_known_or_all_have_a_meaning(codec, 
 
 
 def test_two_switches_at_one_frame_are_refused():
-    with pytest.raises(UserError, match="two prompts from frame 3 on; keep one of them") as error:
+    with pytest.raises(UserError, match="frame 3 has two new prompts, ") as error:
         sample_options.parse_switches(["3:a", "5:b", "03:a"])
     assert error.value.field == "switches"
     assert sample_options.parse_switches(["5:b", "3:a:c"]) == {3: "a:c", 5: "b"}

@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import errno
 import inspect
+import itertools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError: the option, what is wrong with it, and where the options are listed."""
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's, which makes an empty list of the value in ``--fps=--`` before Python 3.13."""
+        given = sys.argv[1:] if args is None else list(args)
+        for argument in given:
+            option, _, value = argument.partition("=")
+            if value == "--" and option.startswith("-"):
+                self.error(f"argument {option}: it is --, which is no value")
+        return super().parse_known_args(given, namespace)
+
+
+def text(value: str) -> str:
+    """The ``type`` of an option that takes words: bytes that are not UTF-8 would be noise to a network."""
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise argparse.ArgumentTypeError(f"it is {value!a}, which is not UTF-8")
+    return value
 
 
 def number(hint: Any) -> Callable[[str], int | float]:
@@ -89,14 +107,19 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
         sys.stderr.close()  # the reader of our output left, as in `... | head`
         code = 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.ENAMETOOLONG:  # whoever looked there first
+            place = _option_of(str(error.filename), sys.argv[1:] if argv is None else argv)
+            _say(f"error: {place}{error.filename} cannot be used ({error.strerror}); choose a shorter name.")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _say(f"error: {error.filename or 'standard output'} cannot be written ({error.strerror}); free space.")
+        else:
             raise
-        _say(f"error: {error.filename or 'standard output'} cannot be written ({error.strerror}); free space.")
         code = 2
     except (RuntimeError, AssertionError) as error:
-        if not _is_about_the_platform(error):
+        home = _unknown_home(error, sys.argv[1:] if argv is None else argv)
+        if not home and not _is_about_the_platform(error):
             raise
-        _say(f"error: {_no_platform(error)}")
+        _say(f"error: {home or _no_platform(error)}")
         code = 2
     finally:
         if _alone:  # jax would wait for the others, for minutes
@@ -112,10 +135,28 @@ def end_without_others() -> None:
     _alone.append(True)
 
 
+def _option_of(path: str, argv: Sequence[str]) -> str:
+    """ "--workdir: " where that option's value begins as the path does, or it as the value; "" where none's does."""
+    for before, argument in itertools.pairwise(["", *argv]):
+        option, equals, value = argument.partition("=") if argument.startswith("-") else (before, "=", argument)
+        if equals and value and option.startswith("-") and (path.startswith(value) or value.startswith(path)):
+            return f"{option}: "
+    return ""
+
+
 def _is_about_the_platform(error: BaseException) -> bool:
     """Whether jax found no device: the error comes from where it starts its platforms, whoever asked first."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (Path(frame.filename).name, frame.name) == ("xla_bridge.py", "backends")
+
+
+def _unknown_home(error: BaseException, argv: Sequence[str]) -> str:
+    """What is wrong with a path that begins with ~NAME, whoever looked there first; "" where the error is another."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if (Path(frame.filename).name, frame.name) != ("pathlib.py", "expanduser"):
+        return ""
+    named = [argument for argument in argv if re.search(r"(^|[=:])~[^/]", argument)]
+    return f"{named[0] if named else '~'}: there is no such user, whose home ~ would be; write the path out."
 
 
 def _no_platform(error: BaseException) -> str:

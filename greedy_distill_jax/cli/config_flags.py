@@ -87,6 +87,9 @@ def read_config(path: str, option: str = "--config") -> ConfigDict:
         module = _load_module(file)
     if not hasattr(module, "get_config"):
         raise UserError(f"{option}={name}: the file defines no get_config(); see configs/base.py.")
+    if not callable(module.get_config):
+        found = type(module.get_config).__name__
+        raise UserError(f"{option}={name}: get_config is a {found}, not a function; see configs/base.py.")
     try:
         with _mistakes_in(file, f"{option}={name}"):
             config = module.get_config(*([argument] if colon else []))

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from greedy_distill_jax.cli import number
+from greedy_distill_jax.cli import number, text
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Count, FrameRate, Momentum, Natural, NotNegative, Seed, Steps
 
@@ -134,7 +134,9 @@ def add_ode(parser: argparse.ArgumentParser, **_: object) -> None:
         "--steps", type=number(Steps), default=48, help="evaluations of a trajectory (default: %(default)s)"
     )
     parser.add_argument("--guidance", type=number(NotNegative), help="default: the teacher run's, with --model 6")
-    parser.add_argument("--negative", metavar="TEXT", help="default: the teacher run's, with --model Wan2.1's own")
+    parser.add_argument(
+        "--negative", type=text, metavar="TEXT", help="default: the teacher run's, with --model Wan2.1's own"
+    )
     parser.add_argument("--text", metavar="DIR", help="text store or model folder that encodes the prompts instead")
     parser.add_argument(
         "--per-prompt", type=number(Count), default=1, help="trajectories of each prompt (default: %(default)s)"
@@ -181,6 +183,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 def _add_rows(parser: argparse.ArgumentParser, negative: str, text_len: int) -> None:
     parser.add_argument(
         "--negative",
+        type=text,
         default=negative,
         metavar="TEXT",
         help="prompt of the unconditional branch, stored too (default: Wan2.1's own; the empty prompt always is)",

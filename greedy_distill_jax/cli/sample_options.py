@@ -1,6 +1,8 @@
 """Options of the command sample."""
 
-from greedy_distill_jax.cli import Parser, number
+from collections.abc import Sequence
+
+from greedy_distill_jax.cli import Parser, number, text
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Count, FrameRate, Natural, NotNegative, Positive, Seed, Steps
 
@@ -15,14 +17,16 @@ def parse_switch(value: str) -> tuple[int, str]:
     return int(frame), prompt
 
 
-def parse_switches(values: list[str]) -> dict[int, str]:
-    """Reads several; UserError (field "switches") for two at one frame."""
-    pairs = [parse_switch(value) for value in values]
-    frames = [frame for frame, _ in pairs]
-    for frame in frames:
-        if frames.count(frame) > 1:
-            raise UserError(f"two prompts from frame {frame} on; keep one of them", "switches")
-    return dict(pairs)
+def parse_switches(values: Sequence[str]) -> dict[int, str]:
+    """Reads several; UserError (field "switches") for two at one frame, of which one would be lost."""
+    found: dict[int, str] = {}
+    for value in values:
+        frame, prompt = parse_switch(value)
+        if frame in found:
+            told = f"frame {frame} has two new prompts, {found[frame]!r} and {prompt!r}; give one"
+            raise UserError(told, "switches")
+        found[frame] = prompt
+    return found
 
 
 def parse_steps(value: str) -> int | str:
@@ -38,6 +42,7 @@ def parser(description: str) -> Parser:
     source.add_argument("--model", metavar="DIR", help="model folder in the layout of diffusers: a teacher")
     out.add_argument(
         "--prompt",
+        type=text,
         action="append",
         required=True,
         help="may be given several times; each gives the video it gives alone",
@@ -55,10 +60,10 @@ def parser(description: str) -> Parser:
     )
     out.add_argument("--output", default="out.mp4", help=".mp4, .webm or .gif")
     student = out.add_argument_group("streaming students")
-    more = dict(action="append", default=[], metavar='FRAME:"PROMPT"')
+    more = dict(type=text, action="append", default=[], metavar='FRAME:"PROMPT"')
     student.add_argument("--switch", **more, help="new prompt from a frame on")
     teacher = out.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
-    teacher.add_argument("--negative-prompt", metavar="TEXT", help="unconditional branch (Wan2.1's own)")
+    teacher.add_argument("--negative-prompt", type=text, metavar="TEXT", help="unconditional branch (Wan2.1's own)")
     teacher.add_argument("--solver", choices=("euler", "unipc"), help="(unipc)")
     teacher.add_argument("--shift", type=number(Positive), help="of the noise levels (what scheduler/ says, else 5)")
     teacher.add_argument("--guidance", type=number(NotNegative), help="scale of classifier-free guidance, 1 = off (5)")

@@ -1,5 +1,6 @@
 """A folder that holds one job of several steps, so that the same command goes on and another one is refused."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,10 @@ def claim(workdir: Path, job: str) -> Path:
     except OSError as error:
         raise UserError(f"{workdir} cannot be written ({error.strerror}); choose another folder.", "workdir") from error
     marker = workdir / "job"
-    if marker.exists() and marker.read_text() != job:
-        held = marker.read_text()
-        raise UserError(f"{workdir} holds another job ({held}); choose another folder or delete it.", "workdir")
+    try:
+        held = marker.read_text(encoding="utf-8", errors="replace") if os.path.lexists(marker) else job
+    except OSError as error:
+        held = f"{marker} cannot be read: {error.strerror}"
+    if held != job:
+        raise UserError(f"{workdir} holds another job ({held[:200]}); choose another folder or delete it.", "workdir")
     return marker

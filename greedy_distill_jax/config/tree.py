@@ -111,6 +111,8 @@ def _read_loss(term: ConfigDict, path: str, check: bool) -> Loss:
     name = path.rsplit(".", 1)[1]
     if name in RESERVED:
         raise UserError(f"{path}: this name is taken in the logs; choose another.")
+    if not isinstance(term, ConfigDict | Mapping):
+        raise UserError(f"{path} is {term!r}; it must be a group of the keys loss, weight and options.")
     given = term.to_dict() if isinstance(term, ConfigDict) else dict(term)
     if set(given) - {"loss", "weight", "options"} or not {"loss", "weight"} <= set(given):
         raise UserError(f"{path} needs the keys loss, weight and options; it has {sorted(given)}.")

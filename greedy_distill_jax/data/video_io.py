@@ -266,6 +266,9 @@ def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).strip().splitlines()[0]
 
 
+LARGEST = 2**14  # pixels of a side, what H.264 and VP9 take
+
+
 class VideoWriter:
     """Writes frames to a video file as they come; the file appears complete under its name, or not at all.
 
@@ -332,6 +335,10 @@ class VideoWriter:
         if self._shape not in (None, frame.shape):
             raise ValueError(f"VideoWriter: frame {self.frames} has shape {frame.shape}, the first had {self._shape}")
         self._shape = frame.shape
+        if max(frame.shape) * self.upscale > LARGEST:
+            height, width = (side * int(self.upscale) for side in frame.shape[:2])
+            told = f"cannot write {self.path}: {width}x{height} pixels; enlarge less, sides may have {LARGEST}"
+            raise UserError(told, "upscale")
         frame = _upscaled(frame, self.upscale)
         if self._suffix == ".gif":
             self._gif.append(_palette(frame))

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import aot, sweep
 from greedy_distill_jax.pods.kernels import SPECS
 
@@ -24,6 +25,8 @@ def compile_kernels(targets: Sequence[str], only: str, bundles: bool, say: Calla
       UserError: libtpu is not installed.
     """
     failures = []
+    if not any(only in name for name in SPECS):
+        raise UserError(f"no workload has {only!r} in its name; they are {', '.join(SPECS)}", "only")
     with aot.bundle_dump() if bundles else contextlib.nullcontext() as dump:
         for target in targets:
             mesh = aot.target_mesh(target)

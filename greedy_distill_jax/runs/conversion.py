@@ -21,7 +21,7 @@ from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.weights.architecture import wan_of
 from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.pipeline import saved_codec
-from greedy_distill_jax.weights.replacing import replacing
+from greedy_distill_jax.weights.replacing import check_apart, replacing
 from greedy_distill_jax.weights.source import Source
 from greedy_distill_jax.weights.write import write
 
@@ -45,6 +45,7 @@ def import_weights(
     """
     if source.format == "ours":
         raise UserError(f"{source.path} is in our format already; use it as it is.", "path")
+    check_apart(source.path, target)
     with replacing(target, overwrite=overwrite) as partial:
         params = load(source, sharding=sharding, dtype=dtype)
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -92,6 +93,7 @@ def export_weights(source: Source, target: str | Path, form: str, **options: Any
     Raises:
       UserError: as there.
     """
+    check_apart(source.path, target)
     extra = {}
     if form == "torch-student" and source.format == "ours":
         extra = dict(student=_plan(source), codec=saved_codec(source.path))

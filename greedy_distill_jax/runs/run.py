@@ -113,8 +113,9 @@ class Run:
 
         def read(checkpoints: Checkpointer, step: int):
             meta = checkpoints.meta(step)
-            settings = stored_settings(meta["config"])
-            return meta, settings, checkpoints.restore_subtree(step, f"nets/{meta['network']}/ema", sharding=sharding)
+            with checkpoints.reading(step):
+                settings, network = stored_settings(meta["config"]), meta["network"]
+            return meta, settings, checkpoints.restore_subtree(step, f"nets/{network}/ema", sharding=sharding)
 
         with about("directory"):
             meta, settings, params = read_run(directory / "checkpoints", step, read)

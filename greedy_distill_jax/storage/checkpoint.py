@@ -43,6 +43,7 @@ from greedy_distill_jax.storage.trees import (
 )
 
 LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
+_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of steps that are being written
 
 T = TypeVar("T")
@@ -230,8 +231,10 @@ class Checkpointer:
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
         step = self._existing(step)
-        with self._reading(step):
+        with self.reading(step):
             meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+            if isinstance(meta.get("config"), str):
+                json.loads(meta["config"])  # a text of JSON within JSON
         layout = meta.get("layout", 1)
         if layout != LAYOUT:
             wrote = meta.get("versions", {}).get("greedy_distill_jax", "an older one")
@@ -308,7 +311,7 @@ class Checkpointer:
         return steps[-1] if step is None else step
 
     def _stored(self, step: int) -> dict[Path, jax.ShapeDtypeStruct]:
-        with self._reading(step):
+        with self.reading(step):
             tree = self._manager.item_metadata(step)["state"].tree
             return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}
 
@@ -317,20 +320,25 @@ class Checkpointer:
         restore = ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        with self._reading(step):
+        with self.reading(step):
             return dict(flatten(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]))
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
+    def reading(self, step: int) -> Iterator[None]:
+        """What goes wrong in here is a damaged step (`Damaged`), unless the disk failed; UserErrors pass."""
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:
+            bare = type(error) is Exception  # of orbax, where a chunk of an array cannot be decoded
+            if isinstance(error, UserError) or not (bare or isinstance(error, _OF_DAMAGE)):
+                raise
             reason = disk_reason(error, but=OF_DAMAGE)
             where = f"{self.directory} step {step}"
             if reason:
                 raise UserError(f"{where} cannot be read ({reason}); see to the disk, then try again") from error
             others = [other for other in self.steps() if other != step]
-            raise Damaged(f"{where} is damaged ({first_line(error)[:200]})", others) from error
+            told = first_line((bare and error.__cause__) or error)[:200]
+            raise Damaged(f"{where} is damaged ({told})", others) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

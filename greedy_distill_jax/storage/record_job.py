@@ -186,7 +186,7 @@ class RecordJob:
                 return dict(json.loads(path.read_text(encoding="utf-8")))
             if (described := self.directory / "dataset.json").is_file():
                 return {"kind": json.loads(described.read_text(encoding="utf-8")).get("kind", "clips")}
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{self.directory}: plan.json or dataset.json is damaged ({error}); remove the folder and start again",
                 field="directory",
@@ -289,9 +289,10 @@ class RecordJob:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"{self.directory} cannot be written ({error}); free space or choose another folder", field="directory"
-            ) from error
+            told = (
+                f"{self.directory} cannot be written ({error.strerror or error}); free space or choose another folder"
+            )
+            raise UserError(told, field="directory") from error
 
 
 def _is_own(name: str) -> bool:

@@ -40,7 +40,7 @@ def read_encoder_config(folder: str | os.PathLike) -> dict[str, Any]:
         if config.get("model_type") != "umt5":
             raise ValueError(f"model_type {config.get('model_type')!r}, expected 'umt5'")
         config["d_model"] = int(config["d_model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} does not describe a UMT5 encoder ({first_line(error)}); copy it again", field="folder"
         ) from error

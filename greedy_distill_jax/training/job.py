@@ -125,6 +125,7 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     stored = _stored_meta(workdir)
     resumed = stored is not None
     if resumed:
+        _check_kept(settings, workdir, stored)
         _check_data(settings, workdir, held, stored)
     wanted = settings.kind.wanted(settings)
     sources = load_sources(settings, wanted, resumed=resumed, sharding=functools.partial(shardings, mesh=mesh))
@@ -471,13 +472,10 @@ _KEPT = (
 )  # keys that a resumed run must have as they were, besides those of its stage
 
 
-def check_resume(job: Job, workdir: Path, step: int, meta: Mapping[str, Any]) -> None:
-    """Raises UserError when a checkpoint belongs to another stage, seed, data or frozen network.
-
-    Rates, losses and steps may change.
-    """
-    stored, given, defaults = (json.loads(text) for text in (meta["config"], job.settings.text, default_text()))
-    for key in (*_KEPT, *job.settings.kind.kept):
+def _check_kept(settings: Settings, workdir: Path, meta: Mapping[str, Any]) -> None:
+    """Raises UserError for a key that a run must keep and that has another value now."""
+    stored, given, defaults = (json.loads(text) for text in (meta["config"], settings.text, default_text()))
+    for key in (*_KEPT, *settings.kind.kept):
         old, new, default = stored, given, defaults
         for part in key.split("."):
             new, default = new[part], default[part]
@@ -487,6 +485,14 @@ def check_resume(job: Job, workdir: Path, step: int, meta: Mapping[str, Any]) ->
                 f"{workdir} was started with config.{key} = {old!r}, not {new!r}; resume with the same value or choose "
                 f"another workdir."
             )
+
+
+def check_resume(job: Job, workdir: Path, step: int, meta: Mapping[str, Any]) -> None:
+    """Raises UserError when a checkpoint belongs to another stage, seed, data or frozen network.
+
+    Rates, losses and steps may change.
+    """
+    _check_kept(job.settings, workdir, meta)
     for key, old in meta.get("sources", {}).items():
         if job.fingerprints.get(key) != old:
             raise UserError(

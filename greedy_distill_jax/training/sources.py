@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
@@ -45,7 +46,8 @@ def load_sources(
             continue
         if resumed and not want.frozen:
             continue
-        run = Run.load(directory, needs_codec=False, sharding=sharding)
+        with cli.places(directory=f"config.{want.key}"):
+            run = Run.load(directory, needs_codec=False, sharding=sharding)
         _check(want, directory, run)
         found[name] = run
     return found

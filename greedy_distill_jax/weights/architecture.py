@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import json
+import typing
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 
+from greedy_distill_jax import ranges
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.students.etm_sdd import Student
@@ -55,9 +57,17 @@ def as_config(fields: Mapping[str, Any], wan_changes: Mapping[str, Any] = Mappin
     if kind != "student":
         fields = fields.get("base", fields)
         known = {f.name for f in dataclasses.fields(WanConfig)}
-        return WanConfig(**{**{k: v for k, v in fields.items() if k in known}, **wan_changes})
-    fields["base"] = WanConfig(**{**fields["base"], **wan_changes})
-    return StudentConfig(**{k: tuple(v) if k.endswith("_layers") else v for k, v in fields.items()})
+        return _checked(WanConfig, **{**{k: v for k, v in fields.items() if k in known}, **wan_changes})
+    fields["base"] = _checked(WanConfig, **{**fields["base"], **wan_changes})
+    return _checked(StudentConfig, **{k: tuple(v) if k.endswith("_layers") else v for k, v in fields.items()})
+
+
+def _checked(kind: type[Config], **fields: Any) -> Any:
+    """The configuration of these fields, once every one has its type."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for name in fields.keys() & hints.keys():
+        ranges.check(fields[name], hints[name], name)
+    return kind(**fields)
 
 
 def precision_of(meta: Mapping[str, Any]) -> dict[str, Any]:

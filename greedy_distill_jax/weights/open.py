@@ -36,6 +36,8 @@ def open_source(
         raise UserError(f"{path} does not exist; name a file or a folder with weights.", "path")
     if path.is_dir() and (path / "checkpoints").is_dir():
         return OurSource(path, part, step)
+    if step is not None:
+        raise UserError(f"{step} is asked for, but {path} is no training run, which has steps; leave it out.", "step")
     if path.is_dir() and (path / "transformer").is_dir() and not safetensors_in(path):
         path = path / "transformer"  # a diffusers pipeline
     files = tensor_files(path, part)
@@ -83,7 +85,7 @@ def _wan_config(path: Path, files: TensorFiles, naming: str, config: Mapping, he
     if METADATA in files.metadata:
         try:
             return as_config(json.loads(files.metadata[METADATA]))
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: metadata {METADATA!r} describes no model ({error}); export it again.", "path"
             ) from error

@@ -62,7 +62,7 @@ def _referenced(folder: Path) -> tuple[Path, str]:
     try:
         stored = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
         return Path(stored["vae"]), str(stored["dtype"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / REFERENCE} is damaged ({error}); name the VAE's weights instead", "codec"
         ) from error
@@ -144,7 +144,7 @@ def read_shift(folder: str | os.PathLike) -> float:
             raise ValueError(f"a shift of {shift}")
     except FileNotFoundError:
         return WAN_SHIFT
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} describes no flow-matching scheduler ({error}); correct its prediction_type or flow_shift",
             "folder",

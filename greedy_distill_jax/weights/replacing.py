@@ -10,6 +10,13 @@ from greedy_distill_jax.storage.disk import disk_reason
 from greedy_distill_jax.storage.partial import Partial, remove_leftovers
 
 
+def check_apart(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Raises UserError (field "target") where replacing the target would remove what it is made of."""
+    read, written = (Path(os.path.realpath(Path(path).expanduser())) for path in (source, target))
+    if written == read or written in read.parents:
+        raise UserError(f"{target} holds {source}, which it is made of; choose another place.", "target")
+
+
 @contextlib.contextmanager
 def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary path beside ``target`` for a file or folder; renamed to it at the end, removed on any error.
@@ -20,7 +27,7 @@ def replacing(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator
     """
     target = Path(target).expanduser()
     remove_leftovers(target)  # of a process that was killed while it replaced the target, which is put back
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         raise UserError(f"{target} exists; choose another name, or overwrite it.", "overwrite")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,9 @@ def files_of_index(index: Path) -> list[Path]:
     """The files an index.json names; UserError when one is missing."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("it names no files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is no index of safetensors shards ({error!r}); {AGAIN}.", "path") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:

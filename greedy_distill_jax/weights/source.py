@@ -156,8 +156,12 @@ class OurSource(Source):
 
     def __init__(self, path: Path, part: str = "", step: int | None = None):
         self.path, self._part, self._step = path, part or "ema", step
+        if self._part not in ("ema", "params"):
+            raise UserError(f"{part!r} is no part of {path}, a run; choose ema or params.", "part")
         self._checkpoints = Checkpointer(path / "checkpoints", read_only=True)
         self.meta = self._checkpoints.meta(step)
+        if "network" not in self.meta:
+            raise UserError(f"{path} does not say which network it holds; the step is damaged.", "path")
         self._tree = f"nets/{self.meta['network']}/{self._part}"
         try:
             self.cfg = as_config(self.meta["architecture"], precision_of(self.meta))

@@ -14,6 +14,9 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 def tensor_files(path: Path, part: str = "") -> TensorFiles:
     """The tensors of a file, of an index.json or of the one model in a folder; ``part`` of a `.pt` (`files.PARTS`)."""
+    is_torch = path.suffix in TORCH_SUFFIXES or (path.is_dir() and not safetensors_in(path))
+    if part and not is_torch:
+        raise UserError(f"{part!r} is not in {path}: safetensors have no parts; leave it out.", "part")
     if path.is_dir():
         if found := safetensors_in(path):
             return SafetensorsFiles(found)
@@ -36,11 +39,13 @@ def tensor_files(path: Path, part: str = "") -> TensorFiles:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The dictionary in a config.json, {} if there is none; UserError when it is no JSON."""
+    """The dictionary in a config.json, {} if there is none; UserError when it is another thing."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON ({error}); remove it or copy the right one.", "path") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is no dictionary ({type(config).__name__}); remove it or copy the right one.", "path")
+    return config

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -129,6 +130,7 @@ def test_a_mistake_is_one_line_that_names_the_remedy(file, argument, expected):
         ("\ndef get_config(): return 1", "", "c.py, line 2: get_config() returned int, not a ConfigDict"),
         ("x = 1", "", "defines no get_config"),
         ("def get_config(): return 1", "", "not a ConfigDict"),
+        ("get_config = 3", ":x", "get_config is a int, not a function"),
         (CONFIG, ":medium", "choose small or large"),
         ("def get_config(): return None", ":x", "get_config() takes 0 positional arguments"),
     ],
@@ -307,6 +309,39 @@ def test_a_platform_that_is_not_there_is_one_line(subprocess_env):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: JAX_PLATFORMS=nowhere: jax cannot start there (")
     assert len(done.stderr.splitlines()) == 1 and "set JAX_PLATFORMS=cpu" in done.stderr
+
+
+@pytest.mark.parametrize("argument", ["--config.data.source=clips:~nobody-here/x", "~nobody-here"])
+def test_a_home_that_there_is_not_is_one_line(argument, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda argv: pathlib.Path("~nobody-here/x").expanduser(), [argument])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {argument}: there is no such user")
+
+
+@pytest.mark.parametrize("form", ["--workdir={}/out", "--workdir={}/out/more:x", "--workdir {}/out", "{}"])
+def test_a_name_that_is_too_long_is_one_line(form, capsys):
+    name = "x" * 300
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda argv: os.stat(f"{name}/out"), form.format(name).split())
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1 and "choose a shorter name" in told
+    assert told.startswith(f"error: {'--workdir: ' if 'workdir' in form else ''}{name}")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--switch", "1:a", "--switch", "01:b"], "--switch: frame 1 has two new prompts, 'a' and 'b'"),
+        (["--prompt", "\udcff"], "--prompt: it is '\\udcff', which is not UTF-8"),
+        (["--fps=--"], "--fps: it is --, which is no value"),
+        (["--output", "out.avi"], "--output: cannot write out.avi"),
+    ],
+)
+def test_refusals_of_sample(arguments, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(sample.main, ["--checkpoint", str(tmp_path), "--prompt", "a", "--frames", "3", *arguments])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {said}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_errors_keep_their_traceback():

@@ -294,6 +294,9 @@ def test_nothing_decodes_or_nothing_to_write(folder, tmp_path, capsys):
     assert _run(tmp_path, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "skipped x.mp4" in error and "none of the 1 clips gives a window" in error
+    (tmp_path / "in/x.mp4").unlink()
+    (tmp_path / "in/x.mp4").symlink_to(tmp_path / "nowhere")
+    assert _run(tmp_path, tmp_path / "out") == 2 and "skipped x.mp4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()  # mended clips are another job: nothing may be in its way
     assert _run(folder, tmp_path / "captions.csv" / "out") == 2 and "cannot be written" in _one_line(capsys)
     assert _run(folder, tmp_path / "captions.csv") == 2 and "is a file" in _one_line(capsys)

@@ -321,6 +321,9 @@ def test_bad_targets(tmp_path):
         for fps in (0, 1e-9, most + 1, 1e9, float("inf"), float("nan")):
             with pytest.raises(UserError, match=re.escape(f"fps={fps:g} is no rate of a {suffix}; use 0.1 to {most}")):
                 VideoWriter(tmp_path / f"out{suffix}", fps=fps)
+    with pytest.raises(UserError, match="400000x400000 pixels; enlarge less") as error:
+        _write(tmp_path / "out.mp4", [np.zeros((4, 4, 3), np.uint8)], upscale=100_000)
+    assert error.value.field == "upscale"
     with pytest.raises(UserError, match=r"upscale=0"):
         VideoWriter(tmp_path / "out.mp4", upscale=0)
 

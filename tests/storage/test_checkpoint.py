@@ -188,6 +188,27 @@ def _spoil(step, what):
         file.write_bytes(b"\xff\x00{")
 
 
+def test_a_chunk_that_does_not_decode_is_damage(workdir, monkeypatch):
+    """Orbax raises a bare Exception for it; other exceptions of ours pass."""
+    with Checkpointer(workdir / "checkpoints", async_save=False) as checkpointer:
+        checkpointer.save(1, {"x": jnp.arange(5.0)}, meta(1))
+        for raised, expected in ((Exception("no frame"), Damaged), (RuntimeError("ours"), RuntimeError)):
+
+            def restore(*args, raised=raised, **kwargs):
+                raise raised
+
+            monkeypatch.setattr(checkpointer._manager, "restore", restore)
+            with pytest.raises(expected, match=str(raised)):
+                checkpointer.meta(1)
+
+
+def test_a_configuration_that_is_no_json_is_damage(workdir):
+    with Checkpointer(workdir / "checkpoints", async_save=False) as checkpointer:
+        checkpointer.save(1, {"x": jnp.arange(5.0)}, meta(1) | {"config": '{"stage": '})
+        with pytest.raises(Damaged, match="step 1 is damaged"):
+            checkpointer.meta(1)
+
+
 @pytest.mark.parametrize("what", ["state", "shapes", "meta"])
 def test_a_damaged_step_is_told_and_the_last_good_one_taken(workdir, capsys, what):
     state = {"x": jnp.arange(5.0)}  # of several leaves, TensorStore reports into a loop that the first has closed

@@ -47,6 +47,10 @@ def test_a_job_with_converted_weights(tiny_teacher, tmp_path, capsys):
 
     assert run("export", tmp_path / "student", tmp_path / "raw", "--format", "torch-student", "--part", "params") == 0
     assert not compare(open_source(tmp_path / "raw"), open_source(tmp_path / "student", part="params"))
+    assert run("inspect", tmp_path / "student", "--part", "generator") == 2
+    assert "--part: 'generator' is no part of" in capsys.readouterr().err
+    assert run("export", tmp_path / "student", tmp_path, "--format", "torch-student", "--overwrite") == 2
+    assert "which it is made of" in capsys.readouterr().err and (tmp_path / "student" / "checkpoints").is_dir()
     assert run("export", tmp_path / "student", tmp_path / "no", "--format", "original") == 2
     assert "torch-student" in capsys.readouterr().err
     assert run("import", tiny_teacher, tmp_path / "no") == 2

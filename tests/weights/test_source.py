@@ -16,6 +16,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.weights.architecture import as_config
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.source import TreeSource
 from greedy_distill_jax.weights.verify import compare
@@ -237,12 +238,14 @@ def test_bad_pt(content, named, tmp_path, capsys):
     check_refused(tmp_path / "bad.pt", ["bad.pt", *named], tmp_path, capsys)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "pickle", "empty"])
+@pytest.mark.parametrize("kind", ["truncated", "pickle", "empty", "mark"])
 def test_damaged_pt(kind, tmp_path, capsys):
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
     path = tmp_path / "bad.pt"
     torch.save({"generator": {"model.x": torch.zeros(4000)}}, path)
-    data = {"truncated": path.read_bytes()[:-3000], "pickle": pickle.dumps(Malicious()), "empty": b""}[kind]
+    data = {"truncated": path.read_bytes()[:-3000], "pickle": pickle.dumps(Malicious()), "empty": b""}.get(
+        kind, b"\x80\x02e."
+    )
     path.write_bytes(data)
     check_refused(path, ["bad.pt"], tmp_path, capsys)
     assert "unpickled" not in capsys.readouterr().out
@@ -273,11 +276,19 @@ def test_nothing_is_left_of_a_failed_export(tmp_path, monkeypatch, capsys):
 def test_refusals_of_the_command(tmp_path, capsys):
     path = _write(tensors(), tmp_path / "in.safetensors")
     save_file({}, tmp_path / "taken.safetensors")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     cases = [
         (["import", tmp_path / "no", tmp_path / "out"], f"SRC: {tmp_path / 'no'} does not exist"),
         (["import", path, tmp_path / "taken.safetensors", *SIZES], "--overwrite: "),
         (["import", path, tmp_path / "out"], "--heads: "),
         (["import", path, tmp_path / "out", *SIZES, "--mesh", "fsdp"], "--mesh: 'fsdp' is not of the form"),
+        (["import", path, tmp_path / "out", *SIZES, "--mesh", "fspd=1"], "--mesh: 'fspd' in 'fspd=1' is not an axis"),
+        (["import", path, tmp_path / "out", *SIZES, "--mesh", "data=1,data=1"], "gives data twice"),
+        (["inspect", path, *SIZES, "--part", "ema"], "--part: 'ema' is not in"),
+        (["import", path, tmp_path / "loop", *SIZES], "--overwrite: "),
+        (["inspect", path, *SIZES, "--step", "3"], "--step: 3 is asked for"),
+        (["import", path, tmp_path, *SIZES, "--overwrite"], "DST: "),
+        (["import", path, path, *SIZES, "--overwrite"], "which it is made of"),
         (["export", path, tmp_path / "out", "--format", "torch-student", *SIZES], "--format: "),
         (["export", path, tmp_path / "out", "--format", "causal-pt", *SIZES], "DST: "),
         (["export", path, tmp_path / "out", "--format", "original", *SIZES, "--shard-gb", "0"], "--shard-gb: "),
@@ -288,7 +299,24 @@ def test_refusals_of_the_command(tmp_path, capsys):
         assert run(*argv) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and word in err, (argv, err)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "taken.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "loop", "taken.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("model.safetensors.index.json", '{"weight_map": {"a": null}}'),
+        ("model.safetensors.index.json", '{"weight_map": {}}'),
+        ("model.safetensors.index.json", "[" * 100_000),
+        ("config.json", "[" * 100_000),
+        ("config.json", "[]"),
+    ],
+)
+def test_files_beside_weights_that_say_nothing(tmp_path, name, text, capsys):
+    _write(tensors(), tmp_path / "model.safetensors")
+    (tmp_path / name).write_text(text)
+    assert run("inspect", tmp_path, *SIZES) == 2
+    assert capsys.readouterr().err.startswith(f"error: SRC: {tmp_path / name} is no")
 
 
 def test_inspect_and_verify(tmp_path, capsys):
@@ -316,3 +344,9 @@ def test_sharded_import(tmp_path):
     assert len(jax.devices()) == 8
     assert run("import", path, tmp_path / "ours", *SIZES, "--mesh", "fsdp=4,tensor=2") == 0
     assert compare(open_source(path, heads=2, text_len=3), open_source(tmp_path / "ours")) == []
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, None, [24]])
+def test_a_field_of_another_type_is_no_architecture(value):
+    with pytest.raises(UserError, match="text_len is .*; it must be a whole number"):
+        as_config({"dim": 24, "num_heads": 2, "text_len": value})

@@ -17,9 +17,12 @@ from tqdm import tqdm
 from greedy_distill_jax import ranges
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ranges import Count, FrameRate, Natural, Range
+from greedy_distill_jax.ranges import Count, FrameRate, Natural, Range, between
 
 SPLITS = ("train", "held_out")
+
+
+Side = Annotated[int, between(1, 2**14)]  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Cutting:
       UserError: a number out of its range.
     """
 
-    width: Count
-    height: Count
+    width: Side
+    height: Side
     frames: Count
     fps: FrameRate | None = None
     stride: Count | None = None

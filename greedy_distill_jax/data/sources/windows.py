@@ -20,6 +20,14 @@ from greedy_distill_jax.storage.record_job import PLAN, RecordJob
 from greedy_distill_jax.storage.records import encode_record, fingerprint
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 of one that cannot be read, such as a link to nothing, which `cut` will name."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def write_windows(
     clips: str | os.PathLike,
     captions: str | os.PathLike,
@@ -66,7 +74,7 @@ def write_windows(
     """
     caption_of = read_captions(clips, captions)
     names, folder = list(caption_of), Path(clips)
-    files = fingerprint(f"{name} {(folder / name).stat().st_size} {caption_of[name]}" for name in names)
+    files = fingerprint(f"{name} {_size(folder / name)} {caption_of[name]}" for name in names)
     if cutting.fps is None and (overwrite or not (Path(directory).expanduser() / PLAN).exists()):  # or as it began
         check_rates([folder / name for name in names], progress=progress)
     plan = {"clips": files, **cutting.plan(), **plan}
