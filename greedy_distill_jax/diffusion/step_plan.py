@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float32, Int, Int32
 
-from greedy_distill_jax.diffusion.noise_levels import uniform_steps
+from greedy_distill_jax.diffusion.noise_levels import shift_sigma, uniform_steps
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Steps, allowed, complaint
 
 SAMPLERS = ("euler", "renoise")
+# Diagonal Distillation's lists by their lengths, before the shift. With shift 5 those of 2, 3 and 4 steps are the
+# published ones, t = 1000, 357; 1000, 933, 357; 1000, 933, 833, 357. For 5 steps none is published.
+DIAGONAL = {2: (1.0, 0.1), 3: (1.0, 14 / 19, 0.1), 4: (1.0, 14 / 19, 0.5, 0.1), 5: (1.0, 14 / 19, 0.5, 0.25, 0.1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,15 @@ class StepPlan:
                 field="context_sigma",
             )
 
+        for chunk in range(max(len(lists), len(contexts))):
+            kept, end = contexts[min(chunk, len(contexts) - 1)], self.steps_of(chunk)[-1]
+            if kept > end:
+                raise UserError(
+                    f"chunk {chunk} is kept at noise level {kept:g}, above {end:g}, the level of its last step, the "
+                    f"lowest that the network sees; give at most that level",
+                    field="context_sigma",
+                )
+
     @classmethod
     def parse(cls, steps: Any, *, shift: float, sampler: str = "euler", context_sigma: Any = 0.0) -> "StepPlan":
         """A plan from the values that configurations and command lines hold.
@@ -72,13 +84,16 @@ class StepPlan:
         Args:
           steps: one entry for all chunks, or one per chunk, of which the last repeats: a number of steps, or a list of
             noise levels. As text, entries are separated by commas and levels by slashes: "4,3,2" or "1/.93/.36,1/.36".
-          shift: of the levels where a number of steps is given, see ``noise_levels.uniform_steps``.
+            "diagonal-4322222" has the lists of ``DIAGONAL`` by their lengths.
+          shift: of the levels where a number of steps or a diagonal is given, see ``noise_levels.uniform_steps``.
           sampler: as the attribute.
           context_sigma: one level for all chunks but the first, which stays clean, or a level per chunk.
 
         Raises:
           UserError: as the class, or a value that cannot be read.
         """
+        if isinstance(steps, str) and steps.startswith("diagonal"):
+            steps = _diagonal(steps, shift)
         entries = steps.split(",") if isinstance(steps, str) else steps if _is_list(steps) else [steps]
         lists = [_levels(entry, shift) for entry in entries]
         contexts = context_sigma if _is_list(context_sigma) else (0.0, context_sigma)
@@ -144,6 +159,17 @@ class StepPlan:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _diagonal(name: str, shift: float) -> list[tuple[float, ...]]:
+    digits = name.removeprefix("diagonal-")
+    if digits == name or not digits or set(digits) - {str(n) for n in DIAGONAL}:
+        raise UserError(
+            f"the steps are {name!r}; give the number of steps of every chunk, {min(DIAGONAL)} to {max(DIAGONAL)}, "
+            f"such as diagonal-4322222",
+            field="steps",
+        )
+    return [(1.0, *(float(shift_sigma(raw, shift)) for raw in DIAGONAL[int(n)][1:])) for n in digits]
 
 
 def _levels(entry: Any, shift: float) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.extensions import FORMS, load
 from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
+from greedy_distill_jax.losses.motion import motion
 from greedy_distill_jax.losses.ode import ode
 
 
@@ -41,7 +42,7 @@ class Term:
 
 
 _FORM = "write loss(net, batch, key, *, option=default), see docs/guides/add_a_loss.md"
-_LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching, "ode": ode}
+_LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching, "motion": motion, "ode": ode}
 
 
 def register(name: str, loss: Callable | None = None) -> Callable:

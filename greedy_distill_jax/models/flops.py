@@ -162,15 +162,20 @@ def _unfused(cfg: StudentConfig | CausalConfig):
 
 
 def rollout(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, plan: StepPlan, exit: str) -> Flops:
-    """A self-made video; with ``exit`` "random" the mean over the exits."""
+    """A self-made video; the mean over the exits where they are drawn."""
     total = _all_text(cfg)
     for chunk in range(frames // cfg.chunk):
-        steps = len(plan.steps_of(chunk))
-        early = exit == "random"
-        total += stream_step(_unfused(cfg), tokens, (steps + 1) / 2 if early else steps, early)
+        total += stream_step(_unfused(cfg), tokens, calls_of(plan, chunk, exit), exit != "last")
     return total
+
+
+def calls_of(plan: StepPlan, chunk: int, exit: str) -> float:
+    """Mean denoising calls of a chunk of a self-made video, see ``training.rollout.draw_exits``."""
+    steps = len(plan.steps_of(chunk))
+    whole = exit == "last" or (exit == "random_but_first" and chunk == 0)
+    return float(steps) if whole else (steps + 1) / 2
 
 
 def replay(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, exit: str) -> Flops:
     """The last denoising calls and the contexts of a self-made video, chunk by chunk."""
-    return _all_text(cfg) + stream_step(_unfused(cfg), tokens, 1, exit == "random") * (frames // cfg.chunk)
+    return _all_text(cfg) + stream_step(_unfused(cfg), tokens, 1, exit != "last") * (frames // cfg.chunk)

@@ -224,15 +224,14 @@ def _stream(settings: Settings, model: StreamingModel, mesh: Mesh, latent_shape,
 
 
 def rollout_trips(settings: Settings, chunk: int, frames: int) -> float:
-    """Mean denoising calls per chunk of a self-made video; with exit "random" each exit is as likely as another.
+    """Mean denoising calls per chunk of a self-made video.
 
     Args:
       chunk: latent frames made together.
       frames: latent frames of an example.
     """
     plan, d = settings.plan, settings.own["distill"]
-    lengths = [len(plan.steps_of(i)) for i in range((d.frames or frames) // chunk)]
-    return float(np.mean([(n + 1) / 2 if d.exit == "random" else n for n in lengths]))
+    return float(np.mean([flops.calls_of(plan, i, d.exit) for i in range((d.frames or frames) // chunk)]))
 
 
 def attention_of(settings: Settings, mesh: Mesh) -> Backend:

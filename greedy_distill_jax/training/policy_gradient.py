@@ -134,7 +134,7 @@ def generator_step(
       microbatches: 1 with "actor_critic", whose epochs need the whole batch's gradient.
 
     Returns:
-      (state, metrics) as ``update.data_step``.
+      (state, metrics) as ``update.data_step``, with the number of the step that every list was left at, "exit/LIST".
     """
     keys = _keys(seed, state.step, 0, 6)
     exits = own.exits(keys[-1])  # one draw for all microbatches
@@ -185,7 +185,8 @@ def generator_step(
 
         (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:-1], microbatches)
         state, sizes = update_net(state, "student", update, grads)
-    return state, {"loss": loss, **logged(metrics), **sizes}
+    left = {} if exits is None else {f"exit/{i}": exits[i] for i in range(len(own.streamer.plan.sigmas))}
+    return state, {"loss": loss, **logged(metrics), **left, **sizes}
 
 
 def critic_step(

@@ -22,7 +22,7 @@ from greedy_distill_jax.streaming.causal import CausalState, CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer, StreamState
 from greedy_distill_jax.streaming.loop import Exit, PerList
 
-EXITS = ("random", "last")
+EXITS = ("random", "last", "random_but_first")
 
 
 class Transitions(NamedTuple):
@@ -56,14 +56,16 @@ class Rollout(NamedTuple):
 def draw_exits(key: PRNGKeyArray, lengths: PerList, how: str) -> PerList | None:
     """Number of the last denoising step, per step list; one draw for all chunks, videos and devices.
 
-    "random": uniform over each list, as in Self-Forcing; "last": None, every list runs to its end.
+    "random": uniform over each list, as in Self-Forcing; "last": None, every list runs to its end; "random_but_first":
+    uniform, but the first list to its end, as in Diagonal Distillation.
     """
     lengths = jnp.asarray(lengths)
+    if how not in EXITS:
+        raise ValueError(f"exit is {how!r}; choose from {', '.join(EXITS)}.")
     if how == "last":
         return None
-    if how != "random":
-        raise ValueError(f"exit is {how!r}; choose from {', '.join(EXITS)}.")
-    return jax.random.randint(key, lengths.shape, 0, lengths)
+    exits = jax.random.randint(key, lengths.shape, 0, lengths)
+    return exits.at[0].set(lengths[0] - 1) if how == "random_but_first" else exits
 
 
 def roll_out(

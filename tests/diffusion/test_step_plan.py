@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax.config.settings import read_settings
-from greedy_distill_jax.diffusion.noise_levels import uniform_steps
+from greedy_distill_jax.diffusion.noise_levels import shift_sigma, uniform_steps
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.testing import tiny
@@ -76,6 +76,33 @@ def test_refused_steps(steps, message):
     with pytest.raises(UserError, match=message) as refused:
         StepPlan.parse(steps, shift=5.0)
     assert refused.value.field == "steps" and "\n" not in str(refused.value)
+
+
+def test_diagonal_plans_are_the_published_ones_at_shift_5():
+    plan = StepPlan.parse("diagonal-4322222", shift=5.0, sampler="renoise")
+    published = [[1000, 933.3, 833.3, 357.1], [1000, 933.3, 357.1], [1000, 357.1]]
+    assert [np.round(1000 * np.asarray(row), 1).tolist() for row in plan.sigmas] == published
+    assert plan.steps_of(6) == plan.steps_of(2) and plan.lengths.tolist() == [4, 3, 2]
+    assert StepPlan.parse("diagonal-432", shift=5.0, sampler="renoise") == plan
+    assert StepPlan.parse("diagonal-5333333", shift=5.0).lengths.tolist() == [5, 3]
+    assert StepPlan.parse(**plan.values(5.0), shift=5.0) == plan
+    other = StepPlan.parse("diagonal-42", shift=8.0).sigmas[1][1]
+    assert other == pytest.approx(shift_sigma(0.1, 8.0)) and other > plan.sigmas[2][1]
+
+
+@pytest.mark.parametrize("name", ["diagonal", "diagonal-", "diagonal-41", "diagonal-46", "diagonal-4,3", "diagonal-x"])
+def test_refused_diagonals(name):
+    with pytest.raises(UserError, match="number of steps of every chunk, 2 to 5, such as diagonal-4322222") as refused:
+        StepPlan.parse(name, shift=5.0)
+    assert refused.value.field == "steps"
+
+
+@pytest.mark.parametrize("context_sigma, chunk", [(0.4, 1), ((0.36, 0.3), 0), ((0.0, 0.3, 0.3, 0.36), 3)])
+def test_a_context_above_the_last_steps_level_is_refused(context_sigma, chunk):
+    with pytest.raises(UserError, match=f"chunk {chunk} is kept at noise level .*, above 0.35") as refused:
+        StepPlan.parse("1/.35,1/.9/.35", shift=5.0, context_sigma=context_sigma)
+    assert refused.value.field == "context_sigma"
+    StepPlan.parse("1/.35,1/.9/.35", shift=5.0, context_sigma=0.35)
 
 
 @pytest.mark.parametrize("context_sigma", [-0.1, 1.0, (0.0, 1.0), (), "deep", None], ids=str)

@@ -345,6 +345,7 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
             dict(distill__segment=3, distill__pg="rollout_full", distill__context_grad_sdd="params"),
             "config.distill.segment is 3, which does not divide the 4 chunks",
         ),
+        (dict(distill__exit="random_but_first"), "which the first chunk shares with all others"),
         (dict(distill__segment=2), "only config.distill.pg = 'rollout_full' uses it, not 'rollout_trunc'"),
         (dict(distill__anchor=1.0), "only config.distill.pg = 'actor_critic' uses it"),
         (dict(student__context_noise=0.1), "bidirectional scores see no history"),

@@ -149,6 +149,8 @@ def test_exits():
     assert rollouts.draw_exits(jax.random.key(0), lengths, "last") is None
     drawn = np.stack([rollouts.draw_exits(jax.random.key(i), lengths, "random") for i in range(64)])
     assert set(drawn[:, 0]) == {0, 1, 2, 3} and set(drawn[:, 1]) == {0, 1}
+    drawn = np.stack([rollouts.draw_exits(jax.random.key(i), lengths, "random_but_first") for i in range(64)])
+    assert set(drawn[:, 0]) == {3} and set(drawn[:, 1]) == {0, 1}
     with pytest.raises(ValueError, match="exit is 'first'; choose from random, last"):
         rollouts.draw_exits(jax.random.key(0), lengths, "first")
     # The same for all chunks of a list: the levels of a rollout are one of the first list, one of the second.

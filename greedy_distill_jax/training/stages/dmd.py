@@ -70,7 +70,8 @@ class Distill:
     high: NoiseLevel = 0.98
     draws: Count = 1  # noise draws per video, averaged
     skip: Natural = 0  # first latent frames of what the scores see that no loss counts
-    exit: Annotated[str, one_of(*rollout.EXITS)] = "random"  # denoising step that makes the frames of a rollout
+    # Denoising step that makes the frames of a rollout: random | last | random_but_first (the first list to its end).
+    exit: Annotated[str, one_of(*rollout.EXITS)] = "random"
     context_grad_etm: Annotated[str, one_of("params", "none")] = "params"  # ETM learns through z
     context_grad_sdd: Annotated[str, one_of("params", "none")] = "none"  # SDD learns through its keys of earlier frames
     generator_every: Count = 5  # steps from one generator update to the next; the critic is updated in every step
@@ -403,6 +404,12 @@ def _check_rollout(settings: Settings, d: Distill) -> None:
     if d.skip >= of_data:
         raise UserError(
             f"config.distill.skip is {d.skip}, which leaves none of the {of_data} frames that the scores see; use less."
+        )
+    if d.exit == "random_but_first" and len(settings.plan.sigmas) == 1:
+        raise UserError(
+            f"config.distill.exit is 'random_but_first', but config.sample.steps = {settings.sample.steps!r} is one "
+            f"list, which the first chunk shares with all others; give the first a list of its own, such as "
+            f"diagonal-4322222."
         )
     if d.segment and frames // chunk % d.segment:
         raise UserError(
