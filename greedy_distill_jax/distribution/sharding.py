@@ -126,3 +126,8 @@ def specs(tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES):
                 )
         out.append(PartitionSpec(*spec))
     return jax.tree.unflatten(jax.tree.structure(tree), out)
+
+
+def with_shardings(tree, of):
+    """The shapes of a tree, with the sharding of every leaf."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, of)

@@ -23,7 +23,7 @@ from greedy_distill_jax.data.loader import SkipBadRecords, latents_of
 from greedy_distill_jax.data.sources.protocol import captions_of, check_example
 from greedy_distill_jax.distribution.mesh import batch_parts
 from greedy_distill_jax.distribution.parallel import check_columns, check_heads, on_mesh
-from greedy_distill_jax.distribution.sharding import shardings
+from greedy_distill_jax.distribution.sharding import shardings, with_shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, architecture, data_source
 from greedy_distill_jax.storage.checkpoint import has_checkpoint, load_meta
@@ -387,11 +387,6 @@ def jit_parts(stage: Stage, mesh: Mesh, state_shape: TrainState, batch_shape: Ma
         )
         parts.append(part._replace(call=jitted))
     return tuple(parts), of_state, of_frozen, of_batch
-
-
-def with_shardings(tree: Any, of: Any) -> Any:
-    """The shapes of a tree, with the sharding of every leaf."""
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, of)
 
 
 def _checked(part: Part):

@@ -11,10 +11,11 @@ import numpy as np
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.data.loader import make_loader
+from greedy_distill_jax.distribution.sharding import with_shardings
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
-from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state, with_shardings
+from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.training.stages.base import Part, returned
 from greedy_distill_jax.training.state import TrainState
