@@ -233,7 +233,7 @@ def lists_of_steps(source: Source) -> Case:
         return Case("sample", (*stream, f"--steps={steps}", "--output={here}/o.mp4"), needs=(("--steps",),))
     if form == 1:
         steps = bad_steps(source)
-        steps = steps if "," in steps else f"{steps},0"
+        steps = f"{steps},0" if "," not in steps else f"{steps}0" if steps.endswith(",") else steps
         return Case("train", train("teacher_forcing", f"--config.sample.steps={steps}"), needs=(("steps",),))
     if form == 2:
         level = source.pick("1", "1.5", "-0.1", "nan", "inf", "x", "(0, 1)", "(0.1, -1)", "()", "(0, 'a')", "None")
@@ -278,11 +278,11 @@ GOOD_OPTIONS = (
     ("sample", (*TEACHER, "--frames=2", "--seed={n}", "--guidance={f}", "--shift={f}")),
     ("prepare", (*CLIPS, "--size=16x16", "--frames={k}", "--stride={k}", "--held-out=0.3", "--crops={k}")),
     ("prepare", (*CLIPS, "--size=12x8", "--frames=3", "--fps={f}", "--held-out=0", "--group={k}")),
-    ("convert", ("inspect", "{made}/wan", "--heads=2", "--text-len={n}")),
+    ("convert", ("inspect", "{made}/wan", "--heads=2", "--text-len=6")),
     ("convert", ("verify", "{made}/wan", "{made}/diffusers", "--atol={f}")),
     ("convert", ("export", "{made}/student", "{here}/out", "--format=torch-student")),
     ("convert", ("export", "{made}/teacher", "{here}/out.pt", "--format=causal-pt", "--dtype=float16")),
-    ("convert", ("import", "{made}/diffusers", "{here}/out", "--text-len={n}")),
+    ("convert", ("import", "{made}/diffusers", "{here}/out", "--text-len=6", "--dtype=bfloat16")),
 )
 
 

@@ -29,12 +29,14 @@ class RecordKind:
       splits: that such a folder may have.
       example: (decoded record, dataset.json) -> what a source hands out; a module's function, so that sources can be
         pickled. It raises ValueError when the record does not have the shapes that dataset.json tells.
+      told: what dataset.json has to tell besides the shards.
     """
 
     name: str
     command: str
     splits: tuple[str, ...]
     example: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]]
+    told: tuple[str, ...] = ()
 
     @property
     def remedy(self) -> str:
@@ -173,6 +175,9 @@ def read_dataset(directory: str | os.PathLike, kind: RecordKind) -> dict[str, An
             raise ValueError(f"it is of {found[0]} in format {found[1]}, this version reads {FORMAT}")
         if not all({"file", "records"} <= shard.keys() for shards in info["shards"].values() for shard in shards):
             raise ValueError("it names no shards")
+        for name in kind.told:
+            if name not in info:
+                raise ValueError(f"it does not tell {name}")
     except FileNotFoundError as error:
         begun = (directory / "plan.json").is_file()
         missing = "is not finished: run the same command again" if begun else f"holds no {kind.name}: {kind.remedy}"

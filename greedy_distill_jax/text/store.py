@@ -21,7 +21,7 @@ def _rows(record: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": record["prompt"], "rows": rows}
 
 
-STORE = RecordKind("text", "text", ("text",), _rows)
+STORE = RecordKind("text", "text", ("text",), _rows, ("text_len", "text_dim", "prompts"))
 
 
 class TextStore:

@@ -84,11 +84,15 @@ def _wan_config(path: Path, files: TensorFiles, naming: str, config: Mapping, he
     """What the file says of itself, then config.json, then the shapes of the tensors."""
     if METADATA in files.metadata:
         try:
-            return as_config(json.loads(files.metadata[METADATA]))
+            cfg = as_config(json.loads(files.metadata[METADATA]))
         except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: metadata {METADATA!r} describes no model ({error}); export it again.", "path"
             ) from error
+        for name, given, held in (("heads", heads, cfg.num_heads), ("text_len", text_len, cfg.text_len)):
+            if given not in (None, held):
+                raise UserError(f"{given} is given, but {path} itself says {held}; leave it out.", name)
+        return cfg
 
     def shape(leaf: str) -> tuple[int, ...]:
         name = names.foreign_names(leaf, (1,), naming)[0]

@@ -287,6 +287,15 @@ def test_clips_that_are_too_short_leave_no_finished_folder(folder, tmp_path, cap
     assert (tmp_path / "out").exists() == (left == "is not finished")  # without one window nothing stays
 
 
+@pytest.mark.parametrize("name", ["frames", "height", "width"])
+def test_a_description_that_lacks_a_size_is_no_description(prepared, tmp_path, name):
+    info = json.loads((prepared / "dataset.json").read_text())
+    del info[name]
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=f"dataset.json does not describe clips .it does not tell {name}"):
+        load_source(f"clips:{tmp_path}")
+
+
 def test_nothing_decodes_or_nothing_to_write(folder, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/x.mp4").write_bytes(b"no video")

@@ -350,3 +350,12 @@ def test_sharded_import(tmp_path):
 def test_a_field_of_another_type_is_no_architecture(value):
     with pytest.raises(UserError, match="text_len is .*; it must be a whole number"):
         as_config({"dim": 24, "num_heads": 2, "text_len": value})
+
+
+def test_what_a_file_says_of_itself_is_not_ignored(tiny_teacher, tmp_path, capsys):
+    assert run("export", tiny_teacher, tmp_path / "wan", "--format", "original") == 0
+    assert run("inspect", tmp_path / "wan", "--heads", "2", "--text-len", "6") == 0
+    capsys.readouterr()
+    for option, value in (("--heads", 3), ("--text-len", 7)):
+        assert run("inspect", tmp_path / "wan", option, value) == 2
+        assert capsys.readouterr().err.startswith(f"error: {option}: {value} is given, but ")

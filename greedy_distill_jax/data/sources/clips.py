@@ -35,7 +35,8 @@ def _example(record: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
     return {"video": video, "caption": str(record["caption"])}
 
 
-CLIPS = RecordKind("clips", "clips", SPLITS, _example)  # {"video": uint8 [T, H, W, 3], "caption": str}
+# {"video": uint8 [T, H, W, 3], "caption": str}
+CLIPS = RecordKind("clips", "clips", SPLITS, _example, ("frames", "height", "width"))
 
 
 def prepare_clips(

@@ -28,7 +28,8 @@ def _example(record: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
     return {"latents": latents, "caption": str(record["caption"])}
 
 
-LATENTS = RecordKind("latents", "latents", SPLITS, _example)  # {"latents": float32 [T, h, w, C], "caption": str}
+# {"latents": float32 [T, h, w, C], "caption": str}
+LATENTS = RecordKind("latents", "latents", SPLITS, _example, ("latent_shape", "codec"))
 
 
 def prepare_latents(

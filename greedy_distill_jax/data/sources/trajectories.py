@@ -46,7 +46,7 @@ def _example(record: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
 
 # {"states": float32 [K, T, h, w, C] at the source's `levels`, the first of them the noise; "latents": [T, h, w, C],
 # where the way ends; "text": [M, D]; "caption": str}
-TRAJECTORIES = RecordKind("ode", "ode", (_SPLIT,), _example)
+TRAJECTORIES = RecordKind("ode", "ode", (_SPLIT,), _example, ("latent_shape",))
 
 
 def write_trajectories(
