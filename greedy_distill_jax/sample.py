@@ -35,12 +35,12 @@ def _check(args: argparse.Namespace) -> None:
     if not Path(folder).expanduser().is_dir():
         raise UserError(f"{folder}: no such folder; {remedy}", field)
     args.switches = options.parse_switches(args.switch)
+    if args.frames:
+        check_switches(args.switches, args.frames)
     for prompt in dict.fromkeys(args.prompt):
         if (times := args.prompt.count(prompt)) > 1:
             same = f"given {times} times, is the same video {times} times; another --seed makes another"
             print(f"warning: --prompt {prompt!r}, {same}.", file=sys.stderr)
-    if args.frames:
-        check_switches(args.switches, args.frames)
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:

@@ -31,7 +31,7 @@ def parse_switches(values: Sequence[str]) -> dict[int, str]:
 
 def parse_steps(value: str) -> int | str:
     """Reads one number; what else a step plan can be is left as it is, such as "4,2"."""
-    return value if set(value) & set(",./") else number(Steps)(value)
+    return value if set(value) & set(",./") or value.startswith("diagonal") else number(Steps)(value)
 
 
 def parser(description: str) -> Parser:

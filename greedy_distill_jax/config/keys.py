@@ -41,7 +41,7 @@ class Data:
     augment: str = "none"  # none | labelled (mirrored, recoloured, reversed; the caption says so): for few clips
     text: str = ""  # embedded words, or a folder by `prepare text`, or a model folder with text_encoder/
     negative_prompt: str = ""  # stands where there is no text: dropped in training, unconditional in guidance
-    threads: Annotated[int, between(0, 1024)] = 2  # reader threads of this process, 0 = none beside it
+    threads: Annotated[int, between(0, 1024)] = 2  # reader threads per order of the data (`Part.order`), 0 = none
     max_bad_records: Natural = 10  # unreadable records skipped before the run stops
 
 

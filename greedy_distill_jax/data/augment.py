@@ -14,7 +14,6 @@ import numpy as np
 from greedy_distill_jax.data.sources.protocol import VideoSource
 from greedy_distill_jax.errors import UserError
 
-AUGMENTATIONS = ("none", "labelled")
 COPIES = 128  # variants of a video in one pass over the data
 _PLAIN = 0.25  # fraction left as it is
 _CHANNELS = tuple(itertools.permutations(range(3)))
@@ -30,6 +29,7 @@ WORDS = {
     "none": (),
     "labelled": (_MIRRORED, _INVERTED, _TRANSPOSED, _REVERSED, *map(_recoloured, _CHANNELS[1:])),
 }
+AUGMENTATIONS = tuple(WORDS)
 
 
 class Labelled:

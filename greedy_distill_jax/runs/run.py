@@ -173,7 +173,7 @@ class Run:
         """
         hashed, known = isinstance(self.encoder, HashWordEncoder), self.meta.get("words")
         wordless = [prompt for prompt in prompts if empty and not (words_of(prompt) if hashed else prompt.strip())]
-        unknown = unknown_words(prompts, known) if hashed and known is not None else []
+        unknown = unknown_words(prompts, known, self.encoder.text_len) if hashed and known is not None else []
         found = [f"prompt {prompt!r} has no word: its video follows no caption" for prompt in wordless]
         if new := [word for word in unknown if word not in self.told]:
             found.append(never_seen(new))

@@ -92,11 +92,13 @@ def noise_keys(seed: int | Key[Array, "*B"], videos: int) -> Key[Array, "*B"]:
 
     Raises:
       UserError: a number that is no seed (field "seed").
-      ValueError: keys for another number of videos.
+      ValueError: keys for another number of videos, or what is no typed key.
     """
     if isinstance(seed, numbers.Integral):
         ranges.check(seed, Seed, "seed")
         return jnp.broadcast_to(jax.random.key(seed), (videos,))
+    if not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"seed is an array of {seed.dtype}; give a number, or keys of jax.random.key.")
     if seed.shape not in ((), (videos,)):
         raise ValueError(f"seed holds keys of shape {seed.shape} for {videos} videos; give one, or one for each.")
     return seed

@@ -26,12 +26,11 @@ def vocabulary(captions: Iterable[str], text_len: int, more: Iterable[str] = ())
     return sorted(words)
 
 
-def unknown_words(prompts: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Returns the different words of prompts that are not known, in their order."""
+def unknown_words(prompts: Iterable[str], known: Iterable[str], text_len: int) -> list[str]:
+    """Returns the different words that a network reads of prompts and does not know, in their order."""
     known = set(known)
-    return [
-        word for word in dict.fromkeys(word for prompt in prompts for word in words_of(prompt)) if word not in known
-    ]
+    read = dict.fromkeys(word for prompt in prompts for word in words_of(prompt)[:text_len])
+    return [word for word in read if word not in known]
 
 
 def never_seen(words: Sequence[str]) -> str:

@@ -426,14 +426,15 @@ def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
 
 
 def averages(settings: Settings, stage: Stage) -> list[str]:
-    """Warnings about averages that reach back before the run's own updates."""
+    """Warnings about averages that are made of what was before the updates they average, for the most part."""
     warnings = []
     for name, network in stage.networks.items():
         decay, start = network.update.ema_decay, network.update.ema_start
         if decay is None or start >= settings.steps:
             continue  # none is made, or it is the parameters
-        updates = network.update.count * (settings.steps - start) // settings.steps
-        if 1.0 / (1.0 - decay) > max(updates, 1):
+        part = next((part for part in stage.parts if part.name == network.part), stage.parts[0])
+        updates = sum(part.due(step) for step in range(start + 1, settings.steps + 1))
+        if decay**updates > 0.5:
             warnings.append(
                 f"config.ema.decay = {decay:g} averages over some {round(1 / (1 - decay))} updates, but the {name} has "
                 f"{updates} after config.ema.start = {start}: {decay**updates:.0%} of its average are parameters of "

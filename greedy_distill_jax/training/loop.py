@@ -147,7 +147,7 @@ def run_loop(
     """Steps until the last one of the settings, or until ``stop``; returns the last state, saved."""
     at, job = progress_of, progress_of.job
     settings, alone = job.settings, jax.process_count() == 1
-    feed, compiled = Feed(job, at.first), set()
+    feed, compiled, told = Feed(job, at.first), set(), set()
     with progress(settings.steps, at.first, settings.stage, enabled=show) as bar:
         while at.step < settings.steps and stop.begins(at.step + 1):
             batches, at.step = feed(at.step + 1), at.step + 1
@@ -165,7 +165,7 @@ def run_loop(
                 at.save(state)
             every = settings.log.samples_every
             if alone and every and (last or at.step % every == 0):
-                _write_samples(job, state, at.meta(), at.step, writer)
+                _write_samples(job, state, at.meta(), at.step, writer, told)
             bar.update(1, restart=not due <= compiled)  # the first call of a part compiles it
             compiled |= due
     if at.first < at.step < settings.steps:
@@ -182,8 +182,10 @@ def _placed(step: int, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: np.int32(step))
 
 
-def _write_samples(job: Job, state: TrainState, meta: dict[str, Any], step: int, writer: MetricWriter) -> None:
+def _write_samples(
+    job: Job, state: TrainState, meta: dict[str, Any], step: int, writer: MetricWriter, told: set[str]
+) -> None:
     ema = state.nets[job.stage.name].ema
-    run = Run(job.settings, job.stage.model, ema, job.codec, job.encoder, job.latent_shape, meta)
+    run = Run(job.settings, job.stage.model, ema, job.codec, job.encoder, job.latent_shape, meta, told)
     for number, video in enumerate(run.sample_videos(job.captions, seed=jax.random.key(0))):
         writer.gif(step, f"samples/{number}: {job.captions[number]}", video)

@@ -44,14 +44,12 @@ class Update:
     optimizer: of the trained parameters.
     ema_decay, ema_start: the average follows the parameters exactly until step ``ema_start``; decay None keeps none.
     rate_scale: ``rate_scale(params) -> tree`` of factors on the update of each leaf (new parameters learn faster).
-    count: updates in the whole run.
     """
 
     optimizer: optax.GradientTransformation
     ema_decay: float | None = None
     ema_start: int = 0
     rate_scale: Callable | None = None
-    count: int = 0
 
     def params(self, params, opt_state, grads):
         """(new parameters, new optimiser state)."""

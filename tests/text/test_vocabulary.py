@@ -23,7 +23,9 @@ def test_words_are_those_that_are_read(monkeypatch):
 
 
 def test_what_is_unknown_is_named_in_its_order():
-    assert unknown_words(["a Purple cat", "zebra; purple"], ["a", "cat"]) == ["purple", "zebra"]
+    assert unknown_words(["a Purple cat", "zebra; purple"], ["a", "cat"], text_len=9) == ["purple", "zebra"]
+    long = "a cat that runs and runs"  # of which a network with two rows of text reads two words, in training as here
+    assert unknown_words([long], vocabulary([long], text_len=2), text_len=2) == []
     assert never_seen(["purple"]).startswith("'purple' was never seen in training")
     assert never_seen([str(n) for n in range(10)]).startswith("'0', '1', '2', '3', '4', '5', '6', '7' and 2 more were")
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from greedy_distill_jax import losses
+from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.config.settings import stored_settings
 from greedy_distill_jax.diffusion import noise_levels
@@ -47,6 +48,24 @@ def test_a_loss_of_ones_own_takes_the_shift_too():
         ("teacher", dict(steps=300, ema__decay=0.999, ema__start=100), "some 1000 updates, but the teacher has 200"),
         ("teacher", dict(steps=100, ema__decay=0.999, ema__start=100), None),
         ("dmd", dict(steps=300, ema__decay=0.99, ema__start=100, distill__generator_every=2), None),
+        # The steps without an update are those before the average begins: 80 after it, not 80 of all.
+        (
+            "dmd",
+            dict(steps=180, ema__decay=0.99, ema__start=100, distill__generator_every=1, distill__critic_warmup=100),
+            None,
+        ),
+        (
+            "dmd",
+            dict(
+                steps=300,
+                ema__decay=0.99,
+                ema__start=100,
+                distill__generator_every=4,
+                distill__pg="actor_critic",
+                distill__epochs=9,
+            ),
+            "the student has 50 after",
+        ),
         (
             "dmd",
             dict(steps=300, ema__decay=0.99, ema__start=100, distill__generator_every=5),
@@ -59,3 +78,23 @@ def test_an_average_that_reaches_back_before_the_run_is_told(stage, changes, sai
     found = job.averages(settings, tiny.stage_of(tiny.train_config(stage, **changes), (4, 4, 4, 16))[0])
     assert len(found) == (said is not None)
     assert not found or re.search(said, found[0])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(
+            f"quickstart.py:{stage}{speed}"
+            for stage in ("teacher", "student", "stage2", "greedy_distill_paper")
+            for speed in ("", ",fast")
+        ),
+        *(f"wan1_3b/{name}.py" for name in ("teacher", "teacher_forcing", "causal", "dmd")),
+        "wan14b/dmd.py",
+    ],
+)
+def test_no_configuration_here_is_warned_of_its_average(config):
+    config = read_config(f"configs/{config}")
+    config.model.update(dim=24, ffn_dim=32, num_heads=2, freq_dim=8, text_dim=8, text_len=6)  # layers are what they are
+    settings = read_settings(config, imagine_runs=True)
+    stage, _ = tiny.stage_of(config, (settings.data.frames, 4, 4, settings.wan.channels))
+    assert job.averages(settings, stage) == []

@@ -300,3 +300,19 @@ def test_a_fingerprint_is_a_text(found, held):
         with pytest.raises(UserError, match="the fingerprint of .* is a (function|int|bytes); make it a text") as error:
             job._content(text=mock.Mock(fingerprint=wrong))
         assert error.value.field == "text"
+
+
+def test_a_job_is_traced_once(tmp_path):
+    """By the audit, which traces a gradient of its own, and for the program; not again for the first update."""
+    traced = []
+
+    def counted(net, batch, key):
+        traced.append(1)
+        return _mean_square(net, batch, key)
+
+    losses.register("counted", counted)
+    config = tiny.train_config(steps=2)
+    del config.losses["flow_matching"]
+    config.losses.counted = dict(loss="counted", weight=1.0, options={})
+    train(config, tmp_path, show_progress=False)
+    assert len(traced) == 2

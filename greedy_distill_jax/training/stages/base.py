@@ -61,12 +61,14 @@ class Network(NamedTuple):
 
     start_from: sources whose parameters it takes, the first that there is; with none of them it is random.
     copy_of: the network whose first parameters it takes instead.
+    part: name of the part that updates it, "" for the first one.
     """
 
     model: Teacher | StreamingModel
     update: Update
     start_from: tuple[str, ...] = ()
     copy_of: str = ""
+    part: str = ""
 
 
 class Stage(NamedTuple):
@@ -235,7 +237,7 @@ def own_update(settings: Settings, updates: int) -> Update:
     """How the network that a stage is named for is updated, ``updates`` times in the run."""
     o = settings.optimizer
     scale = None if o.new_scale == 1.0 else new_parameter_scale(o.new_scale)
-    return Update(make_optimizer(o, steps=updates), settings.ema.decay, settings.ema.start, scale, updates)
+    return Update(make_optimizer(o, steps=updates), settings.ema.decay, settings.ema.start, scale)
 
 
 def compute_precision(params, dtype: str):

@@ -90,7 +90,7 @@ class Dmd(StageKind):
     """See the module."""
 
     keys: ClassVar = {"distill": Distill, "critic": Critic}
-    kept = ("distill.real", "distill.fake")
+    kept = ("distill.real", "distill.fake", "distill.generator_every", "distill.critic_warmup")
     offers = ("pair", "real", "fake")
 
     def check(self, settings: Settings) -> None:
@@ -236,7 +236,7 @@ class Dmd(StageKind):
         if critic is not None:
             update = Update(make_optimizer(settings.own["critic"].optimizer, steps=settings.steps))
             start = dict(start_from=("critic", "teacher")) if isinstance(critic, Teacher) else dict(copy_of="student")
-            networks["critic"] = Network(critic, update, **start)
+            networks["critic"] = Network(critic, update, **start, part="critic")
             step = functools.partial(
                 policy_gradient.critic_step, make_net=critic_net, terms=critic_terms(settings), update=update, **shared
             )
