@@ -75,7 +75,7 @@ def test_all_processes_make_the_same_steps(processes, total, ahead, signals, own
     made, decisions, failures = [None] * processes, queue.SimpleQueue(), []
 
     def run(process):
-        agreed = Agreement(store, process, processes, decisions.put, failures.append)
+        agreed = Agreement(store, process, processes, decisions.put, lambda *told: failures.append(told))
         step = 0
 
         def signalled():
@@ -110,9 +110,9 @@ def test_all_processes_make_the_same_steps(processes, total, ahead, signals, own
 
 
 def _failure(process=0, processes=2, *, store=None, act=lambda agreed: agreed.ask(15)):
-    """The line with which a process learns that it cannot go on."""
+    """The exit code and line with which a process learns that it cannot go on."""
     failures = queue.SimpleQueue()
-    agreed = Agreement(store or FakeStore(), process, processes, lambda _: None, failures.put)
+    agreed = Agreement(store or FakeStore(), process, processes, lambda _: None, lambda *told: failures.put(told))
     act(agreed)
     try:
         return failures.get(timeout=LONG)
@@ -122,22 +122,24 @@ def _failure(process=0, processes=2, *, store=None, act=lambda agreed: agreed.as
 
 def test_a_process_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setattr(agreement, "ANSWER", 0.05)
-    assert _failure() == "process 1 does not say within 0 s which step it has begun"
+    assert _failure() == (2, "process 1 does not say within 0 s which step it has begun")
 
 
 @pytest.mark.parametrize("stopping", [False, True])
 def test_a_process_that_fails_ends_the_others(stopping):
     """Also after they agreed to stop, as when it cannot save."""
     store, decided = FakeStore(), threading.Semaphore(0)
-    other = Agreement(store, 1, 2, lambda _: decided.release(), lambda _: None)
+    other = Agreement(store, 1, 2, lambda _: decided.release(), lambda *_: None)
 
     def act(agreed):
         if stopping:
             agreed.ask(15)
             assert decided.acquire(timeout=LONG) and not agreed.begins(1)
-        other.close("the disk is full")
+        other.fail(4, "the disk is full")
+        other.fail(2, "once more")
+        other.close()
 
-    assert _failure(store=store, act=act) == "process 1 has ended (the disk is full); the others end, too"
+    assert _failure(store=store, act=act) == (4, "process 1 has ended (the disk is full); the others end, too")
 
 
 def test_a_service_that_is_gone_is_a_line():
@@ -146,17 +148,27 @@ def test_a_service_that_is_gone_is_a_line():
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: no connection\nmore")
 
     line = "the service that joins the processes does not answer (UNAVAILABLE: no connection)"
-    assert _failure(store=Gone(), act=lambda _: None) == line
+    assert _failure(store=Gone(), act=lambda _: None) == (2, line)
 
 
 def test_a_stop_at_the_end_of_a_run_needs_nobody_who_has_left():
     store, decisions = FakeStore(), queue.SimpleQueue()
-    first, last = (Agreement(store, process, 2, decisions.put, lambda _: None) for process in (0, 1))
+    first, last = (Agreement(store, process, 2, decisions.put, lambda *_: None) for process in (0, 1))
     assert first.begins(1) and last.begins(1)
     first.close()
     last.ask(15)
     assert decisions.get(timeout=LONG) == Decision(1, 15)
     assert not last.begins(2)
+    last.close()
+
+
+def test_whoever_has_left_asks_for_no_stop():
+    """What it published has no signal in it, and nobody could decide for one."""
+    store = FakeStore()
+    first, last = (Agreement(store, process, 2, lambda _: None, lambda *_: None) for process in (0, 1))
+    first.close()
+    first.ask(15)
+    assert last.begins(1) and store.texts["begun/0"] == "0 0" and "stop/1" not in store.texts
     last.close()
 
 
