@@ -1,8 +1,8 @@
 """How every command ends: 0, one line and 2 for bad input, 4 for a diverged run, 130 for Ctrl-C, else a traceback.
 
 SIGTERM unwinds the stack, so that nothing half-written stays behind, and exits with 143; a training run saves and exits
-with 0 instead, once it is set up, or, of several processes, once one of them has begun a step.
-A platform without a device and a full disk are bad input too: one line, whoever met them first.
+with 0 instead, once it is set up (of several processes, once one has begun a step). A platform without a device and a
+full disk are bad input too: one line, whoever met them first.
 """
 
 import argparse
