@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli import prepare_options as options
 from greedy_distill_jax.cli.config_flags import read_config
@@ -14,7 +12,7 @@ from greedy_distill_jax.data.sources.captions import read_captions
 from greedy_distill_jax.data.sources.clips import prepare_clips
 from greedy_distill_jax.data.sources.cutting import Cutting
 from greedy_distill_jax.data.sources.latents import prepare_latents
-from greedy_distill_jax.distribution.join import join_hosts
+from greedy_distill_jax.distribution import join
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.ode import follow_teacher
 from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT, read_prompts
@@ -126,8 +124,7 @@ def _job(args: argparse.Namespace) -> dict[str, Any]:
     if (args.shard_index is None) != (args.num_shards is None):
         raise UserError("--shard-index and --num-shards belong together; give both, or neither")
     if args.num_shards is None:
-        join_hosts()
-        share = (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+        share = join.share()
     else:
         share = args.shard_index, args.num_shards
         if not 0 <= share[0] < share[1]:

@@ -31,7 +31,7 @@ from greedy_distill_jax.training.job import prepare_job
 from greedy_distill_jax.training.loop import Progress, run_loop
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.training.state import TrainState
-from greedy_distill_jax.training.stop import AgreedStop, Stop
+from greedy_distill_jax.training.stop import NOTHING, STOPPED, AgreedStop, Stop
 from greedy_distill_jax.weights.pipeline import save_codec
 
 
@@ -47,21 +47,24 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
       UserError: a config, workdir or checkpoint that cannot be used, naming value, place and remedy.
       Diverged: a loss, a gradient or a parameter is not finite.
       Stopped: SIGTERM came; the run is saved.
+
+    Of several processes one that raises is ended within seconds, and so are the others.
     """
     # What the run is: settings, devices, then networks, data and jitted parts. All that can be refused is refused here.
     settings, workdir = read_settings(config), Path(workdir).expanduser()
     use_compile_cache(settings.compile_cache)
     join_hosts()
     process, processes = place()
-    with contextlib.ExitStack() as stack:
-        if processes > 1:  # first of all: what ends one process ends the others, too
-            stop = stack.enter_context(AgreedStop(settings.stage, process, processes))
+    stop = AgreedStop(settings.stage, process, processes) if processes > 1 else Stop()
+    # What ends one of several processes ends the others, too: they hear of it before this one unwinds.
+    agreeing = stop if processes > 1 else contextlib.nullcontext()
+    with agreeing, contextlib.ExitStack() as stack, stop.telling():
         check_joined()
         if main := jax.process_index() == 0:
             stack.enter_context(sole_writer(workdir))
         job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))
         if processes == 1:
-            stop = stack.enter_context(Stop())
+            stack.enter_context(stop)
         # Where it stands: at its newest checkpoint, or at the beginning.
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", max_to_keep=settings.checkpoint.keep))
         progress = Progress(job, workdir, checkpointer)
@@ -80,8 +83,8 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
 
     if progress.step < settings.steps:
         step = progress.step
-        saved = f"saved step {step} of {settings.steps} in {workdir}" if step else "nothing to save yet"
-        message = f"{settings.stage}: stopped, {saved}; the same command goes on from there."
+        saved = f"saved step {step} of {settings.steps} in {workdir}" if step else NOTHING
+        message = STOPPED.format(settings.stage, saved)
         if stop.signal == signal.SIGTERM:
             raise Stopped(message if main else "")
         if main:

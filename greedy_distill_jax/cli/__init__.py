@@ -1,7 +1,8 @@
 """How every command ends: 0, one line and 2 for bad input, 4 for a diverged run, 130 for Ctrl-C, else a traceback.
 
 SIGTERM unwinds the stack, so that nothing half-written stays behind, and exits with 143; a training run saves and exits
-with 0 instead. A platform without a device and a full disk are bad input too: one line, whoever met them first.
+with 0 instead, once it is set up (of several processes, once one has begun a step). A platform without a device and a
+full disk are bad input too: one line, whoever met them first.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from greedy_distill_jax.cli.signals import end_soon, ending
+from greedy_distill_jax.cli.signals import ending
 from greedy_distill_jax.errors import Diverged, Stopped, UserError
 from greedy_distill_jax.ranges import complaint
 
@@ -82,7 +83,6 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
     Raises:
       SystemExit: always, except for an error that is not the user's, which keeps its traceback.
     """
-    code: Any = 1
     try:
         with ending():
             if argv is None and not _needs_argument(main):
@@ -90,49 +90,43 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
             else:
                 code = main(sys.argv[1:] if argv is None else list(argv))
             sys.stdout.flush()
-    except UserError as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        code = 2
-    except Diverged as error:
-        _say(f"error: {error}")
-        code = 4
-    except Stopped as stopped:
-        if str(stopped):
-            _say(str(stopped))
-        code = 0
-    except KeyboardInterrupt:
-        _say("interrupted")
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left, as in `... | head`
-        code = 141
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # whoever looked there first
-            place = _option_of(str(error.filename), sys.argv[1:] if argv is None else argv)
-            _say(f"error: {place}{error.filename} cannot be used ({error.strerror}); choose a shorter name.")
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _say(f"error: {error.filename or 'standard output'} cannot be written ({error.strerror}); free space.")
-        else:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        code, line = outcome(error, argv)
+        if code == 1:
             raise
-        code = 2
-    except (RuntimeError, AssertionError) as error:
-        home = _unknown_home(error, sys.argv[1:] if argv is None else argv)
-        if not home and not _is_about_the_platform(error):
-            raise
-        _say(f"error: {home or _no_platform(error)}")
-        code = 2
-    finally:
-        if _alone:  # jax would wait for the others, for minutes
-            end_soon(code)
+        if isinstance(error, BrokenPipeError):
+            sys.stderr.close()  # the reader of our output left, as in `... | head`
+        elif line:
+            _say(line)
     sys.exit(code or 0)
 
 
-_alone: list[bool] = []
-
-
-def end_without_others() -> None:
-    """The command of this process, one of several, ends with an error, and not all of the others may get to know."""
-    _alone.append(True)
+def outcome(error: BaseException, argv: Sequence[str] | None = None) -> tuple[int, str]:
+    """(exit code, last line) of a command that this error ends; (1, "") where it keeps its traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    match error:
+        case UserError():
+            return 2, f"error: {' '.join(str(error).split())}"
+        case Diverged():
+            return 4, f"error: {error}"
+        case Stopped():
+            return 0, str(error)
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case BrokenPipeError():
+            return 141, ""
+        case OSError(errno=errno.ENAMETOOLONG):  # whoever looked there first
+            place = _option_of(str(error.filename), argv)
+            return 2, f"error: {place}{error.filename} cannot be used ({error.strerror}); choose a shorter name."
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            place = error.filename or "standard output"
+            return 2, f"error: {place} cannot be written ({error.strerror}); free space."
+        case RuntimeError() | AssertionError():
+            if told := _unknown_home(error, argv) or (_is_about_the_platform(error) and _no_platform(error)):
+                return 2, f"error: {told}"
+    return 1, ""
 
 
 def _option_of(path: str, argv: Sequence[str]) -> str:

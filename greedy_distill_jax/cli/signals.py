@@ -17,7 +17,7 @@ GRACE = 5.0  # seconds in which the stack must have unwound
 _LAST = 1.0  # seconds for the last line: a pipe that nobody reads takes none
 _listeners: list[Callable[[int], None]] = []
 _lines: list[str] = []
-_unwound = threading.Event()
+_ended = threading.Event()  # the block of `ending` is left: whoever called says how it ended
 
 
 @contextlib.contextmanager
@@ -29,8 +29,7 @@ def ending() -> Iterator[None]:
     not unwind, a thread removes the partial files of this process and ends it. Handlers that are set inside the block,
     as those of training, keep their signals for themselves.
     """
-    ended = threading.Event()
-    _unwound.clear()
+    _ended.clear()
 
     def handle(number: int, _: object) -> None:
         if number == signal.SIGINT:
@@ -42,7 +41,7 @@ def ending() -> Iterator[None]:
             number = told[0]
             for listen in tuple(_listeners):
                 listen(number)
-            if signal.getsignal(number) is handle and not ended.wait(GRACE):
+            if signal.getsignal(number) is handle and not _ended.wait(GRACE):
                 _end(CODES[signal.Signals(number)])
 
     _keep_from_children()
@@ -58,8 +57,7 @@ def ending() -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
-        _unwound.set()  # whoever called says how it ended
+        _ended.set()
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -117,9 +115,8 @@ def _end(code: int) -> None:
 def _say_last(code: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        if code == CODES[signal.SIGINT] and not _unwound.is_set():
-            _lines.append("interrupted")
-        for line in _lines:
+        interrupted = code == CODES[signal.SIGINT] and not _ended.is_set()
+        for line in [*_lines, *["interrupted"] * interrupted]:
             print(line, file=sys.stderr, flush=True)
 
 

@@ -20,9 +20,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from greedy_distill_jax.storage.records import first_line
+
 ANSWER = 20.0  # seconds in which every process must say which step it has begun
 _SLICE = 1.0  # seconds between two looks at whether an answer is still wanted
 _QUIET = 600.0  # seconds of one wait for a question: the service keeps something of every wait that nobody ended
+_LOST = 2  # exit code of a process that loses the others
 _runs = itertools.count()
 
 
@@ -51,7 +54,7 @@ class Agreement:
       store: that all processes share.
       process, processes: number of this one, and how many there are.
       decided: called, in a thread, when all have agreed to stop.
-      failed: called, in a thread, with one line: the others do not answer, or one of them has failed.
+      failed: called, in a thread, with an exit code and one line: the others do not answer, or one of them has failed.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Agreement:
         process: int,
         processes: int,
         decided: Callable[[Decision], None],
-        failed: Callable[[str], None],
+        failed: Callable[[int, str], None],
     ):
         self._store, self._process, self._processes = store, process, processes
         self._others = [other for other in range(processes) if other != process]
@@ -86,28 +89,40 @@ class Agreement:
             self._changed.wait_for(lambda: self.decision)
             return step <= self.decision.step
 
-    def close(self, failure: str = "") -> None:
-        """Ends this process's part: it begins no further step. With a failure the others are told to end, too."""
+    def fail(self, code: int, line: str) -> None:
+        """Ends this process's part, and tells the others to end with this exit code, too."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service ended before
+            self._publish()
+            self._wake(self._others, f"{code} process {self._process} has ended ({line}); the others end, too")
+
+    def close(self) -> None:
+        """Ends this process's part: it begins no further step."""
         with self._changed:
             self._closed = True
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service ended before
             self._publish()
             self._wake([self._process], "leave")
-            if failure:
-                self._wake(self._others, f"process {self._process} has ended ({failure}); the others end, too")
         self._asked.put(None)
         for thread in self._threads:
             thread.join(timeout=2 * _SLICE)
 
     def _ask(self) -> None:
         while signal := self._asked.get():
-            if not self._signal and not self._closed:
+            with self._changed:
+                if (
+                    self._signal or self._frozen or self._closed
+                ):  # they stop, or this process has published that it left
+                    continue
                 self._signal = signal
-                try:
-                    for process in (*self._others, self._process):
-                        self._store.set(f"stop/{process}", "stop")
-                except jax.errors.JaxRuntimeError as error:
-                    self._failed(f"the other processes cannot be asked to stop ({_first_line(error)})")
+            try:
+                for process in (*self._others, self._process):
+                    self._store.set(f"stop/{process}", "stop")
+            except jax.errors.JaxRuntimeError as error:
+                self._failed(_LOST, f"the other processes cannot be asked to stop ({_line(error)})")
 
     def _wake(self, processes: Iterable[int], text: str) -> None:
         """Ends the waits of processes with a text other than "stop"."""
@@ -122,10 +137,11 @@ class Agreement:
                 self._decide()
                 told = self._wait(f"end/{self._process}", wait=_QUIET)
             if told and not self._closed:
-                self._failed(told)
+                code, _, line = told.partition(" ")
+                self._failed(int(code), line)
         except jax.errors.JaxRuntimeError as error:
             if not self._closed:
-                self._failed(f"the service that joins the processes does not answer ({_first_line(error)})")
+                self._failed(_LOST, f"the service that joins the processes does not answer ({_line(error)})")
 
     def _decide(self) -> None:
         self._publish()
@@ -134,7 +150,8 @@ class Agreement:
             answer = self._wait(f"begun/{process}", until=until)
             if answer is None:
                 if not self._closed:
-                    self._failed(f"process {process} does not say within {ANSWER:.0f} s which step it has begun")
+                    line = f"process {process} does not say within {ANSWER:.0f} s which step it has begun"
+                    self._failed(_LOST, line)
                 return
             answers.append([int(number) for number in answer.split()])
         with self._changed:
@@ -145,8 +162,9 @@ class Agreement:
     def _publish(self) -> None:
         with self._changed:
             first, self._frozen = not self._frozen, True
+            text = f"{self._begun} {self._signal}"
         if first:
-            self._store.set(f"begun/{self._process}", f"{self._begun} {self._signal}")
+            self._store.set(f"begun/{self._process}", text)
 
     def _wait(self, key: str, *, until: float = math.inf, wait: float = _SLICE) -> str | None:
         """A text of the store; None when this process has left, or it is late."""
@@ -165,6 +183,14 @@ def place() -> tuple[int, int]:
 
     state = distributed.global_state
     return (0, 1) if state.client is None else (state.process_id, state.num_processes)
+
+
+def leave() -> None:
+    """Makes this process one alone again, when all that have joined do so; to be called before it starts devices."""
+    from jax._src import distributed
+
+    jax.distributed.shutdown()
+    distributed.global_state.process_id, distributed.global_state.num_processes = 0, 1  # jax keeps them
 
 
 class ServiceStore:
@@ -189,5 +215,5 @@ class ServiceStore:
             raise
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _line(error: Exception) -> str:
+    return first_line(error)[:200]

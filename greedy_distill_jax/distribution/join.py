@@ -7,7 +7,9 @@ from typing import Any
 import jax
 
 from greedy_distill_jax.cli.signals import saying
+from greedy_distill_jax.distribution.agreement import leave, place
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.records import first_line
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")  # what srun gives every process
@@ -22,6 +24,23 @@ def join_hosts() -> None:
     arguments = None if jax.distributed.is_initialized() else joining(os.environ)
     if arguments is not None:
         _join(arguments)
+
+
+def share() -> tuple[int, int]:
+    """(number of this process, how many there are), for work that needs no more of the others.
+
+    It joins them, which gives each of several processes of a machine its devices, and leaves: at the exit of processes
+    that have joined, each waits for the others, for minutes.
+
+    Raises:
+      UserError: what is missing, or the others did not come.
+    """
+    joined = jax.distributed.is_initialized()
+    join_hosts()
+    found = place()
+    if not joined:
+        leave()
+    return found
 
 
 def check_joined() -> None:
@@ -113,12 +132,8 @@ def _join(arguments: Mapping[str, Any]) -> None:
             jax.distributed.initialize(**arguments)
     except ValueError as error:
         raise UserError(
-            f"jax does not find how many processes there are and which this is ({_line(error)}); set {COUNT} and "
-            f"{INDEX} beside {ADDRESS}"
+            f"jax does not find how many processes there are and which this is ({first_line(error)[:200]}); set "
+            f"{COUNT} and {INDEX} beside {ADDRESS}"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"the other processes, at {where}, did not come ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"the other processes, at {where}, did not come ({first_line(error)[:200]})") from error

@@ -4,14 +4,19 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli import signals
 from greedy_distill_jax.distribution.agreement import Agreement, Decision, ServiceStore
-from greedy_distill_jax.errors import Diverged, UserError
+from greedy_distill_jax.storage.records import first_line
 
-_LEADER = 1.0  # seconds that process 0, with the service of all, ends after the others: jax aborts who misses it
+NOTHING = "nothing to save yet"
+STOPPED = "{}: stopped, {}; the same command goes on from there."
+_LEADER = 2.0  # seconds that process 0, with the service of all, ends after the others: jax aborts who misses it
+_SAME = 1.0  # seconds for an error that all processes meet, so that each says its own
 
 
 class Stop:
@@ -32,6 +37,10 @@ class Stop:
     def __exit__(self, *_) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+    def telling(self) -> contextlib.AbstractContextManager[None]:
+        """A block whose errors others have to hear of."""
+        return contextlib.nullcontext()
 
     def begins(self, step: int) -> bool:
         """Whether this step may begin; asked before each."""
@@ -57,38 +66,48 @@ class AgreedStop(Stop):
         super().__init__()
         self._stage, self._process, self._processes = stage, process, processes
         self._code, self._unwinds, self._heard_interrupts = 0, False, 0
-        self._stack = contextlib.ExitStack()
+        self._ends = threading.Event()  # by an error of its own, or because all is done
+        self._listening = signals.listening(self._heard)
 
     def __enter__(self) -> "AgreedStop":
-        store, place = ServiceStore(), (self._process, self._processes)
-        self._agreement = Agreement(store, *place, self._decided, self._failed)
+        self._agreement = Agreement(ServiceStore(), self._process, self._processes, self._decided, self._failed)
         super().__enter__()
-        self._stack.enter_context(signals.listening(self._heard))
+        self._listening.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._stack.close()
-        failed = error is not None and not self._unwinds
-        self._agreement.close(_told(error) if failed else "")
-        if failed:
-            cli.end_without_others()
-        super().__exit__(kind, error, trace)
+        with contextlib.ExitStack() as stack:
+            stack.callback(super().__exit__, kind, error, trace)
+            stack.callback(self._listening.__exit__, None, None, None)
+            stack.callback(self._agreement.close)
+            if error is not None:
+                self._tell(error)
+            self._ends.set()
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """What is raised in the block ends the others, too; and this process, if it does not unwind within seconds."""
+        try:
+            yield
+        except BaseException as error:
+            self._tell(error)
+            raise
 
     def begins(self, step: int) -> bool:
         """Whether this step may begin, which waits for the others when one of them was told to stop."""
         if self._agreement.begins(step):
             return True
-        if decision := self._agreement.decision:
-            self.signal = decision.signal
-            if not decision.step:
-                self._unwind(signals.CODES[signal.Signals(decision.signal)])
+        decision = self._agreement.decision
+        self.signal = decision.signal
+        if not decision.step:
+            self._unwind(signals.CODES[signal.Signals(decision.signal)])
         return False
 
     def _heard(self, number: int) -> None:
         """In a thread, also while the main one is inside a computation."""
         self._heard_interrupts += number == signal.SIGINT
         if self._heard_interrupts == 2:
-            signals.end_soon(signals.CODES[signal.SIGINT])
+            self._tell(KeyboardInterrupt())
         if not self._code:
             self._agreement.ask(number)
 
@@ -107,30 +126,50 @@ class AgreedStop(Stop):
             self._unwinds = True
             raise KeyboardInterrupt if code == signals.CODES[signal.SIGINT] else SystemExit(code)
 
+    def _tell(self, error: BaseException) -> None:
+        """Ends all processes because this one has failed; nothing where the others know, or are why it ends."""
+        if self._unwinds or self._ends.is_set():
+            return
+        self._ends.set()
+        code, line = _told(error)
+        self._end_soon(code)
+        self._agreement.fail(code, line)
+
     def _decided(self, decision: Decision) -> None:
         if decision.step:
             self._say(f"\nstopping after step {decision.step} ...")
         else:
-            self._say(f"{self._stage}: stopped before a step, nothing to save; the same command starts again.")
-            self._leave(signals.CODES[signal.Signals(decision.signal)])
+            code = signals.CODES[signal.Signals(decision.signal)]
+            self._leave(code, lambda: self._say(STOPPED.format(self._stage, NOTHING)))
 
-    def _failed(self, line: str) -> None:
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        self._leave(2)
+    def _failed(self, code: int, line: str) -> None:
+        def say() -> None:
+            if not self._ends.wait(_SAME):  # it has failed, too, and says itself how
+                print(f"error: {line}", file=sys.stderr, flush=True)
 
-    def _leave(self, code: int) -> None:
+        self._leave(code, say)
+
+    def _leave(self, code: int, say: Callable[[], None]) -> None:
         """Ends this process, from a thread: a signal wakes the main one, if Python still gets to see it there."""
-        self._code = code
+        self._end_soon(code)
+        say()
+        if not self._ends.is_set():
+            self._code = code
+            if self._old:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _end_soon(self, code: int) -> None:
         signals.end_soon(code, seconds=_LEADER if self._process == 0 else 0.0)
-        if self._old:
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def _say(self, line: str) -> None:
         if self._process == 0:  # the others would say the same
             print(line, file=sys.stderr, flush=True)
 
 
-def _told(error: BaseException) -> str:
-    if isinstance(error, UserError | Diverged):
-        return " ".join(str(error).split())
-    return type(error).__name__
+def _told(error: BaseException) -> tuple[int, str]:
+    """(exit code, what the others say of it)."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1, "stopped"
+    code, line = cli.outcome(error)
+    line = line.removeprefix("error: ") or f"{type(error).__name__}: {first_line(error)}"[:200]
+    return code, " ".join(line.split())

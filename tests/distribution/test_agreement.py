@@ -1,7 +1,9 @@
 """Processes that agree on their last step, as threads with a store of their own; and how processes join."""
 
+import contextlib
 import queue
 import re
+import signal
 import threading
 import time
 
@@ -12,7 +14,9 @@ from hypothesis import given, strategies as st
 from greedy_distill_jax.distribution import agreement
 from greedy_distill_jax.distribution.agreement import Agreement, Decision
 from greedy_distill_jax.distribution.join import joining
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.errors import Diverged, UserError
+from greedy_distill_jax.training import stop
+from greedy_distill_jax.training.stop import AgreedStop
 
 LONG = 60.0  # seconds after which a test counts as hanging
 PAUSES = st.lists(st.sampled_from([0.0, 0.0, 0.001, 0.004]), min_size=1, max_size=20)
@@ -75,7 +79,7 @@ def test_all_processes_make_the_same_steps(processes, total, ahead, signals, own
     made, decisions, failures = [None] * processes, queue.SimpleQueue(), []
 
     def run(process):
-        agreed = Agreement(store, process, processes, decisions.put, failures.append)
+        agreed = Agreement(store, process, processes, decisions.put, lambda *told: failures.append(told))
         step = 0
 
         def signalled():
@@ -110,9 +114,9 @@ def test_all_processes_make_the_same_steps(processes, total, ahead, signals, own
 
 
 def _failure(process=0, processes=2, *, store=None, act=lambda agreed: agreed.ask(15)):
-    """The line with which a process learns that it cannot go on."""
+    """The exit code and line with which a process learns that it cannot go on."""
     failures = queue.SimpleQueue()
-    agreed = Agreement(store or FakeStore(), process, processes, lambda _: None, failures.put)
+    agreed = Agreement(store or FakeStore(), process, processes, lambda _: None, lambda *told: failures.put(told))
     act(agreed)
     try:
         return failures.get(timeout=LONG)
@@ -122,22 +126,24 @@ def _failure(process=0, processes=2, *, store=None, act=lambda agreed: agreed.as
 
 def test_a_process_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setattr(agreement, "ANSWER", 0.05)
-    assert _failure() == "process 1 does not say within 0 s which step it has begun"
+    assert _failure() == (2, "process 1 does not say within 0 s which step it has begun")
 
 
 @pytest.mark.parametrize("stopping", [False, True])
 def test_a_process_that_fails_ends_the_others(stopping):
     """Also after they agreed to stop, as when it cannot save."""
     store, decided = FakeStore(), threading.Semaphore(0)
-    other = Agreement(store, 1, 2, lambda _: decided.release(), lambda _: None)
+    other = Agreement(store, 1, 2, lambda _: decided.release(), lambda *_: None)
 
     def act(agreed):
         if stopping:
             agreed.ask(15)
             assert decided.acquire(timeout=LONG) and not agreed.begins(1)
-        other.close("the disk is full")
+        other.fail(4, "the disk is full")
+        other.fail(2, "once more")
+        other.close()
 
-    assert _failure(store=store, act=act) == "process 1 has ended (the disk is full); the others end, too"
+    assert _failure(store=store, act=act) == (4, "process 1 has ended (the disk is full); the others end, too")
 
 
 def test_a_service_that_is_gone_is_a_line():
@@ -146,18 +152,87 @@ def test_a_service_that_is_gone_is_a_line():
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: no connection\nmore")
 
     line = "the service that joins the processes does not answer (UNAVAILABLE: no connection)"
-    assert _failure(store=Gone(), act=lambda _: None) == line
+    assert _failure(store=Gone(), act=lambda _: None) == (2, line)
 
 
 def test_a_stop_at_the_end_of_a_run_needs_nobody_who_has_left():
     store, decisions = FakeStore(), queue.SimpleQueue()
-    first, last = (Agreement(store, process, 2, decisions.put, lambda _: None) for process in (0, 1))
+    first, last = (Agreement(store, process, 2, decisions.put, lambda *_: None) for process in (0, 1))
     assert first.begins(1) and last.begins(1)
     first.close()
     last.ask(15)
     assert decisions.get(timeout=LONG) == Decision(1, 15)
     assert not last.begins(2)
     last.close()
+
+
+def test_whoever_has_left_asks_for_no_stop():
+    """What it published has no signal in it, and nobody could decide for one."""
+    store = FakeStore()
+    first, last = (Agreement(store, process, 2, lambda _: None, lambda *_: None) for process in (0, 1))
+    first.close()
+    first.ask(15)
+    assert last.begins(1) and store.texts["begun/0"] == "0 0" and "stop/1" not in store.texts
+    last.close()
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """(make a stop of two processes, the store, what happened in its order): nothing ends this process."""
+    store, happened = FakeStore(), []
+    monkeypatch.setattr(stop, "ServiceStore", lambda: store)
+    monkeypatch.setattr(stop, "_SAME", 0.0)
+    monkeypatch.setattr(stop.signals, "end_soon", lambda code, seconds=0.0: happened.append(("armed", code, seconds)))
+    monkeypatch.setattr(stop.os, "kill", lambda *_: happened.append("woken"))
+    return lambda process=0: AgreedStop("teacher", process, 2), store, happened
+
+
+@pytest.mark.parametrize("process, later", [(0, 2.0), (1, 0.0)])
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (Diverged("not\nfinite"), 4, "not finite"),
+        (OSError(28, "Full", "x"), 2, "x cannot be written (Full); free space."),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(143), 143, "stopped"),
+    ],
+)
+def test_the_others_hear_of_an_error_before_anything_unwinds(stopping, process, later, error, code, line):
+    make, store, happened = stopping
+    told = f"end/{1 - process}"
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(type(error)), make(process) as stopped, contextlib.ExitStack() as stack, stopped.telling():
+        stack.callback(lambda: happened.append(store.texts.get(told)))
+        raise error
+    assert happened == [("armed", code, later), f"{code} process {process} has ended ({line}); the others end, too"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_interrupt_is_told_while_python_waits(stopping):
+    make, store, happened = stopping
+    with make() as stopped:
+        stopped._heard(signal.SIGINT)
+        stopped._heard(signal.SIGINT)
+        assert happened == [("armed", 130, 2.0)] and store.texts["end/1"].startswith("130 process 0 has ended")
+
+
+def test_a_process_is_told_with_its_end_armed_first(stopping, monkeypatch):
+    """A pipe that nobody reads would keep it otherwise."""
+    make, _, happened = stopping
+    monkeypatch.setattr("builtins.print", lambda *args, **_: happened.append(args[0]))
+    with make(1) as stopped:
+        stopped._failed(4, "process 0 has ended")
+    assert happened == [("armed", 4, 0.0), "error: process 0 has ended", "woken"]
+
+
+def test_an_error_at_the_end_leaves_no_handlers(stopping, monkeypatch):
+    make, _, _ = stopping
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(RuntimeError, match="gone"), make() as stopped:
+        end = stopped._agreement.close
+        monkeypatch.setattr(stopped._agreement, "close", lambda: (end(), (_ for _ in ()).throw(RuntimeError("gone"))))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 SRUN = {

@@ -16,6 +16,7 @@ from greedy_distill_jax.training.metrics import read_scalars
 CONFIG = """
 import os, pathlib, time
 import jax
+from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.training import job
 from greedy_distill_jax.training.metrics import MetricWriter
 from greedy_distill_jax.testing.tiny import train_config
@@ -29,6 +30,8 @@ write, open_data = MetricWriter.scalars, job.open_data
 def scalars(self, step, *args):
     write(self, step, *args)
     hold(step)
+    if step == 4 and os.environ.get("FAIL") in (str(jax.process_index()), "all"):
+        raise Diverged("not finite")
 def opened(*args):
     hold("setup")
     return open_data(*args)
@@ -38,23 +41,27 @@ def get_config(stage="teacher"):
 """
 
 
+def _joined(env):
+    """The variables of two processes that join, but for their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return {
+        **env,
+        "XLA_FLAGS": f"{env['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+
+
 class _Pair:
     """A training command in two processes with two devices each, which wait for signals at a step, or in the setup."""
 
     def __init__(self, tmp_path, workdir, env, hold="none", changes=()):
         config, self.hold = tmp_path / "config.py", tmp_path / f"{hold}-"
         config.write_text(CONFIG)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        env = {
-            **env,
-            "XLA_FLAGS": f"{env['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
-            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": "2",
-            "HOLD": str(self.hold),
-        }
+        env = {**_joined(env), "HOLD": str(self.hold)}
         command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={config}", f"--workdir={workdir}"]
         self.files = [tmp_path / f"err{index}" for index in (0, 1)]
         self.processes = []
@@ -125,7 +132,8 @@ def test_a_signal_before_the_first_step_ends_all(tmp_path, subprocess_env):
     with _Pair(tmp_path, workdir, subprocess_env, hold="setup") as pair:
         pair.signal(signal.SIGTERM, 1)
         assert pair.codes() == [143, 143], pair.said()
-        assert pair.said().strip() == "teacher: stopped before a step, nothing to save; the same command starts again."
+        line = "teacher: stopped, nothing to save yet; the same command goes on from there."
+        assert pair.said().strip() == line
     assert not workdir.exists()
 
 
@@ -139,3 +147,53 @@ def test_a_refusal_of_one_process_ends_the_other_with_its_line(tmp_path, subproc
         first, second = (file.read_text() for file in pair.files)
     assert f"error: --workdir: {workdir} is being written by another process (process {os.getpid()}" in first
     assert f"error: process 0 has ended ({workdir} is being written by another process" in second
+
+
+@pytest.mark.slow
+@pytest.mark.subprocesses
+@pytest.mark.parametrize("fails", ["0", "all"])
+def test_an_error_of_one_process_ends_the_other_inside_its_step(tmp_path, subprocess_env, fails):
+    """Which waits for the one that failed; an error of both is said by both."""
+    with _Pair(tmp_path, tmp_path / "run", {**subprocess_env, "FAIL": fails}) as pair:
+        assert pair.codes() == [4, 4], pair.said()
+        said = [file.read_text() for file in pair.files]
+    other = f"error: process {fails} has ended (not finite); the others end, too"
+    for index, text in enumerate(said):
+        assert ("error: not finite" if fails in (str(index), "all") else other) in text
+        assert text.count("error:") == 1 and "Traceback" not in text
+
+
+SHARE = """
+import sys
+import jax
+from greedy_distill_jax.distribution.join import share
+index, count = share()
+print(index, count, jax.process_index(), jax.process_count(), flush=True)
+sys.stdin.read()
+sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.subprocesses
+def test_who_takes_a_share_waits_for_nobody_at_its_end(tmp_path, subprocess_env):
+    env = _joined(subprocess_env)
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARE],
+            env={**env, "JAX_PROCESS_ID": str(index)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        assert [process.stdout.readline() for process in pair] == ["0 2 0 1\n", "1 2 0 1\n"]
+        for process in reversed(pair):
+            process.communicate("", timeout=30)
+            assert process.returncode == 3
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
