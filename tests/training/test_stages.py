@@ -248,10 +248,10 @@ def test_the_student_trains_on_stored_trajectories(tmp_path):
     sigmas = settings.plan.sigmas[0]
 
     def follow(noise, text):
-        return solvers.euler_states(lambda x, sigma: x, noise, noise_levels.uniform_steps(4, 8.0), sigmas)
+        return solvers.euler_states(lambda x, sigma: x, noise, noise_levels.uniform_steps(4, settings.shift), sigmas)
 
     encoder, codec = HashWordEncoder(6, 8), load_source("moving_shapes")[1]
-    assert isinstance(codec, PatchCodec) and set(sigmas) <= set(noise_levels.uniform_steps(4, 8.0))
+    assert isinstance(codec, PatchCodec) and set(sigmas) <= set(noise_levels.uniform_steps(4, settings.shift))
     prompts = [f"a red square number {i}" for i in range(8)]
     write_trajectories(
         prompts, tmp_path / "ode", follow, encoder, codec, sigmas=sigmas, latent_shape=LATENT, plan={}, progress=False
