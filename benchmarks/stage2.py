@@ -77,7 +77,7 @@ class Row:
 
 
 PAPER = "greedy_distill_paper"
-OWN = {"loss": "flow_matching", "weight": 0.3, "options": {"shift": 8.0, "weighting": "x0"}}
+OWN = {"loss": "flow_matching", "weight": 0.3, "options": {"weighting": "x0"}}
 OWN_TERM = (("distill.fake", "self_fm"), ("losses.own", OWN))
 NOISE = (("student.context_noise", 0.3),)
 ROWS = {

@@ -10,8 +10,7 @@ BEHIND_TEACHER = 0.05  # valid frames the student may lose to its teacher
 LAST_OVER_FIRST = 0.9  # valid frames in the last window over the first, at 8x the training length
 WINDOWS = ("first", "last")  # each has gates of its own, for neither to hide behind the other
 # Limits by window. In the last one every few-step stream slows down, stage 1's with its many steps too: its limits are
-# what stage 2 reaches there (distance .47 and .75 of stage 1's, motion .71 and .59 of real videos', in the two
-# committed runs of the quickstart) with a margin; stage 1 at the same evaluations has motion .52 and .40.
+# what stage 2 reaches there in the committed runs of the quickstart (docs/results.md) with a margin.
 STAGE2_FD = {"first": 0.75, "last": 0.85}  # Frechet distance over stage 1's, real videos' own subtracted from both
 MOTION = {"first": (0.75, 1.25), "last": (0.5, 1.25)}  # spread of step lengths over that of real videos
 STEP_STD = {"first": "step_std", "last": "step_std_last"}

@@ -47,5 +47,6 @@ def sampled(
       **options: of ``run.sample_videos``, such as frames and steps.
     """
     starts = range(0, len(captions), batch)
-    keys = {start: jax.random.key(seed + start) for start in starts}
-    return np.concatenate([run.sample_videos(captions[i : i + batch], seed=key, **options) for i, key in keys.items()])
+    return np.concatenate(
+        [run.sample_videos(captions[i : i + batch], seed=jax.random.key(seed + i), **options) for i in starts]
+    )

@@ -58,18 +58,18 @@ def motion(
     y = jnp.diff(action, axis=1)
     still, counts = jax.lax.stop_gradient(y), pair.mask[:, 1:] * pair.mask[:, :-1]
     counts = counts / jnp.maximum(jnp.mean(counts, axis=1, keepdims=True), 1e-6)
+    size = flow.expand(counts, y)
 
     def of_draw(x0_real, x0_fake):
         real, fake = jnp.diff(x0_real, axis=1), jnp.diff(x0_fake, axis=1)
-        distance = jnp.mean(flow.expand(counts, y) * jnp.abs(still - real), axis=(1, 2, 3, 4))
+        distance = jnp.mean(size * jnp.abs(still - real), axis=(1, 2, 3, 4))
         g = fake - real
         return g / flow.expand(jnp.maximum(distance, 1e-6), g) if normalizer == "real" else g, distance
 
     g, distance = jax.vmap(of_draw)(pair.x0_real, pair.x0_fake)
     g = jax.lax.stop_gradient(jnp.mean(g, axis=0))
-    weight = flow.expand(counts * frame_weights(g, dynamic, growth), y)
+    weight = size * flow.expand(frame_weights(g, dynamic, growth), y)
     loss_B = 0.5 * jnp.mean(weight * jnp.square(y - (still - g)), axis=(1, 2, 3, 4))
-    size = flow.expand(counts, y)
     metrics = {"gradient": jnp.mean(size * jnp.abs(g)), "distance": jnp.mean(jax.lax.stop_gradient(distance))}
     return loss_B, metrics
 

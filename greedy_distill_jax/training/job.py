@@ -432,7 +432,7 @@ def averages(settings: Settings, stage: Stage) -> list[str]:
         decay, start = network.update.ema_decay, network.update.ema_start
         if decay is None or start >= settings.steps:
             continue  # none is made, or it is the parameters
-        part = next((part for part in stage.parts if part.name == network.part), stage.parts[0])
+        part = {"": stage.parts[0], **{part.name: part for part in stage.parts}}[network.part]
         updates = sum(part.due(step) for step in range(start + 1, settings.steps + 1))
         if decay**updates > 0.5:
             warnings.append(

@@ -10,21 +10,9 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import check_options, resolve
 from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.pair import draw_pair
+from greedy_distill_jax.testing.gaussian import gaussian
 
 SHAPE = (3, 4, 2, 2, 5)  # B T H W C
-
-
-def gaussian(mean, std):
-    """The perfect score network of data N(mean, std^2): velocity(x, sigma, batch)."""
-
-    def velocity(x, sigma, batch):
-        s = flow.expand(sigma, x)
-        # E[x0 | x_sigma] of a Gaussian.
-        gain = (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2)
-        x0 = mean + gain * (x - (1 - s) * mean)
-        return flow.velocity_from_x0(x, x0, sigma)
-
-    return velocity
 
 
 def action_gradient(action, key, *, real, fake, normalizer="real", weighting="none", **draw):

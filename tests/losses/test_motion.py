@@ -12,6 +12,7 @@ from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.motion import frame_weights, motion
 from greedy_distill_jax.losses.pair import Pair, draw_pair
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.gaussian import gaussian
 from greedy_distill_jax.training import audit
 from greedy_distill_jax.training.update import value_and_gradients
 
@@ -68,17 +69,6 @@ def test_motion_counts_where_both_frames_do():
     found = gradient(motion, jax.random.normal(jax.random.key(7), SHAPE), pair_of(mask=mask))
     np.testing.assert_array_equal(found[:, :2], 0.0)
     assert float(jnp.abs(found[:, 2:]).min(axis=(2, 3, 4)).max()) > 0
-
-
-def gaussian(mean, std):
-    """The perfect velocity of videos N(mean, std^2)."""
-
-    def velocity(x, sigma, batch):
-        s = flow.expand(sigma, x)
-        x0 = mean + (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2) * (x - (1 - s) * mean)
-        return flow.velocity_from_x0(x, x0, sigma)
-
-    return velocity
 
 
 def test_gaussian_videos_have_no_gradient_at_the_optimum_and_move_there():

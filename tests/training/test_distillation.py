@@ -12,7 +12,6 @@ import pytest
 from greedy_distill_jax import losses
 from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.config import read_settings
-from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses.dmd import dmd
@@ -22,6 +21,7 @@ from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.gaussian import gaussian
 from greedy_distill_jax.train import train
 from greedy_distill_jax.training import loop, nets, policy_gradient
 from greedy_distill_jax.training.job import prepare_job
@@ -120,15 +120,6 @@ def test_actor_critic_is_the_truncated_gradient_with_epochs_and_an_anchor(monkey
     assert float(difference / optax.tree.norm(truncated)) < 1e-5  # in the first epoch the action is the rollout's
     assert float(optax.tree.norm(thrice)) > 1.5 * float(optax.tree.norm(once))
     assert float(optax.tree.norm(jax.tree.map(jnp.subtract, held, thrice)) / optax.tree.norm(thrice)) > 0.05
-
-
-def gaussian(mean, std):
-    def velocity(x, sigma, batch):
-        s = flow.expand(sigma, x)
-        x0 = mean + (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2) * (x - (1 - s) * mean)
-        return flow.velocity_from_x0(x, x0, sigma)
-
-    return velocity
 
 
 @pytest.mark.parametrize("fake", stage2.FAKE)

@@ -15,14 +15,14 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from greedy_distill_jax import ranges
-from greedy_distill_jax.data.video_io import probe, read_frames
+from greedy_distill_jax.data.video_io import LARGEST, probe, read_frames
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Count, FrameRate, Natural, Range, between
 
 SPLITS = ("train", "held_out")
 
 
-Side = Annotated[int, between(1, 2**14)]  # pixels
+Side = Annotated[int, between(1, LARGEST)]  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
