@@ -129,12 +129,17 @@ class Bench:
         config = read_config(f"configs/quickstart.py:{preset},{self.speed}")
         config.lock()
         config.seed, config.data.source, config.student.anchor = seed, TASKS[task], task == "plain"
+        config.log.samples_every = 0
+        return self.changed(config, changes)
+
+    @staticmethod
+    def changed(config, changes):
+        """The configuration with (dotted key, value) set."""
         for path, value in changes:
             *parents, last = path.split(".")
             node = functools.reduce(lambda node, key: node[key], parents, config)
             with node.unlocked():  # "losses.own" is a term of its own
                 node[last] = value
-        config.log.samples_every = 0
         return config
 
     def train(self, directory: Path, config) -> Path:

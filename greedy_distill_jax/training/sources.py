@@ -74,14 +74,15 @@ def _check(want: Wanted, directory: str, run: Run) -> None:
             f"config.{want.key} {directory} holds stage {stage}, but {want.why} takes its score for that of stage "
             f"{want.stage}; name a run of that stage."
         )
-    check_same(want.key, directory, run.model.cfg, want.architecture)
+    but = () if want.frozen else ("context",)  # what is trained further learns its new context
+    check_same(want.key, directory, run.model.cfg, want.architecture, but)
 
 
-def check_same(key: str, directory: str, stored, wanted) -> None:
-    """Raises UserError when two networks do not have the same parameters with the same meaning."""
+def check_same(key: str, directory: str, stored, wanted, but: tuple[str, ...] = ()) -> None:
+    """Raises UserError when two networks do not have the same parameters with the same meaning, but for some fields."""
     if type(stored) is not type(wanted):
         raise UserError(f"config.{key} {directory} holds another kind of student; set the same config.student.kind.")
-    names = [f for f in stored.__dataclass_fields__ if f not in NOT_ARCHITECTURE and f != "base"]
+    names = [f for f in stored.__dataclass_fields__ if f not in (*NOT_ARCHITECTURE, "base", *but)]
     different = [f for f in names if _meaning(f, getattr(stored, f)) != _meaning(f, getattr(wanted, f))]
     if different:
         listed = ", ".join(f"{f} {getattr(stored, f)} against {getattr(wanted, f)}" for f in different)
