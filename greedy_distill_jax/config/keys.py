@@ -95,6 +95,7 @@ class Student:
     context: str = "clean"  # clean | last_step_kv | fused (etm_sdd only)
     gate_init: float = 0.1  # initial gate of fusion xattn2
     anchor: bool = True  # SDD sees frame 0; without it long streams drift
+    etm_input: str = "kept"  # kept | clean: what ETM reads where sample.context_sigma keeps chunks at a noise level
     context_noise: Fraction = 0.0  # history is noised up to this level in training
     causal: Causal = dataclasses.field(default_factory=Causal)  # of kind causal
 

@@ -54,6 +54,7 @@ class StreamState(NamedTuple):
     sdd_cache: KeyValue  # [layers, B, 2 * tokens, N, K]: frame 0, previous frame
     sdd_text: KeyValue | None
     z: Float[Array, "B tokens D"] | None  # context "fused": ETM's of the last chunk, whose clean pass is pending
+    clean: Float32[Array, "B g H W C"] | None  # the last chunk as ETM reads it, where that is not as it is kept
 
     AXES = MappingProxyType(
         {
@@ -63,6 +64,7 @@ class StreamState(NamedTuple):
             "sdd_cache": Axes(1, 2),
             "sdd_text": Axes(1),
             "z": Axes(0, 1),
+            "clean": Axes(0, 3),
         }
     )
 
@@ -107,6 +109,7 @@ class Streamer:
             sdd_cache=empty(len(cfg.sdd_layers), 2),
             sdd_text=sdd_text,
             z=parallel.varying(jnp.zeros((batch, tokens, base.dim), jnp.float32)) if cfg.context == "fused" else None,
+            clean=None if cfg.etm_input == "kept" or self.plan.keeps_clean else last,
         )
 
     def switch_prompt(self, params: Any, state: StreamState, text_BMC: Float[Array, "B M D"]) -> StreamState:
@@ -135,7 +138,7 @@ class Streamer:
         z, state = self._etm(params, state._replace(key=key))
         x, state = self._denoise_fused(params, state, z, key_sample)
         last, _ = kept(self.plan, state.index, x, context_noise(self.plan, state.index, key_sample, x.shape))
-        return state._replace(z=z, index=state.index + 1, last=last), x
+        return self._next(state._replace(z=z), last, x), x
 
     def step_to(
         self,
@@ -187,7 +190,7 @@ class Streamer:
         made, own = given_chunk(self.plan, call, state.index, x0_BTHWC, key_sample, last_kv=last_kv)
         if self.cfg.context == "fused":
             last, _ = kept(self.plan, state.index, x0_BTHWC, noise)
-            return state._replace(z=z, index=state.index + 1, last=last), made
+            return self._next(state._replace(z=z), last, x0_BTHWC), made
         return self._conclude(call, state, x0_BTHWC, own, noise), made
 
     def _clean_pass(self, params, state: StreamState) -> StreamState:
@@ -236,7 +239,11 @@ class Streamer:
             own = keys_of(call, Exit(last, sigma))
         own = jax.lax.stop_gradient(own) if frozen else own
         cache = self._remember(state.sdd_cache, own, state.index == 0)
-        return state._replace(sdd_cache=cache, index=state.index + 1, last=last)
+        return self._next(state._replace(sdd_cache=cache), last, x)
+
+    def _next(self, state: StreamState, last, x) -> StreamState:
+        """The state once chunk ``x`` is finished and kept as ``last``."""
+        return state._replace(index=state.index + 1, last=last, clean=None if state.clean is None else x)
 
     def _etm(self, params, state: StreamState):
         """z of the next chunk; the ring takes the new slot's keys and values."""
@@ -252,10 +259,13 @@ class Streamer:
             ropes = dict(rope_q=self.student.rope(own[None], grid), rope_k=self.student.rope(key_position, grid))
         else:
             ropes = dict(rope_q=self.student.rope(j[None], grid))
-        sigma = jnp.broadcast_to(last_sigma(self.plan, j), (state.last.shape[0], 1))
+        previous, level = state.last, last_sigma(self.plan, j)
+        if state.clean is not None:
+            previous, level = state.clean, jnp.float32(0.0)
+        sigma = jnp.broadcast_to(level, (state.last.shape[0], 1))
         z, emitted = self.student.etm(layout, emit=("own",)).apply(
             {"params": params["etm"]},
-            state.last,
+            previous,
             (j == 0)[None],
             sigma,
             visible=visible,

@@ -44,6 +44,8 @@ def look_back(student: StreamingModel, batch, key, *, plan: StepPlan, context_no
     if context_noise or not plan.keeps_clean:
         frames = flow.add_noise(clean, jax.random.normal(key_noise, clean.shape, jnp.float32), level)
     history = History(frames, level)
+    if not (plan.keeps_clean or student.keeps_for_etm):
+        history = history.read_clean(clean)
     if student.cfg.context == "last_step_kv":
         last = per_frame(plan.last_sigmas(chunks))
         noisy = flow.add_noise(clean, jax.random.normal(key_last, clean.shape, jnp.float32), last)

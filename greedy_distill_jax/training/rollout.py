@@ -206,7 +206,7 @@ def history(student: StreamingModel, rollout: Rollout) -> History:
     """What the frames of a rollout that begins with the stream look back on, as it was when they were made."""
     seen = History(rollout.context_BTHWC, _per_video(rollout.context_sigma_T, rollout))
     if student.cfg.context != "last_step_kv":
-        return seen
+        return seen if student.keeps_for_etm else seen.read_clean(rollout.x0_BTHWC)
     keys = rollout.keys or Keys(rollout.exit_BTHWC, rollout.sigma_T)
     return seen._replace(sdd_frames_BTHWC=keys.x_BTHWC, sdd_sigma_BT=_per_video(keys.sigma_T, rollout))
 

@@ -74,7 +74,7 @@ def _check(want: Wanted, directory: str, run: Run) -> None:
             f"config.{want.key} {directory} holds stage {stage}, but {want.why} takes its score for that of stage "
             f"{want.stage}; name a run of that stage."
         )
-    but = () if want.frozen else ("context",)  # what is trained further learns its new context
+    but = () if want.frozen else ("context", "etm_input")  # what is trained further learns its new context
     check_same(want.key, directory, run.model.cfg, want.architecture, but)
 
 

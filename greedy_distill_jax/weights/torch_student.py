@@ -61,6 +61,7 @@ class Config:
     rope_frames: int
     anchor: bool  # SDD sees frame 0
     context: str  # keys of the previous chunk: a pass over it as it is kept ("fused": in the next step), "last_step_kv"
+    etm_input: str  # ETM reads a finished chunk as it is "kept", or "clean"
 
     @classmethod
     def from_json(cls, architecture: dict) -> "Config":
@@ -433,9 +434,10 @@ class Stream:
     def __init__(self, student: Student, text: Tensor, size: tuple[int, int], plan: dict | None = None, generator=None):
         self.student, self.plan, self.generator, self.index = student, {**student.plan, **(plan or {})}, generator, 0
         self._ropes = student._ropes(size, text.device)
-        self._last = torch.zeros(text.shape[0], student.cfg.chunk, student.cfg.channels, *size, device=text.device)
+        nothing = torch.zeros(text.shape[0], student.cfg.chunk, student.cfg.channels, *size, device=text.device)
         self._etm, self._sdd = ([{} for _ in part.blocks] for part in (student.etm, student.sdd))
-        self._level, self._pending = 0.0, None  # of _last; context "fused": the call whose pass over _last is due
+        self._read = self._kept = nothing, 0.0  # the last chunk as ETM and as SDD see it, and its noise level
+        self._pending = None  # context "fused": the call whose pass over _kept is due
         self.switch_prompt(text)
 
     @torch.inference_mode()
@@ -450,19 +452,19 @@ class Stream:
         noise: [B, g, C, H, W] each: what the chunk starts from, with "renoise" one more per further step, and at the
         end what it is kept with, where its context has a noise level.
         """
-        cfg, i, shape = self.student.cfg, self.index, self._last.shape
+        cfg, i, shape, device = self.student.cfg, self.index, self._kept[0].shape, self._kept[0].device
         if self._pending:
-            self._remember(self._pending(self._last, self._level)[1])
+            self._remember(self._pending(*self._kept)[1])
         z = self._think()
         z_kv = self.student.sdd.project_z(z, self._ropes)
         chunk = [self.student.sdd_chunk(i, "first", "previous")]
 
         def call(x, sigma):
-            sigma = torch.full(shape[:2], sigma, device=x.device)
+            sigma = torch.full(shape[:2], sigma, device=device)
             return self.student.sdd(x, sigma, chunk, self._ropes, self._text[1], self._sdd, z, z_kv)
 
         def draw(n):
-            return noise[n].float() if noise else torch.randn(shape, generator=self.generator, device=self._last.device)
+            return noise[n].float() if noise else torch.randn(shape, generator=self.generator, device=device)
 
         sigmas, level = (self.plan[name][: i + 1][-1] for name in ("sigmas", "context_sigmas"))
         sigmas, x = [*sigmas, 0.0], draw(0)
@@ -473,20 +475,21 @@ class Stream:
             else:
                 x = x - sigma * velocity
                 x = (1 - after) * x + after * draw(n + 1) if after else x
-        self._last = (1 - level) * x + level * draw(-1) if level else x
-        self._level, self.index = level, i + 1
+        self._kept, self.index = ((1 - level) * x + level * draw(-1) if level else x, level), i + 1
+        self._read = self._kept if cfg.etm_input == "kept" else (x, 0.0)
         if cfg.context == "fused":
             self._pending = call
         else:
-            self._remember(own if cfg.context == "last_step_kv" else call(self._last, level)[1])
+            self._remember(own if cfg.context == "last_step_kv" else call(*self._kept)[1])
         return x
 
     def _think(self) -> Tensor:
         """ETM's z [B, 1, tokens, D] for the next chunk; keeps the keys later slots will look at."""
         cfg, j = self.student.cfg, self.index
         chunk = Chunk(j, [(str(slot), position) for slot, position in cfg.etm_keys(j)[:-1]])
-        sigma = torch.full(self._last.shape[:2], self._level, device=self._last.device)
-        z, own = self.student.etm(self._last, sigma, [chunk], self._ropes, self._text[0], self._etm)
+        previous, level = self._read
+        sigma = torch.full(previous.shape[:2], level, device=previous.device)
+        z, own = self.student.etm(previous, sigma, [chunk], self._ropes, self._text[0], self._etm)
         kept = {str(slot) for slot, _ in cfg.etm_keys(j + 1)}
         for layer, (key_value,) in enumerate(own):
             cache = {**self._etm[layer], str(j): key_value}

@@ -79,19 +79,23 @@ def jax_stream(student, params, text, plan, latent=LATENT, length=FRAMES):
     return jnp.concatenate(list(frames), axis=1), noise
 
 
+DIAGONAL = (("clean", (0.0,)), ("clean", (0.0, 0.357)), ("last_step_kv", (0.0,)))
 CASES = pairwise(OPTIONS)
 CASES += [
     {**CASES[0], "context": context, "sampler": sampler, "context_sigmas": (0.0, 0.357)}
     for context, sampler in (("clean", "renoise"), ("fused", "euler"))
 ]
+CASES += [{**CASES[-1], "etm_input": "clean"}]
 CASES += [{**case, "anchor": False} for case in CASES[:2]]
+CASES += [{**CASES[0], "steps": "diagonal-4322222", "context": c, "context_sigmas": s} for c, s in DIAGONAL]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_parallel_and_streamed(case, tmp_path):
     case = dict(case)
     case["etm_layers"], case["sdd_layers"] = case.pop("split")
-    plan = StepPlan(SIGMAS, case.pop("sampler"), case.pop("context_sigmas", (0.0,)))
+    steps, sampler = case.pop("steps", SIGMAS), case.pop("sampler")
+    plan = StepPlan.parse(steps, shift=5.0, sampler=sampler, context_sigma=case.pop("context_sigmas", (0.0,)))
     base = dict(prediction=case.pop("prediction"), dtype="float32", remat="none")
     cfg = tiny.student_config(base=tiny.dataclasses.replace(tiny.BASE, **base), **case)
     student = Student(cfg)

@@ -13,33 +13,33 @@ from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.streaming.loop import initial_noise
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.pairwise import pairwise
 from greedy_distill_jax.training import rollout as rollouts
 
 LATENT, FRAMES = (4, 4, 4), 12
-DIAGONAL = ((1.0, 0.9, 0.7, 0.4), (1.0, 0.8, 0.4), (1.0, 0.4), (1.0, 0.4))  # 4, 3, 2, 2
-CASES = {
-    "etm_sdd 4322 noisy": (Student, {}, StepPlan(DIAGONAL, "renoise", (0.0, 0.357))),
-    "etm_sdd 31 noisy, in chunks": (
-        Student,
-        dict(chunk=2, rope_mode="absolute", sink=1, fusion="xattn2"),
-        StepPlan(((1.0, 0.8, 0.5), (1.0,)), "euler", (0.1, 0.2, 0.357)),
-    ),
-    "etm_sdd 4322 last step": (Student, dict(context="last_step_kv"), StepPlan(DIAGONAL, "renoise")),
-    "causal 4322 noisy": (
-        CausalStudent,
-        dict(window=3, rope_mode="relative"),
-        StepPlan(DIAGONAL, "renoise", (0.0, 0.357)),
-    ),
-    "causal 31 last step, in chunks": (
-        CausalStudent,
-        dict(chunk=2, window=6, sink=2, context="last_step_kv"),
-        StepPlan(((1.0, 0.8, 0.5), (1.0,))),
-    ),
+OPTIONS = {
+    "plan": ("2", "diagonal-4322222", "diagonal-5333333", "diagonal-4222222"),
+    "context": ("clean", "renoise", "renoise, ETM clean", "last_step_kv"),
+    "student": ("etm_sdd", "etm_sdd in chunks of 3", "causal", "causal in chunks of 3"),
 }
+STUDENTS = {
+    "etm_sdd": (Student, {}),
+    "etm_sdd in chunks of 3": (Student, dict(chunk=3, rope_mode="absolute", sink=1, fusion="xattn2")),
+    "causal": (CausalStudent, dict(window=3, rope_mode="relative")),
+    "causal in chunks of 3": (CausalStudent, dict(chunk=3, window=9, sink=3)),
+}
+EULER = {"plan": StepPlan(((1.0, 0.8, 0.5), (1.0,)), "euler", (0.1, 0.2, 0.357)), "context": "", "student": "etm_sdd"}
 
 
 def _setup(case):
-    model, changes, plan = CASES[case]
+    model, changes = STUDENTS[case["student"]]
+    context, plan = case["context"], case["plan"]
+    if isinstance(plan, str):
+        level = 0.357 if context.startswith("renoise") else 0.0
+        plan = StepPlan.parse(plan, shift=5.0, sampler="renoise", context_sigma=level)
+    changes = changes | {"context": "last_step_kv" if context == "last_step_kv" else "clean"}
+    if context == "renoise, ETM clean" and model is Student:
+        changes["etm_input"] = "clean"
     config = tiny.causal_config if model is CausalStudent else tiny.student_config
     student = model(config(**changes))
     return make_streamer(student, plan), tiny.random_params(student), tiny.text_rows(1, jax.random.key(3))
@@ -71,7 +71,9 @@ def _all_at_once(streamer, params, text, history, keys):
     return x
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*pairwise(OPTIONS), EULER], ids=lambda c: f"{c['student']}-{c['context']}-{c['plan']}"
+)
 def test_streaming_equals_the_parallel_form(case):
     streamer, params, text = _setup(case)
     key = jax.random.key(7)

@@ -40,6 +40,7 @@ CAUSAL = [
 
 PLANS = [
     dict(plan=NOISY, sdd="none"),
+    dict(plan=NOISY, etm_input="clean", sdd="params"),
     dict(plan=StepPlan(SIGMAS, "euler", (0.1, 0.3, 0.357)), chunk=2, sink=1, rope_mode="absolute", sdd="params"),
     dict(plan=DIAGONAL, context="last_step_kv", sdd="params"),
     dict(plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative", sdd="params"),

@@ -26,6 +26,11 @@ class History(NamedTuple):
     sdd_frames_BTHWC: Float[Array, "B T H W C"] | None = None
     sdd_sigma_BT: Float[Array, "#B _"] | None = None
 
+    def read_clean(self, frames_BTHWC: Float[Array, "B T H W C"]) -> "History":
+        """The same for SDD's keys, while ETM reads the clean frames."""
+        clean = jnp.zeros((len(frames_BTHWC), 1), jnp.float32)
+        return History(frames_BTHWC, clean, self.frames_BTHWC, self.sigma_BT)
+
 
 class ContextGrad(NamedTuple):
     """Which parameters learn through the contexts of a chunk (docs/method.md, section 7.2).
@@ -48,6 +53,11 @@ class StreamingModel:
     def __init__(self, cfg: StudentConfig | CausalConfig, derivative: str = "vjp"):
         self.cfg = dataclasses.replace(cfg, base=cfg.base.differentiated(derivative))
         self.derivative = derivative
+
+    @property
+    def keeps_for_etm(self) -> bool:
+        """Whether there is no ETM that reads finished chunks otherwise than they are kept."""
+        return getattr(self.cfg, "etm_input", "kept") == "kept"
 
     def differentiable(self, layout: Layout | None) -> Layout | None:
         """The layout for this model's way of differentiation."""

@@ -9,6 +9,7 @@ FUSIONS: tuple[str, ...] = ("selfkv", "xattn2", "replace", "add", "concat", "ada
 ROPE_MODES = ("clamped", "absolute", "fixed")
 
 CONTEXT_MODES = ("clean", "last_step_kv", "fused")
+ETM_INPUTS = ("kept", "clean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ class StudentConfig:
     "fused" into the next frame's first call (one call fewer; the same numbers as "clean", except that after a prompt
     switch the pending clean pass already sees the new prompt).
     gate_init is the initial per-head weight of the second attention of fusion "xattn2". anchor: SDD sees frame 0 (the
-    published system); without it a stream has nothing fixed to hold on to, and drifts.
+    published system); without it a stream has nothing fixed to hold on to, and drifts. etm_input: where a step plan
+    keeps finished chunks at a noise level, ETM reads them as they are "kept", or "clean".
     """
 
     base: WanConfig = dataclasses.field(default_factory=WanConfig)
@@ -39,9 +41,11 @@ class StudentConfig:
     context: str = "clean"
     gate_init: float = 0.1
     anchor: bool = True
+    etm_input: str = "kept"
 
     def __post_init__(self):
         check_choice(self, "fusion", FUSIONS)
+        check_choice(self, "etm_input", ETM_INPUTS)
         check_choice(self, "rope_mode", ROPE_MODES)
         check_choice(self, "context", CONTEXT_MODES)
         for name in ("etm_layers", "sdd_layers"):
