@@ -53,8 +53,7 @@ from greedy_distill_jax.training.rollout import recompute, roll_out
 STUDENTS = ("etm_sdd", "causal")
 SCHEDULES = {
     **{str(n): (noise_levels.uniform_steps(n, 5.0),) for n in (4, 2, 1)},
-    # Diagonal Distillation's 4, 3, 2, 2, ... (arXiv 2603.09488).
-    "diagonal": ((1.0, 0.9333, 0.8333, 0.357), (1.0, 0.9333, 0.357), (1.0, 0.357)),
+    "diagonal": StepPlan.parse("diagonal-4322222", shift=5.0).sigmas,
 }
 CONTEXTS = {"model": "last_step_kv", "clean": "clean", "fused": "fused"}
 EARLY = 20  # frame from which the steady state is timed

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 ITEMS = ("ceilings", "correctness", "streaming", "torch_peer", "attention", "training", "trace")
 ITEMS_RUN = ("ceilings", "streaming")
-NOT_BUILT = {"diagonal plan", "saved executable"}
+NOT_BUILT = {"saved executable"}
 
 
 @pytest.fixture
