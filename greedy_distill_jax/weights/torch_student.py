@@ -15,8 +15,7 @@ This file lies in a folder with `config.json` and `*.safetensors` and belongs to
 What it computes. A video is made in chunks of g = `chunk` latent frames. **ETM**, a causal transformer over the chunks
 made so far (a sliding window of them), gives z for the next chunk. **SDD**, a diffusion transformer, denoises that
 chunk from noise; its self-attention sees the first chunk, the previous chunk, itself (and z, depending on `fusion`).
-Cost and memory per chunk do not depend on how many chunks came before. `step` and the parallel `forward` give the
-same numbers. Blocks, embeddings and head are Wan2.1's, and so are the parameter names under `etm.` and `sdd.`.
+`step` and the parallel `forward` give the same numbers. Names of parameters under `etm.` and `sdd.` are Wan2.1's.
 
 Conventions. Latents are [B, T, C, H, W]. Noise level sigma in [0, 1]: x = (1 - sigma) clean + sigma noise, and the
 network's velocity is noise - clean. Matmuls run in `dtype`; norms, modulation, residual stream, time embedding, head,
@@ -78,12 +77,10 @@ class Config:
 
     def etm_keys(self, j: int) -> list[tuple[int, int]]:
         """(slot, time position) of what ETM's slot j sees, itself last."""
-        reach = self.window - 1
-        first = max(0, j - reach)
-        keys = []
-        for s in range(min(self.sink, first)):  # a sink outside the window sits right before it, however far it is
-            keys.append((s, s if self.rope_mode == "absolute" else j - min(j - s, self.sink + reach - s)))
-        return keys + [(a, a) for a in range(first, j + 1)]
+        reach, absolute = self.window - 1, self.rope_mode == "absolute"
+        first = max(0, j - reach)  # a sink outside the window sits right before it, however far it is
+        sinks = [(s, s if absolute else j - min(j - s, self.sink + reach - s)) for s in range(min(self.sink, first))]
+        return sinks + [(a, a) for a in range(first, j + 1)]
 
 
 class Ropes:
@@ -188,8 +185,7 @@ class Block(nn.Module):
         self.self_attn = Attention(cfg, with_z=fusion == "selfkv")
         self.cross_attn = Attention(cfg, with_z=fusion == "xattn2")
         self.ffn = nn.Sequential(Linear(dim, cfg.ffn_dim), nn.GELU("tanh"), Linear(cfg.ffn_dim, dim))
-        self.norm1 = nn.LayerNorm(dim, cfg.eps, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(dim, cfg.eps, elementwise_affine=False)
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, cfg.eps, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(dim, cfg.eps)
         if fusion == "xattn2":
             self.z_gate = nn.Parameter(torch.zeros(cfg.num_heads))
@@ -426,18 +422,19 @@ class Student(nn.Module):
 class Stream:
     """A video in the making; its memory does not grow.
 
-    plan: the steps, by default those of config.json. "sigmas": per chunk a decreasing list of noise levels;
-    "context_sigmas": per chunk the level at which it is kept for later ones (both: the last entry serves all further
-    chunks); "sampler": "euler" follows the flow, "renoise" predicts the clean chunk and adds fresh noise.
+    plan: the steps, by default those of config.json. "sigmas": per chunk a decreasing list of noise levels, the last
+    one for all further chunks; "sampler": "euler" follows the flow, "renoise" predicts x0 and adds fresh noise.
     """
 
     def __init__(self, student: Student, text: Tensor, size: tuple[int, int], plan: dict | None = None, generator=None):
         self.student, self.plan, self.generator, self.index = student, {**student.plan, **(plan or {})}, generator, 0
         self._ropes = student._ropes(size, text.device)
-        nothing = torch.zeros(text.shape[0], student.cfg.chunk, student.cfg.channels, *size, device=text.device)
+        trained = student.plan.get("context_sigmas", self.plan["context_sigmas"])
+        if list(self.plan["context_sigmas"]) != list(trained):
+            raise ValueError(f"context_sigmas of plan are not those of the student, {trained}; leave them out")
+        self._kept = torch.zeros(text.shape[0], student.cfg.chunk, student.cfg.channels, *size, device=text.device), 0.0
         self._etm, self._sdd = ([{} for _ in part.blocks] for part in (student.etm, student.sdd))
-        self._read = self._kept = nothing, 0.0  # the last chunk as ETM and as SDD see it, and its noise level
-        self._pending = None  # context "fused": the call whose pass over _kept is due
+        self._read, self._pending = self._kept, None  # as ETM reads it; context "fused": the call whose pass is due
         self.switch_prompt(text)
 
     @torch.inference_mode()

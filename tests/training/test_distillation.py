@@ -336,6 +336,10 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
             dict(distill__segment=3, distill__pg="rollout_full", distill__context_grad_sdd="params"),
             "config.distill.segment is 3, which does not divide the 4 chunks",
         ),
+        (
+            dict(sample__steps=(6, 5, 4, 3, 2)),
+            "config.sample.steps has 5 different lists, but a rollout of 4 frames has 4 chunks of 1",
+        ),
         (dict(distill__exit="random_but_first"), "which the first chunk shares with all others"),
         (dict(distill__segment=2), "only config.distill.pg = 'rollout_full' uses it, not 'rollout_trunc'"),
         (dict(distill__anchor=1.0), "only config.distill.pg = 'actor_critic' uses it"),

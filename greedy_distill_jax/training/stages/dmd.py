@@ -411,6 +411,12 @@ def _check_rollout(settings: Settings, d: Distill) -> None:
             f"list, which the first chunk shares with all others; give the first a list of its own, such as "
             f"diagonal-4322222."
         )
+    if len(settings.plan.sigmas) > frames // chunk:
+        raise UserError(
+            f"config.sample.steps has {len(settings.plan.sigmas)} different lists, but a rollout of {frames} frames "
+            f"has {frames // chunk} chunks of {chunk}: the last lists would never be trained; give one per chunk, or "
+            f"roll out more frames."
+        )
     if d.segment and frames // chunk % d.segment:
         raise UserError(
             f"config.distill.segment is {d.segment}, which does not divide the {frames // chunk} chunks of a video."
