@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
 
 import pytest
 
+from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment
 from greedy_distill_jax.ops.attention.arg_specs import Spec
@@ -115,6 +117,30 @@ def test_gradient_precision(benchmarks):
     for kind in ("to float32", "to the same forward pass"):
         assert 0 < found[f"compute, {kind}"] == found[f"compute, bfloat16 sums, {kind}"] < 0.02
     assert found["float32, to float32"] < found["compute, to float32"]
+
+
+def test_diagonal(benchmarks, tmp_path, monkeypatch):
+    """Every row is a configuration that can be trained; the gate asks for the right figures."""
+    diagonal = benchmarks("diagonal")
+    bench = diagonal.Rows(tmp_path, 4, "smoke")
+    monkeypatch.setattr(diagonal.Rows, "start", lambda self, cell: (tmp_path / "teacher", tmp_path / "student"))
+    for task, student in itertools.product(diagonal.ROLLOUT, diagonal.STUDENTS):
+        for row in diagonal.ROWS:
+            settings = read_settings(bench.stage2_config(diagonal.Cell(task, student, 0), row))
+            chosen = [1, 2] if row.startswith("uniform") else [4, 3, 2]
+            assert settings.plan.lengths.tolist() == ([int(row[-1])] if len(chosen) == 2 else chosen), row
+    times = {"uniform 4": {"short": 1.0}, "diagonal": {"short": 0.6}, "diagonal, motion": {"short": 0.7}}
+    cells = {
+        "uniform 4": [dict(fd=0.10, valid=0.80), dict(fd=0.12, valid=0.82)],
+        "uniform 2": [dict(fd=0.20, valid=0.50), dict(fd=0.24, valid=0.50)],
+        "diagonal": [dict(fd=0.104, valid=0.80), dict(fd=0.1248, valid=0.82)],
+        "diagonal, motion": [dict(fd=0.10, valid=0.80), dict(fd=0.12, valid=0.82)],
+    }
+    fast, slow = diagonal.gates_of(cells, times)
+    assert fast["quality"] == pytest.approx((0.98, 0.0)) and fast["validity"] == pytest.approx((1.0, 0.0))
+    assert fast["passed"] and not slow["passed"]
+    cells["diagonal"][1]["fd"] = 0.16  # one seed of two is far off: the lower bound is below the limit
+    assert not diagonal.gates_of(cells, times)[0]["passed"]
 
 
 def test_bad_inputs(benchmark, tmp_path, monkeypatch):
