@@ -58,6 +58,10 @@ JOBS = {
     "1.3B stage 2, self as fake score, v6e:4x4": Row(
         "configs/wan1_3b/dmd.py:greedy_distill_paper", "v6e:4x4", STAGE2, critic=False, overrides=WHOLE
     ),
+    "1.3B stage 2, diagonal, v6e:4x4": Row("configs/wan1_3b/dmd.py:diagonal", "v6e:4x4", STAGE2, overrides=WHOLE),
+    "1.3B stage 2, diagonal_paper, causal, v6e:4x4": Row(
+        "configs/wan1_3b/dmd.py:diagonal_paper", "v6e:4x4", STAGE2, student="causal", overrides=WHOLE
+    ),
     "1.3B causal, v6e:4x4": Row("configs/wan1_3b/causal.py", "v6e:4x4", STAGE1, student="causal", overrides=WHOLE),
     "1.3B stage 2, 14B teacher, v5p:2x2x4": Row(
         "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b", overrides=WHOLE

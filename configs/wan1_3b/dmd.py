@@ -7,7 +7,9 @@
 The critic is a bidirectional 1.3B DiT that starts as the teacher; ``dmd.py:greedy_distill_paper`` is the published
 setting, the student itself as the fake score. ``dmd.py:teacher_14b`` takes the real score from the 14B teacher, as
 Self-Forcing and LongLive do; then --config.critic_from names the 1.3B one, and with a whole video
-per chip the generator's step needs 26.2 of 95.73 GiB on TPU v5p:2x2x4.
+per chip the generator's step needs 26.2 of 95.73 GiB on TPU v5p:2x2x4. ``dmd.py:diagonal`` is Diagonal Distillation of
+this student, ``dmd.py:diagonal_paper`` that of the paper, whose student is the causal one: its --config.student_from is
+a run of ``causal.py``, its data are trajectories (see ``config.presets``).
 
 Not yet run at full size; mesh and accumulate are for TPU v5e:4x4, as in ``teacher.py``. Chips of 32 GiB hold a whole
 video each, which sends less and compiles faster. Both compile; the generator's step needs 13.5 of 15.75 GiB per chip on
@@ -19,14 +21,20 @@ v5e and 22.9 of 31.24 on v6e:
 """
 
 from configs.wan1_3b import teacher_forcing
-from greedy_distill_jax.config.presets import greedy_distill_paper
+from greedy_distill_jax.config import presets
 from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
+
+PRESETS = {
+    "greedy_distill_paper": presets.greedy_distill_paper,
+    "diagonal": presets.diagonal,
+    "diagonal_paper": presets.diagonal_paper,
+}
 
 
 def get_config(arg: str = "critic"):
-    """Self-Forcing's settings, docs/method.md section 7.7. ``arg``: "critic", "greedy_distill_paper", "teacher_14b"."""
-    if arg not in ("critic", "greedy_distill_paper", "teacher_14b"):
-        raise ValueError(f"{arg!r} is not one of critic, greedy_distill_paper, teacher_14b")
+    """Self-Forcing's settings, docs/method.md section 7.7. ``arg``: "critic", "teacher_14b" or one of ``PRESETS``."""
+    if arg not in ("critic", "teacher_14b", *PRESETS):
+        raise ValueError(f"{arg!r} is not one of critic, teacher_14b, {', '.join(PRESETS)}")
     config = teacher_forcing.get_config()
     config.stage = "dmd"
     config.steps = 600
@@ -46,4 +54,4 @@ def get_config(arg: str = "critic"):
     config.sample.sampler = "renoise"
     if arg == "teacher_14b":
         config.distill.teacher_size = "wan14b"
-    return greedy_distill_paper(config) if arg == "greedy_distill_paper" else config
+    return PRESETS[arg](config) if arg in PRESETS else config
