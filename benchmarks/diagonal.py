@@ -192,6 +192,9 @@ class Rows(Bench):
 def gates_of(cells: dict[str, list[dict]], times: dict[str, dict[str, float]]) -> list[dict]:
     """What every diagonal row keeps of "uniform 4", paired by seed, with standard errors, and at what time.
 
+    Quality, 1 - the gap in FD over the FD of "uniform 2", is asked of the first window, videos as long as in training
+    (the paper's are, too); that of the whole stream stands beside it.
+
     Args:
       cells: the results of every row, by seed.
       times: of every row.
@@ -200,12 +203,12 @@ def gates_of(cells: dict[str, list[dict]], times: dict[str, dict[str, float]]) -
     uniform, two = cells["uniform 4"], cells["uniform 2"]
     for row in (row for row in cells if row.startswith("diagonal")):
         pairs = list(zip(cells[row], uniform, two, strict=True))
-        quality = _mean_error([1 - (a["fd"] - b["fd"]) / c["fd"] for a, b, c in pairs])
+        quality, stream = (_mean_error([1 - (a[k] - b[k]) / c[k] for a, b, c in pairs]) for k in ("fd_first", "fd"))
         validity = _mean_error([a["valid"] / max(b["valid"], 1e-6) for a, b, _ in pairs])
         time = times[row]["short"] / times["uniform 4"]["short"]
         kept = all(mean - 2 * error >= LIMITS[k] for k, (mean, error) in _named(quality, validity))
         out.append(
-            {"row": row, "quality": quality, "validity": validity, "time": time}
+            {"row": row, "quality": quality, "quality_of_stream": stream, "validity": validity, "time": time}
             | {"passed": bool(kept and time <= LIMITS["time"])}
         )
     return out
@@ -234,11 +237,13 @@ def markdown(result: dict) -> str:
         for row, values in part["table"].items():
             cells = [_figure(*values[key]) for key, _ in SHOWN] + [f"{part['times'][row][key]:.3f}" for key, _ in TIMES]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        lines += ["", f"Of uniform 4's: quality >= {LIMITS['quality']} and validity >= {LIMITS['validity']}, both by "]
-        lines[-1] += f"two standard errors, at <= {LIMITS['time']} of its time over the first {SHORT} frames:"
+        lines += ["", f"Of uniform 4's: quality of the first window >= {LIMITS['quality']} and validity >= "]
+        lines[-1] += f"{LIMITS['validity']}, both by two standard errors, at <= {LIMITS['time']} of its time over the "
+        lines[-1] += f"first {SHORT} frames:"
         lines += [""]
         for g in part["gates"]:
             kept = ", ".join(f"{k} {m:.3f} ({e:.3f})" for k, (m, e) in _named(g["quality"], g["validity"]))
+            kept += ", quality of the whole stream {:.3f} ({:.3f})".format(*g["quality_of_stream"])
             lines.append(f"- {'pass' if g['passed'] else 'FAIL'}: {g['row']}: {kept}, time {g['time']:.3f}")
         lines.append("")
     return "\n".join(lines)

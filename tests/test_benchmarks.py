@@ -131,15 +131,17 @@ def test_diagonal(benchmarks, tmp_path, monkeypatch):
             assert settings.plan.lengths.tolist() == ([int(row[-1])] if len(chosen) == 2 else chosen), row
     times = {"uniform 4": {"short": 1.0}, "diagonal": {"short": 0.6}, "diagonal, motion": {"short": 0.7}}
     cells = {
-        "uniform 4": [dict(fd=0.10, valid=0.80), dict(fd=0.12, valid=0.82)],
-        "uniform 2": [dict(fd=0.20, valid=0.50), dict(fd=0.24, valid=0.50)],
-        "diagonal": [dict(fd=0.104, valid=0.80), dict(fd=0.1248, valid=0.82)],
-        "diagonal, motion": [dict(fd=0.10, valid=0.80), dict(fd=0.12, valid=0.82)],
+        "uniform 4": [dict(fd_first=0.10, valid=0.80), dict(fd_first=0.12, valid=0.82)],
+        "uniform 2": [dict(fd_first=0.20, valid=0.50), dict(fd_first=0.24, valid=0.50)],
+        "diagonal": [dict(fd_first=0.104, valid=0.80), dict(fd_first=0.1248, valid=0.82)],
+        "diagonal, motion": [dict(fd_first=0.10, valid=0.80), dict(fd_first=0.12, valid=0.82)],
     }
+    cells = {row: [cell | {"fd": 2 * cell["fd_first"]} for cell in of_row] for row, of_row in cells.items()}
     fast, slow = diagonal.gates_of(cells, times)
-    assert fast["quality"] == pytest.approx((0.98, 0.0)) and fast["validity"] == pytest.approx((1.0, 0.0))
+    assert fast["quality"] == fast["quality_of_stream"] == pytest.approx((0.98, 0.0))
+    assert fast["validity"] == pytest.approx((1.0, 0.0))
     assert fast["passed"] and not slow["passed"]
-    cells["diagonal"][1]["fd"] = 0.16  # one seed of two is far off: the lower bound is below the limit
+    cells["diagonal"][1]["fd_first"] = 0.16  # one seed of two is far off: the lower bound is below the limit
     assert not diagonal.gates_of(cells, times)[0]["passed"]
 
 
