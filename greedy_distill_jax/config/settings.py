@@ -208,12 +208,12 @@ def terms_of(
       losses: name in the logs -> key group.
       path: of the group, for errors.
       settings: of the stage; a loss with the option "shift" takes ``config.shift`` as its default.
-      offered: networks that the stage has for losses that ask for some.
+      offered: what the stage has for losses that ask, networks as a rule.
       chunk_of: latent frames that share a noise level, given the loss: its options "per_frame" and "group" take them
         as defaults, as when streaming. None: one level per video, so that a video is drawn once.
 
     Raises:
-      UserError: a loss that cannot be found, an option it does not take, a network the stage does not have.
+      UserError: a loss that cannot be found, an option it does not take, something that the stage does not have.
     """
     out = []
     for name, term in losses.items():
@@ -225,7 +225,7 @@ def terms_of(
         if missing:
             has = f"which has {', '.join(offered)}" if offered else "which has none"
             raise UserError(
-                f"{path}.{name}: {term.loss!r} asks for the network {missing[0]!r} of stage {settings.stage}, {has}; "
+                f"{path}.{name}: {term.loss!r} asks for {missing[0]!r} of stage {settings.stage}, {has}; "
                 f"use it in another stage, or give {missing[0]!r} a default if it is an option."
             )
         if "shift" in takes:

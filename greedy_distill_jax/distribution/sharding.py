@@ -38,12 +38,15 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/modulation", (None, "embed")),
     (r"bos", (None,)),
     (r"etm/norm/(scale|bias)", (None,)),
+    (r"(hidden_\d+/conv|mix)/kernel", (None, None, None, None)),  # of the motion head, which is small
+    (r"(hidden_\d+/conv|mix)/bias", (None,)),
+    (r"hidden_\d+/norm/(scale|bias)", (None,)),
     # Not parameters: counters and keys of updates and of streams, and Muon's polynomial.
     (r"count|step|index", ()),
     (r"key", ("batch",)),  # one per video; one for all of them is whole on every device
     (r"ns_coeffs", (None,)),
     # Batches, and what a stream carries from chunk to chunk.
-    (r"latents|last|frames", ("batch", None, None, None, None)),
+    (r"latents|last|frames|x0_real", ("batch", None, None, None, None)),
     (r"states", ("batch", None, None, None, None, None)),
     (r"(etm_|sdd_)?(cache|text)/(k|v)", ("layers", "batch", None, "heads", None)),
     (r"(etm_)?slots", (None,)),

@@ -3,7 +3,7 @@
 ``net(x_BTHWC, sigma_BT, batch) -> velocity`` hides model, parameters and precision; ``batch`` is a dict of arrays
 ("latents" and "text", and what a stage adds: stage "dmd" puts the student's own videos in "latents" and, with the
 gradient into the student, in "action"). Keyword-only arguments with a default are options of the config; one without a
-default asks the stage for a network by that name, such as the scores ``real`` and ``fake``. A loss returns one value
+default asks the stage for what it has by that name, such as the scores ``real`` and ``fake``. A loss returns one value
 per example and a dict for the logs of scalars, or of pairs (sum, count) where only some of the values count; the stage
 takes the mean over the batch, applies the weight of the config and logs every term by its name.
 
@@ -23,7 +23,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.extensions import FORMS, load
 from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
-from greedy_distill_jax.losses.motion import motion
+from greedy_distill_jax.losses.motion import motion, motion_head
 from greedy_distill_jax.losses.ode import ode
 
 
@@ -42,7 +42,13 @@ class Term:
 
 
 _FORM = "write loss(net, batch, key, *, option=default), see docs/guides/add_a_loss.md"
-_LOSSES: dict[str, Callable] = {"dmd": dmd, "flow_matching": flow_matching, "motion": motion, "ode": ode}
+_LOSSES: dict[str, Callable] = {
+    "dmd": dmd,
+    "flow_matching": flow_matching,
+    "motion": motion,
+    "motion_head": motion_head,
+    "ode": ode,
+}
 
 
 def register(name: str, loss: Callable | None = None) -> Callable:
@@ -86,7 +92,7 @@ def option_names(loss: Callable) -> list[str]:
 
 
 def asked(loss: Callable) -> list[str]:
-    """The networks that a loss asks its stage for: keyword-only arguments without a default."""
+    """What a loss asks its stage for, networks as a rule: keyword-only arguments without a default."""
     parameters = inspect.signature(loss).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 

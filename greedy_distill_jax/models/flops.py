@@ -1,14 +1,16 @@
 """Floating-point operations of every network and step, in closed form (docs/method.md, section 11).
 
-Counted are matmuls, two operations per multiply-add; attention on visible pairs only. Normalisation, rotation and
-activations are left out. ``cost_analysis()`` of a compiled step cannot give these numbers: it counts the body of a scan
-once and knows nothing of kernels.
+Counted are matmuls and convolutions, two operations per multiply-add; attention on visible pairs only. Normalisation,
+rotation and activations are left out. ``cost_analysis()`` of a compiled step cannot give these numbers: it counts the
+body of a scan once and knows nothing of kernels.
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.models.motion_head import MotionHeadConfig
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.config import WanConfig
@@ -179,3 +181,10 @@ def calls_of(plan: StepPlan, chunk: int, exit: str) -> float:
 def replay(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, exit: str) -> Flops:
     """The last denoising calls and the contexts of a self-made video, chunk by chunk."""
     return _all_text(cfg) + stream_step(_unfused(cfg), tokens, 1, exit != "last") * (frames // cfg.chunk)
+
+
+def motion_head(cfg: MotionHeadConfig, pixels: int) -> list[Flops]:
+    """Every layer of the motion head, for so many latent pixels of differences of frames."""
+    widths = [cfg.channels, *[cfg.width] * cfg.layers]
+    convs = [2.0 * pixels * 9 * given * made for given, made in itertools.pairwise(widths)]
+    return [Flops(x) for x in (*convs, 2.0 * pixels * widths[-1] * cfg.channels)]

@@ -1,10 +1,10 @@
 """Floating-point operations of a job's updates, in closed form, from its config (networks: ``models.flops``)."""
 
 from greedy_distill_jax.config import Settings
-from greedy_distill_jax.losses import dmd, flow_matching, ode
+from greedy_distill_jax.losses import flow_matching, ode
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.ops.attention.backends.record import FLASH_BACKWARD
-from greedy_distill_jax.training.cost import Cost, Meter
+from greedy_distill_jax.training.cost import OF_PAIR, Cost, Meter
 from greedy_distill_jax.training.stages.base import Stage
 
 
@@ -15,9 +15,8 @@ def tokens_per_frame(latent_shape: tuple[int, int, int, int], wan: WanConfig) ->
 
 def assumed(settings: Settings) -> list[str]:
     """Terms whose loss is not the library's: they are taken to call every network they ask for once."""
-    return sorted(
-        {term.name for term in settings.kind.all_terms(settings) if term.loss not in (dmd, flow_matching, ode)}
-    )
+    known = (*OF_PAIR, flow_matching, ode)
+    return sorted({term.name for term in settings.kind.all_terms(settings) if term.loss not in known})
 
 
 def part_costs(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from greedy_distill_jax.config import Settings
 from greedy_distill_jax.distribution.mesh import batch_parts, make_mesh
 from greedy_distill_jax.distribution.parallel import on_mesh
-from greedy_distill_jax.distribution.sharding import RULES, shardings
+from greedy_distill_jax.distribution.sharding import RULES, shardings, with_shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import StreamingModel
@@ -165,7 +165,9 @@ def build_job(
     for part in parts:
         if part.host:
             break  # what it hands on is known only when it runs
-        steps.append(Step(part.name, part.call, (state, stage.frozen, batch, {}), cost[part.name], dynamic_trips=trips))
+        carry = with_shardings(dict(part.takes), shardings(dict(part.takes), mesh))
+        arguments = (state, stage.frozen, batch, carry)
+        steps.append(Step(part.name, part.call, arguments, cost[part.name], dynamic_trips=trips))
     if isinstance(stage.model, StreamingModel):
         params, of_params = (tree.nets[stage.name].params for tree in (state, of_state))
         step, shapes, of_stream = _stream(settings, stage.model, mesh, latent_shape, params, of_params)

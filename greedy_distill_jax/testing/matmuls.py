@@ -1,4 +1,4 @@
-"""Counts the matmuls of a traced function: what closed-form FLOPs are checked against."""
+"""Counts the matmuls and convolutions of a traced function: what closed-form FLOPs are checked against."""
 
 import math
 
@@ -7,7 +7,7 @@ from jax.interpreters import partial_eval
 
 
 def count_matmuls(call, *args, while_trips: float = 1.0) -> float:
-    """Floating-point operations of all ``dot_general`` in the jaxpr of ``call(*args)``, loops times their length.
+    """Floating-point operations of all matmuls and convolutions in the jaxpr of ``call(*args)``, loops by their length.
 
     Args:
       call, *args: anything that can be traced; shapes are enough.
@@ -26,6 +26,11 @@ def _count(jaxpr, while_trips: float) -> float:
             (contract, _), _ = params["dimension_numbers"]
             lhs, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             total += 2.0 * math.prod(out) * math.prod(lhs[i] for i in contract)
+            continue
+        if name == "conv_general_dilated":  # every output sums over the kernel's window and its input features
+            _, inputs, *window = params["dimension_numbers"].rhs_spec
+            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            total += 2.0 * math.prod(out) * math.prod(kernel[i] for i in (inputs, *window))
             continue
         times = params["length"] if name == "scan" else while_trips if name == "while" else 1.0
         inner = [_count(sub, while_trips) for sub in _jaxprs(params)]

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from greedy_distill_jax.losses import Term, asked, dmd
+from greedy_distill_jax.losses import Term, asked, dmd, motion, motion_head
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.flops import Flops
 from greedy_distill_jax.models.wan.config import WanConfig
+
+OF_PAIR = (dmd, motion, motion_head)  # losses that look at the video and at the pair, and call no network themselves
 
 
 class Cost(NamedTuple):
@@ -44,7 +46,7 @@ def total(calls: Iterable[Flops]) -> Flops:
 
 def draws(terms: Sequence[Term]) -> list[int]:
     """Noise draws of every term that calls the network that is trained."""
-    return [int(term.options.get("draws", 1)) for term in terms if term.loss is not dmd]
+    return [int(term.options.get("draws", 1)) for term in terms if term.loss not in OF_PAIR]
 
 
 def score_calls(terms: Sequence[Term], score: str, draws: int) -> int:

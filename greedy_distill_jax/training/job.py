@@ -430,8 +430,8 @@ def averages(settings: Settings, stage: Stage) -> list[str]:
     warnings = []
     for name, network in stage.networks.items():
         decay, start = network.update.ema_decay, network.update.ema_start
-        if decay is None or start >= settings.steps:
-            continue  # none is made, or it is the parameters
+        if decay is None or start >= settings.steps or network.target:
+            continue  # none is made, or it is the parameters, or nothing is sampled from it
         part = {"": stage.parts[0], **{part.name: part for part in stage.parts}}[network.part]
         updates = sum(part.due(step) for step in range(start + 1, settings.steps + 1))
         if decay**updates > 0.5:

@@ -117,45 +117,54 @@ def generator_step(
     update: Update,
     text_dropout: float,
     microbatches: int = 1,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
     """One update of the student on its own videos.
 
     Args:
       state: donated by the caller.
       frozen: parameters of networks that are not trained.
-      batch: "text" [B, M, C]; nothing else of the data is used.
+      batch: "text" [B, M, C]; the rest of the data, where there is some, reaches losses that ask for "samples", with a
+        history of its own.
       seed, null_MC, terms, update, text_dropout, microbatches: as for ``update.data_step``; the losses get "action"
         (the generated video, through which they act on the student) and "latents" (the same without gradient).
       own: the rollout.
       prepare: ``prepare(videos, key) -> videos`` with the history that all networks of the update look back on.
       make_net: ``make_net(params) -> net``, the student teacher-forced on its own video.
-      make_scores: ``make_scores(state, frozen) -> {"real": net, "fake": net}``.
+      make_scores: ``make_scores(state, frozen) -> {"real": net, "fake": net}``, and what else losses may ask for.
       make_pair: ``make_pair(key, video, real, fake, videos)``, see ``losses.pair.draw_pair``; once for all losses.
       microbatches: 1 with "actor_critic", whose epochs need the whole batch's gradient.
 
     Returns:
-      (state, metrics) as ``update.data_step``, with the number of the step that every list was left at, "exit/LIST".
+      (state, metrics) as ``update.data_step``, with the number of the step that every list was left at, "exit/LIST";
+      and, where a loss asks for "head", what the head learns from: the videos "latents" [B, T, H, W, C] and "x0_real",
+      the real score's answer to the first of the pair's draws.
     """
+    asks = {name for term in terms for name in asked(term.loss)}
     keys = _keys(seed, state.step, 0, 6)
     exits = own.exits(keys[-1])  # one draw for all microbatches
     text = drop_text(batch["text"], null_MC, keys[0], text_dropout)
     frozen_state, net = jax.lax.stop_gradient(state), state.nets["student"]
 
-    def episode(text, keys):
+    def episode(batch, keys):
         key_roll, key_history, key_pair, key_loss = keys
-        drawn = own.draw(net.params, text, key_roll, exits)
-        videos = prepare({"text": text, "latents": drawn.video_BTHWC}, key_history)
+        drawn, learnt = own.draw(net.params, batch["text"], key_roll, exits), {}
+        videos = prepare({"text": batch["text"], "latents": drawn.video_BTHWC}, key_history)
         offered = make_scores(frozen_state, frozen)
-        if any("pair" in asked(term.loss) for term in terms):
-            offered["pair"] = make_pair(key_pair, drawn.video_BTHWC, offered["real"], offered["fake"], videos)
+        if asks & {"pair", "head"}:
+            pair = make_pair(key_pair, drawn.video_BTHWC, offered["real"], offered["fake"], videos)
+            offered["pair"] = pair
+            learnt = {"latents": drawn.video_BTHWC, "x0_real": pair.x0_real[0]} if "head" in asks else {}
+        if "samples" in asks:
+            offered["samples"] = prepare(batch, jax.random.fold_in(key_history, 1))
 
         def objective(action, params):
             return total_loss(terms, make_net(params), {**videos, "action": action}, key_loss, offered)
 
-        return drawn, objective
+        return drawn, learnt, objective
 
+    batch = {**batch, "text": text}
     if own.pg == "actor_critic":
-        drawn, objective = episode(text, keys[1:-1])
+        drawn, learnt, objective = episode(batch, keys[1:-1])
         audit.note(lambda both: objective(*both), (drawn.video_BTHWC, net.params), leaves=False)
         (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.video_BTHWC, net.params)
 
@@ -176,17 +185,17 @@ def generator_step(
     else:
 
         def gradients(batch, keys):
-            drawn, objective = episode(batch["text"], keys)
+            drawn, learnt, objective = episode(batch, keys)
 
             def of_actions(params):
                 return objective(own.act(params, batch["text"], drawn), params)
 
-            return value_and_gradients(of_actions, net.params)
+            return value_and_gradients(of_actions, net.params), learnt
 
-        (loss, metrics), grads = accumulate(gradients, {"text": text}, keys[1:-1], microbatches)
+        ((loss, metrics), grads), learnt = accumulate(gradients, batch, keys[1:-1], microbatches, keeps=True)
         state, sizes = update_net(state, "student", update, grads)
     left = {} if exits is None else {f"exit/{i}": exits[i] for i in range(len(own.streamer.plan.sigmas))}
-    return state, {"loss": loss, **logged(metrics), **left, **sizes}
+    return state, {"loss": loss, **logged(metrics), **left, **sizes}, learnt
 
 
 def critic_step(

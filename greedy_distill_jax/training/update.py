@@ -75,7 +75,7 @@ def value_and_gradients(objective: Callable, params):
     return value, parallel.at_rest(grads)
 
 
-def accumulate(gradients: Callable, batch: Mapping[str, jax.Array], keys, count: int):
+def accumulate(gradients: Callable, batch: Mapping[str, jax.Array], keys, count: int, *, keeps: bool = False):
     """Mean of ``gradients(part of the batch, keys)`` over ``count`` microbatches, one after the other.
 
     Args:
@@ -84,20 +84,29 @@ def accumulate(gradients: Callable, batch: Mapping[str, jax.Array], keys, count:
       keys: PRNG keys [n], from which each of several microbatches makes its own.
       count: divides the number of examples. Microbatch i takes every ``count``-th example from i on: each device group
         computes its own examples of it, and none move.
+      keeps: ``gradients`` returns (tree, arrays with the examples along the first axis), and so does this, with those
+        of the whole batch in its order.
     """
     if count == 1:
         return gradients(batch, keys)
 
+    def both(batch, keys):
+        return gradients(batch, keys) if keeps else (gradients(batch, keys), {})
+
     def part(total, xs):
         index, microbatch = xs
         own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-        return jax.tree.map(jnp.add, total, gradients(microbatch, own)), None
+        found, examples = both(microbatch, own)
+        return jax.tree.map(jnp.add, total, found), examples
 
     parts = {name: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1) for name, x in batch.items()}
-    shapes = jax.eval_shape(lambda b: gradients(b, keys), {name: x[0] for name, x in parts.items()})
+    shapes, _ = jax.eval_shape(lambda b: both(b, keys), {name: x[0] for name, x in parts.items()})
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(part, start, (jnp.arange(count), parts))
-    return jax.tree.map(lambda x: x / count, total)
+    total, kept = jax.lax.scan(part, start, (jnp.arange(count), parts))
+    mean = jax.tree.map(lambda x: x / count, total)
+    if not keeps:
+        return mean
+    return mean, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), kept)
 
 
 def update_net(state: TrainState, name: str, update: Update, grads) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -160,10 +169,10 @@ def data_step(
     batch = {**batch, "text": drop_text(batch["text"], null_MC, keys[0], text_dropout)}
 
     def gradients(batch, keys):
-        batch, asked = prepare(batch, keys[0]), make_asked(jax.lax.stop_gradient(state), frozen)
+        batch, offered = prepare(batch, keys[0]), make_asked(jax.lax.stop_gradient(state), frozen)
 
         def objective(params):
-            return total_loss(terms, make_net(params), batch, keys[1], asked)
+            return total_loss(terms, make_net(params), batch, keys[1], {**offered, "samples": batch})
 
         return value_and_gradients(objective, state.nets[name].params)
 

@@ -41,6 +41,8 @@ def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
     trees += [_state_shapes(tiny.train_config("teacher_forcing", student__fusion=f)) for f in FUSIONS]
     trees += [_state_shapes(tiny.train_config("dmd", distill__real=real)) for real in ("joint", "autoregressive")]
     trees.append(_state_shapes(tiny.train_config("teacher_forcing", student__kind="causal")))
+    head = dict(losses__motion=dict(loss="motion_head", weight=1.0, options={}), motion_head__optimizer__name="muon")
+    trees.append(_state_shapes(tiny.train_config("dmd", **head)))
     trees.append({"latents": jnp.zeros((1,) * 5), "states": jnp.zeros((1,) * 6), "text": jnp.zeros((1, 1, 1))})
     trees += [_stream_shapes(cfg) for cfg in (tiny.student_config(context="fused"), tiny.causal_config(recache=True))]
     seen = set()

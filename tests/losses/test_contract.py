@@ -93,7 +93,7 @@ def short(net, batch):
         (
             needs,
             {},
-            "mine: 'mine' asks for the network 'scale' of stage teacher.*or give 'scale' a default",
+            "mine: 'mine' asks for 'scale' of stage teacher.*or give 'scale' a default",
         ),
         (needs, {"scale": 2.0}, "mine.options: loss 'mine' takes 'scale' from the stage, because it has no default"),
         (

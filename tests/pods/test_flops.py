@@ -125,6 +125,15 @@ UPDATES = {
         distill__fake="self_fm",
         losses__own=dict(loss="flow_matching", weight=1.0, options={}),
     ),
+    "motion, in a learned feature too, and a teacher's samples": dict(
+        stage="dmd",
+        distill__draws=2,
+        distill__skip=1,
+        losses__motion=dict(loss="motion", weight=1.0, options={}),
+        losses__head=dict(loss="motion_head", weight=1.0, options={}),
+        losses__ode=dict(loss="ode", weight=1.0, options={}),
+        motion_head__layers=3,
+    ),
 }
 
 
@@ -141,12 +150,11 @@ def test_an_update_of_every_stage(changes):
     latent = (FRAMES, 16, 16, 16)
     stage, params = tiny.stage_of(config, latent)
     settings = read_settings(config, imagine_runs=True)
-    text = _shape(2, config.model.text_len, config.model.text_dim)
     state, expected = stage.state(params), costs.part_costs(settings, stage, latent)
     for part in stage.parts:
         mean_steps = (config.sample.steps + 1) / 2
-        batch = {"latents": _shape(2, *latent), "text": text}
-        counted = count_matmuls(tiny.call_of(part), state, stage.frozen, batch, while_trips=mean_steps)
+        arguments = state, stage.frozen, settings.kind.batch_shapes(settings, latent), dict(part.takes)
+        counted = count_matmuls(lambda *args, part=part: part.call(*args)[:2], *arguments, while_trips=mean_steps)
         assert counted == pytest.approx(expected[part.name].executed.total, rel=0.02), part.name
 
 

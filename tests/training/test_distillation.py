@@ -366,9 +366,7 @@ def test_scores_are_for_stage_dmd_alone(sources, tmp_path):
             train(tiny.train_config("teacher_forcing", **changes), tmp_path / "run", show_progress=False)
     config = tiny.train_config("teacher_forcing")
     config.losses = run_config(sources).losses
-    with pytest.raises(
-        UserError, match=r"config\.losses\.dmd: 'dmd' asks for the network 'pair' of stage teacher_forcing"
-    ):
+    with pytest.raises(UserError, match=r"config\.losses\.dmd: 'dmd' asks for 'pair' of stage teacher_forcing"):
         read_settings(config)
 
 

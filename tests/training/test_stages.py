@@ -8,18 +8,12 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax import losses
-from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.config import base, read_settings, register_stage, stages as registry
-from greedy_distill_jax.data.sources.registry import load_source
-from greedy_distill_jax.data.sources.trajectories import write_trajectories
-from greedy_distill_jax.diffusion import noise_levels, solvers
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.losses.ode import ode
 from greedy_distill_jax.ranges import Fraction
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.train import train
 from greedy_distill_jax.training import nets
 from greedy_distill_jax.training.metrics import read_scalars
@@ -216,55 +210,7 @@ def test_a_mistake_in_a_loss_of_ones_own_keeps_its_traceback(tmp_path):
         train(config, tmp_path / "run", show_progress=False)
 
 
-# --- stage ode, and stage 2 from prompts alone ------------------------------------------------------------------------
-
-
-def test_the_ode_loss_draws_a_level_per_group_and_vanishes_for_the_teacher_itself():
-    rng = np.random.default_rng(0)
-    x0, noise = (jnp.asarray(rng.standard_normal((3, 4, 2, 2, 5)), jnp.float32) for _ in range(2))
-    levels = jnp.asarray([1.0, 0.8, 0.4])
-    s = levels[None, :, None, None, None, None]
-    states = (1 - s) * x0[:, None] + s * noise[:, None]
-    batch = {"latents": x0, "states": states, "levels": jnp.broadcast_to(levels[None], (3, 3))}
-    seen = []
-
-    def net(x, sigma, batch):
-        seen.append(sigma)
-        return noise - x0
-
-    loss, metrics = ode(net, batch, jax.random.key(0), per_frame=True, group=2)
-    np.testing.assert_allclose(loss, 0.0, atol=1e-10)
-    (sigma,) = seen
-    np.testing.assert_array_equal(sigma[:, ::2], sigma[:, 1::2])
-    assert set(np.unique(sigma)) <= set(np.asarray(levels)) and len(np.unique(sigma)) > 1
-    assert float(metrics["first_level"][1]) == float((sigma == 1.0).sum())
-
-
-def test_the_student_trains_on_stored_trajectories(tmp_path):
-    config = tiny.train_config("ode", steps=2, data__source=f"ode:{tmp_path / 'ode'}", sample__steps=2)
-    del config.losses["flow_matching"]
-    config.losses.ode = dict(loss="ode", weight=1.0, options={})
-    settings = read_settings(config)
-    sigmas = settings.plan.sigmas[0]
-
-    def follow(noise, text):
-        return solvers.euler_states(lambda x, sigma: x, noise, noise_levels.uniform_steps(4, settings.shift), sigmas)
-
-    encoder, codec = HashWordEncoder(6, 8), load_source("moving_shapes")[1]
-    assert isinstance(codec, PatchCodec) and set(sigmas) <= set(noise_levels.uniform_steps(4, settings.shift))
-    prompts = [f"a red square number {i}" for i in range(8)]
-    write_trajectories(
-        prompts, tmp_path / "ode", follow, encoder, codec, sigmas=sigmas, latent_shape=LATENT, plan={}, progress=False
-    )
-    state = train(config, tmp_path / "run", show_progress=False)
-    assert int(state.step) == 2 and read_scalars(tmp_path / "run")[-1]["ode/ode/first_level"] > 0
-    with config.unlocked():
-        config.sample.steps = 3
-    with pytest.raises(UserError, match=r"config\.sample asks the student at .* too"):
-        train(config, tmp_path / "other", show_progress=False)
-    config.data.source = "moving_shapes"
-    with pytest.raises(UserError, match="which holds no trajectories"):
-        train(config, tmp_path / "other", show_progress=False)
+# --- stage 2 from prompts alone ---------------------------------------------------------------------------------------
 
 
 def test_prompts_alone_are_enough_for_stage_2(tiny_teacher, tmp_path):

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, is_number
 from greedy_distill_jax.models import flops
+from greedy_distill_jax.models.motion_head import MotionHead
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WanConfig
@@ -33,6 +35,7 @@ class Part(NamedTuple):
     frozen networks, and runs as it is, in a single process; between a rollout and an update it may ask a reward
     outside. ``losses``: where its terms stand, for errors. ``order``: parts of one name are given the same batch; the
     parts of another name than "" see the data in an order of their own, and only batches of steps they are due in.
+    ``takes``: shapes of what it takes of the carry, by name, for a job that is only compiled.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Part(NamedTuple):
     host: bool = False
     losses: str = "config.losses"
     order: str = ""
+    takes: Mapping[str, jax.ShapeDtypeStruct] = MappingProxyType({})
 
 
 def returned(part: Part, out: Any) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
@@ -62,13 +66,15 @@ class Network(NamedTuple):
     start_from: sources whose parameters it takes, the first that there is; with none of them it is random.
     copy_of: the network whose first parameters it takes instead.
     part: name of the part that updates it, "" for the first one.
+    target: its average is one for losses, and nothing is sampled from it.
     """
 
-    model: Teacher | StreamingModel
+    model: Teacher | StreamingModel | MotionHead
     update: Update
     start_from: tuple[str, ...] = ()
     copy_of: str = ""
     part: str = ""
+    target: bool = False
 
 
 class Stage(NamedTuple):

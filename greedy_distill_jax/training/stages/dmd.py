@@ -26,7 +26,7 @@ from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ranges import Count, Natural, NoiseLevel, NotNegative, Positive, between, one_of
 from greedy_distill_jax.streaming.make import make_streamer
-from greedy_distill_jax.training import nets, policy_gradient, rollout
+from greedy_distill_jax.training import motion_head, nets, policy_gradient, rollout
 from greedy_distill_jax.training.cost import Cost, Meter, draws, score_calls, total
 from greedy_distill_jax.training.optimizer import make_optimizer
 from greedy_distill_jax.training.sources import Wanted
@@ -41,6 +41,7 @@ from greedy_distill_jax.training.stages.base import (
     own_update,
     text_shape,
 )
+from greedy_distill_jax.training.stages.ode import check_trajectories, states_shape, with_levels
 from greedy_distill_jax.training.stages.teacher_forcing import looking_back
 from greedy_distill_jax.training.update import Update
 
@@ -89,9 +90,12 @@ class Critic:
 class Dmd(StageKind):
     """See the module."""
 
-    keys: ClassVar = {"distill": Distill, "critic": Critic}
-    kept = ("distill.real", "distill.fake", "distill.generator_every", "distill.critic_warmup")
-    offers = ("pair", "real", "fake")
+    keys: ClassVar = {"distill": Distill, "critic": Critic, "motion_head": motion_head.MotionHeadKeys}
+    kept = (
+        *(f"distill.{key}" for key in ("real", "fake", "generator_every", "critic_warmup")),
+        *(f"motion_head.{key}" for key in ("width", "layers")),
+    )
+    offers = ("pair", "real", "fake", "head", "samples")
 
     def check(self, settings: Settings) -> None:
         """Raises UserError for keys that exclude each other."""
@@ -102,6 +106,7 @@ class Dmd(StageKind):
         _check_gradient(settings, d)
         _check_rollout(settings, d)
         _check_scores(settings, d)
+        _check_head(settings, d)
 
     def terms(self, settings: Settings) -> tuple[Term, ...]:
         """The student's losses; one that asks a bidirectional teacher for scores keeps one noise level per video."""
@@ -111,7 +116,7 @@ class Dmd(StageKind):
             "config.losses",
             settings,
             offered=self.offers,
-            chunk_of=lambda loss: chunk if asked(loss) else settings.student_config.chunk,
+            chunk_of=lambda loss: chunk if _on_scores(loss) else settings.student_config.chunk,
         )
 
     def wanted(self, settings: Settings) -> dict[str, Wanted]:
@@ -129,15 +134,22 @@ class Dmd(StageKind):
         return out
 
     def batch_shapes(self, settings: Settings, latent_shape, source: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
-        """Text rows alone: the student makes its own videos."""
-        return text_shape(settings)
+        """Text rows alone: the student makes its own videos. With a loss that asks for samples, trajectories, too."""
+        if not asks_for("samples", settings):
+            return text_shape(settings)
+        return super().batch_shapes(settings, latent_shape) | states_shape(settings, latent_shape, source)
+
+    def check_source(self, settings: Settings, source: Any) -> None:
+        """A loss that asks for samples needs data that holds trajectories."""
+        if asks_for("samples", settings):
+            check_trajectories(settings, source)
 
     def all_terms(self, settings: Settings) -> tuple[Term, ...]:
         """The student's losses, and the critic's where there is one."""
         return settings.terms + (critic_terms(settings) if settings.own["distill"].fake == "critic" else ())
 
     def costs(self, settings: Settings, stage: Stage, meter: Meter) -> dict[str, Cost]:
-        """Floating-point operations of the generator's and the critic's part."""
+        """Floating-point operations of the generator's, the motion head's and the critic's part."""
         d: Distill = settings.own["distill"]
         cfg, frames, tokens, terms = stage.model.cfg, meter.frames, meter.tokens, settings.terms
         teacher, length = teacher_config(settings), d.frames or meter.frames
@@ -160,9 +172,13 @@ class Dmd(StageKind):
             act, epochs, repeated = flops.replay(cfg, length, tokens, d.exit), 1, 1  # every chunk is checkpointed
         else:
             act, epochs, repeated = flops.student(cfg, length, tokens), d.epochs if d.pg == "actor_critic" else 1, 0
+        heads = sum("head" in asked(term.loss) for term in terms)
+        fixed += motion_head.matched(settings.own["motion_head"], meter, d.draws) * heads
         judged = nets if d.pg == "actor_critic" else Flops()  # once more for the loss, before the first epoch
         acting, losing = meter.cost(act * epochs, repeated=repeated), meter.cost(nets * epochs, fixed + judged)
         costs = {"dmd": Cost(*(a + b for a, b in zip(acting, losing, strict=True)))}
+        if heads:
+            costs["motion_head"] = motion_head.learnt(settings.own["motion_head"], meter, d.skip)
         if critic is not None:
             calls = draws(critic_terms(settings))
             learnt = [flops.teacher(settings.wan, frames * n, tokens) if bidirectional else student(n) for n in calls]
@@ -196,7 +212,7 @@ class Dmd(StageKind):
             )
 
     def build(self, settings: Settings, inputs: Inputs) -> Stage:
-        """The student and, with a separate fake score, the critic, each with a part of its own."""
+        """The student and, where they are asked for, the motion head and the critic, each with a part of its own."""
         d: Distill = settings.own["distill"]
         student = self.model(settings)
         critic, critic_net = critic_of(settings, student)
@@ -214,10 +230,17 @@ class Dmd(StageKind):
 
         updates = -(-(settings.steps - d.critic_warmup) // d.generator_every)
         update = own_update(settings, updates * (d.epochs if d.pg == "actor_critic" else 1))
+        make_scores, heads = score_nets(settings, student, shared["null_MC"]), []
+        networks = {"student": Network(student, update, start_from=("student", "teacher"))}
+        if asks_for("head", settings):
+            shape = (settings.data.batch, *inputs.latent_shape)
+            head = motion_head.build(settings.own["motion_head"], shape, updates=updates, due=due, skip=d.skip)
+            make_scores = motion_head.offered_by(head.network.model, make_scores)
+            networks["motion_head"], heads = head.network, [head.part]
         generator = functools.partial(
             policy_gradient.generator_step,
             make_net=functools.partial(nets.student_net, student),
-            make_scores=score_nets(settings, student, shared["null_MC"]),
+            make_scores=make_scores,
             make_pair=functools.partial(
                 draw_pair,
                 shift=d.shift,
@@ -231,8 +254,10 @@ class Dmd(StageKind):
             update=update,
             **shared,
         )
-        networks = {"student": Network(student, update, start_from=("student", "teacher"))}
-        parts = [_part("dmd", due, generator)]
+        call = _handing_on(generator)
+        if asks_for("samples", settings):
+            call = with_levels(call, settings, inputs.source)
+        parts = [Part("dmd", due, call), *heads]
         if critic is not None:
             update = Update(make_optimizer(settings.own["critic"].optimizer, steps=settings.steps))
             start = dict(start_from=("critic", "teacher")) if isinstance(critic, Teacher) else dict(copy_of="student")
@@ -240,17 +265,24 @@ class Dmd(StageKind):
             step = functools.partial(
                 policy_gradient.critic_step, make_net=critic_net, terms=critic_terms(settings), update=update, **shared
             )
-            parts.append(_part("critic", always, step)._replace(losses="config.critic.losses"))
-            parts[0] = parts[0]._replace(order="generator")  # each draws prompts of its own, as in Self-Forcing
+            # Each draws prompts of its own, as in Self-Forcing.
+            parts = [part._replace(order="generator") for part in parts]
+            parts.append(Part("critic", always, _handing_on(step), losses="config.critic.losses"))
         frozen = {name: compute_precision(tree, student.cfg.base.dtype) for name, tree in inputs.frozen.items()}
         return Stage(networks, frozen, tuple(parts))
 
 
-def _part(name: str, due: Callable[[int], bool], step: Callable) -> Part:
+def _handing_on(step: Callable) -> Callable:
     def call(state, frozen, batch, carry):
-        return *step(state, frozen, batch), carry
+        state, metrics, *more = step(state, frozen, batch)
+        return state, metrics, {**carry, **(more[0] if more else {})}
 
-    return Part(name, due, call)
+    return call
+
+
+def asks_for(name: str, settings: Settings) -> bool:
+    """Whether one of the student's losses asks the stage for it."""
+    return any(name in asked(term.loss) for term in settings.terms)
 
 
 def teacher_config(settings: Settings) -> WanConfig:
@@ -423,8 +455,23 @@ def _check_rollout(settings: Settings, d: Distill) -> None:
         )
 
 
+def _on_scores(loss: Callable) -> bool:
+    """Whether a loss asks for what the scores say; others ask the student for velocities."""
+    return any(name != "samples" for name in asked(loss))
+
+
+def _check_head(settings: Settings, d: Distill) -> None:
+    motions = settings.data.batch * (settings.data.frames - d.skip - 1)
+    if asks_for("head", settings) and motions < 2:
+        raise UserError(
+            f"config.losses has a loss that asks for the motion head, which learns to tell motions apart, but a batch "
+            f"has {max(motions, 0)}: config.data.batch = {settings.data.batch}, config.data.frames = "
+            f"{settings.data.frames}, config.distill.skip = {d.skip}; use more examples or more frames."
+        )
+
+
 def _check_scores(settings: Settings, d: Distill) -> None:
-    on_scores = [asked(term.loss) for term in settings.terms]
+    on_scores = [_on_scores(term.loss) for term in settings.terms]
     if not any(on_scores):
         raise UserError("config.losses has no loss that asks for scores; stage dmd needs one, such as 'dmd'.")
     noise = settings.student.context_noise
@@ -433,7 +480,7 @@ def _check_scores(settings: Settings, d: Distill) -> None:
             f"config.student.context_noise is {noise}, but bidirectional scores see no history and no other loss asks "
             f"the student for a velocity; leave it at 0."
         )
-    if d.fake == "self_fm" and all(on_scores):
+    if d.fake == "self_fm" and all(asked(term.loss) for term in settings.terms):
         raise UserError(
             "config.distill.fake is 'self_fm', but nothing keeps the student a score of its own videos; add a term "
             "such as config.losses.own with the loss 'flow_matching'."

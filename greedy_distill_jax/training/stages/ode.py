@@ -4,8 +4,7 @@ It stands between stage 1 and stage 2, or in the place of stage 1: `prepare ode`
 levels must be those of the student's step plan; ``config.data.source`` is "ode:DIR".
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,52 +12,70 @@ import jax.numpy as jnp
 
 from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.losses import ode
+from greedy_distill_jax.losses import asked
 from greedy_distill_jax.training.stages.base import Inputs, Stage
 from greedy_distill_jax.training.stages.teacher_forcing import TeacherForcing
 
 
 class Ode(TeacherForcing):
-    """See the module; the student is teacher-forced on the trajectories' ends."""
+    """See the module; the student is teacher-forced on the trajectories' ends.
+
+    Losses may ask for "samples", the batch with its history, beside what stage 1 offers.
+    """
+
+    offers = (*TeacherForcing.offers, "samples")
 
     def check(self, settings: Settings) -> None:
         """Raises UserError for losses that use no trajectory."""
         super().check(settings)
-        if not any(term.loss is ode for term in settings.terms):
+        if not any("samples" in asked(term.loss) for term in settings.terms):
             raise UserError("config.losses has no loss 'ode'; stage ode needs one, or is stage teacher_forcing.")
 
     def check_source(self, settings: Settings, source: Any) -> None:
         """The data holds trajectories at the levels that the student is asked at."""
-        levels = getattr(source, "levels", None)
-        if levels is None:
-            raise UserError(
-                f"config.data.source is {settings.data.source!r}, which holds no trajectories; make some with "
-                f"python -m greedy_distill_jax.prepare ode, and name them as ode:DIR."
-            )
-        missing = sorted(set(_levels_of(settings)) - set(levels), reverse=True)
-        if missing:
-            raise UserError(
-                f"config.data.source {settings.data.source!r} has states at the noise levels {_listed(levels)}, but "
-                f"config.sample asks the student at {_listed(missing)} too; store trajectories for this configuration."
-            )
+        check_trajectories(settings, source)
 
     def batch_shapes(self, settings: Settings, latent_shape, source: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The states beside the latents and the text."""
-        shape = (settings.data.batch, len(_levels_of(settings, source)), *latent_shape)
-        states = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return {**super().batch_shapes(settings, latent_shape), "states": states}
+        return super().batch_shapes(settings, latent_shape) | states_shape(settings, latent_shape, source)
 
     def build(self, settings: Settings, inputs: Inputs) -> Stage:
         """As stage 1, the levels of the states in every batch."""
         stage = super().build(settings, inputs)
         (part,) = stage.parts
-        levels = jnp.asarray(_levels_of(settings, inputs.source), jnp.float32)
-        return stage._replace(parts=(part._replace(call=functools.partial(_with_levels, part.call, levels)),))
+        return stage._replace(parts=(part._replace(call=with_levels(part.call, settings, inputs.source)),))
 
 
-def _with_levels(call, levels, state, frozen: Mapping, batch, carry):
-    told = jnp.broadcast_to(levels[None], (len(batch["text"]), len(levels)))
-    return call(state, frozen, {**batch, "levels": told}, carry)
+def check_trajectories(settings: Settings, source: Any) -> None:
+    """Raises UserError for data that holds no trajectories, or not at every level that the student is asked at."""
+    levels = getattr(source, "levels", None)
+    if levels is None:
+        raise UserError(
+            f"config.data.source is {settings.data.source!r}, which holds no trajectories; make some with "
+            f"python -m greedy_distill_jax.prepare ode, and name them as ode:DIR."
+        )
+    missing = sorted(set(_levels_of(settings)) - set(levels), reverse=True)
+    if missing:
+        raise UserError(
+            f"config.data.source {settings.data.source!r} has states at the noise levels {_listed(levels)}, but "
+            f"config.sample asks the student at {_listed(missing)} too; store trajectories for this configuration."
+        )
+
+
+def states_shape(settings: Settings, latent_shape, source: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of the states [B, K, T, H, W, C] of a source; None: of one for this configuration."""
+    shape = (settings.data.batch, len(_levels_of(settings, source)), *latent_shape)
+    return {"states": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
+def with_levels(call: Callable, settings: Settings, source: Any) -> Callable:
+    """The call of a part, with the levels of the states in its batch: "levels" [B, K]."""
+    levels = jnp.asarray(_levels_of(settings, source), jnp.float32)
+
+    def told(state, frozen, batch, carry):
+        return call(state, frozen, batch | {"levels": jnp.tile(levels[None], (len(batch["text"]), 1))}, carry)
+
+    return told
 
 
 def _levels_of(settings: Settings, source: Any = None) -> tuple[float, ...]:
