@@ -85,6 +85,10 @@ CASES += [
     for context, sampler in (("clean", "renoise"), ("fused", "euler"))
 ]
 CASES += [{**case, "anchor": False} for case in CASES[:2]]
+CASES += [
+    {**case, "context": "clean", "context_weights": "own", "context_sigmas": (0.0, sigma)}
+    for case, sigma in zip(CASES[:3], (0.0, 0.357, 0.0), strict=True)
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
