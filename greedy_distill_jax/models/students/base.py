@@ -89,7 +89,7 @@ class StreamingModel:
         own, keys = (np.asarray(position) for position in (layout.own_position, layout.key_position))
         return dict(rope_q=self.rope(own, grid), rope_k=self.rope(keys, grid))
 
-    def velocity(self, call: Callable, seen: int, grads: "ContextGrad") -> Float[Array, "B F H W C"]:
+    def velocity(self, call: Callable, seen: int, grads: ContextGrad) -> Float[Array, "B F H W C"]:
         """Velocity of the noisy frames of a teacher-forced call, in one pass or with the context pass by itself.
 
         Args:
