@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from greedy_distill_jax.models.students.config import CONTEXT_WEIGHTS
 from greedy_distill_jax.models.wan.config import WAN_SIZES
 from greedy_distill_jax.ranges import (
     Count,
@@ -97,6 +98,8 @@ class Student:
     anchor: bool = True  # SDD sees frame 0; without it long streams drift
     etm_input: str = "kept"  # kept | clean: what ETM reads where sample.context_sigma keeps chunks at a noise level
     context_noise: Fraction = 0.0  # history is noised up to this level in training
+    # Of the pass that writes a finished chunk's keys: the denoising network's | own (a copy that learns for itself).
+    context_weights: Annotated[str, one_of(*CONTEXT_WEIGHTS)] = "shared"
     causal: Causal = dataclasses.field(default_factory=Causal)  # of kind causal
 
 

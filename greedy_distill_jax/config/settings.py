@@ -19,7 +19,8 @@ from greedy_distill_jax.losses import Term, asked, check_options, option_names, 
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig, split_layers
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 
-SHARED_BY_STUDENTS = ("kind", "chunk", "context", "context_noise")  # the other keys of config.student are of one kind
+# The other keys of config.student are of one kind.
+SHARED_BY_STUDENTS = ("kind", "chunk", "context", "context_noise", "context_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,8 @@ def _student(student: keys.Student, wan: WanConfig, frames: int) -> StudentConfi
         with placed("config.student.causal"):
             own = dataclasses.asdict(student.causal)
             own["max_frames"] = own["max_frames"] or frames
-            return CausalConfig(base=wan, chunk=student.chunk, context=student.context, **own)
+            own |= {name: getattr(student, name) for name in ("chunk", "context", "context_weights")}
+            return CausalConfig(base=wan, **own)
     with placed("config.student"):
         fields = {f.name: getattr(student, f.name) for f in dataclasses.fields(student)}
         for name in ("kind", "split", "context_noise", "causal"):

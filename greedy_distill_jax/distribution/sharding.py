@@ -48,7 +48,7 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Batches, and what a stream carries from chunk to chunk.
     (r"latents|last|frames|x0_real", ("batch", None, None, None, None)),
     (r"states", ("batch", None, None, None, None, None)),
-    (r"(etm_|sdd_)?(cache|text)/(k|v)", ("layers", "batch", None, "heads", None)),
+    (r"((etm|sdd|sdd_context|context)_)?(cache|text)/(k|v)", ("layers", "batch", None, "heads", None)),
     (r"(etm_)?slots", (None,)),
     (r"z", ("batch", None, None)),
     (r"text", ("batch", None, None)),

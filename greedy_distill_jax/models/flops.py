@@ -116,13 +116,25 @@ def student(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, draws: 
             blocks(base, base.num_layers, own * length, layout.pattern.pairs)
             + ends(base, own * length, own * cfg.chunk)
             + text_projection(base, base.num_layers)
+            + _apart(cfg, base.num_layers, chunks, length)
         )
     layout, depth = patterns.etm_parallel(cfg, chunks, length), len(cfg.etm_layers)
     etm = blocks(base, depth, chunks * length, layout.pattern.pairs) + ends(base, chunks * length, frames, head=False)
     layout = patterns.sdd_parallel(cfg, chunks, length, draws)
     own = layout.pattern.num_q_chunks
     sdd = _sdd(cfg, layout, own, chunks, own * cfg.chunk, head=True, text=True)
-    return etm + text_projection(base, depth) + sdd
+    return etm + text_projection(base, depth) + sdd + _apart(cfg, len(cfg.sdd_layers), chunks, length)
+
+
+def _apart(cfg: StudentConfig | CausalConfig, depth: int, chunks: int, length: int) -> Flops:
+    """What a context pass with weights of its own adds to a teacher-forced one: text and z again, and no head."""
+    if cfg.context_weights == "shared" or chunks == 1:
+        return Flops()
+    fusion, base = getattr(cfg, "fusion", ""), cfg.base
+    out = Flops() if fusion == "replace" else text_projection(base, depth)
+    if fusion in ("selfkv", "xattn2", "replace"):
+        out += z_projection(base, depth, chunks * length)
+    return out + Flops(-2.0 * (chunks - 1) * length * base.patch**2 * base.channels * base.dim)
 
 
 def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float | int, early: bool = False) -> Flops:
@@ -141,7 +153,8 @@ def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float | i
     layout = patterns.etm_step(cfg, length)
     out = blocks(base, len(cfg.etm_layers), length, layout.pattern.pairs) + ends(base, length, 1, head=False)
     if cfg.fusion in ("selfkv", "xattn2", "replace"):
-        out += z_projection(base, len(cfg.sdd_layers), length) * (2 if fused else 1)  # once per chunk
+        # Once per chunk and network.
+        out += z_projection(base, len(cfg.sdd_layers), length) * (2 if fused or cfg.context_weights == "own" else 1)
     layout = patterns.sdd_step(cfg, length)
     call, last = (_sdd(cfg, layout, 1, 0, 1, head, text=False) for head in (True, False))
     if fused:  # the first call makes the last chunk's keys, too
@@ -153,9 +166,10 @@ def stream_step(cfg: StudentConfig | CausalConfig, tokens: int, calls: float | i
 
 def _all_text(cfg: StudentConfig | CausalConfig) -> Flops:
     """The text projected for every network, as at the start of a stream."""
+    networks = 2 if cfg.context_weights == "own" else 1
     if isinstance(cfg, CausalConfig):
-        return text_projection(cfg.base, cfg.base.num_layers)
-    sdd = Flops() if cfg.fusion == "replace" else text_projection(cfg.base, len(cfg.sdd_layers))
+        return text_projection(cfg.base, cfg.base.num_layers) * networks
+    sdd = Flops() if cfg.fusion == "replace" else text_projection(cfg.base, len(cfg.sdd_layers)) * networks
     return text_projection(cfg.base, len(cfg.etm_layers)) + sdd
 
 

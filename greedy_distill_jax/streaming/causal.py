@@ -46,8 +46,11 @@ class CausalState(NamedTuple):
     slots: Int32[Array, " slots"]  # [sink + ring]: which chunk each cache slot holds, -1 for none
     text: KeyValue  # [layers, B, M, N, K]
     frames: Float32[Array, "B T H W C"] | None  # with ``recache`` T = ring * g: those behind the ring's keys, as kept
+    context_text: KeyValue | None = None  # the text of a clean pass with weights of its own
 
-    AXES = MappingProxyType({"last": Axes(0, 3), "cache": Axes(1, 2), "text": Axes(1), "frames": Axes(0, 3)})
+    AXES = MappingProxyType(
+        {"last": Axes(0, 3), "cache": Axes(1, 2), "text": Axes(1), "frames": Axes(0, 3), "context_text": Axes(1)}
+    )
 
 
 class CausalStreamer:
@@ -75,8 +78,8 @@ class CausalStreamer:
             last=last,
             cache=self._empty(last, slots) if slots else None,
             slots=jnp.full((slots,), -1, jnp.int32),
-            text=self._project_text(params, text_BMC),
             frames=frames if cfg.recache and cfg.ring_chunks else None,
+            **self._project_text(params, text_BMC),
         )
 
     def _empty(self, x, chunks: int) -> KeyValue:
@@ -84,8 +87,15 @@ class CausalStreamer:
         shape = (base.num_layers, len(x), chunks * self.student.chunk_tokens(x), base.num_heads, base.head_dim)
         return parallel.varying(KeyValue(*(jnp.zeros(shape, jnp.dtype(base.dtype)) for _ in KeyValue._fields)))
 
-    def _project_text(self, params, text_BMC) -> KeyValue:
-        return self.student.dit(project_only=True).apply({"params": params}, text_BMC, method="project").text
+    def _project_text(self, params, text_BMC) -> dict[str, KeyValue]:
+        """The state's fields of the text, once per network."""
+        dit, student = self.student.dit(project_only=True), self.student
+        networks = {"text": student.network(params)}
+        if student.own_context:
+            networks["context_text"] = student.network(params, context=True)
+        return {
+            name: dit.apply({"params": weights}, text_BMC, method="project").text for name, weights in networks.items()
+        }
 
     def switch_prompt(self, params: Any, state: CausalState, text_BMC: Float[Array, "B M D"]) -> CausalState:
         """The same stream under new prompts: cached text is replaced, the visual history stays.
@@ -101,7 +111,7 @@ class CausalStreamer:
 
     def with_text(self, params: Any, state: CausalState, text_BMC: Float[Array, "B M D"]) -> CausalState:
         """As ``Streamer.with_text``: also with ``recache`` the keys stay as they are."""
-        return state._replace(text=self._project_text(params, text_BMC))
+        return state._replace(**self._project_text(params, text_BMC))
 
     def _recached(self, params, state: CausalState) -> CausalState:
         cfg, grid, tokens = self.cfg, grid_of(state.last, self.cfg.base), self.student.chunk_tokens(state.last)
@@ -112,13 +122,13 @@ class CausalStreamer:
         own = (
             self.student.dit(layout, with_head=False, emit=("own",))
             .apply(
-                {"params": params},
+                {"params": self.student.network(params, context=True)},
                 state.frames,
                 self._ring_sigma(state),
                 rope_q=self.student.rope(positions[sink:], grid),
                 rope_k=self.student.rope(positions, grid),
                 visible=jnp.broadcast_to(filled[None], (cfg.ring_chunks, len(filled))),
-                layer=Layer(cache=before if sink else None, text=state.text),
+                layer=Layer(cache=before if sink else None, text=self._context_text(state)),
             )[1]
             .own
         )
@@ -146,21 +156,21 @@ class CausalStreamer:
     ) -> tuple[CausalState, Made]:
         """As ``Streamer.step_to``."""
         key, key_sample = split_key(state.key)
-        call, shape = self._caller(params, state), state.last.shape
+        (call, context), shape = self._callers(params, state), state.last.shape
         own = self._empty(state.last, 1) if self._keeps_last(state) else None
         made, own = make_chunk(self.plan, call, state.index, shape, own, key_sample, exits, record)
         noise = context_noise(self.plan, state.index, key_sample, shape)
-        return self._conclude(call, state._replace(key=key), made.x0, own, noise), made
+        return self._conclude(context, state._replace(key=key), made.x0, own, noise), made
 
     def observe(
         self, params: Any, state: CausalState, x0_BTHWC: Float32[Array, "B g H W C"]
     ) -> tuple[CausalState, Made]:
         """As ``Streamer.observe``."""
         key, key_sample = split_key(state.key)
-        call, last_kv = self._caller(params, state), self._keeps_last(state)
+        (call, context), last_kv = self._callers(params, state), self._keeps_last(state)
         made, own = given_chunk(self.plan, call, state.index, x0_BTHWC, key_sample, last_kv=last_kv)
         noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
-        return self._conclude(call, state._replace(key=key), x0_BTHWC, own, noise), made
+        return self._conclude(context, state._replace(key=key), x0_BTHWC, own, noise), made
 
     def _keeps_last(self, state: CausalState) -> bool:
         return self.cfg.context == "last_step_kv" and state.cache is not None
@@ -176,12 +186,22 @@ class CausalStreamer:
         frames: bool,
     ) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """As ``Streamer.replay``."""
-        call = self._caller(params, state)
+        call, context = self._callers(params, state)
         x, seen, own = made_again(call, exit, keys, frames=frames, last_kv=self._keeps_last(state))
-        return self._conclude(call, state, seen, own, noise, frozen=grads.sdd == "none"), x
+        return self._conclude(context, state, seen, own, noise, frozen=grads.sdd == "none"), x
 
-    def _caller(self, params, state: CausalState):
-        """The network's call for the next chunk: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
+    def _context_text(self, state: CausalState) -> KeyValue:
+        return state.context_text if self.student.own_context else state.text
+
+    def _callers(self, params, state: CausalState):
+        """The calls for the next chunk, that of denoising and that of the clean pass; one with shared weights."""
+        call = self._caller(self.student.network(params), state.text, state)
+        if not self.student.own_context:
+            return call, call
+        return call, self._caller(self.student.network(params, context=True), state.context_text, state)
+
+    def _caller(self, weights, text: KeyValue, state: CausalState):
+        """A call for the next chunk with these weights: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
         cfg, student, i = self.cfg, self.student, state.index
         grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
         layout, chunks = patterns.causal_step(cfg, tokens), jnp.append(state.slots, i)
@@ -190,12 +210,12 @@ class CausalStreamer:
             rope_q=student.rope(positions[-1:], grid),
             rope_k=student.rope(positions, grid),
             visible=(chunks >= 0)[None],
-            layer=Layer(cache=state.cache, text=state.text),
+            layer=Layer(cache=state.cache, text=text),
         )
 
         def call(x, sigma, **module):
             sigma = jnp.broadcast_to(sigma, (len(x), 1))
-            return student.dit(layout, **module).apply({"params": params}, x, sigma, **shared)
+            return student.dit(layout, **module).apply({"params": weights}, x, sigma, **shared)
 
         return call
 

@@ -54,7 +54,8 @@ class StreamState(NamedTuple):
     sdd_cache: KeyValue  # [layers, B, 2 * tokens, N, K]: frame 0, previous frame
     sdd_text: KeyValue | None
     z: Float[Array, "B tokens D"] | None  # context "fused": ETM's of the last chunk, whose clean pass is pending
-    clean: Float32[Array, "B g H W C"] | None  # the last chunk as ETM reads it, where that is not as it is kept
+    clean: Float32[Array, "B g H W C"] | None = None  # the last chunk as ETM reads it, where that is not as it is kept
+    sdd_context_text: KeyValue | None = None  # the text of a clean pass with weights of its own
 
     AXES = MappingProxyType(
         {
@@ -65,6 +66,7 @@ class StreamState(NamedTuple):
             "sdd_text": Axes(1),
             "z": Axes(0, 1),
             "clean": Axes(0, 3),
+            "sdd_context_text": Axes(1),
         }
     )
 
@@ -92,7 +94,6 @@ class Streamer:
         cfg, base, batch = self.cfg, self.cfg.base, text_BMC.shape[0]
         last = parallel.varying(jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32))
         tokens = self.student.chunk_tokens(last)
-        etm_text, sdd_text = self._project_text(params, text_BMC)
         slots = cfg.sink + cfg.window - 1
 
         def empty(layers, chunks):
@@ -105,9 +106,8 @@ class Streamer:
             last=last,
             etm_cache=empty(len(cfg.etm_layers), slots) if slots else None,
             etm_slots=jnp.full((slots,), -1, jnp.int32),
-            etm_text=etm_text,
             sdd_cache=empty(len(cfg.sdd_layers), 2),
-            sdd_text=sdd_text,
+            **self._project_text(params, text_BMC),
             z=parallel.varying(jnp.zeros((batch, tokens, base.dim), jnp.float32)) if cfg.context == "fused" else None,
             clean=None if cfg.etm_input == "kept" or self.plan.keeps_clean else last,
         )
@@ -118,16 +118,15 @@ class Streamer:
 
     def with_text(self, params: Any, state: StreamState, text_BMC: Float[Array, "B M D"]) -> StreamState:
         """The state with nothing but its text projected anew."""
-        etm_text, sdd_text = self._project_text(params, text_BMC)
-        return state._replace(etm_text=etm_text, sdd_text=sdd_text)
+        return state._replace(**self._project_text(params, text_BMC))
 
-    def _project_text(self, params, text_BMC):
-        etm = self.student.etm(project_only=True)
-        etm_text = etm.apply({"params": params["etm"]}, text_BMC, method="project").text
-        if self.cfg.fusion == "replace":
-            return etm_text, None
-        sdd = self.student.sdd(project_only=True)
-        return etm_text, sdd.apply({"params": params["sdd"]}, text_BMC, method="project").text
+    def _project_text(self, params, text_BMC) -> dict[str, KeyValue | None]:
+        """The state's fields of every network's text."""
+        etm, sdd = self.student.etm(project_only=True), self.student.sdd(project_only=True)
+        out = {"etm_text": etm.apply({"params": params["etm"]}, text_BMC, method="project").text, "sdd_text": None}
+        for name in () if self.cfg.fusion == "replace" else ("sdd", "sdd_context")[: 1 + self.student.own_context]:
+            out[f"{name}_text"] = sdd.apply({"params": params[name]}, text_BMC, method="project").text
+        return out
 
     def step(self, params: Any, state: StreamState) -> tuple[StreamState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
@@ -164,13 +163,13 @@ class Streamer:
             )
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
-        call = self._caller(params, state, z)
+        call, context = self._callers(params, state, z)
         tokens, own = self.student.chunk_tokens(state.last), None
         if self.cfg.context == "last_step_kv":
             own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache)
         made, own = make_chunk(self.plan, call, state.index, state.last.shape, own, key_sample, exits, record)
         noise = context_noise(self.plan, state.index, key_sample, state.last.shape)
-        return self._conclude(call, state, made.x0, own, noise), made
+        return self._conclude(context, state, made.x0, own, noise), made
 
     def observe(
         self, params: Any, state: StreamState, x0_BTHWC: Float32[Array, "B g H W C"]
@@ -186,16 +185,16 @@ class Streamer:
             state = self._clean_pass(params, state)
         z, state = self._etm(params, state)
         noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
-        call, last_kv = self._caller(params, state, z), self.cfg.context == "last_step_kv"
+        (call, context), last_kv = self._callers(params, state, z), self.cfg.context == "last_step_kv"
         made, own = given_chunk(self.plan, call, state.index, x0_BTHWC, key_sample, last_kv=last_kv)
         if self.cfg.context == "fused":
             last, _ = kept(self.plan, state.index, x0_BTHWC, noise)
             return self._next(state._replace(z=z), last, x0_BTHWC), made
-        return self._conclude(call, state, x0_BTHWC, own, noise), made
+        return self._conclude(context, state, x0_BTHWC, own, noise), made
 
     def _clean_pass(self, params, state: StreamState) -> StreamState:
         """The pass over the last chunk that context mode "fused" leaves pending, by itself."""
-        call = self._caller(params, state._replace(index=state.index - 1), state.z)
+        _, call = self._callers(params, state._replace(index=state.index - 1), state.z)
         own = keys_of(call, Exit(state.last, last_sigma(self.plan, state.index)))
         cache = self._remember(state.sdd_cache, own, state.index == 1)
         made = state.index > 0
@@ -228,9 +227,9 @@ class Streamer:
         """
         z, state = self._etm(params, state)
         z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
-        call = self._caller(params, state, z)
+        call, context = self._callers(params, state, z)
         x, seen, own = made_again(call, exit, keys, frames=frames, last_kv=self.cfg.context == "last_step_kv")
-        return self._conclude(call, state, seen, own, noise, frozen=grads.sdd == "none"), x
+        return self._conclude(context, state, seen, own, noise, frozen=grads.sdd == "none"), x
 
     def _conclude(self, call, state: StreamState, x, own: KeyValue | None, noise, frozen: bool = False) -> StreamState:
         """The state after chunk ``x``: a pass over it as it is kept (or its last step's keys) becomes the cache."""
@@ -278,14 +277,21 @@ class Streamer:
         cache = jax.tree.map(lambda c, own: write_slot(c, own, slot, keep, axis=2), state.etm_cache, emitted.own)
         return z, state._replace(etm_cache=cache, etm_slots=write_slot(ids, j[None], slot, keep, axis=0))
 
-    def _project_z(self, params, z, rope_z):
+    def _project_z(self, weights, z, rope_z):
         sdd = self.student.sdd(project_only=True)
         if self.cfg.fusion not in ("selfkv", "xattn2", "replace"):
             return None
-        return sdd.apply({"params": params["sdd"]}, z_BSD=z, rope_z=rope_z, method="project").z
+        return sdd.apply({"params": weights}, z_BSD=z, rope_z=rope_z, method="project").z
 
-    def _caller(self, params, state: StreamState, z):
-        """SDD's call for the next chunk: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
+    def _callers(self, params, state: StreamState, z):
+        """SDD's calls for the next chunk, that of denoising and that of the clean pass; one with shared weights."""
+        call = self._caller(params["sdd"], state.sdd_text, state, z)
+        if not self.student.own_context:
+            return call, call
+        return call, self._caller(params["sdd_context"], state.sdd_context_text, state, z)
+
+    def _caller(self, weights, text: KeyValue | None, state: StreamState, z):
+        """A call for the next chunk with SDD's weights: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
         cfg, student, i = self.cfg, self.student, state.index
         grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
         layout = patterns.sdd_step(cfg, tokens)
@@ -293,7 +299,7 @@ class Streamer:
         keys = jnp.stack([jnp.zeros_like(i), previous] + [current] * (len(layout.source) - 2))
         visible = jnp.stack([*_past(cfg, i)] + [i >= 0] * (len(layout.source) - 2))[None]
         ropes = student.z_ropes(1, 1, current[None], grid)
-        layer = Layer(state.sdd_cache, state.sdd_text, self._project_z(params, z, ropes.get("rope_z")))
+        layer = Layer(state.sdd_cache, text, self._project_z(weights, z, ropes.get("rope_z")))
         call_args = dict(
             rope_q=student.rope(current[None], grid),
             rope_k=student.rope(keys, grid),
@@ -305,7 +311,7 @@ class Streamer:
 
         def call(x, sigma, **module):
             sigma = jnp.broadcast_to(sigma, (x.shape[0], 1))
-            return student.sdd(layout, **module).apply({"params": params["sdd"]}, x, sigma, **call_args)
+            return student.sdd(layout, **module).apply({"params": weights}, x, sigma, **call_args)
 
         return call
 
@@ -338,7 +344,7 @@ class Streamer:
         own_position = jnp.stack([last, current])
         ropes = student.z_ropes(2, 2, own_position, grid)
         both_z = jnp.concatenate([state.z, z], axis=1)
-        both_kv = self._project_z(params, both_z, ropes.get("rope_z"))
+        both_kv = self._project_z(params["sdd"], both_z, ropes.get("rope_z"))
         fresh: list[KeyValue] = []
 
         def first(x, sigma):

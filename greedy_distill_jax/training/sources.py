@@ -7,6 +7,7 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
+from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.runs.run import NOT_ARCHITECTURE, Run
 
@@ -49,6 +50,8 @@ def load_sources(
         with cli.places(directory=f"config.{want.key}"):
             run = Run.load(directory, needs_codec=False, sharding=sharding)
         _check(want, directory, run)
+        if not isinstance(want.architecture, WanConfig):  # a shared clean pass becomes one with weights of its own
+            run.params = make_student(want.architecture).with_context(run.params)
         found[name] = run
     return found
 
@@ -83,7 +86,7 @@ def check_same(key: str, directory: str, stored, wanted, but: tuple[str, ...] = 
     if type(stored) is not type(wanted):
         raise UserError(f"config.{key} {directory} holds another kind of student; set the same config.student.kind.")
     names = [f for f in stored.__dataclass_fields__ if f not in (*NOT_ARCHITECTURE, "base", *but)]
-    different = [f for f in names if _meaning(f, getattr(stored, f)) != _meaning(f, getattr(wanted, f))]
+    different = [f for f in names if not _serves(f, getattr(stored, f), getattr(wanted, f))]
     if different:
         listed = ", ".join(f"{f} {getattr(stored, f)} against {getattr(wanted, f)}" for f in different)
         raise UserError(
@@ -92,6 +95,13 @@ def check_same(key: str, directory: str, stored, wanted, but: tuple[str, ...] = 
         )
     if hasattr(stored, "base"):
         check_same(key, directory, stored.base, wanted.base)
+
+
+def _serves(field: str, stored, wanted) -> bool:
+    """Whether a network with ``stored`` is one with ``wanted``, or becomes one (``StreamingModel.with_context``)."""
+    if (field, stored, wanted) == ("context_weights", "shared", "own"):
+        return True
+    return _meaning(field, stored) == _meaning(field, wanted)
 
 
 def _meaning(field: str, value):

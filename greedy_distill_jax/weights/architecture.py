@@ -55,6 +55,8 @@ def as_config(fields: Mapping[str, Any], wan_changes: Mapping[str, Any] = Mappin
     fields = dict(fields)
     kind = fields.pop("kind", "student" if "etm_layers" in fields else "teacher")
     if kind != "student":
+        if fields.get("context_weights") == "own":
+            raise ValueError("a causal student with weights of its own for the context pass; train one with 'shared'")
         fields = fields.get("base", fields)
         known = {f.name for f in dataclasses.fields(WanConfig)}
         return _checked(WanConfig, **{**{k: v for k, v in fields.items() if k in known}, **wan_changes})

@@ -19,7 +19,7 @@ class Row:
     """One parameter; "{}" stands for the layer.
 
     Attributes:
-      ours: path of the leaf, below "etm/" or "sdd/" in a student.
+      ours: path of the leaf, below one of ``STUDENT_PARTS`` in a student.
       original: name in Wan's repository and in everything derived from it; the exported student uses it too.
       diffusers: name in `WanTransformer3DModel`; None for what only a student has.
       kind: PLAIN (as it is), LINEAR ([in, out] against [out, in]), TABLE ([n, D] against [1, n, D]) or PATCH
@@ -83,6 +83,7 @@ ROWS: tuple[Row, ...] = (
     Row("norm/bias", "norm.bias", None),
 )
 BY_PATH = {row.ours: row for row in ROWS}
+STUDENT_PARTS = ("etm", "sdd", "sdd_context")
 
 _WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.)")
 
@@ -99,7 +100,7 @@ def clean(name: str) -> str:
 def naming_of(names: Iterable[str]) -> str | None:
     """ "original", "diffusers" or "student", by the (clean) tensor names; None for something else."""
     names = set(names)
-    if any(name.startswith(("etm.", "sdd.")) for name in names):
+    if any(name.partition(".")[0] in STUDENT_PARTS for name in names):
         return "student"
     if any(name.startswith("condition_embedder.") or ".attn1." in name for name in names):
         return "diffusers"
@@ -109,9 +110,9 @@ def naming_of(names: Iterable[str]) -> str | None:
 
 
 def split_path(path: str) -> tuple[str, Row]:
-    """("" or "etm." or "sdd.", row) of a leaf of our tree; KeyError for a leaf without a row."""
+    """("" or "etm." and the like, row) of a leaf of our tree; KeyError for a leaf without a row."""
     part, slash, rest = path.partition("/")
-    if slash and part in ("etm", "sdd"):
+    if slash and part in STUDENT_PARTS:
         return part + ".", BY_PATH[rest]
     return "", BY_PATH[path]
 

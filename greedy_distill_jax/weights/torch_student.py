@@ -15,7 +15,7 @@ This file lies in a folder with `config.json` and `*.safetensors` and belongs to
 What it computes. A video is made in chunks of g = `chunk` latent frames. **ETM**, a causal transformer over the chunks
 made so far (a sliding window of them), gives z for the next chunk. **SDD**, a diffusion transformer, denoises that
 chunk from noise; its self-attention sees the first chunk, the previous chunk, itself (and z, depending on `fusion`).
-`step` and the parallel `forward` give the same numbers. Names of parameters under `etm.` and `sdd.` are Wan2.1's.
+`step` and the parallel `forward` give the same numbers. Names of parameters under `etm.` and `sdd*.` are Wan2.1's.
 
 Conventions. Latents are [B, T, C, H, W]. Noise level sigma in [0, 1]: x = (1 - sigma) clean + sigma noise, and the
 network's velocity is noise - clean. Matmuls run in `dtype`; norms, modulation, residual stream, time embedding, head,
@@ -61,13 +61,14 @@ class Config:
     anchor: bool  # SDD sees frame 0
     context: str  # keys of the previous chunk: a pass over it as it is kept ("fused": in the next step), "last_step_kv"
     etm_input: str  # ETM reads a finished chunk as it is "kept", or "clean"
+    context_weights: str = "shared"  # of that pass: SDD's, or its "own" (`sdd_context.`)
 
     @classmethod
     def from_json(cls, architecture: dict) -> "Config":
         """From the "architecture" of config.json."""
-        flat = {**architecture["base"], **architecture}
-        flat.update({name: len(architecture[name]) for name in ("etm_layers", "sdd_layers")})
-        return cls(**{field.name: flat[field.name] for field in dataclasses.fields(cls)})
+        depths = {name: len(architecture[name]) for name in ("etm_layers", "sdd_layers")}
+        flat = {**architecture["base"], **architecture, **depths}
+        return cls(**{field.name: flat[field.name] for field in dataclasses.fields(cls) if field.name in flat})
 
     def sdd_positions(self, i: int) -> tuple[int, int]:
         """Time positions (in chunks) of the previous and of the current chunk i."""
@@ -207,12 +208,10 @@ class Block(nn.Module):
         """
         dtype, count = self.self_attn.q.weight.dtype, len(chunks)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None, None] + e0).unbind(-2)
-
         split = lambda y: y.unflatten(1, (count, -1)).unbind(1)  # noqa: E731 (one line, used four times)
         h = (self.norm1(x) * (1 + scale1) + shift1).to(dtype).flatten(1, 2)
-        queries = split(self.self_attn.query(h))
+        queries, out = split(self.self_attn.query(h)), []
         own = list(zip(*(split(y) for y in self.self_attn.key_value(h)), strict=True))
-        out = []
         for n, chunk in enumerate(chunks):
             seen = [(own[key] if isinstance(key, int) else cache[key], position) for key, position in chunk.seen]
             seen.append((own[n], chunk.position))
@@ -279,7 +278,6 @@ class Backbone(nn.Module):
         if extra is not None:
             e = e + extra.to(e.dtype).repeat_interleave(g, dim=1)
         e0 = self.time_projection(e).float().unflatten(-1, (6, -1))
-
         # Per chunk and token; a chunk of one frame broadcasts over its tokens.
         e, e0 = (y.unflatten(1, (-1, g)) for y in (e.float(), e0))
         return (e, e0) if g == 1 else tuple(y.repeat_interleave(tokens // g, dim=2) for y in (e, e0))
@@ -318,13 +316,13 @@ class ETM(Backbone):
 
 
 class SDD(Backbone):
-    """Streaming diffusion decoder: the velocity of noisy chunks given their neighbours and z."""
+    """Streaming diffusion decoder: the velocity of noisy chunks given their neighbours and z; None without a head."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, with_head: bool = True):
         super().__init__(cfg, cfg.sdd_layers, cfg.fusion)
         if cfg.fusion in ("add", "concat", "adaln"):
             self.z_in = Linear(2 * cfg.dim if cfg.fusion == "concat" else cfg.dim, cfg.dim)
-        self.head = Head(cfg)
+        self.head = Head(cfg) if with_head else None
 
     def project_z(self, z: Tensor, ropes: Ropes) -> list[list[KeyValue | None]]:
         """Per layer and chunk what the blocks attend to of z [B, chunks, tokens, D]."""
@@ -344,6 +342,8 @@ class SDD(Backbone):
             extra = self.z_in(z.mean(dim=2))
         e, e0 = self.time(sigma, tokens.shape[2], extra)
         y, own = self.run(tokens, e0, chunks, ropes, text, caches, z_kv)
+        if not self.head:
+            return None, own
         h, w, p = x.shape[-2] // cfg.patch, x.shape[-1] // cfg.patch, cfg.patch
         y = self.head(y, e).flatten(1, 2).unflatten(1, (-1, h, w)).unflatten(-1, (p, p, cfg.channels))
         y = y.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
@@ -358,6 +358,7 @@ class Student(nn.Module):
     def __init__(self, cfg: Config, plan: dict | None = None):
         super().__init__()
         self.cfg, self.plan, self.etm, self.sdd = cfg, plan or {}, ETM(cfg), SDD(cfg)
+        self.sdd_context = SDD(cfg, with_head=False) if cfg.context_weights == "own" else None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device="cpu", dtype: torch.dtype | None = None) -> "Student":
@@ -402,17 +403,18 @@ class Student(nn.Module):
         level = torch.zeros_like(sigma) if history_sigma is None else history_sigma
         chunks = [Chunk(j, self.cfg.etm_keys(j)[:-1]) for j in range(count)]
         before, before_level = F.pad(history[:, :-g], (0,) * 6 + (g, 0)), F.pad(level[:, :-g], (g, 0))
-        text_kv, caches = self.etm.project_text(text), [{}] * len(self.etm.blocks)
-        z, _ = self.etm(before, before_level, chunks, ropes, text_kv, caches)
+        z, _ = self.etm(before, before_level, chunks, ropes, self.etm.project_text(text), [{}] * len(self.etm.blocks))
         clean = history if sdd_history is None else sdd_history
         level = level if sdd_history_sigma is None else sdd_history_sigma
-        order = [*range(count - 1), *range(count)]  # own chunks: [clean | noisy]
-        z_kv = [[layer[i] for i in order] for layer in self.sdd.project_z(z, ropes)]
-        own, own_sigma = torch.cat([clean[:, :-g], noisy], dim=1).float(), torch.cat([level[:, :-g], sigma], dim=1)
-        own_chunks = [self.sdd_chunk(i, 0, i - 1) for i in order]
-        text_kv, caches = self.sdd.project_text(text), [{}] * len(self.sdd.blocks)
-        velocity, _ = self.sdd(own, own_sigma, own_chunks, ropes, text_kv, caches, z[:, order], z_kv)
-        return velocity[:, -count * g :]
+        caches = [{}] * len(self.sdd.blocks)
+        if count > 1:  # the clean chunks do not depend on the noisy ones
+            net, seen = self.sdd_context or self.sdd, [self.sdd_chunk(i, 0, i - 1) for i in range(count - 1)]
+            args = net.project_text(text), caches, z[:, :-1], net.project_z(z[:, :-1], ropes)
+            _, own = net(clean[:, :-g].float(), level[:, :-g], seen, ropes, *args)
+            caches = [{str(i): kv for i, kv in enumerate(layer)} for layer in own]
+        chunks = [self.sdd_chunk(i, "0", str(i - 1)) for i in range(count)]
+        args = self.sdd.project_text(text), caches, z, self.sdd.project_z(z, ropes)
+        return self.sdd(noisy.float(), sigma, chunks, ropes, *args)[0]
 
     def stream(self, text: Tensor, size: tuple[int, int], **options) -> "Stream":
         """A new video for every row of text [B, M, text_dim], of latents of size (H, W); options as for `Stream`."""
@@ -440,7 +442,7 @@ class Stream:
     @torch.inference_mode()
     def switch_prompt(self, text: Tensor) -> None:
         """From the next chunk on another text; the visual history stays."""
-        self._text = [part.project_text(text) for part in (self.student.etm, self.student.sdd)]
+        self._text = {net: net.project_text(text) for net in self.student.children()}
 
     @torch.inference_mode()
     def step(self, noise: list[Tensor] | None = None) -> Tensor:
@@ -452,13 +454,13 @@ class Stream:
         cfg, i, shape, device = self.student.cfg, self.index, self._kept[0].shape, self._kept[0].device
         if self._pending:
             self._remember(self._pending(*self._kept)[1])
-        z = self._think()
-        z_kv = self.student.sdd.project_z(z, self._ropes)
+        z, sdd, context = self._think(), self.student.sdd, self.student.sdd_context or self.student.sdd
+        z_kv = {net: net.project_z(z, self._ropes) for net in {sdd, context}}
         chunk = [self.student.sdd_chunk(i, "first", "previous")]
 
-        def call(x, sigma):
+        def call(x, sigma, net=sdd):
             sigma = torch.full(shape[:2], sigma, device=device)
-            return self.student.sdd(x, sigma, chunk, self._ropes, self._text[1], self._sdd, z, z_kv)
+            return net(x, sigma, chunk, self._ropes, self._text[net], self._sdd, z, z_kv[net])
 
         def draw(n):
             return noise[n].float() if noise else torch.randn(shape, generator=self.generator, device=device)
@@ -474,19 +476,17 @@ class Stream:
                 x = (1 - after) * x + after * draw(n + 1) if after else x
         self._kept, self.index = ((1 - level) * x + level * draw(-1) if level else x, level), i + 1
         self._read = self._kept if cfg.etm_input == "kept" else (x, 0.0)
-        if cfg.context == "fused":
-            self._pending = call
-        else:
-            self._remember(own if cfg.context == "last_step_kv" else call(*self._kept)[1])
+        self._pending = call if cfg.context == "fused" else None
+        if not self._pending:
+            self._remember(own if cfg.context == "last_step_kv" else call(*self._kept, context)[1])
         return x
 
     def _think(self) -> Tensor:
         """ETM's z [B, 1, tokens, D] for the next chunk; keeps the keys later slots will look at."""
         cfg, j = self.student.cfg, self.index
         chunk = Chunk(j, [(str(slot), position) for slot, position in cfg.etm_keys(j)[:-1]])
-        previous, level = self._read
-        sigma = torch.full(previous.shape[:2], level, device=previous.device)
-        z, own = self.student.etm(previous, sigma, [chunk], self._ropes, self._text[0], self._etm)
+        previous, sigma = self._read[0], torch.full_like(self._read[0][:, :, 0, 0, 0], self._read[1])
+        z, own = self.student.etm(previous, sigma, [chunk], self._ropes, self._text[self.student.etm], self._etm)
         kept = {str(slot) for slot, _ in cfg.etm_keys(j + 1)}
         for layer, (key_value,) in enumerate(own):
             cache = {**self._etm[layer], str(j): key_value}

@@ -88,6 +88,10 @@ CASES += [
 CASES += [{**CASES[-1], "etm_input": "clean"}]
 CASES += [{**case, "anchor": False} for case in CASES[:2]]
 CASES += [{**CASES[0], "steps": "diagonal-4322222", "context": c, "context_sigmas": s} for c, s in DIAGONAL]
+CASES += [
+    {**case, "context": "clean", "context_weights": "own", "context_sigmas": (0.0, sigma)}
+    for case, sigma in zip(CASES[:3], (0.0, 0.357, 0.0), strict=True)
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))

@@ -61,10 +61,12 @@ def test_the_teacher():
         *(dataclasses.replace(STUDENT, fusion=f) for f in ("selfkv", "xattn2", "replace", "add", "concat", "adaln")),
         dataclasses.replace(STUDENT, chunk=2, rope_mode="absolute", sink=1),
         dataclasses.replace(STUDENT, context="last_step_kv"),
+        *(dataclasses.replace(STUDENT, fusion=f, context_weights="own") for f in ("selfkv", "replace", "adaln")),
+        CausalConfig(base=BASE, chunk=1, window=3, sink=1, max_frames=FRAMES, context_weights="own"),
         CausalConfig(base=BASE, chunk=1, window=3, sink=1, max_frames=FRAMES),
         CausalConfig(base=BASE, chunk=1, window=3, sink=1, max_frames=FRAMES, context="last_step_kv"),
     ],
-    ids=lambda cfg: f"{getattr(cfg, 'fusion', 'causal')}-{cfg.context}",
+    ids=lambda cfg: f"{getattr(cfg, 'fusion', 'causal')}-{cfg.context}-{cfg.context_weights}",
 )
 def test_the_students(cfg):
     student = make_student(cfg)
@@ -116,6 +118,9 @@ UPDATES = {
     "causal, stage 1's score": dict(stage="dmd", student__kind="causal", distill__fake="stage1"),
     "causal, causal teacher": dict(stage="dmd", student__kind="causal", distill__real="autoregressive"),
     "per-frame teacher": dict(stage="dmd", distill__real="per_frame", distill__fake="self_sg", distill__guidance=1.0),
+    "weights of the context pass": dict(
+        stage="dmd", student__context_weights="own", distill__context_grad_sdd="params"
+    ),
     "through the contexts": dict(stage="dmd", distill__pg="rollout_full", distill__context_grad_sdd="params"),
     "three epochs": dict(stage="dmd", distill__pg="actor_critic", distill__epochs=3),
     "three epochs and a second term": dict(

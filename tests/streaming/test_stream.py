@@ -14,9 +14,11 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import History
+from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.streaming.etm_sdd import Streamer
 from greedy_distill_jax.streaming.loop import cache_bytes, initial_noise
+from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
 
@@ -94,6 +96,38 @@ def _compare(case, frames, batch=2):
 @pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda c: "-".join(str(v) for v in c.values()).replace(" ", ""))
 def test_streaming_equals_full(case):
     _compare(case, frames=12)
+
+
+@pytest.mark.parametrize("fusion", OPTIONS["fusion"])
+def test_streaming_equals_full_with_weights_of_the_context_pass(fusion):
+    more = dict(selfkv=dict(chunk=2, sink=2), add=dict(rope_mode="absolute"), xattn2=dict(anchor=False)).get(fusion, {})
+    _compare(dict(fusion=fusion, context_weights="own", **more), frames=12)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
+def test_copied_weights_of_the_context_pass_change_nothing(causal):
+    make, config = (CausalStudent, tiny.causal_config) if causal else (Student, tiny.student_config)
+    shared, own = make(config()), make(config(context_weights="own"))
+    params, text = _params(shared), tiny.text_rows(2, jax.random.key(3))
+    copied = own.with_context(params)
+    assert len(jax.tree.leaves(copied)) > len(jax.tree.leaves(params)) and own.with_context(copied) is copied
+    assert jax.tree.structure(copied) == jax.tree.structure(_params(own))
+    keys = jax.random.split(jax.random.key(5), 3)
+    frames, x = (jax.random.normal(k, (2, 6, *LATENT)) for k in keys[:2])
+    history, sigma = History(frames, jnp.zeros((2, 1))), jax.random.uniform(keys[2], (2, 6))
+    full = [jax.jit(s.__call__)(p, x, sigma, text, history) for s, p in ((shared, params), (own, copied))]
+    np.testing.assert_allclose(*full, atol=1e-5)
+    streamed = [make_streamer(s, NOISY) for s in (shared, own)]
+    streams = []
+    for streamer, p in zip(streamed, (params, copied), strict=True):
+        state = streamer.init(p, text, jax.random.key(7), LATENT)
+        step = jax.jit(streamer.step)
+        state, _ = step(p, state)
+        state, _ = step(p, streamer.switch_prompt(p, state, text[::-1]))
+        streams.append(step(p, state)[1])
+    np.testing.assert_allclose(*streams, atol=1e-5)
+    moved = jax.tree_util.tree_map_with_path(lambda path, v: v * (1.1 if "context" in path[0].key else 1.0), copied)
+    assert float(jnp.abs(jax.jit(own.__call__)(moved, x, sigma, text, history) - full[0]).max()) > 1e-3
 
 
 @pytest.mark.parametrize("rope_mode", OPTIONS["rope_mode"])
@@ -216,6 +250,9 @@ def test_state_and_live_buffers_do_not_grow():
         (lambda: tiny.student_config(fusion="sum"), "choose from"),
         (lambda: tiny.student_config(etm_layers=(5,)), "numbered from 0"),
         (lambda: tiny.student_config(window=0), "window >= 1"),
+        (lambda: tiny.student_config(context_weights="both"), "choose from"),
+        (lambda: tiny.student_config(context_weights="own", context="fused"), "context 'fused' makes no call"),
+        (lambda: tiny.causal_config(context_weights="own", context="last_step_kv"), "use context 'clean'"),
     ],
 )
 def test_bad_input_names_the_value(build, message):

@@ -319,10 +319,35 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("kind, stage", [("etm_sdd", "dmd"), ("causal", "teacher_forcing")])
+def test_weights_of_the_context_pass_start_from_a_run_that_shares_them(kind, stage, tiny_teacher, tmp_path, capsys):
+    changes = dict(student__kind=kind, steps=1, teacher_from=str(tiny_teacher))
+    train(tiny.train_config("teacher_forcing", **changes), tmp_path / "shared", show_progress=False)
+    changes |= dict(student_from=str(tmp_path / "shared"), student__context_weights="own")
+    if stage == "dmd":  # the frozen stage-1 score is that run, too
+        changes |= dict(teacher_from="", distill__real="autoregressive", distill__context_grad_sdd="params")
+    else:
+        del changes["teacher_from"]
+    train(tiny.train_config(stage, **changes), tmp_path / "run", show_progress=False)
+    assert "no loss trains" not in capsys.readouterr().err
+    run, shared = Run.load(tmp_path / "run"), Run.load(tmp_path / "shared").params
+    denoise, context = ("sdd", "sdd_context") if kind == "etm_sdd" else ("dit", "dit_context")
+    assert set(run.params[denoise]) - set(run.params[context]) == {"head"}
+    start = shared["sdd"] if kind == "etm_sdd" else shared
+    for name in run.params[context]:  # the first update of a warm-up has rate 0
+        for a, b in zip(jax.tree.leaves(run.params[context][name]), jax.tree.leaves(start[name]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    config = tiny.train_config("teacher_forcing", student__kind=kind, student_from=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="another architecture: context_weights own against shared"):
+        train(config, tmp_path / "other", show_progress=False)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         (dict(student_from=""), "config.student_from is empty"),
+        (dict(student__context_weights="own"), "nothing trains the weights of the context pass; set config.distill"),
+        (dict(student__context_weights="own", student__context="fused"), "context 'fused' makes no call of its own"),
         (dict(teacher_from=""), "config.teacher_from is empty, but real 'joint' with fake 'critic' needs"),
         (dict(student__window=3), "has another architecture: window 2 against 3"),
         (dict(student__kind="causal", student__window=4), "holds another kind of student"),

@@ -1,5 +1,6 @@
 """Self-rollout: the parallel and the sequential form are the same video and the same gradient."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
@@ -45,6 +47,13 @@ PLANS = [
     dict(plan=DIAGONAL, context="last_step_kv", sdd="params"),
     dict(plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative", sdd="params"),
     dict(plan=DIAGONAL, causal=True, window=3, sink=0, context="last_step_kv", sdd="none"),
+]
+OWN = [
+    dict(context_weights="own", plan=OLD, sdd="params"),
+    dict(context_weights="own", plan=NOISY, fusion="xattn2", chunk=2, sdd="params"),
+    dict(context_weights="own", plan=NOISY, rope_mode="absolute", sdd="none"),
+    dict(context_weights="own", plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative", sdd="params"),
+    dict(context_weights="own", plan=OLD, causal=True, chunk=2, window=4, sink=0, sdd="none"),
 ]
 
 
@@ -85,7 +94,7 @@ def _distance(a, b):
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(b))
 
 
-@pytest.mark.parametrize("case", [*pairwise(OPTIONS), *CAUSAL, *PLANS], ids=_name)
+@pytest.mark.parametrize("case", [*pairwise(OPTIONS), *CAUSAL, *PLANS, *OWN], ids=_name)
 def test_parallel_and_sequential_forms_agree(case):
     case = dict(case)
     grads = ContextGrad(case.pop("etm", "params"), case.pop("sdd"))
@@ -97,6 +106,28 @@ def test_parallel_and_sequential_forms_agree(case):
     assert _distance(parallel, sequential) < 1e-5
     if "etm" in parallel:
         assert (float(optax.tree.norm(parallel["etm"])) == 0) == (grads.etm == "none")
+    for name in parallel.keys() & {"sdd_context", "dit_context"}:
+        zero = [float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(parallel[name])]
+        assert all(zero) if grads.sdd == "none" else not any(zero)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
+def test_context_gradients_are_those_of_the_two_passes(causal):
+    """``none`` is the gradient through the denoising call, ``params`` that plus the one through the context pass."""
+    student, streamer, params, text, drawn = _setup(plan=NOISY, **(dict(causal=True, window=3) if causal else {}))
+    apart = make_student(dataclasses.replace(student.cfg, context_weights="own"))
+    stopped, whole = (
+        _gradient(lambda p, g=g: rollouts.recompute(student, p, text, drawn, ContextGrad("params", g)), params)[1]
+        for g in ("none", "params")
+    )
+    _, both = _gradient(lambda p: rollouts.recompute(apart, p, text, drawn, ContextGrad()), apart.with_context(params))
+    denoise, context = (both["dit"], both["dit_context"]) if causal else (both["sdd"], both["sdd_context"])
+    stopped, whole = (x if causal else x["sdd"] for x in (stopped, whole))
+    assert _distance(denoise, stopped) < 1e-5
+    summed = {name: jax.tree.map(jnp.add, x, context[name]) if name in context else x for name, x in denoise.items()}
+    assert _distance(summed, whole) < 1e-5 and _distance(stopped, whole) > 1e-2
+    _, replayed = _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, ContextGrad()), params)
+    assert _distance(summed, replayed if causal else replayed["sdd"]) < 1e-5
 
 
 def test_every_stop_changes_the_gradient():

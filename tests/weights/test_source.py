@@ -1,5 +1,6 @@
 """Round trips bit by bit, formats that are recognised, and bad input in one line."""
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -87,9 +88,10 @@ def test_pt_round_trip(wrapped, tmp_path, capsys):
         assert run("verify", tmp_path / name, tmp_path / "ours", *SIZES) == 0, capsys.readouterr()
 
 
-@pytest.mark.parametrize("fusion", ["selfkv", "xattn2", "replace", "concat"])
+@pytest.mark.parametrize("fusion", ["selfkv", "xattn2", "replace", "concat", "selfkv own"])
 def test_student_round_trip(fusion, tmp_path):
-    cfg = tiny.student_config(fusion=fusion, chunk=2, sink=1, gate_init=0.2)
+    fusion, _, own = fusion.partition(" ")
+    cfg = tiny.student_config(fusion=fusion, chunk=2, sink=1, gate_init=0.2, context_weights=own or "shared")
     source = TreeSource(cfg, tiny.random_params(Student(cfg)))
     plan = {"sampler": "renoise", "sigmas": [[1.0, 0.5]], "context_sigmas": [0.0], "shift": 1.0}
     write(source, tmp_path / "torch", "torch-student", student={"plan": plan, "latent_shape": [8, 4, 4, 4]})
@@ -350,6 +352,13 @@ def test_sharded_import(tmp_path):
 def test_a_field_of_another_type_is_no_architecture(value):
     with pytest.raises(UserError, match="text_len is .*; it must be a whole number"):
         as_config({"dim": 24, "num_heads": 2, "text_len": value})
+
+
+def test_a_causal_student_with_two_sets_of_weights_is_no_dit_of_others():
+    fields = {"kind": "causalstudent", **dataclasses.asdict(tiny.causal_config(context_weights="own"))}
+    with pytest.raises(ValueError, match="weights of its own for the context pass; train one with 'shared'"):
+        as_config(fields)
+    assert as_config({**fields, "context_weights": "shared"}) == tiny.BASE
 
 
 def test_what_a_file_says_of_itself_is_not_ignored(tiny_teacher, tmp_path, capsys):

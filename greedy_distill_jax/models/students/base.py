@@ -1,8 +1,10 @@
 """What every streaming student shares: its history, the stop-gradients of its contexts, its chunks and positions."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
@@ -43,11 +45,17 @@ class ContextGrad(NamedTuple):
     sdd: str = "params"
 
 
+def context_copy(network: Any) -> Any:
+    """First parameters of the pass that only writes keys: copies of the denoising network's, without the head."""
+    return jax.tree.map(jnp.copy, {name: leaves for name, leaves in network.items() if name != "head"})
+
+
 class StreamingModel:
     """What makes a video chunk by chunk: pure functions over the parameters of one frozen config.
 
-    Subclasses add ``init``, ``from_teacher`` and the teacher-forced ``__call__`` with the signatures of ``Student``;
-    ``cfg`` has at least ``base``, ``chunk`` and ``context``. ``derivative``: as for ``Teacher``.
+    Subclasses add ``init``, ``from_teacher``, ``with_context`` and the teacher-forced ``__call__`` with the signatures
+    of ``Student``; ``cfg`` has at least ``base``, ``chunk``, ``context`` and ``context_weights``. ``derivative``: as
+    for ``Teacher``.
     """
 
     def __init__(self, cfg: StudentConfig | CausalConfig, derivative: str = "vjp"):
@@ -58,6 +66,11 @@ class StreamingModel:
     def keeps_for_etm(self) -> bool:
         """Whether there is no ETM that reads finished chunks otherwise than they are kept."""
         return getattr(self.cfg, "etm_input", "kept") == "kept"
+
+    @property
+    def own_context(self) -> bool:
+        """Whether the pass over finished chunks has parameters of its own."""
+        return self.cfg.context_weights == "own"
 
     def differentiable(self, layout: Layout | None) -> Layout | None:
         """The layout for this model's way of differentiation."""
@@ -85,6 +98,24 @@ class StreamingModel:
         """``rope_q`` and ``rope_k`` of a call whose positions are static."""
         own, keys = (np.asarray(position) for position in (layout.own_position, layout.key_position))
         return dict(rope_q=self.rope(own, grid), rope_k=self.rope(keys, grid))
+
+    def velocity(self, call: Callable, seen: int, grads: ContextGrad) -> Float[Array, "B F H W C"]:
+        """Velocity of the noisy frames of a teacher-forced call, in one pass or with the context pass by itself.
+
+        Args:
+          call: ``call(part, frames, frozen, cache, **module) -> (velocity, Emitted)``: the part of ``patterns.PARTS``,
+            the own frames it has, whether the clean chunks' keys are stop-gradient, and keys of earlier calls.
+          seen: clean frames among the own ones.
+          grads: ``sdd`` says what flows through the clean chunks' keys.
+        """
+        frozen = grads.sdd == "none"
+        if not self.own_context:
+            return call("both", slice(None), frozen, None)[0][:, seen:]
+        keys = None
+        if seen:
+            keys = call("clean", slice(seen), False, None, with_head=False, emit=("own",))[1].own
+            keys = jax.lax.stop_gradient(keys) if frozen else keys
+        return call("noisy", slice(seen, None), False, keys)[0]
 
     def clean_and_noisy(
         self, x_BTHWC: Float[Array, "B F H W C"], sigma_BT: Float[Array, "B _"], history: History

@@ -1,7 +1,8 @@
 """The causal student: the Wan DiT itself under block-causal sliding-window attention.
 
 Self-Forcing and LongLive are this model; its parameters are the teacher's, tree and names, so that a checkpoint of one
-loads into the other. The step-by-step form with caches is ``greedy_distill_jax.streaming.causal``.
+loads into the other. With ``CausalConfig.context_weights`` "own" they are ``{"dit": ..., "dit_context": ...}``, the
+teacher's tree twice. The step-by-step form with caches is ``greedy_distill_jax.streaming.causal``.
 """
 
 import functools
@@ -13,9 +14,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
-from greedy_distill_jax.models.students.base import ContextGrad, History, StreamingModel
+from greedy_distill_jax.models.students.base import ContextGrad, History, StreamingModel, context_copy
 from greedy_distill_jax.models.wan.dit import Dit, Teacher, grid_of
-from greedy_distill_jax.models.wan.layers import Layout
+from greedy_distill_jax.models.wan.layers import Layer, Layout
 
 
 class CausalStudent(StreamingModel):
@@ -27,12 +28,22 @@ class CausalStudent(StreamingModel):
 
     def init(self, key: PRNGKeyArray, latent_shape: tuple[int, int, int, int]) -> Any:
         """Fresh parameters; ``latent_shape`` is (T, H, W, C)."""
-        return Teacher(self.cfg.base).init(key, latent_shape)
+        return self.with_context(Teacher(self.cfg.base).init(key, latent_shape))
+
+    def with_context(self, params: Any) -> Any:
+        """As ``Student.with_context``."""
+        if not self.own_context or "dit_context" in params:
+            return params
+        return {"dit": params, "dit_context": context_copy(params)}
+
+    def network(self, params: Any, *, context: bool = False) -> Any:
+        """Parameters of the denoising network, or of the pass over finished chunks."""
+        return params["dit_context" if context else "dit"] if self.own_context else params
 
     def from_teacher(self, key: PRNGKeyArray, teacher_params: Any, latent_shape: tuple[int, int, int, int]) -> Any:
         """The teacher's parameters as they are; the signature is that of ``Student.from_teacher``."""
         del key, latent_shape
-        return jax.tree.map(jnp.asarray, teacher_params)
+        return self.with_context(jax.tree.map(jnp.asarray, teacher_params))
 
     def __call__(
         self,
@@ -46,7 +57,7 @@ class CausalStudent(StreamingModel):
         """Teacher-forced velocity: every noisy chunk sees the clean chunks of its window, in one parallel pass.
 
         Args:
-          params: the teacher's tree.
+          params: the teacher's tree, or twice with weights of the context pass's own.
           x_BTHWC: noisy latents [B, R * T, H, W, C]: R >= 1 noise draws of T frames share the clean half.
           sigma_BT: [B, R * T] or [B, 1].
           text_BMC: encoder rows.
@@ -67,7 +78,12 @@ class CausalStudent(StreamingModel):
         own, sigma = self.clean_and_noisy(x_BTHWC, sigma_BT, history)
         frames = history.frames_BTHWC.shape[1]
         chunks, tokens, draws = self.chunks_of(frames), self.chunk_tokens(x_BTHWC), x_BTHWC.shape[1] // frames
-        layout = patterns.causal_parallel(self.cfg, chunks, tokens, draws, frozen=grads.sdd == "none")
-        ropes = self.ropes(layout, grid_of(x_BTHWC, self.cfg.base))
-        velocity, _ = self.dit(layout).apply({"params": params}, own, sigma, text_BMC, **ropes)
-        return velocity[:, frames - self.cfg.chunk :]
+        grid = grid_of(x_BTHWC, self.cfg.base)
+
+        def call(part, of, frozen, cache, **module):
+            layout = patterns.causal_parallel(self.cfg, chunks, tokens, draws, frozen, part)
+            weights = {"params": self.network(params, context=part == "clean")}
+            ropes, layer = self.ropes(layout, grid), Layer(cache=cache)
+            return self.dit(layout, **module).apply(weights, own[:, of], sigma[:, of], text_BMC, layer=layer, **ropes)
+
+        return self.velocity(call, frames - self.cfg.chunk, grads)

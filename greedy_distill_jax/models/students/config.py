@@ -11,6 +11,8 @@ ROPE_MODES = ("clamped", "absolute", "fixed")
 CONTEXT_MODES = ("clean", "last_step_kv", "fused")
 ETM_INPUTS = ("kept", "clean")
 
+CONTEXT_WEIGHTS = ("shared", "own")
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
@@ -26,7 +28,8 @@ class StudentConfig:
     switch the pending clean pass already sees the new prompt).
     gate_init is the initial per-head weight of the second attention of fusion "xattn2". anchor: SDD sees frame 0 (the
     published system); without it a stream has nothing fixed to hold on to, and drifts. etm_input: where a step plan
-    keeps finished chunks at a noise level, ETM reads them as they are "kept", or "clean".
+    keeps finished chunks at a noise level, ETM reads them as they are "kept", or "clean". context_weights: the clean
+    pass has SDD's weights ("shared") or a copy that learns for itself ("own", as in SGF+, arXiv 2610.10429).
     """
 
     base: WanConfig = dataclasses.field(default_factory=WanConfig)
@@ -42,12 +45,14 @@ class StudentConfig:
     gate_init: float = 0.1
     anchor: bool = True
     etm_input: str = "kept"
+    context_weights: str = "shared"
 
     def __post_init__(self):
         check_choice(self, "fusion", FUSIONS)
         check_choice(self, "etm_input", ETM_INPUTS)
         check_choice(self, "rope_mode", ROPE_MODES)
         check_choice(self, "context", CONTEXT_MODES)
+        _check_context_weights(self)
         for name in ("etm_layers", "sdd_layers"):
             layers = getattr(self, name)
             bad = [i for i in layers if not 0 <= i < self.base.num_layers]
@@ -82,7 +87,7 @@ class CausalConfig:
     or "relative": positions 0, 1, ... within the window (keys cached un-rotated, rotated at use), which keeps an
     endless stream among the positions of training. context: a chunk's keys come from an extra "clean" pass or are
     the "last_step_kv" of its own denoising. recache: a prompt switch recomputes the keys of the frames in the window
-    under the new prompt (LongLive), the sink's excepted.
+    under the new prompt (LongLive), the sink's excepted. context_weights: as in ``StudentConfig``.
     """
 
     base: WanConfig = dataclasses.field(default_factory=WanConfig)
@@ -93,10 +98,12 @@ class CausalConfig:
     rope_mode: str = "absolute"
     context: str = "clean"
     recache: bool = False
+    context_weights: str = "shared"
 
     def __post_init__(self):
         check_choice(self, "rope_mode", ("absolute", "relative"))
         check_choice(self, "context", ("clean", "last_step_kv"))
+        _check_context_weights(self)
         if self.chunk < 1 or self.sink < 0:
             raise ValueError(f"CausalConfig needs chunk >= 1 and sink >= 0; got {self.chunk} and {self.sink}.")
         name = "window" if self.window else "max_frames"
@@ -122,6 +129,15 @@ class CausalConfig:
     def ring_chunks(self) -> int:
         """Chunks of sliding history, neither sink nor own."""
         return ((self.window or self.max_frames) - self.sink) // self.chunk - 1
+
+
+def _check_context_weights(cfg: StudentConfig | CausalConfig) -> None:
+    check_choice(cfg, "context_weights", CONTEXT_WEIGHTS)
+    if cfg.context_weights == "own" and cfg.context != "clean":
+        raise ValueError(
+            f"{type(cfg).__name__}.context_weights is 'own', but context {cfg.context!r} makes no call of its own for "
+            f"a finished chunk; use context 'clean', or context_weights 'shared'."
+        )
 
 
 def split_layers(split: str, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

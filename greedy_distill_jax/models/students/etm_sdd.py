@@ -1,6 +1,7 @@
 """The streaming student: ETM + SDD, their initialisation from the teacher and the teacher-forced parallel form.
 
-Parameters are ``{"etm": ..., "sdd": ...}``. Step by step, with caches: ``greedy_distill_jax.streaming.etm_sdd``.
+Parameters are ``{"etm": ..., "sdd": ...}``, with ``StudentConfig.context_weights`` "own" also ``"sdd_context"``, those
+of the pass over finished chunks. Step by step, with caches: ``greedy_distill_jax.streaming.etm_sdd``.
 """
 
 import functools
@@ -13,10 +14,10 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
-from greedy_distill_jax.models.students.base import ContextGrad, History, StreamingModel
+from greedy_distill_jax.models.students.base import ContextGrad, History, StreamingModel, context_copy
 from greedy_distill_jax.models.students.etm import ETM
 from greedy_distill_jax.models.wan.dit import Dit, grid_of
-from greedy_distill_jax.models.wan.layers import Layout
+from greedy_distill_jax.models.wan.layers import Layer, Layout
 from greedy_distill_jax.models.wan.rope import Rope
 
 
@@ -63,7 +64,13 @@ class Student(StreamingModel):
         sdd = self.sdd(Layout.full(1, tokens, keys, z_of=(0,))).init(
             key_sdd, x, sigma, text, rope_q=rope, z_BSD=z, **self.z_ropes(1, 1, zero, grid)
         )
-        return {"etm": etm["params"], "sdd": sdd["params"]}
+        return self.with_context({"etm": etm["params"], "sdd": sdd["params"]})
+
+    def with_context(self, params: Any) -> Any:
+        """The parameters, with the context pass's own where the config wants them and there are none: SDD's, copied."""
+        if not self.own_context or "sdd_context" in params:
+            return params
+        return {**params, "sdd_context": context_copy(params["sdd"])}
 
     def from_teacher(self, key: PRNGKeyArray, teacher_params: Any, latent_shape: tuple[int, int, int, int]) -> Any:
         """Student parameters cut from the teacher's (docs/method.md, section 3.5).
@@ -90,7 +97,8 @@ class Student(StreamingModel):
                     picked = {**picked, attention: {**picked[attention], **extra}}
             return fill(target, {**teacher_params, "blocks": picked})
 
-        return {"etm": cut(params["etm"], self.cfg.etm_layers), "sdd": cut(params["sdd"], self.cfg.sdd_layers)}
+        etm, sdd = cut(params["etm"], self.cfg.etm_layers), cut(params["sdd"], self.cfg.sdd_layers)
+        return self.with_context({"etm": etm, "sdd": sdd})
 
     def conditions(self, params: Any, history: History, text_BMC: Float[Array, "B M C"]) -> Float32[Array, "B S D"]:
         """ETM over a whole video: z [B, chunks * tokens, D] for every chunk (chunk i from chunks < i)."""
@@ -117,7 +125,7 @@ class Student(StreamingModel):
         """Teacher-forced velocity: every noisy chunk i sees the history before it, in one parallel pass.
 
         Args:
-          params: {"etm", "sdd"}.
+          params: {"etm", "sdd"}, and "sdd_context" with weights of the context pass's own.
           x_BTHWC: noisy latents [B, R * T, H, W, C]: R >= 1 noise draws of T frames share one ETM pass.
           sigma_BT: [B, R * T] or [B, 1].
           text_BMC: encoder rows.
@@ -137,8 +145,15 @@ class Student(StreamingModel):
         z = self.conditions(params, history, text_BMC)
         z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
         draws = x_BTHWC.shape[1] // frames
-        layout = patterns.sdd_parallel(cfg, chunks, tokens, draws, frozen=grads.sdd == "none")
         z_position = np.asarray([patterns.sdd_positions(cfg, i)[1] for i in range(chunks)])
-        ropes = self.ropes(layout, grid) | self.z_ropes(len(layout.own_position), chunks, z_position, grid)
-        velocity, _ = self.sdd(layout).apply({"params": params["sdd"]}, own, sigma, text_BMC, z_BSD=z, **ropes)
-        return velocity[:, frames - cfg.chunk :]
+
+        def call(part, of, frozen, cache, **module):
+            layout = patterns.sdd_parallel(cfg, chunks, tokens, draws, frozen, part)
+            ropes = self.ropes(layout, grid) | self.z_ropes(len(layout.own_position), chunks, z_position, grid)
+            weights = {"params": params["sdd_context" if part == "clean" else "sdd"]}
+            layer = Layer(cache=cache)
+            return self.sdd(layout, **module).apply(
+                weights, own[:, of], sigma[:, of], text_BMC, z_BSD=z, layer=layer, **ropes
+            )
+
+        return self.velocity(call, frames - cfg.chunk, grads)

@@ -20,6 +20,14 @@ def frames_at(position_Q: Int[Array | np.ndarray, " Q"], chunk: int) -> Int[Arra
     return (position_Q[:, None] * chunk + np.arange(chunk, dtype=np.int32)[None]).reshape(-1)
 
 
+PARTS = ("both", "clean", "noisy")  # of a teacher-forced call: all of it, the context pass, what is denoised
+
+
+def _half(part: str, clean: int) -> slice:
+    """Which own chunks [clean | noisy] a call of this part of ``PARTS`` has."""
+    return {"both": slice(None), "clean": slice(clean), "noisy": slice(clean, None)}[part]
+
+
 def _build(rows, own_position, tokens: int, z_of=(), *, absolute: bool, frozen: int = 0) -> Layout:
     """Rows of (candidate, position) pairs -> a layout with every distinct pair picked once."""
     picks = sorted({pair for row in rows for pair in row})
@@ -57,16 +65,19 @@ def sdd_positions(cfg: StudentConfig, index: Int[Array, ""] | int) -> tuple[Int[
     return previous, jnp.where(index > 0, previous + 1, 0)
 
 
-def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Layout:
+def sdd_parallel(
+    cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False, part: str = "both"
+) -> Layout:
     """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw].
 
     Noisy chunk i sees clean 0, clean i-1, itself; so does the clean pass of chunk i (docs/method.md, section 3.3). With
     fusion "selfkv" both also see z_i, at the position of chunk i. ``frozen``: the keys and values of the clean chunks
-    are stop-gradient.
+    are stop-gradient. ``part``: the clean half does not depend on the noisy one, so that each may be a call of its own:
+    "clean" has the clean chunks alone, "noisy" the noisy ones with the clean ones as its cache.
     """
     clean = chunks - 1
     own = [("clean", i) for i in range(clean)] + [("noisy", i) for _ in range(draws) for i in range(chunks)]
-    first_z = len(own)
+    first_z = clean if part == "clean" else len(own)
     rows = []
     for c, (_, i) in enumerate(own):
         previous, current = sdd_positions(cfg, i)
@@ -79,8 +90,8 @@ def sdd_parallel(cfg: StudentConfig, chunks: int, tokens: int, draws: int = 1, f
             row.append((first_z + i, current))
         rows.append(row)
     own_position, z_of = [sdd_positions(cfg, i)[1] for _, i in own], [i for _, i in own]
-    absolute, stopped = cfg.rope_mode == "absolute", clean if frozen else 0
-    return _build(rows, own_position, tokens, z_of, absolute=absolute, frozen=stopped)
+    absolute, stopped, half = cfg.rope_mode == "absolute", clean if frozen else 0, _half(part, clean)
+    return _build(rows[half], own_position[half], tokens, z_of[half], absolute=absolute, frozen=stopped)
 
 
 def sdd_step(cfg: StudentConfig, tokens: int) -> Layout:
@@ -119,11 +130,13 @@ def causal_positions(
     return xp.where(chunk_S < cfg.sink_chunks, chunk_S, moved)
 
 
-def causal_parallel(cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False) -> Layout:
+def causal_parallel(
+    cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1, frozen: bool = False, part: str = "both"
+) -> Layout:
     """Own chunks = [clean 0 .. chunks-2 | noisy 0 .. chunks-1, repeated for every noise draw].
 
-    Chunk i, clean or noisy, sees the clean sink, the clean chunks of its window and itself. ``frozen`` as in
-    ``sdd_parallel``.
+    Chunk i, clean or noisy, sees the clean sink, the clean chunks of its window and itself. ``frozen`` and ``part`` as
+    in ``sdd_parallel``.
     """
     clean = chunks - 1
     own = [*range(clean)] + [i for _ in range(draws) for i in range(chunks)]
@@ -133,8 +146,8 @@ def causal_parallel(cfg: CausalConfig, chunks: int, tokens: int, draws: int = 1,
         positions = [int(p) for p in causal_positions(cfg, np.asarray([*seen, i]), i)]
         rows.append(list(zip([*seen, c], positions, strict=True)))
         own_position.append(positions[-1])
-    absolute, stopped = cfg.rope_mode == "absolute", clean if frozen else 0
-    return _build(rows, own_position, tokens, absolute=absolute, frozen=stopped)
+    absolute, stopped, half = cfg.rope_mode == "absolute", clean if frozen else 0, _half(part, clean)
+    return _build(rows[half], own_position[half], tokens, absolute=absolute, frozen=stopped)
 
 
 def causal_step(cfg: CausalConfig, tokens: int) -> Layout:

@@ -407,6 +407,11 @@ def _check_gradient(settings: Settings, d: Distill) -> None:
             "config.distill.pg is 'rollout_full', which differentiates through the contexts; set "
             "config.distill.context_grad_etm=params and config.distill.context_grad_sdd=params."
         )
+    if settings.student.context_weights == "own" and d.context_grad_sdd == "none":
+        raise UserError(
+            "config.student.context_weights is 'own', but with config.distill.context_grad_sdd = 'none' nothing trains "
+            "the weights of the context pass; set config.distill.context_grad_sdd=params."
+        )
     for key, pg in (("segment", "rollout_full"), ("epochs", "actor_critic"), ("anchor", "actor_critic")):
         value, default = getattr(d, key), getattr(Distill, key)
         if d.pg != pg and value != default:
