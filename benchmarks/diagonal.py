@@ -53,7 +53,7 @@ DIAGONAL = (("sample.steps", "diagonal-4322222"), ("distill.exit", "random_but_f
 LAST_STEP = (("student.context", "last_step_kv"),)
 LEVEL = 0.357  # t_ctx = 100 of 1000 after the shift of 5, as published
 RENOISE = (("sample.context_sigma", LEVEL),)
-OWN_LEVELS = (("sample.steps", (4, 3, 2)), ("distill.exit", "random_but_first"))  # spread evenly before the shift
+EVEN = (("sample.steps", (4, 3, 2)), ("distill.exit", "random_but_first"))  # spread evenly before the shift
 MOTION = (("losses.motion", {"loss": "motion", "weight": 1.0, "options": {}}),)
 HEAD = (("losses.motion", {"loss": "motion_head", "weight": 1.0, "options": {}}),)
 PARAMS = (("distill.context_grad_sdd", "params"),)
@@ -66,9 +66,8 @@ ROWS = {
     "diagonal, motion": (*DIAGONAL, *MOTION),
     "diagonal, history gradient": (*DIAGONAL, *PARAMS),
     "diagonal, motion head": (*DIAGONAL, *HEAD),
-    "diagonal, even levels": OWN_LEVELS,
-    "diagonal, even levels, last step": (*OWN_LEVELS, *LAST_STEP),
-    "diagonal, even levels, last step, motion": (*OWN_LEVELS, *LAST_STEP, *MOTION),
+    "diagonal, even levels": EVEN,
+    "diagonal, last step, motion": (*DIAGONAL, *LAST_STEP, *MOTION),
 }
 STUDENTS = ("etm_sdd", "causal")
 
