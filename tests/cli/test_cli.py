@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -375,6 +376,24 @@ def test_the_published_stage_2_has_no_critic(file):
     read_settings(config, imagine_runs=True)
     d = config.distill
     assert (d.real, d.fake, d.pg, d.generator_every) == ("joint", "self_sg", "rollout_trunc", 1)
+
+
+def test_the_diagonal_presets():
+    """Both at full size, plan and loss weights as the paper and its codes have them."""
+    found = {}
+    for name in ("diagonal", "diagonal_paper"):
+        config = read_config(f"configs/wan1_3b/dmd.py:{name}").lock()
+        config.student_from = config.teacher_from = "a run"
+        settings = found[name] = read_settings(config, imagine_runs=True)
+        assert settings.plan.lengths.tolist() == [4, 3, 2] and settings.student_config.context == "last_step_kv"
+        np.testing.assert_allclose(settings.plan.sigmas[0], (1.0, 14 / 15, 5 / 6, 5 / 14), rtol=1e-6)
+    cfg, terms = found["diagonal_paper"].student_config, found["diagonal_paper"].losses
+    assert (cfg.chunk, cfg.window, cfg.sink, cfg.base.num_layers) == (3, 12, 3, 30)
+    assert {name: (term.loss, term.weight) for name, term in terms.items()} == {
+        "dmd": ("dmd", 4.0),
+        "motion": ("motion_head", 4.0),
+        "regression": ("ode", 1.0),
+    }
 
 
 @pytest.mark.parametrize("command", ["clips", "text", "latents", "ode"])

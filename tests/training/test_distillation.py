@@ -310,6 +310,15 @@ def test_long_rollouts_need_latents_that_are_all_alike(sources, tmp_path, monkey
         prepare_job(read_settings(run_config(sources, distill__frames=8)), tmp_path, make_mesh({"data": -1}))
 
 
+def test_a_student_may_learn_another_context(sources, tmp_path):
+    """What it starts from was trained on clean ones; a frozen network would be asked what it never saw."""
+    other = dict(student__context="last_step_kv", steps=1, optimizer__warmup=0, distill__critic_warmup=0)
+    train(run_config(sources, **other), tmp_path / "run", show_progress=False)
+    assert Run.load(tmp_path / "run").model.cfg.context == "last_step_kv"
+    with pytest.raises(UserError, match="another architecture: context clean against last_step_kv"):
+        train(run_config(sources, **other, distill__fake="stage1"), tmp_path / "frozen", show_progress=False)
+
+
 def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
     config = tiny.train_config("teacher_forcing", steps=1, student_from=str(sources / "student"), optimizer__warmup=5)
     state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
