@@ -52,6 +52,12 @@ def test_ruff():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_hall_stays_small():
+    """Commands and what every room needs; everything else has a room."""
+    loose = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
+    assert len(loose) <= 10, loose
+
+
 def test_who_may_import_whom():
     done = subprocess.run(
         [command("lint-imports"), "--no-cache"],

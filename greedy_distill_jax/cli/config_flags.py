@@ -18,8 +18,8 @@ import ml_collections
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from greedy_distill_jax.cli.extensions import execute
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.extensions import execute
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

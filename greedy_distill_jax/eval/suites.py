@@ -10,9 +10,9 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from greedy_distill_jax.cli.extensions import FORMS, load
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.comparison import Comparison
-from greedy_distill_jax.extensions import FORMS, load
 
 FORMATS = ("text", "count", "share", "distance", "seconds", "bytes", "number")
 BETTER = ("", "higher", "lower", "data")

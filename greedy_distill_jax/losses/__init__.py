@@ -19,8 +19,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from greedy_distill_jax import ranges
+from greedy_distill_jax.cli.extensions import FORMS, load
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.extensions import FORMS, load
 from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
 from greedy_distill_jax.losses.motion import motion, motion_head

@@ -2,7 +2,7 @@
 
 import pytest
 
-from greedy_distill_jax import extensions
+from greedy_distill_jax.cli import extensions
 from greedy_distill_jax.errors import UserError
 
 OWN = """
@@ -20,7 +20,7 @@ def test_a_file_may_hold_what_asks_for_its_module(tmp_path):
     assert extensions.load(f"{tmp_path}/own.py:Own")().x == 1
     (tmp_path / "own.py").write_text(OWN.replace("= 1", "= 2"))  # as edited beside a notebook
     assert extensions.load(f"{tmp_path}/own.py:Own")().x == 2
-    assert extensions.load("greedy_distill_jax.extensions:load") is extensions.load
+    assert extensions.load("greedy_distill_jax.cli.extensions:load") is extensions.load
 
 
 @pytest.mark.parametrize(
