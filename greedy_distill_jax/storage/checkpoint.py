@@ -47,7 +47,7 @@ from greedy_distill_jax.storage.trees import (
 )
 
 LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
-_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of steps that are being written
 
 T = TypeVar("T")
