@@ -193,6 +193,36 @@ def test_bad_inputs_are_counted_and_gone_on_with(benchmark, tmp_path):
         bad_inputs.read(path, 1)
 
 
+def test_stop(benchmark, tmp_path, capsys, monkeypatch):
+    """What a run's record says becomes seconds from the first signal; a process that did not save is a failure."""
+    stop = benchmark("stop")
+    for step, process in ((12, 0), (12, 1), ("13.orbax-checkpoint-tmp", 1)):
+        (file := tmp_path / f"{step}/state/array_metadatas/process_{process}").parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    steps = stop.steps_in(tmp_path)
+    assert steps == {"0": [12], "1": [12]}
+    said = [[(9.0, "loss"), (10.25, "stopping after step 12 ..."), (11.5, "teacher: stopped, saved")], [(12.0, "x")]]
+    seen = dict(sent=[10.0, 10.5], begun=10.5, whole=11.0, said=said, ended=[12.0, 11.75], codes=[0, 0], steps=steps)
+    good = stop.row(seen)
+    assert good == {
+        **dict(agreed=0.25, begun=0.5, whole=1.0, ended=[2.0, 1.75], codes=[0, 0]),
+        **dict(saved={"0": [12], "1": [12]}, good=True),
+    }
+    assert not stop.row({**seen, "codes": [0, 143]})["good"] and not stop.row({**seen, "steps": {"0": [12]}})["good"]
+    nothing = stop.row({**seen, "said": [[], []], "begun": None, "whole": None, "steps": {}})
+    assert nothing["agreed"] is nothing["whole"] is None and not nothing["good"]
+    alone = stop.row({**seen, "said": said[:1], "ended": [15.0], "codes": [0], "steps": {"0": [12]}})
+    runs = iter([good, nothing, good, good, alone, alone])
+    monkeypatch.setattr(stop, "stopped", lambda *_: None)
+    monkeypatch.setattr(stop, "row", lambda _: next(runs))
+    assert stop.main(["--repeats=2", f"--output={tmp_path / 'stop'}"]) == 1, "a run saved nothing"
+    first, *_, last = (tmp_path / "stop.md").read_text().splitlines()[4:]
+    assert first == "| process 1 of 2 | 2 | 0.250 | 0.500 | 1.00 | 2.00 | 1.75 | 0/0 | 12/12, none |"
+    assert last == "| one alone | 2 | 0.250 | 0.500 | 1.00 | 5.00 |  | 0 | 12, 12 |"
+    assert json.loads((tmp_path / "stop.json").read_text()).keys() >= ENVIRONMENT | {"cases"}
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
 def test_train_step(benchmark, tmp_path, capsys):
     train_step, output = benchmark("train_step"), tmp_path / "train.json"
     train_step.main(["--size=tiny", "--only", "stage 1", "critic", "--repeats=1", f"--output={output}"])

@@ -4,9 +4,10 @@ A checkpoint is one directory per step with two items, written together and comm
   state   arrays, as nested dictionaries of plain names (tuples and named tuples become dictionaries), so that any
           part of it can be read without the classes that made it;
   meta    JSON: data position (ONE global example index, valid for any number of processes), configuration, stage,
-          architecture, versions.
+          architecture, versions; sums of every array and of itself (`storage.sums`).
 Saving is asynchronous. A step interrupted in the middle never counts. Restoring takes explicit target shardings, so a
-run moves between device counts.
+run moves between device counts. Whatever is read is compared with its sum; steps of versions that kept no sums are read
+without.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,12 @@ from jax.sharding import Sharding
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.disk import OF_DAMAGE, disk_reason
+from greedy_distill_jax.storage.messages import Damaged, check_architecture, check_leaves, none_in
 from greedy_distill_jax.storage.records import first_line
+from greedy_distill_jax.storage.sums import check, sums, taken_apart, with_sums
 from greedy_distill_jax.storage.trees import (
     Path,
+    canonical,
     default_sharding,
     flatten,
     groups,
@@ -43,23 +47,15 @@ from greedy_distill_jax.storage.trees import (
 )
 
 LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
-_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of steps that are being written
 
 T = TypeVar("T")
 
 
-class Damaged(UserError):
-    """A checkpoint that was complete once and cannot be read.
-
-    Attributes:
-      told: which one and why, without a remedy.
-    """
-
-    def __init__(self, told: str, others: list[int]):
-        remedy = f"name another step, of {', '.join(map(str, others))}" if others else "there is no other one"
-        super().__init__(f"{told}; {remedy}", "step")
-        self.told = told
+class _Stored(NamedTuple):
+    shapes: dict[Path, jax.ShapeDtypeStruct]
+    sums: dict[Path, int] | None  # None: of a version that kept none
 
 
 class Checkpointer:
@@ -88,7 +84,7 @@ class Checkpointer:
         if not read_only:
             _check_writable(self.directory)
         elif "://" not in self.directory and not os.path.isdir(self.directory):
-            raise _none_in(self.directory)
+            raise none_in(self.directory)
         with _quiet():
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else max_to_keep,
@@ -136,15 +132,15 @@ class Checkpointer:
         Raises:
           UserError: this step, or one before that was written in the background, could not be written.
         """
-        meta = {"layout": LAYOUT, "versions": versions(), **meta}
-        json.dumps(meta)  # fails here, not in the background thread
+        json.dumps(meta)  # fails here, not after an older step of that name is gone
         step = int(step)
         if step in self._manager.all_steps():
             if self._is_complete(step) and not force:
                 return False
             self._manager.delete(step)
-        nested = nest({path: storable(leaf) for path, leaf in flatten(state)})
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(nested), meta=ocp.args.JsonSave(meta))
+        leaves = {path: storable(leaf) for path, leaf in flatten(state)}
+        meta = with_sums({"layout": LAYOUT, "versions": versions(), **meta}, leaves)
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(leaves)), meta=ocp.args.JsonSave(meta))
         with self._writing():
             return bool(self._manager.save(step, args=args, force=True))
 
@@ -158,15 +154,17 @@ class Checkpointer:
           architecture: compared with the `architecture` in the checkpoint's meta first, if given.
 
         Raises:
-          UserError: there is no checkpoint, or it holds another architecture (names the first differing leaves).
+          UserError: there is no checkpoint, or it holds another architecture (names the first differing leaves), or
+            (`Damaged`) it is not what was saved (names the leaf).
         """
         step = self._existing(step)
+        where = f"{self.directory} step {step}"
         if architecture is not None:
-            self._check_architecture(step, architecture)
+            check_architecture(where, self.meta(step).get("architecture", {}), architecture)
         wanted = dict(flatten(target))
-        shapes = {path: stored_shape(leaf) for path, leaf in wanted.items()}
-        self._check_leaves(step, shapes)
-        read = self._read(step, shapes)
+        shapes, stored = {path: stored_shape(leaf) for path, leaf in wanted.items()}, self._stored(step)
+        check_leaves(where, stored.shapes, shapes)
+        read = self._read(step, shapes, stored)
         leaves = [typed(read[path], leaf) for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
@@ -185,13 +183,16 @@ class Checkpointer:
           subtree: path of the part, such as "nets/student/params".
           sharding: one sharding for every leaf, or a function from the tree of shapes to a tree of shardings.
           dtype: of the floating-point leaves of the result; None keeps the stored ones.
+
+        Raises:
+          UserError: there is no checkpoint or no such part, or (`Damaged`) a leaf is not what was saved.
         """
         step = self._existing(step)
         prefix = tuple(part for part in subtree.split("/") if part)
         stored = self._stored(step)
-        chosen = {path[len(prefix) :]: shape for path, shape in stored.items() if path[: len(prefix)] == prefix}
+        chosen = {path[len(prefix) :]: s for path, s in stored.shapes.items() if path[: len(prefix)] == prefix}
         if not chosen:
-            tops = ", ".join(sorted({path[0] for path in stored}))
+            tops = ", ".join(sorted({path[0] for path in stored.shapes}))
             raise UserError(f"{self.directory} step {step} holds no {subtree!r}; it holds {tops}.")
         if dtype is not None:
             floating = {p for p, s in chosen.items() if jnp.issubdtype(s.dtype, jnp.floating)}
@@ -205,34 +206,39 @@ class Checkpointer:
             for path, shape in chosen.items()
         }
         read: dict[Path, jax.Array] = {}
-        for group in groups(shapes):
-            read |= self._read(step, group)
+        for group in groups(stored.shapes, shapes):
+            read |= self._read(step, {path: shapes[path] for path in group}, stored)
         return nest({path[len(prefix) :]: read[path] for path in shapes})
 
     def shapes(self, step: int | None, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Path below ``subtree`` ("a/b/c") -> shape and dtype of every leaf stored there; {} if there is none."""
         prefix = tuple(part for part in subtree.split("/") if part)
-        stored = self._stored(self._existing(step))
+        stored = self._stored(self._existing(step)).shapes
         return {"/".join(p[len(prefix) :]): shape for p, shape in stored.items() if p[: len(prefix)] == prefix}
 
     def read_groups(
         self, step: int | None, subtree: str, wanted: Mapping[str, jax.ShapeDtypeStruct]
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Leaves below ``subtree``, in the order of ``wanted`` (from ``shapes``), a part of them at a time."""
+        """Leaves below ``subtree``, in the order of ``wanted`` (from ``shapes``), a part of them at a time.
+
+        Raises:
+          Damaged: a leaf of the next part is not what was saved.
+        """
         step, prefix, here = self._existing(step), tuple(subtree.split("/")), default_sharding()
+        stored = self._stored(step)
         shapes = {
             (*prefix, *path.split("/")): jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=here)
             for path, shape in wanted.items()
         }
-        for group in groups(shapes):
-            read = self._read(step, group)
+        for group in groups(stored.shapes, shapes):
+            read = self._read(step, {path: shapes[path] for path in group}, stored)
             yield {"/".join(path[len(prefix) :]): np.asarray(read.pop(path)) for path in group}
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
         step = self._existing(step)
         with self.reading(step):
-            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+            meta, _ = self._meta(step)
             if isinstance(meta.get("config"), str):
                 json.loads(meta["config"])  # a text of JSON within JSON
         layout = meta.get("layout", 1)
@@ -288,7 +294,7 @@ class Checkpointer:
             return step, found
         for error in damaged.values():
             raise UserError(f"{error.told}, and no other step can be read; start again in another folder") from error
-        raise _none_in(self.directory)
+        raise none_in(self.directory)
 
     def _move_aside(self, step: int) -> str:
         names = (f"{self.directory}-damaged-{step}{f'.{n}' if n else ''}" for n in itertools.count())
@@ -305,23 +311,42 @@ class Checkpointer:
         self._manager.wait_until_finished()
         steps = self.steps()
         if not steps:
-            raise _none_in(self.directory)
+            raise none_in(self.directory)
         if step is not None and step not in steps:
             raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
         return steps[-1] if step is None else step
 
-    def _stored(self, step: int) -> dict[Path, jax.ShapeDtypeStruct]:
-        with self.reading(step):
-            tree = self._manager.item_metadata(step)["state"].tree
-            return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}
+    def _meta(self, step: int) -> tuple[dict[str, Any], dict[Path, int] | None]:
+        return taken_apart(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
 
-    def _read(self, step: int, shapes: dict[Path, jax.ShapeDtypeStruct]) -> dict[Path, jax.Array]:
-        tree = nest(shapes)
+    def _stored(self, step: int) -> _Stored:
+        with self.reading(step):
+            tree, (_, saved) = self._manager.item_metadata(step)["state"].tree, self._meta(step)
+            shapes = {path: jax.ShapeDtypeStruct(tuple(x.shape), canonical(x.dtype)) for path, x in flatten(tree)}
+            if saved is not None and saved.keys() != shapes.keys():
+                raise ValueError(f"{'/'.join(min(saved.keys() ^ shapes.keys()))} was not saved, or is lost")
+            return _Stored(shapes, saved)
+
+    def _read(self, step: int, shapes: Mapping[Path, jax.ShapeDtypeStruct], stored: _Stored) -> dict[Path, jax.Array]:
+        """Leaves of ``shapes`` in their dtypes, compared with their sums before they are cast to these."""
+        as_stored = {
+            path: jax.ShapeDtypeStruct(shape.shape, stored.shapes[path].dtype, sharding=shape.sharding)
+            for path, shape in shapes.items()
+        }
+        tree = nest(as_stored)
         restore = ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
         with self.reading(step):
-            return dict(flatten(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]))
+            read = dict(flatten(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]))
+        if stored.sums is not None:
+            found = sums(read)
+            with self.reading(step):
+                check(found, stored.sums)
+        for path, shape in shapes.items():  # one after the other: never all in both dtypes
+            if read[path].dtype != shape.dtype:
+                read[path] = jax.device_put(read[path].astype(shape.dtype), shape.sharding)
+        return read
 
     @contextlib.contextmanager
     def reading(self, step: int) -> Iterator[None]:
@@ -357,24 +382,6 @@ class Checkpointer:
             raise UserError(
                 f"{self.directory} cannot be written ({reason}); {kept}. Free space and run the same command again"
             ) from error
-
-    def _check_architecture(self, step: int, architecture: Mapping[str, Any]) -> None:
-        stored = self.meta(step).get("architecture", {})
-        given = json.loads(json.dumps(architecture))
-        differing = [key for key in sorted({*stored, *given}) if stored.get(key) != given.get(key)]
-        if differing:
-            parts = ", ".join(f"{key} {stored.get(key)!r}, not {given.get(key)!r}" for key in differing[:3])
-            raise _another(self.directory, step, parts + _more(differing))
-
-    def _check_leaves(self, step: int, wanted: dict[Path, jax.ShapeDtypeStruct]) -> None:
-        stored = self._stored(step)
-        parts = []
-        for path in sorted({*stored, *wanted}):
-            has, needs = (_describe(tree.get(path)) for tree in (stored, wanted))
-            if has != needs:
-                parts.append(f"{'/'.join(path)} is {has}, not {needs}")
-        if parts:
-            raise _another(self.directory, step, ", ".join(parts[:3]) + _more(parts))
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
@@ -452,9 +459,6 @@ def _quiet():
         logger.setLevel(level)
 
 
-# --- messages -----------------------------------------------------------------------------------------------------
-
-
 def _absolute(directory: str | os.PathLike) -> str:
     directory = os.fspath(directory)
     return directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
@@ -476,24 +480,3 @@ def _is_news(record: logging.LogRecord) -> bool:
     """Whether Orbax logs something else than a disk error, which `save`, `wait` or `close` tell in one line."""
     error = record.exc_info[1] if record.exc_info else None
     return not disk_reason(error) and "os_error_code" not in record.getMessage()
-
-
-def _none_in(directory: str) -> UserError:
-    return UserError(
-        f"{directory} holds no complete checkpoint; name the directory of a run that has saved one, or train it first."
-    )
-
-
-def _another(directory: str, step: int, parts: str) -> UserError:
-    return UserError(
-        f"{directory} step {step} holds another architecture: {parts}; "
-        "use the configuration the run was started with, or another directory."
-    )
-
-
-def _more(parts: list) -> str:
-    return f" and {len(parts) - 3} more" if len(parts) > 3 else ""
-
-
-def _describe(leaf: jax.ShapeDtypeStruct | None) -> str:
-    return "absent" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"

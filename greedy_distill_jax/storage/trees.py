@@ -1,6 +1,6 @@
 """Trees of a state as nested dictionaries of plain names, and their leaves as arrays that can be stored."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -31,15 +31,16 @@ def nest(flat: Mapping[Path, Any]) -> Any:
     return root
 
 
-def groups(shapes: dict[Path, jax.ShapeDtypeStruct]) -> list[dict[Path, jax.ShapeDtypeStruct]]:
-    """Returns leaves to read together: Orbax holds up to ``_READ_BYTES`` of them on the host next to the result."""
-    groups, size = [{}], 0
-    for path, shape in shapes.items():
-        size += shape.size * shape.dtype.itemsize
+def groups(stored: Mapping[Path, jax.ShapeDtypeStruct], paths: Iterable[Path]) -> list[list[Path]]:
+    """Returns the paths of leaves to read together: up to ``_READ_BYTES`` of them are held as they are stored, next to
+    the result."""
+    groups, size = [[]], 0
+    for path in paths:
+        size += (of := stored[path].size * stored[path].dtype.itemsize)
         if groups[-1] and size > _READ_BYTES:
-            groups.append({})
-            size = shape.size * shape.dtype.itemsize
-        groups[-1][path] = shape
+            groups.append([])
+            size = of
+        groups[-1].append(path)
     return groups
 
 
@@ -47,11 +48,19 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
 
 
+def canonical(dtype: Any) -> np.dtype:
+    """Returns the dtype in which JAX holds numbers of this one: without its 64-bit mode half as wide as 64 bits."""
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
 def storable(leaf: Any) -> Any:
     """Returns what is stored of a leaf: an array; of PRNG keys their data."""
     if _is_key(leaf):
         return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if isinstance(leaf, jax.Array):
+        return leaf
+    leaf = np.asarray(leaf)
+    return leaf.astype(canonical(leaf.dtype), copy=False)
 
 
 def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -61,7 +70,7 @@ def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     elif not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, canonical(leaf.dtype), sharding=sharding)
 
 
 def typed(read: jax.Array, leaf: Any) -> jax.Array:
