@@ -121,6 +121,16 @@ def tiny_teacher(made_once):
     return made_once("tiny_teacher", lambda folder: train(tiny.train_config(), folder, show_progress=False))
 
 
+@pytest.fixture(scope="session")
+def tiny_student(made_once, tiny_teacher):
+    """The run of the student that two updates made of ``tiny_teacher``, for the whole session: only to be read."""
+    from greedy_distill_jax.testing import tiny
+    from greedy_distill_jax.train import train
+
+    config = tiny.train_config("teacher_forcing", steps=2, teacher_from=str(tiny_teacher))
+    return made_once("tiny_student", lambda folder: train(config, folder, show_progress=False))
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """An empty directory for one run."""

@@ -30,6 +30,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.arrays import HANDLERS
 from greedy_distill_jax.storage.disk import OF_DAMAGE, disk_reason
 from greedy_distill_jax.storage.messages import Damaged, check_architecture, check_leaves, none_in
 from greedy_distill_jax.storage.records import first_line
@@ -94,7 +95,7 @@ class Checkpointer:
                 read_only=read_only,
             )
             limited = {} if write_bytes is None else dict(save_concurrent_gb=write_bytes / 1e9, use_compression=False)
-            state_handler = ocp.PyTreeCheckpointHandler(**limited)
+            state_handler = ocp.PyTreeCheckpointHandler(type_handler_registry=HANDLERS, **limited)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,

@@ -213,15 +213,10 @@ def test_a_mistake_in_a_loss_of_ones_own_keeps_its_traceback(tmp_path):
 # --- stage 2 from prompts alone ---------------------------------------------------------------------------------------
 
 
-def test_prompts_alone_are_enough_for_stage_2(tiny_teacher, tmp_path):
-    train(
-        tiny.train_config("teacher_forcing", steps=1, teacher_from=str(tiny_teacher)),
-        tmp_path / "student",
-        show_progress=False,
-    )
+def test_prompts_alone_are_enough_for_stage_2(tiny_teacher, tiny_student, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red square moving left\na blue circle moving up\n" * 4)
     source = f"prompts:{tmp_path / 'prompts.txt'}"
-    runs = dict(teacher_from=str(tiny_teacher), student_from=str(tmp_path / "student"))
+    runs = dict(teacher_from=str(tiny_teacher), student_from=str(tiny_student))
     state = train(tiny.train_config("dmd", steps=2, data__source=source, **runs), tmp_path / "run", show_progress=False)
     assert int(state.step) == 2
     with pytest.raises(UserError, match="holds prompts alone"):
