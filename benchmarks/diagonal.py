@@ -46,6 +46,7 @@ SHOWN = (
     ("updates", "Updates"),
     ("train_cpu_s", "CPU s"),
 )
+PAIRED = ("fd_first", "fd", "motion", "drift", "colour")
 TIMES = (("second", "ms, first second"), ("short", f"ms, first {SHORT} frames"), ("steady", "ms, later"))
 
 UNIFORM = {n: (("sample.steps", n), ("distill.exit", "random")) for n in (4, 2)}
@@ -213,6 +214,18 @@ def gates_of(cells: dict[str, list[dict]], times: dict[str, dict[str, float]]) -
     return out
 
 
+def differences(cells: dict[str, list[dict]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """What every row has more of than "diagonal", paired by seed, with standard errors."""
+    rows = {row: of_row for row, of_row in cells.items() if row.startswith("diagonal, ")}
+    return {
+        row: {
+            key: _mean_error([a[key] - b[key] for a, b in zip(of_row, cells["diagonal"], strict=True)])
+            for key in PAIRED
+        }
+        for row, of_row in rows.items()
+    }
+
+
 def _named(quality, validity):
     return (("quality", quality), ("validity", validity))
 
@@ -236,6 +249,11 @@ def markdown(result: dict) -> str:
         for row, values in part["table"].items():
             cells = [_figure(*values[key]) for key, _ in SHOWN] + [f"{part['times'][row][key]:.3f}" for key, _ in TIMES]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        titles = dict(SHOWN)
+        lines += ["", "Less the row diagonal, paired by seed:", ""]
+        lines += ["| row | " + " | ".join(titles[key] for key in PAIRED) + " |", "|" + "---|" * (len(PAIRED) + 1)]
+        for row, values in part["differences"].items():
+            lines.append(f"| {row} | " + " | ".join(_figure(*values[key]) for key in PAIRED) + " |")
         lines += ["", f"Of uniform 4's: quality of the first window >= {LIMITS['quality']} and validity >= "]
         lines[-1] += f"{LIMITS['validity']}, both by two standard errors, at <= {LIMITS['time']} of its time over the "
         lines[-1] += f"first {SHORT} frames:"
@@ -249,18 +267,18 @@ def markdown(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Quality against time, a panel for every task and student: the frontier of the plans."""
-    parts = result["parts"]
-    figure = Figure(figsize=(5.4 * len(parts), 4.2), layout="constrained")
-    for axis, (name, part) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
-        for number, (row, values) in enumerate(part["table"].items()):
-            mean, error = values["fd"]
-            marker = "s" if row.startswith("uniform") else "o^vDPX*<>"[number % 9]
-            error = None if np.isnan(error) else error
-            axis.errorbar(part["times"][row]["short"], mean, error, fmt=marker, capsize=3, label=row)
-        axis.set(title=name, xlabel=f"CPU ms per frame, first {SHORT} frames", ylabel="FD less real (lower is better)")
-        axis.set_ylim(0, None)
-        axis.legend(fontsize=7)
+    """Quality against time, a line of panels for every task and student: the frontier of the plans."""
+    figure = Figure(figsize=(10, 4 * len(result["parts"])), layout="constrained")
+    panels = figure.subplots(len(result["parts"]), 2, squeeze=False)
+    for line, (name, part) in zip(panels, result["parts"].items(), strict=True):
+        for axis, (key, what) in zip(line, (("fd_first", "first 8 frames"), ("fd", "first and last 8")), strict=True):
+            for number, (row, values) in enumerate(part["table"].items()):
+                mean, error = values[key]
+                marker = "s" if row.startswith("uniform") else "o^vDPX*<>"[number % 9]
+                error = None if np.isnan(error) else error
+                axis.errorbar(part["times"][row]["short"], mean, error, fmt=marker, capsize=3, label=row)
+            axis.set(title=name, xlabel=f"CPU ms per frame, first {SHORT} frames", ylabel=f"FD less real, {what}")
+        line[1].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -286,6 +304,7 @@ def main() -> None:
             parts[f"{task}, {student}"] = {
                 "table": {row: summary(of_row) for row, of_row in cells.items()},
                 "times": times,
+                "differences": differences(cells) if "diagonal" in cells else {},
                 "gates": gates_of(cells, times),
                 "cost": {row: bench.cost(Cell(task, student, 0), row) for row in rows},
                 "per_seed": {

@@ -19,11 +19,11 @@ def greedy_distill_paper(config: ConfigDict) -> ConfigDict:
 def diagonal(config: ConfigDict) -> ConfigDict:
     """Makes a stage-2 config of ETM + SDD one of Diagonal Distillation (arXiv 2603.09488).
 
-    Steps 4, 3, 2, 2, ..., no pass for contexts, the motion of latents matched beside them at the weight of the official
-    code.
+    Steps 4, 3, 2, 2, ..., no pass for contexts, and the motion of latents matched beside them, gamma = 1: what measured
+    best for its cost (docs/results.md).
     """
     _diagonal_steps(config)
-    config.losses.motion = dict(loss="motion", weight=0.2, options={})
+    config.losses.motion = dict(loss="motion", weight=1.0, options={})
     return config
 
 
