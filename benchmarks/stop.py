@@ -77,13 +77,15 @@ def started(processes: int, workdir: Path) -> list[Process]:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     env = {**os.environ, "TQDM_DISABLE": "1"}
+    numbers = [{}]
     if processes > 1:
+        numbers = [{"JAX_PROCESS_ID": str(index)} for index in range(processes)]
         env |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_COORDINATOR_ADDRESS": address}
         env |= {"JAX_NUM_PROCESSES": str(processes)}
     changes = (*CHANGES, f"mesh.fsdp={processes}", "mesh.data=1")
     command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={CONFIG}:teacher,smoke"]
     command += [f"--workdir={workdir}", *(f"--config.{change}" for change in changes)]
-    return [Process(command, {**env, "JAX_PROCESS_ID": str(index)}) for index in range(processes)]
+    return [Process(command, env | number) for number in numbers]
 
 
 def steps_in(folder: Path) -> dict[str, list[int]]:
@@ -102,9 +104,11 @@ def stopped(processes: int, told: Sequence[int], workdir: Path, limit: float) ->
     seen: dict[str, Any] = {"sent": [], "begun": None, "whole": None}
 
     def check() -> None:
-        if time.monotonic() > until:
+        early = doing != "end" and any(process.ended for process in running)
+        if early or time.monotonic() > until:
             said = " / ".join(line for process in running for _, line in process.said[-2:])
-            raise UserError(f"the training did not {doing} within --limit, {limit:g} s ({said}); give it more.")
+            why = "ended" if early else f"did not {doing} within {limit:g} s"
+            raise UserError(f"a training {why} ({said}); see to that, or give it more time with --limit.")
 
     def look() -> None:
         names = os.listdir(folder) if folder.exists() else []
@@ -115,8 +119,6 @@ def stopped(processes: int, told: Sequence[int], workdir: Path, limit: float) ->
     try:
         doing = f"make {LOGGED} steps"
         while not log.exists() or log.read_bytes().count(b"\n") < LOGGED:
-            if any(process.ended for process in running):
-                break
             check()
             time.sleep(0.05)
         for index in told:

@@ -31,6 +31,7 @@ def sums(leaves: Mapping[Path, Any]) -> dict[Path, int]:
       leaves: path -> array of any shape and any dtype that can be stored.
     """
     together: dict[Any, list[Path]] = {}  # one program can only take arrays of the same devices
+    leaves = {path: _own(leaf) for path, leaf in leaves.items()}
     for path, leaf in leaves.items():
         devices = None if _is_of_host(leaf) else frozenset(leaf.sharding.device_set)
         together.setdefault(devices, []).append(path)
@@ -41,6 +42,12 @@ def sums(leaves: Mapping[Path, Any]) -> dict[Path, int]:
         found.append((of_host, list(pool.map(_on_host, jax.device_get([leaves[path] for path in of_host])))))
     by_path = {path: int(x) for paths, values in found for path, x in zip(paths, jax.device_get(values), strict=True)}
     return {path: by_path[path] for path in leaves}
+
+
+def _own(leaf: Any) -> Any:
+    """Returns, of an array that every process has whole, the copy of this one, which needs no program of all."""
+    whole = isinstance(leaf, jax.Array) and leaf.is_fully_replicated and not leaf.is_fully_addressable
+    return leaf.addressable_data(0) if whole else leaf
 
 
 def _is_of_host(leaf: Any) -> bool:
