@@ -19,7 +19,7 @@ from greedy_distill_jax.losses.pair import draw_pair
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import Run
-from greedy_distill_jax.storage.checkpoint import load_meta
+from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.gaussian import gaussian
 from greedy_distill_jax.train import train
@@ -218,11 +218,10 @@ def test_equal_scores_agree_whatever_they_look_back_on(real, context, noise):
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, tiny_teacher):
+def sources(tmp_path_factory, tiny_teacher, tiny_student):
     root = tmp_path_factory.mktemp("sources")
     (root / "teacher").symlink_to(tiny_teacher)
-    config = tiny.train_config("teacher_forcing", steps=2, teacher_from=str(root / "teacher"))
-    train(config, root / "student", show_progress=False)
+    (root / "student").symlink_to(tiny_student)
     return root
 
 
@@ -263,17 +262,19 @@ def test_a_run_resumes_bit_identically_and_samples(sources, tmp_path):
 def test_a_teacher_of_another_size_and_a_critic_of_the_students(sources, tmp_path):
     size = dict(model__dim=96, model__ffn_dim=480, model__num_layers=4, model__freq_dim=64)  # "tiny", but for the text
     train(tiny.train_config(steps=1, **size), tmp_path / "large", show_progress=False)
-    changes = dict(teacher_from=str(tmp_path / "large"), distill__teacher_size="tiny", steps=1)
+    changes = dict(teacher_from=str(tmp_path / "large"), distill__teacher_size="tiny", steps=2, checkpoint__every=1)
     with pytest.raises(UserError, match=r"config\.critic_from is empty, and the critic cannot start"):
         train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
-    changes["critic_from"] = str(sources / "teacher")
-    config = run_config(sources, **changes, optimizer__warmup=5, critic__optimizer__warmup=5)
-    state = train(config, tmp_path / "run", show_progress=False)  # the first update of a warm-up has rate 0
+    changes |= dict(critic_from=str(sources / "teacher"), optimizer__warmup=5, critic__optimizer__warmup=5)
+    train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
+    with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as saved:
+        critic = saved.restore_subtree(1, "nets/critic/params")  # the first update of a warm-up has rate 0
     start = Run.load(sources / "teacher").params
-    for a, b in zip(jax.tree.leaves(state.nets["critic"].params), jax.tree.leaves(start), strict=True):
+    for a, b in zip(jax.tree.leaves(critic), jax.tree.leaves(start), strict=True):
         np.testing.assert_array_equal(a, b)
     # What it started from is not needed to go on; the teacher is.
-    changes |= dict(student_from="gone", critic_from="gone", steps=2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    changes |= dict(student_from="gone", critic_from="gone")
     state = train(run_config(sources, **changes), tmp_path / "run", show_progress=False)
     assert int(state.step) == 2
 
