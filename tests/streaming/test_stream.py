@@ -1,6 +1,7 @@
 """Streaming equals full: the step-by-step form with caches against one parallel pass over the whole video."""
 
 import dataclasses
+import functools
 import gc
 import os
 import resource
@@ -134,14 +135,20 @@ def test_fused_and_clean_give_the_same_stream(context_sigma):
     np.testing.assert_allclose(*streams, atol=1e-5)
 
 
-def _changed(case, frame_changed, frames=8):
-    """Which frames of the parallel form change when one history frame does."""
-    student = Student(_config(case))
+@functools.cache
+def _given_history(config, frames):
+    """(a video, the parallel form of another one as a function of the video it looks back on)."""
+    student = Student(config)
     params, text = _params(student), tiny.text_rows(1, jax.random.key(3))
     keys = jax.random.split(jax.random.key(5), 2)
     frames_, x = (jax.random.normal(k, (1, frames, *LATENT)) for k in keys)
     one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
-    call = jax.jit(lambda h: student(params, x, one, text, History(h, zero)))
+    return frames_, jax.jit(lambda h: student(params, x, one, text, History(h, zero)))
+
+
+def _changed(case, frame_changed, frames=8):
+    """Which frames of the parallel form change when one history frame does."""
+    frames_, call = _given_history(_config(case), frames)
     difference = jnp.abs(call(frames_) - call(frames_.at[:, frame_changed].add(1.0)))
     return [int(i) for i in np.flatnonzero(difference.max(axis=(0, 2, 3, 4)) > 1e-5)]
 
