@@ -186,7 +186,7 @@ class Rows(Bench):
                 for row, ms in frames.items()
             }
 
-        return self.cell(f"times/{task}/{student}/{'-'.join(rows)}", make)
+        return self.cell(f"times/{cell.name}/{'-'.join(rows)}", make)
 
 
 def gates_of(cells: dict[str, list[dict]], times: dict[str, dict[str, float]]) -> list[dict]:

@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 
+import jax.numpy as jnp
 import pytest
 
 from greedy_distill_jax.config import read_settings
@@ -15,6 +16,7 @@ from greedy_distill_jax.measure import clock, environment
 from greedy_distill_jax.ops.attention.arg_specs import Spec
 from greedy_distill_jax.ops.attention.pattern import Pattern
 from greedy_distill_jax.pods import kernels
+from greedy_distill_jax.storage.checkpoint import Checkpointer
 from tests.conftest import ROOT, exit_code
 
 
@@ -201,6 +203,10 @@ def test_stop(benchmark, tmp_path, capsys, monkeypatch):
         file.touch()
     steps = stop.steps_in(tmp_path)
     assert steps == {"0": [12], "1": [12]}
+    with Checkpointer(tmp_path / "really") as checkpoints:
+        checkpoints.save(3, {"x": jnp.ones(2)}, {})
+        checkpoints.wait()
+    assert stop.steps_in(tmp_path / "really") == {"0": [3]}
     said = [[(9.0, "loss"), (10.25, "stopping after step 12 ..."), (11.5, "teacher: stopped, saved")], [(12.0, "x")]]
     seen = dict(sent=[10.0, 10.5], begun=10.5, whole=11.0, said=said, ended=[12.0, 11.75], codes=[0, 0], steps=steps)
     good = stop.row(seen)

@@ -271,6 +271,11 @@ def check_student(settings: Settings) -> None:
             f"config.data.frames is {settings.data.frames}, which does not divide into chunks of "
             f"config.student.chunk = {chunk}; choose a multiple of {chunk}."
         )
+    if settings.plan.keeps_clean and settings.student.etm_input != "kept":
+        raise UserError(
+            f"config.student.etm_input is {settings.student.etm_input!r}, but with config.sample.context_sigma = "
+            f"{settings.sample.context_sigma} chunks are kept clean; leave it at 'kept', or give a level."
+        )
     if not settings.plan.keeps_clean and settings.student.context_noise:
         raise UserError(
             f"config.student.context_noise is {settings.student.context_noise}, but config.sample.context_sigma = "

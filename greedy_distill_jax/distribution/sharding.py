@@ -46,7 +46,7 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"key", ("batch",)),  # one per video; one for all of them is whole on every device
     (r"ns_coeffs", (None,)),
     # Batches, and what a stream carries from chunk to chunk.
-    (r"latents|last|frames|x0_real", ("batch", None, None, None, None)),
+    (r"latents|last|clean|frames|x0_real", ("batch", None, None, None, None)),
     (r"states", ("batch", None, None, None, None, None)),
     (r"((etm|sdd|sdd_context|context)_)?(cache|text)/(k|v)", ("layers", "batch", None, "heads", None)),
     (r"(etm_)?slots", (None,)),

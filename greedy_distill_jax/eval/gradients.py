@@ -62,15 +62,8 @@ class Parts(NamedTuple):
 def apart(model: StreamingModel, params: Any) -> tuple[StreamingModel, Any]:
     """Returns the student whose context pass has parameters of its own, and its parameters, copied where shared.
 
-    Raises:
-      UserError: keys come from the denoising calls themselves (context "last_step_kv"): there is no second pass.
+    Its keys must come from a pass over the context, not from denoising calls (context "last_step_kv").
     """
-    if model.cfg.context == "last_step_kv":
-        raise UserError(
-            "config.student.context is 'last_step_kv': the keys are those of denoising calls, so there is no pass over "
-            "the context to tell apart; give a student with context 'clean' or 'fused'",
-            "directory",
-        )
     # The numbers of "fused" are those of "clean".
     own = make_student(dataclasses.replace(model.cfg, context="clean", context_weights="own"))
     return own, own.with_context(params)
@@ -249,9 +242,18 @@ def analyze_gradients(
     for path, run in runs.items():
         if not run.is_student:
             raise UserError(f"{path} holds a teacher, which writes no context; give the run of a student", "directory")
+        if run.model.cfg.context == "last_step_kv":
+            raise UserError(
+                f"{path} holds a student of context 'last_step_kv', whose keys are those of denoising calls: there is "
+                f"no pass over the context to tell apart; give a student of context 'clean' or 'fused'",
+                "directory",
+            )
     folder, found = Path(output).expanduser(), {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("json", "md", "png"):
+            with open(folder / f"gradients.{kind}", "ab"):  # before it is measured
+                pass
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder", "output") from error
     names = [path.name for path in paths]

@@ -486,7 +486,7 @@ def _check_kept(settings: Settings, workdir: Path, meta: Mapping[str, Any]) -> N
 def check_resume(job: Job, workdir: Path, step: int, meta: Mapping[str, Any]) -> None:
     """Raises UserError when a checkpoint belongs to another stage, seed, data or frozen network.
 
-    Rates, losses and steps may change.
+    Rates and steps may change, and losses, but for those that bring a network of their own.
     """
     _check_kept(job.settings, workdir, meta)
     for key, old in meta.get("sources", {}).items():

@@ -60,7 +60,7 @@ class Config:
     rope_frames: int
     anchor: bool  # SDD sees frame 0
     context: str  # keys of the previous chunk: a pass over it as it is kept ("fused": in the next step), "last_step_kv"
-    etm_input: str  # ETM reads a finished chunk as it is "kept", or "clean"
+    etm_input: str = "kept"  # ETM reads a finished chunk as it is "kept", or "clean"
     context_weights: str = "shared"  # of that pass: SDD's, or its "own" (`sdd_context.`)
 
     @classmethod

@@ -26,9 +26,9 @@ def _state_shapes(config):
     return {"state": jax.eval_shape(stage.state, params), "frozen": stage.frozen}
 
 
-def _stream_shapes(cfg):
+def _stream_shapes(cfg, context_sigma=0.0):
     student = make_student(cfg)
-    streamer = make_streamer(student, StepPlan(((1.0, 0.5),), "renoise"))
+    streamer = make_streamer(student, StepPlan(((1.0, 0.5),), "renoise", (context_sigma,)))
     params = jax.eval_shape(lambda key: student.init(key, (1, 4, 4, 4)), jax.random.key(0))
     text = jax.ShapeDtypeStruct((1, cfg.base.text_len, cfg.base.text_dim), jnp.float32)
     return jax.eval_shape(
@@ -45,6 +45,7 @@ def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
     trees.append(_state_shapes(tiny.train_config("dmd", **head)))
     trees.append({"latents": jnp.zeros((1,) * 5), "states": jnp.zeros((1,) * 6), "text": jnp.zeros((1, 1, 1))})
     trees += [_stream_shapes(cfg) for cfg in (tiny.student_config(context="fused"), tiny.causal_config(recache=True))]
+    trees.append(_stream_shapes(tiny.student_config(etm_input="clean"), 0.357))
     seen = set()
     for tree in trees:
         for path, leaf in leaf_paths(tree):

@@ -1,6 +1,7 @@
 """The two parts of a student's gradient: they add up to the whole, and the command that measures them."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +79,12 @@ def test_products_by_layer_and_module():
     np.testing.assert_allclose(total, float(optax.tree.norm(without_head)) ** 2, rtol=1e-4)
 
 
-def test_keys_of_denoising_calls_cannot_be_told_apart():
-    model, params, _ = _setup(causal=False, context="last_step_kv")
-    with pytest.raises(UserError, match="no pass over the context to tell apart"):
-        gradients.apart(model, params)
+def test_keys_of_denoising_calls_cannot_be_told_apart(monkeypatch, tmp_path):
+    run = types.SimpleNamespace(is_student=True, model=_setup(causal=False, context="last_step_kv")[0])
+    monkeypatch.setattr(gradients.Run, "load", lambda path: run)
+    with pytest.raises(UserError, match="somewhere holds a student of context 'last_step_kv', .* no pass over the"):
+        gradients.analyze_gradients(["somewhere"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from greedy_distill_jax.config.keys import Losses, Optimizer, flow_matching_alon
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.losses import Term, asked
+from greedy_distill_jax.losses import Term, asked, motion, motion_head as motion_head_loss
 from greedy_distill_jax.losses.pair import draw_pair
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.flops import Flops
@@ -106,7 +106,7 @@ class Dmd(StageKind):
         _check_gradient(settings, d)
         _check_rollout(settings, d)
         _check_scores(settings, d)
-        _check_head(settings, d)
+        _check_motion(settings, d)
 
     def terms(self, settings: Settings) -> tuple[Term, ...]:
         """The student's losses; one that asks a bidirectional teacher for scores keeps one noise level per video."""
@@ -465,13 +465,14 @@ def _on_scores(loss: Callable) -> bool:
     return any(name != "samples" for name in asked(loss))
 
 
-def _check_head(settings: Settings, d: Distill) -> None:
-    motions = settings.data.batch * (settings.data.frames - d.skip - 1)
-    if asks_for("head", settings) and motions < 2:
+def _check_motion(settings: Settings, d: Distill) -> None:
+    each = max(settings.data.frames - d.skip - 1, 0)  # between frames that losses count
+    compared = any(term.loss in (motion, motion_head_loss) for term in settings.terms)
+    if (compared and not each) or (asks_for("head", settings) and settings.data.batch * each < 2):
         raise UserError(
-            f"config.losses has a loss that asks for the motion head, which learns to tell motions apart, but a batch "
-            f"has {max(motions, 0)}: config.data.batch = {settings.data.batch}, config.data.frames = "
-            f"{settings.data.frames}, config.distill.skip = {d.skip}; use more examples or more frames."
+            f"config.losses has a loss that compares motions, but a batch has {settings.data.batch * each}: "
+            f"config.data.batch = {settings.data.batch}, config.data.frames = {settings.data.frames}, "
+            f"config.distill.skip = {d.skip}; use more frames, or for the motion head more examples."
         )
 
 
