@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 
+from greedy_distill_jax import quickstart
 from greedy_distill_jax.data.sources.clips import CLIPS
 from greedy_distill_jax.data.video_io import probe, read_frames
-from greedy_distill_jax.quickstart import quickstart
 from greedy_distill_jax.storage.sharded import ShardedSource
 
 
 @pytest.mark.slow
-def test_quickstart_on_real_clips(real_clips, tmp_path):
+def test_quickstart_on_real_clips(real_clips, tmp_path, monkeypatch):
     clips = tmp_path / "clips"
     clips.mkdir()
     captions = {"bikes": "bikes on a street", "bigbuckbunny": "a cartoon rabbit in a meadow"}
@@ -25,8 +25,17 @@ def test_quickstart_on_real_clips(real_clips, tmp_path):
         rows = [("clip", "caption"), ("broken.mp4", "nothing")] + [(f"{n}.mp4", c) for n, c in captions.items()]
         csv.writer(file).writerows(rows)
 
+    configs_of = quickstart.stage_configs
+
+    def stage_configs(*args):
+        configs = configs_of(*args)
+        for config in configs.values():
+            config.compile_cache = ""  # programs are kept where the suite keeps its own
+        return configs
+
+    monkeypatch.setattr(quickstart, "stage_configs", stage_configs)
     work = tmp_path / "work"
-    quickstart(work, clips=clips, captions=tmp_path / "captions.csv", speed="smoke")
+    quickstart.quickstart(work, clips=clips, captions=tmp_path / "captions.csv", speed="smoke")
 
     dataset = json.loads((work / "dataset" / "dataset.json").read_text())
     assert [clip["clip"] for clip in dataset["clips"]] == sorted(f"{n}.mp4" for n in captions)
