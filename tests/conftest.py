@@ -45,6 +45,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.join(ROOT, ".pytest_cache", "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Tracing makes many containers and few cycles: at 700 of them, as Python has it, a quarter of its time is the search.
+gc.set_threshold(100_000, 20, 50)
+
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("default")
 
