@@ -55,13 +55,17 @@ def test_a_mean_over_some_values_is_that_of_the_batch():
         assert float(found["some"]) == 4.5 and float(found["none"]) == 0.0
 
 
-def _by_hand(gradients, batch, keys, count):
-    """The mean of the gradients of the microbatches, each with its own keys."""
+def _by_hand(gradients, batch, keys, count, *, keeps=False):
+    """The mean of the gradients of the microbatches, each with its own keys; with ``keeps`` their examples, too."""
     parts = []
     for i in range(count):
         own = jnp.stack([jax.random.fold_in(key, i) for key in keys])
         parts.append(gradients({name: x[i::count] for name, x in batch.items()}, own))
-    return jax.tree.map(lambda *xs: sum(xs) / count, *parts)
+    means, kept = zip(*parts) if keeps else (parts, None)
+    mean = jax.tree.map(lambda *xs: sum(xs) / count, *means)
+    if not keeps:
+        return mean
+    return mean, jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *kept)
 
 
 @pytest.mark.parametrize("stage", ["teacher", "dmd"])
