@@ -472,7 +472,7 @@ def _check_motion(settings: Settings, d: Distill) -> None:
         raise UserError(
             f"config.losses has a loss that compares motions, but a batch has {settings.data.batch * each}: "
             f"config.data.batch = {settings.data.batch}, config.data.frames = {settings.data.frames}, "
-            f"config.distill.skip = {d.skip}; use more frames, or for the motion head more examples."
+            f"config.distill.skip = {d.skip}; use more examples or more frames."
         )
 
 
