@@ -15,20 +15,17 @@ Finished cells are kept in the work directory; the same command goes on where it
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from stage2 import FRAMES, ROLLOUT, TEST, Bench, numbers, summary
+from stage2 import FRAMES, ROLLOUT, TEST, Bench, figure_of, label, leave, mean_error, numbers, single, summary
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.eval.videos import held_out_videos, sampled
 from greedy_distill_jax.measure import clock
-from greedy_distill_jax.measure.environment import environment
-from greedy_distill_jax.measure.record import write_json
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import load_meta
 
@@ -117,8 +114,7 @@ class Rows(Bench):
 
     def folder(self, cell: Cell, name: str) -> Path:
         """Of a row's run."""
-        label = "".join(c if c.isalnum() else "_" for c in f"{cell.student}-{name}")
-        return self.workdir / f"{cell.task}-{cell.seed}" / label
+        return self.workdir / f"{cell.task}-{cell.seed}" / label(f"{cell.student}-{name}")
 
     def cost(self, cell: Cell, row: str) -> float:
         """CPU seconds of an update (generator's and critic's as they alternate), of seed 0, without compilation."""
@@ -168,11 +164,11 @@ class Rows(Bench):
             calls = {}
             for row, run in runs.items():
                 streamer = run.streamer()
-                calls[row] = jax.jit(streamer.init, static_argnums=3), jax.jit(streamer.step, donate_argnums=1)
+                made = jax.jit(streamer.init, static_argnums=3), jax.jit(streamer.step, donate_argnums=1)
+                calls[row] = *made, run.text(["a red square moving left"])
             for turn in range(repeats + 1):
                 for row, run in runs.items():
-                    init, step = calls[row]
-                    text = run.text(["a red square moving left"])
+                    init, step, text = calls[row]
                     state = init(run.params, text, jax.random.key(0), run.latent_shape[1:])
                     for frame in range(lengths):
                         state, _ = laps.time((row, frame), step, run.params, state, per=1, counts=turn > 0)
@@ -203,8 +199,8 @@ def gates_of(cells: dict[str, list[dict]], times: dict[str, dict[str, float]]) -
     uniform, two = cells["uniform 4"], cells["uniform 2"]
     for row in (row for row in cells if row.startswith("diagonal")):
         pairs = list(zip(cells[row], uniform, two, strict=True))
-        quality, stream = (_mean_error([1 - (a[k] - b[k]) / c[k] for a, b, c in pairs]) for k in ("fd_first", "fd"))
-        validity = _mean_error([a["valid"] / max(b["valid"], 1e-6) for a, b, _ in pairs])
+        quality, stream = (mean_error([1 - (a[k] - b[k]) / c[k] for a, b, c in pairs]) for k in ("fd_first", "fd"))
+        validity = mean_error([a["valid"] / max(b["valid"], 1e-6) for a, b, _ in pairs])
         time = times[row]["short"] / times["uniform 4"]["short"]
         kept = all(mean - 2 * error >= LIMITS[k] for k, (mean, error) in _named(quality, validity))
         out.append(
@@ -219,8 +215,7 @@ def differences(cells: dict[str, list[dict]]) -> dict[str, dict[str, tuple[float
     rows = {row: of_row for row, of_row in cells.items() if row.startswith("diagonal, ")}
     return {
         row: {
-            key: _mean_error([a[key] - b[key] for a, b in zip(of_row, cells["diagonal"], strict=True)])
-            for key in PAIRED
+            key: mean_error([a[key] - b[key] for a, b in zip(of_row, cells["diagonal"], strict=True)]) for key in PAIRED
         }
         for row, of_row in rows.items()
     }
@@ -230,16 +225,6 @@ def _named(quality, validity):
     return (("quality", quality), ("validity", validity))
 
 
-def _mean_error(values) -> tuple[float, float]:
-    values = np.asarray(values, float)
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-
-
-def _figure(mean: float, error: float) -> str:
-    digits = 0 if abs(mean) >= 20 else 4 if abs(mean) < 0.2 else 2
-    return f"{mean:.{digits}f}" + ("" if np.isnan(error) else f" ({error:.{digits}f})")
-
-
 def markdown(result: dict) -> str:
     """The tables and the gates."""
     lines = [f"{result['videos']} held-out videos per cell, seeds {result['seeds']}; mean (standard error)", ""]
@@ -247,13 +232,15 @@ def markdown(result: dict) -> str:
         columns = [title for _, title in (*SHOWN, *TIMES)]
         lines += [f"**{name}**", "", "| row | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
         for row, values in part["table"].items():
-            cells = [_figure(*values[key]) for key, _ in SHOWN] + [f"{part['times'][row][key]:.3f}" for key, _ in TIMES]
+            cells = [figure_of(*values[key]) for key, _ in SHOWN] + [
+                f"{part['times'][row][key]:.3f}" for key, _ in TIMES
+            ]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         titles = dict(SHOWN)
         lines += ["", "Less the row diagonal, paired by seed:", ""]
         lines += ["| row | " + " | ".join(titles[key] for key in PAIRED) + " |", "|" + "---|" * (len(PAIRED) + 1)]
         for row, values in part["differences"].items():
-            lines.append(f"| {row} | " + " | ".join(_figure(*values[key]) for key in PAIRED) + " |")
+            lines.append(f"| {row} | " + " | ".join(figure_of(*values[key]) for key in PAIRED) + " |")
         lines += ["", f"Of uniform 4's: quality of the first window >= {LIMITS['quality']} and validity >= "]
         lines[-1] += f"{LIMITS['validity']}, both by two standard errors, at <= {LIMITS['time']} of its time over the "
         lines[-1] += f"first {SHORT} frames:"
@@ -307,17 +294,9 @@ def main() -> None:
                 "differences": differences(cells) if "diagonal" in cells else {},
                 "gates": gates_of(cells, times),
                 "cost": {row: bench.cost(Cell(task, student, 0), row) for row in rows},
-                "per_seed": {
-                    row: [{k: v for k, v in c.items() if not isinstance(v, list)} for c in of_row]
-                    for row, of_row in cells.items()
-                },
+                "per_seed": {row: [single(cell) for cell in of_row] for row, of_row in cells.items()},
             }
-    result = {"videos": args.videos, "seeds": args.seeds, "parts": parts, **environment()}
-    result["command"] = "python benchmarks/diagonal.py " + " ".join(sys.argv[1:])
-    write_json(args.output.with_suffix(".json"), result)
-    args.output.with_suffix(".md").write_text(markdown(result))
-    plot(result, args.output.with_suffix(".png"))
-    print(markdown(result))
+    leave(args.output, {"videos": args.videos, "seeds": args.seeds, "parts": parts}, markdown, plot)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class Bench:
 
     def cell(self, name: str, make) -> dict:
         """The stored result of a cell, or that of ``make()``."""
-        path = self.cells / f"{_label(name.replace('/', '-'))}.json"
+        path = self.cells / f"{label(name.replace('/', '-'))}.json"
         if not path.exists():
             begin, cpu = time.time(), time.process_time()
             result = make()
@@ -156,11 +156,11 @@ class Bench:
         def teacher(changes) -> Path:
             config = self.config("teacher", task, seed, changes)
             config.steps = min(config.steps, TEACHER_STEPS)
-            return self.train(folder / _label("teacher", changes), config)
+            return self.train(folder / label("teacher", changes), config)
 
         config = self.config("student", task, seed, row.stage1)
         config.teacher_from = str(teacher(()))
-        return teacher(row.teacher), self.train(folder / _label("stage1", row.stage1), config)
+        return teacher(row.teacher), self.train(folder / label("stage1", row.stage1), config)
 
     def stage2(self, task: str, seed: int, scale: float) -> Path:
         """The run whose CPU time the control may spend."""
@@ -179,7 +179,7 @@ class Bench:
             config = control_config(config, stage1, self.stage2(task, seed, stage2_scale))
         for rate in ("learning_rate", "muon_rate"):
             config.optimizer[rate] *= scale
-        return self.train(self.workdir / f"{task}-{seed}" / f"{_label(name)}-x{scale}", config)
+        return self.train(self.workdir / f"{task}-{seed}" / f"{label(name)}-x{scale}", config)
 
     def judged(self, directory: Path, task: str, test: int, videos: int) -> dict:
         """Every number of one run's streams."""
@@ -209,7 +209,7 @@ class Bench:
         return min(tried, key=lambda s: tried[s]["fd"]), {str(s): t["fd"] for s, t in tried.items()}
 
 
-def _label(name: str, changes=()) -> str:
+def label(name: str, changes=()) -> str:
     """A folder's or file's name."""
     return re.sub(r"[^\w.-]+", "_", "-".join([name, *(f"{path}={value}" for path, value in changes)]))
 
@@ -267,14 +267,21 @@ def controls(bench: Bench, task: str) -> dict[str, dict]:
     }
 
 
-def summary(cells: list[dict]) -> dict[str, list[float]]:
-    """Mean and standard error over seeds of every number (the error of one seed is nan)."""
-    out = {}
-    for key in (key for key in cells[0] if not isinstance(cells[0][key], list)):
-        values = np.asarray([cell[key] for cell in cells], float)
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        out[key] = [float(values.mean()), float(error)]
-    return out
+def mean_error(values) -> tuple[float, float]:
+    """Mean and standard error over seeds; the error of one seed is nan."""
+    values = np.asarray(values, float)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return float(values.mean()), float(error)
+
+
+def single(cell: dict) -> dict:
+    """The numbers of a cell, without its curves."""
+    return {key: value for key, value in cell.items() if not isinstance(value, list)}
+
+
+def summary(cells: list[dict]) -> dict[str, tuple[float, float]]:
+    """Mean and standard error over seeds of every number."""
+    return {key: mean_error([cell[key] for cell in cells]) for key in single(cells[0])}
 
 
 def verdicts(table: dict[str, dict[str, dict]]) -> list[dict]:
@@ -313,7 +320,7 @@ def markdown(result: dict) -> str:
         lines += [f"**{task}**", "", "| row | " + " | ".join(title for _, title in SHOWN) + " |"]
         lines += ["|" + "---|" * (len(SHOWN) + 1)]
         for name, row in rows.items():
-            cells = [_figure(*row[key]) for key, _ in SHOWN]
+            cells = [figure_of(*row[key]) for key, _ in SHOWN]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     for v in result["verdicts"]:
@@ -328,7 +335,7 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figure(mean: float, error: float) -> str:
+def figure_of(mean: float, error: float) -> str:
     digits = 0 if abs(mean) >= 20 else 4 if abs(mean) < 0.2 else 2
     return f"{mean:.{digits}f}" + ("" if np.isnan(error) else f" ({error:.{digits}f})")
 
@@ -345,6 +352,16 @@ def plot(result: dict, path: Path) -> None:
             axis.set(title=task, ylabel=title, ylim=(0, None))
         line[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
+
+
+def leave(output: Path, result: dict, markdown, plot) -> None:
+    """Writes OUTPUT.json, OUTPUT.md and OUTPUT.png, with what made them, and prints the page."""
+    command = f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:])
+    result = result | environment() | {"command": command}
+    write_json(output.with_suffix(".json"), result)
+    output.with_suffix(".md").write_text(markdown(result))
+    plot(result, output.with_suffix(".png"))
+    print(markdown(result))
 
 
 def main() -> None:
@@ -395,10 +412,7 @@ def main() -> None:
             for task, rows in per_seed.items()
         },
         "per_seed": {
-            task: {
-                name: [{k: v for k, v in c.items() if not isinstance(v, list)} for c in cells]
-                for name, cells in rows.items()
-            }
+            task: {name: [single(cell) for cell in cells] for name, cells in rows.items()}
             for task, rows in per_seed.items()
         },
         "exploration": {
@@ -407,18 +421,13 @@ def main() -> None:
         }
         if args.explore
         else {},
-        **environment(),
-        "command": "python benchmarks/stage2.py " + " ".join(sys.argv[1:]),
     }
     if "plain" in table:
         result["controls_fail"] = {
             name: not passes(per_seed["plain"][name][0], table["plain"]["stage1"])
             for name in ("frame 0 repeated", "untrained")
         }
-    write_json(args.output.with_suffix(".json"), result)
-    args.output.with_suffix(".md").write_text(markdown(result))
-    plot(result, args.output.with_suffix(".png"))
-    print(markdown(result))
+    leave(args.output, result, markdown, plot)
 
 
 if __name__ == "__main__":

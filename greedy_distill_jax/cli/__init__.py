@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from greedy_distill_jax.cli.signals import ending
+from greedy_distill_jax.cli.signals import CODES, ending, leave
 from greedy_distill_jax.errors import Diverged, Stopped, UserError
 from greedy_distill_jax.ranges import complaint
 
@@ -81,8 +81,10 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
       argv: arguments without the program's name; None lets `main` read `sys.argv` itself.
 
     Raises:
-      SystemExit: always, except for an error that is not the user's, which keeps its traceback.
+      SystemExit: always, except for an error that is not the user's, which keeps its traceback. After a signal a process
+        of the command's own has ended by then (``signals.leave``).
     """
+    is_process = getattr(main, "__module__", "") == "__main__"  # else somebody who imported the command goes on
     try:
         with ending():
             if argv is None and not _needs_argument(main):
@@ -90,7 +92,9 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
             else:
                 code = main(sys.argv[1:] if argv is None else list(argv))
             sys.stdout.flush()
-    except SystemExit:
+    except SystemExit as error:
+        if is_process and error.code in CODES.values():
+            leave(error.code)
         raise
     except BaseException as error:
         code, line = outcome(error, argv)
@@ -100,6 +104,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
             sys.stderr.close()  # the reader of our output left, as in `... | head`
         elif line:
             _say(line)
+    if is_process and code in CODES.values():
+        leave(code)
     sys.exit(code or 0)
 
 

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C end a command, also while Python waits for one long computation."""
 
+import atexit
 import contextlib
 import functools
 import os
@@ -99,6 +100,20 @@ def end_soon(code: int, seconds: float = 0.0) -> None:
         _end(code)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def leave(code: int) -> None:
+    """Ends a process that has unwound after a signal, its exit functions run, with this code.
+
+    Taking the interpreter down would be one act too many: where the signal met a compilation, the process crashes in it
+    and ends with the code of that.
+    """
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _end(code: int) -> None:

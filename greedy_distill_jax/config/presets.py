@@ -28,7 +28,7 @@ def diagonal(config: ConfigDict) -> ConfigDict:
 
 
 def diagonal_paper(config: ConfigDict) -> ConfigDict:
-    """Makes a stage-2 config of a causal student that of Diagonal Distillation's paper (arXiv 2603.09488), table 1.
+    """Makes a stage-2 config of a causal student that of Diagonal Distillation's paper (arXiv 2603.09488).
 
     Chunks of 3 frames that see 12: 3 of the sink, 6 of history, 3 of their own. The total is 4 DMD + regression +
     gamma (4 DMD of motion + regression of motion), gamma = 1; motion is matched in a learned feature. The regression

@@ -1,7 +1,7 @@
 """What ``eval.gradients`` found, as a table on a terminal, as Markdown and as a picture."""
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -71,8 +71,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "![Cosine by layer](gradients.png)", ""])
 
 
-def draw_cosines(runs: Mapping[str, Any], path: Path) -> None:
-    """Writes the picture: the cosine of every layer with its standard error, a line for each run."""
+def draw_cosines(runs: Mapping[str, Any]) -> bytes:
+    """Returns the picture, a PNG: the cosine of every layer with its standard error, a line for each run."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -88,4 +88,6 @@ def draw_cosines(runs: Mapping[str, Any], path: Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()

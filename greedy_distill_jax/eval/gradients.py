@@ -30,6 +30,7 @@ from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.gradient_pages import draw_cosines, markdown
+from greedy_distill_jax.eval.report import write_all
 from greedy_distill_jax.losses.flow_matching import flow_matching
 from greedy_distill_jax.measure.environment import environment
 from greedy_distill_jax.models.students.base import StreamingModel
@@ -37,6 +38,7 @@ from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.ranges import Count, Seed
 from greedy_distill_jax.runs.run import Run, data_source
+from greedy_distill_jax.storage.disk import check_writable
 from greedy_distill_jax.training import nets
 
 LOSS = (
@@ -249,13 +251,7 @@ def analyze_gradients(
                 "directory",
             )
     folder, found = Path(output).expanduser(), {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind in ("json", "md", "png"):
-            with open(folder / f"gradients.{kind}", "ab"):  # before it is measured
-                pass
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder", "output") from error
+    check_writable(folder, "output")  # before it is measured
     names = [path.name for path in paths]
     for path, run in runs.items():
         name = path.name if names.count(path.name) == 1 else str(path)
@@ -263,8 +259,8 @@ def analyze_gradients(
         announce(f"analyze: gradients of {name}")
         found[name] = measure(run, videos=videos, batches=batches, seed=seed)
     result = {"loss": LOSS, "runs": found, **environment()}
-    (folder / "gradients.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "gradients.md").write_text(markdown(result), encoding="utf-8")
-    draw_cosines(found, folder / "gradients.png")
+    contents = {"json": (json.dumps(result, indent=2) + "\n").encode(), "md": markdown(result).encode()}
+    contents["png"] = draw_cosines(found)
+    write_all(folder, {f"gradients.{kind}": content for kind, content in contents.items()}, "the gradients")
     announce(f"analyze: {folder / 'gradients.json'}")
     return result

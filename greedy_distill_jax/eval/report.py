@@ -7,7 +7,7 @@ without a network.
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
@@ -46,24 +46,33 @@ def write_report(
     metrics = tables.plain(metrics)
     html = page.render(metrics, sections, videos, captions, fps)
     text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    _write_all(Path(directory), {"metrics.json": text, "report.html": html})
+    write_all(Path(directory), {"metrics.json": text.encode(), "report.html": html.encode()}, "the report")
     return Path(directory) / "report.html"
 
 
-def _write_all(directory: Path, contents: dict[str, str]) -> None:
-    """Writes every file beside its target first and renames them when all are complete; leaves nothing half-written."""
+def write_all(directory: Path, contents: Mapping[str, bytes], what: str) -> None:
+    """Writes files beside their targets first and renames them when all are complete; leaves nothing half-written.
+
+    Args:
+      directory: of the files; created if it is not there.
+      contents: name -> what is in the file.
+      what: they are together, for the error.
+
+    Raises:
+      UserError: (field "output") it cannot be written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             partials = []
-            for name, text in contents.items():
+            for name, content in contents.items():
                 partials.append(Partial(directory / name))
                 stack.callback(partials[-1].abort)  # nothing once it has its name
-                partials[-1].path.write_text(text, encoding="utf-8")
+                partials[-1].path.write_bytes(content)
             for partial in partials:
                 partial.commit()
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"cannot write the report to {directory}: {reason}; choose a writable directory", "output"
+            f"cannot write {what} to {directory}: {reason}; choose a writable directory", "output"
         ) from error

@@ -37,9 +37,14 @@ from greedy_distill_jax.weights import pipeline
 NOT_ARCHITECTURE = ("dtype", "gradient_dtype", "remat", "gate_init", "text_init", "time_init")
 
 
-def architecture(model: Teacher | StreamingModel) -> dict[str, Any]:
-    """What makes two checkpoints interchangeable, as JSON: sizes and meanings, not precision or initialisation."""
-    fields = json.loads(json.dumps(dataclasses.asdict(model.cfg)))
+def architecture(model: Teacher | StreamingModel, *, defaults: bool = False) -> dict[str, Any]:
+    """What makes two checkpoints interchangeable, as JSON: sizes and meanings, not precision or initialisation.
+
+    Args:
+      model: any network.
+      defaults: those of its configuration instead.
+    """
+    fields = json.loads(json.dumps(dataclasses.asdict(type(model.cfg)() if defaults else model.cfg)))
     wan = fields.get("base", fields)
     for name in NOT_ARCHITECTURE:
         wan.pop(name)

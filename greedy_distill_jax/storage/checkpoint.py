@@ -19,8 +19,8 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -31,7 +31,7 @@ from jax.sharding import Sharding
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.arrays import HANDLERS
-from greedy_distill_jax.storage.disk import OF_DAMAGE, disk_reason
+from greedy_distill_jax.storage.disk import OF_DAMAGE, check_writable, disk_reason
 from greedy_distill_jax.storage.messages import Damaged, check_architecture, check_leaves, none_in
 from greedy_distill_jax.storage.records import first_line
 from greedy_distill_jax.storage.sums import check, sums, taken_apart, with_sums
@@ -83,7 +83,8 @@ class Checkpointer:
         self.directory, self._read_only = _absolute(directory), read_only
         logging.getLogger("absl").addFilter(_is_news)
         if not read_only:
-            _check_writable(self.directory)
+            if "://" not in self.directory:
+                check_writable(self.directory)
         elif "://" not in self.directory and not os.path.isdir(self.directory):
             raise none_in(self.directory)
         with _quiet():
@@ -145,7 +146,14 @@ class Checkpointer:
         with self._writing():
             return bool(self._manager.save(step, args=args, force=True))
 
-    def restore(self, step: int | None, target: Any, *, architecture: Mapping[str, Any] | None = None) -> Any:
+    def restore(
+        self,
+        step: int | None,
+        target: Any,
+        *,
+        architecture: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Any:
         """Reads a state.
 
         Args:
@@ -153,6 +161,7 @@ class Checkpointer:
           target: tree of `jax.ShapeDtypeStruct(shape, dtype, sharding=...)` (or arrays); its structure, dtypes and
             shardings are those of the result. Without a sharding a leaf goes to the default device.
           architecture: compared with the `architecture` in the checkpoint's meta first, if given.
+          defaults: of its keys, for a checkpoint that is older than some of them.
 
         Raises:
           UserError: there is no checkpoint, or it holds another architecture (names the first differing leaves), or
@@ -161,7 +170,7 @@ class Checkpointer:
         step = self._existing(step)
         where = f"{self.directory} step {step}"
         if architecture is not None:
-            check_architecture(where, self.meta(step).get("architecture", {}), architecture)
+            check_architecture(where, self.meta(step).get("architecture", {}), architecture, defaults)
         wanted = dict(flatten(target))
         shapes, stored = {path: stored_shape(leaf) for path, leaf in wanted.items()}, self._stored(step)
         check_leaves(where, stored.shapes, shapes)
@@ -463,18 +472,6 @@ def _quiet():
 def _absolute(directory: str | os.PathLike) -> str:
     directory = os.fspath(directory)
     return directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
-
-
-def _check_writable(directory: str) -> None:
-    if "://" in directory:
-        return
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{directory} cannot be written ({reason}); choose another directory.") from error
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,8 +1,11 @@
-"""What a disk said, from the errors of libraries that write and read it."""
+"""Whether a folder can be written, and what a disk said, from the errors of libraries that write and read it."""
 
 import errno
 import os
 import re
+import tempfile
+
+from greedy_distill_jax.errors import UserError
 
 OF_DAMAGE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO)  # the disk works, what is on it does not
 
@@ -21,3 +24,14 @@ def disk_reason(error: BaseException | None, but: tuple[int, ...] = ()) -> str:
             return os.strerror(number)
         error = error.__cause__ or error.__context__
     return ""
+
+
+def check_writable(directory: str | os.PathLike, field: str = "") -> None:
+    """Makes a folder, if it is not there; UserError, about ``field``, if it cannot be made or written."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{directory} cannot be written ({reason}); choose another directory.", field) from error

@@ -10,9 +10,6 @@ import numpy as np
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.trees import Path
 
-# What students were before there was a choice.
-SINCE = {"etm_input": "kept", "context_weights": "shared"}
-
 
 class Damaged(UserError):
     """A checkpoint that was complete once and cannot be read.
@@ -34,13 +31,15 @@ def none_in(directory: str) -> UserError:
     )
 
 
-def check_architecture(where: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_architecture(
+    where: str, stored: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
     """Compares two architectures, of which ``where`` ("DIRECTORY step N") holds the first; UserError names keys.
 
-    A key of ``SINCE`` that a step lacks is older than the key, and means its value there.
+    A step that lacks a key is older than it, and had what is the key's default since.
     """
     given = json.loads(json.dumps(given))
-    stored = {**{key: value for key, value in SINCE.items() if key in given}, **stored}
+    stored = {**{key: value for key, value in defaults.items() if key in given}, **stored}
     differing = [key for key in sorted({*stored, *given}) if stored.get(key) != given.get(key)]
     _refuse(where, [f"{key} {stored.get(key)!r}, not {given.get(key)!r}" for key in differing])
 

@@ -109,7 +109,7 @@ class Streamer:
             sdd_cache=empty(len(cfg.sdd_layers), 2),
             **self._project_text(params, text_BMC),
             z=parallel.varying(jnp.zeros((batch, tokens, base.dim), jnp.float32)) if cfg.context == "fused" else None,
-            clean=None if cfg.etm_input == "kept" or self.plan.keeps_clean else last,
+            clean=None if self.student.keeps_for_etm or self.plan.keeps_clean else last,
         )
 
     def switch_prompt(self, params: Any, state: StreamState, text_BMC: Float[Array, "B M D"]) -> StreamState:

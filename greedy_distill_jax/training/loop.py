@@ -45,7 +45,9 @@ class Progress:
         job, meta = self.job, self.checkpointer.meta(step)
         check_resume(job, self._workdir, step, meta)
         target = with_shardings(job.state_shape, job.state_sharding)
-        return meta, self.checkpointer.restore(step, target, architecture=architecture(job.stage.model))
+        kinds = {"architecture": False, "defaults": True}
+        given = {name: architecture(job.stage.model, defaults=default) for name, default in kinds.items()}
+        return meta, self.checkpointer.restore(step, target, **given)
 
     def meta(self) -> dict[str, Any]:
         """What is saved with the state of this step."""

@@ -369,6 +369,20 @@ def test_a_process_ends_with_one_line(subprocess_env):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: too few frames\n")
 
 
+@pytest.mark.subprocesses
+@pytest.mark.parametrize("raised, code", [("KeyboardInterrupt", 130), ("SystemExit(143)", 143)])
+def test_a_crash_on_the_way_down_does_not_change_the_code(raised, code, subprocess_env):
+    """A process that Ctrl-C met in a compilation crashes when the interpreter is taken down."""
+    source = (
+        "import atexit, ctypes\nfrom greedy_distill_jax import cli\n"
+        "class Crash:\n    def __del__(self, string_at=ctypes.string_at):\n        string_at(0)\n"
+        "crash = Crash()\natexit.register(print, 'left')\n"
+        f"def main():\n    raise {raised}\ncli.run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], env=subprocess_env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "left\n")
+
+
 @pytest.mark.parametrize("file", ["wan1_3b/dmd.py", "quickstart.py"])
 def test_the_published_stage_2_has_no_critic(file):
     config = read_config(f"configs/{file}:greedy_distill_paper").lock()

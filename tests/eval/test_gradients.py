@@ -123,6 +123,13 @@ def test_the_command_compares_runs(runs, tmp_path, capsys):
     assert "## causal" in page and (output / "gradients.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_nothing_is_left_of_what_was_not_measured(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "measure", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gradients.analyze_gradients([runs / "student"], tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -361,7 +361,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch, at):
     write(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(before) == ["metrics.json", "report.html"]
-    call = Path.write_text if at == "writing" else Path.touch
+    call = Path.write_bytes if at == "writing" else Path.touch
 
     def full_disk(path, *given, **options):
         if "report.html" in path.name:

@@ -345,10 +345,10 @@ def test_another_architecture_names_the_leaves(workdir):
         with pytest.raises(UserError, match="another architecture: dim 16, not 32; use"):
             checkpointer.restore(3, shapes_of(make_state(0)), architecture={"dim": 32, "layers": 2})
         checkpointer.restore(3, shapes_of(make_state(0)), architecture={"layers": 2, "dim": 16})
-        older = {"layers": 2, "dim": 16, "etm_input": "kept", "context_weights": "shared"}  # without these keys
-        checkpointer.restore(3, shapes_of(make_state(0)), architecture=older)
-        with pytest.raises(UserError, match="another architecture: etm_input 'kept', not 'clean'"):
-            checkpointer.restore(3, shapes_of(make_state(0)), architecture={**older, "etm_input": "clean"})
+        newer, defaults = {"layers": 2, "dim": 16, "sink": 0}, {"layers": 9, "dim": 9, "sink": 0}
+        checkpointer.restore(3, shapes_of(make_state(0)), architecture=newer, defaults=defaults)
+        with pytest.raises(UserError, match="another architecture: sink 0, not 1"):
+            checkpointer.restore(3, shapes_of(make_state(0)), architecture={**newer, "sink": 1}, defaults=defaults)
 
 
 def test_no_checkpoint_is_a_user_error(workdir):

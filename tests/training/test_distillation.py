@@ -376,6 +376,11 @@ def test_weights_of_the_context_pass_start_from_a_run_that_shares_them(kind, sta
             "config.sample.steps has 5 different lists, but a rollout of 4 frames has 4 chunks of 1",
         ),
         (dict(distill__exit="random_but_first"), "which the first chunk shares with all others"),
+        (dict(student__etm_input="clean"), "config.student.etm_input is 'clean', but with config.sample.context_sigma"),
+        (
+            dict(losses__motion=dict(loss="motion", weight=1.0, options={}), distill__skip=3),
+            "config.losses has a loss that compares motions, but a batch has 0",
+        ),
         (dict(distill__segment=2), "only config.distill.pg = 'rollout_full' uses it, not 'rollout_trunc'"),
         (dict(distill__anchor=1.0), "only config.distill.pg = 'actor_critic' uses it"),
         (dict(student__context_noise=0.1), "bidirectional scores see no history"),

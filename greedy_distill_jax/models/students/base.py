@@ -55,17 +55,14 @@ class StreamingModel:
 
     Subclasses add ``init``, ``from_teacher``, ``with_context`` and the teacher-forced ``__call__`` with the signatures
     of ``Student``; ``cfg`` has at least ``base``, ``chunk``, ``context`` and ``context_weights``. ``derivative``: as
-    for ``Teacher``.
+    for ``Teacher``. ``keeps_for_etm``: no ETM reads finished chunks otherwise than they are kept.
     """
+
+    keeps_for_etm = True
 
     def __init__(self, cfg: StudentConfig | CausalConfig, derivative: str = "vjp"):
         self.cfg = dataclasses.replace(cfg, base=cfg.base.differentiated(derivative))
         self.derivative = derivative
-
-    @property
-    def keeps_for_etm(self) -> bool:
-        """Whether there is no ETM that reads finished chunks otherwise than they are kept."""
-        return getattr(self.cfg, "etm_input", "kept") == "kept"
 
     @property
     def own_context(self) -> bool:

@@ -24,6 +24,11 @@ from greedy_distill_jax.models.wan.rope import Rope
 class Student(StreamingModel):
     """ETM + SDD of one ``StudentConfig``."""
 
+    @property
+    def keeps_for_etm(self) -> bool:
+        """Whether ETM reads finished chunks as they are kept, at their noise level."""
+        return self.cfg.etm_input == "kept"
+
     # The modules of one call; parameters do not depend on the layout.
     def etm(self, layout: Layout | None = None, **kwargs: Any) -> ETM:
         """The ETM module with this call's layout."""
