@@ -81,8 +81,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn
       argv: arguments without the program's name; None lets `main` read `sys.argv` itself.
 
     Raises:
-      SystemExit: always, except for an error that is not the user's, which keeps its traceback. After a signal a process
-        of the command's own has ended by then (``signals.leave``).
+      SystemExit: always, except for an error that is not the user's, which keeps its traceback. After a signal a
+        process of the command's own has ended by then (``signals.leave``).
     """
     is_process = getattr(main, "__module__", "") == "__main__"  # else somebody who imported the command goes on
     try:
