@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jaxtyping import Array, Float, Float32, Int32
 
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
@@ -23,6 +23,7 @@ from greedy_distill_jax.streaming.loop import (
     Axes,
     Exit,
     Made,
+    Noise,
     PerList,
     context_noise,
     given_chunk,
@@ -40,7 +41,7 @@ class CausalState(NamedTuple):
     """Everything a stream carries from chunk to chunk; batch-first where it depends on the video."""
 
     index: Int32[Array, ""]  # chunks made so far
-    key: Key[Array, "*B"]  # one, or one per video
+    key: Noise  # one key, or one per video
     last: Float32[Array, "B g H W C"]  # the last chunk as it is kept, at its context level
     cache: KeyValue | None  # [layers, B, (sink + ring) * tokens, N, K]
     slots: Int32[Array, " slots"]  # [sink + ring]: which chunk each cache slot holds, -1 for none
@@ -64,7 +65,7 @@ class CausalStreamer:
         self,
         params: Any,
         text_BMC: Float[Array, "B M D"],
-        key: Key[Array, "*B"],
+        key: Noise,
         latent_shape: tuple[int, int, int],
     ) -> CausalState:
         """As ``Streamer.init``."""
@@ -184,11 +185,25 @@ class CausalStreamer:
         noise: Float32[Array, "B g H W C"] | None,
         grads: ContextGrad,
         frames: bool,
+        x0: Float32[Array, "B g H W C"] | None = None,
     ) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """As ``Streamer.replay``."""
         call, context = self._callers(params, state)
-        x, seen, own = made_again(call, exit, keys, frames=frames, last_kv=self._keeps_last(state))
+        x, seen, own = made_again(call, exit, keys, frames=frames, last_kv=self._keeps_last(state), x0=x0)
         return self._conclude(context, state, seen, own, noise, frozen=grads.sdd == "none"), x
+
+    def retrace(
+        self,
+        params: Any,
+        state: CausalState,
+        x0: Float32[Array, "B g H W C"],
+        keys: Exit | None,
+        noise: Float32[Array, "B g H W C"] | None,
+    ) -> CausalState:
+        """As ``Streamer.retrace``."""
+        call, context = self._callers(params, state)
+        own = keys_of(call, keys) if self._keeps_last(state) else None
+        return self._conclude(context, state, x0, own, noise)
 
     def _context_text(self, state: CausalState) -> KeyValue:
         return state.context_text if self.student.own_context else state.text

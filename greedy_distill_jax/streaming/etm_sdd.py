@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jaxtyping import Array, Float, Float32, Int32
 
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
@@ -27,6 +27,7 @@ from greedy_distill_jax.streaming.loop import (
     Axes,
     Exit,
     Made,
+    Noise,
     PerList,
     context_noise,
     denoise,
@@ -46,7 +47,7 @@ class StreamState(NamedTuple):
     """Everything a stream carries from chunk to chunk; batch-first where it depends on the video."""
 
     index: Int32[Array, ""]  # chunks made so far
-    key: Key[Array, "*B"]  # one, or one per video
+    key: Noise  # one key, or one per video
     last: Float32[Array, "B g H W C"]  # the last chunk as it is kept, at its context level
     etm_cache: KeyValue | None  # [layers, B, (sink + window - 1) * tokens, N, K]
     etm_slots: Int32[Array, " slots"]  # [sink + window - 1]: which slot each cache chunk holds, -1 for none
@@ -87,7 +88,7 @@ class Streamer:
         self,
         params: Any,
         text_BMC: Float[Array, "B M D"],
-        key: Key[Array, "*B"],
+        key: Noise,
         latent_shape: tuple[int, int, int],
     ) -> StreamState:
         """An empty stream for prompts [B, M, C] and latents (H, W, C), its noise from one key or a key per video."""
@@ -211,6 +212,7 @@ class Streamer:
         noise: Float32[Array, "B g H W C"] | None,
         grads: ContextGrad,
         frames: bool,
+        x0: Float32[Array, "B g H W C"] | None = None,
     ) -> tuple[StreamState, Float32[Array, "B g H W C"]]:
         """The chunk of ``step_to`` again, from its exit: differentiable in ``params``.
 
@@ -221,6 +223,7 @@ class Streamer:
           noise: its ``loop.context_noise``.
           grads: what flows through the parameters that made the contexts.
           frames: gradients also flow through the generated frames that later chunks see.
+          x0: the finished chunk, where ``exit`` is not the call that made it, see ``loop.made_again``.
 
         Returns:
           (new state, x0 [B, g, H, W, C]).
@@ -228,8 +231,29 @@ class Streamer:
         z, state = self._etm(params, state)
         z = z if grads.etm == "params" else jax.lax.stop_gradient(z)
         call, context = self._callers(params, state, z)
-        x, seen, own = made_again(call, exit, keys, frames=frames, last_kv=self.cfg.context == "last_step_kv")
+        x, seen, own = made_again(call, exit, keys, frames=frames, last_kv=self.cfg.context == "last_step_kv", x0=x0)
         return self._conclude(context, state, seen, own, noise, frozen=grads.sdd == "none"), x
+
+    def retrace(
+        self,
+        params: Any,
+        state: StreamState,
+        x0: Float32[Array, "B g H W C"],
+        keys: Exit | None,
+        noise: Float32[Array, "B g H W C"] | None,
+    ) -> StreamState:
+        """The state after a finished chunk, as a stream with these parameters would have it; nothing is denoised.
+
+        Args:
+          params, state: as for ``step``.
+          x0: the chunk.
+          keys: context mode "last_step_kv": the call whose keys are kept; else None.
+          noise: its ``loop.context_noise``.
+        """
+        z, state = self._etm(params, state)
+        call, context = self._callers(params, state, z)
+        own = None if keys is None else keys_of(call, keys)
+        return self._conclude(context, state, x0, own, noise)
 
     def _conclude(self, call, state: StreamState, x, own: KeyValue | None, noise, frozen: bool = False) -> StreamState:
         """The state after chunk ``x``: a pass over it as it is kept (or its last step's keys) becomes the cache."""

@@ -1,7 +1,7 @@
 """What the streams of all students share: the denoising loop of a chunk, what is kept of it, the slots of a ring.
 
 A stream's noise comes from one typed key (``jax.random.key``), or from a key per video, [B]: then a video is the same
-alone and among others, and videos with equal keys share their noise.
+alone and among others, and videos with equal keys share their noise. ``Near`` keys share it in part.
 """
 
 import functools
@@ -24,6 +24,21 @@ CONTEXT_FOLD = 2**31 - 1  # folded into a chunk's key for the noise on its conte
 
 
 PerList = Int[Array | np.ndarray, " lists"]  # the number of a step, for every list of a plan
+
+
+class Near(NamedTuple):
+    """Noise per video in the neighbourhood of another one: sqrt(1 - spread^2) centre + spread own, again of variance 1.
+
+    References:
+      Neighbor GRPO, arXiv 2511.16955.
+    """
+
+    centre: Key[Array, " B"]
+    own: Key[Array, " B"]
+    spread: Float32[Array, " B"]  # 0: the centre's noise, 1: independent of it
+
+
+Noise = Key[Array, "*B"] | Near  # what a stream draws its noise from
 
 
 class Exit(NamedTuple):
@@ -61,7 +76,7 @@ class Axes(NamedTuple):
 State = TypeVar("State")  # StreamState or CausalState
 
 
-def fork(state: State, keys: Key[Array, " N"]) -> State:
+def fork(state: State, keys: Key[Array, " N"] | Near) -> State:
     """Streams that go on from the same past, each with noise of its own: groups of N / B for each of ``state``'s.
 
     Args:
@@ -71,13 +86,13 @@ def fork(state: State, keys: Key[Array, " N"]) -> State:
     Raises:
       ValueError: N is not a multiple of B.
     """
-    videos = len(state.last)
-    if len(keys) % videos:
-        raise ValueError(f"{len(keys)} keys for {videos} videos; give a multiple, one key for each stream to come.")
+    videos, streams = len(state.last), len(keys.own if isinstance(keys, Near) else keys)
+    if streams % videos:
+        raise ValueError(f"{streams} keys for {videos} videos; give a multiple, one key for each stream to come.")
 
     def repeated(name: str, field):
         axes = state.AXES.get(name)
-        return field if axes is None else jax.tree.map(lambda x: jnp.repeat(x, len(keys) // videos, axes.videos), field)
+        return field if axes is None else jax.tree.map(lambda x: jnp.repeat(x, streams // videos, axes.videos), field)
 
     return type(state)(**{name: repeated(name, x) for name, x in state._asdict().items()})._replace(key=keys)
 
@@ -104,20 +119,28 @@ def noise_keys(seed: int | Key[Array, "*B"], videos: int) -> Key[Array, "*B"]:
     return seed
 
 
-def split_key(key: Key[Array, "*B"]) -> tuple[Key[Array, "*B"], Key[Array, "*B"]]:
+def split_key(key: Noise) -> tuple[Noise, Noise]:
     """(key of the chunks to come, key of the next one)."""
+    if isinstance(key, Near):
+        centre, own = split_key(key.centre), split_key(key.own)
+        return key._replace(centre=centre[0], own=own[0]), key._replace(centre=centre[1], own=own[1])
     pair = jax.random.split(key) if key.ndim == 0 else jax.vmap(jax.random.split, out_axes=1)(key)
     return pair[0], pair[1]
 
 
-def draw_noise(key: Key[Array, "*B"], n: Int[Array, ""] | int, shape: tuple[int, ...]) -> Float32[Array, "B g H W C"]:
+def draw_noise(key: Noise, n: Int[Array, ""] | int, shape: tuple[int, ...]) -> Float32[Array, "B g H W C"]:
     """The ``n``-th noise of a chunk, given its key."""
+    if isinstance(key, Near):
+        spread = key.spread[:, None, None, None, None]
+        return jnp.sqrt(1.0 - jnp.square(spread)) * draw_noise(key.centre, n, shape) + spread * draw_noise(
+            key.own, n, shape
+        )
     if key.ndim == 0:
         return parallel.normal(jax.random.fold_in(key, n), shape)
     return jax.vmap(lambda key: parallel.normal(jax.random.fold_in(key, n), (1, *shape[1:]))[0])(key)
 
 
-def initial_noise(key: Key[Array, "*B"], shape: tuple[int, ...]) -> Float32[Array, "B g H W C"]:
+def initial_noise(key: Noise, shape: tuple[int, ...]) -> Float32[Array, "B g H W C"]:
     """The noise a chunk starts from, given its key."""
     return draw_noise(key, 0, shape)
 
@@ -128,7 +151,7 @@ def denoise(
     index: Int32[Array, ""],
     shape: tuple[int, ...],
     own: KeyValue | None,
-    key: Key[Array, "*B"],
+    key: Noise,
     exits: PerList,
     *,
     first: Callable | None = None,
@@ -196,7 +219,7 @@ def make_chunk(
     index: Int32[Array, ""],
     shape: tuple[int, ...],
     own: KeyValue | None,
-    key: Key[Array, "*B"],
+    key: Noise,
     exits: PerList | None,
     record: PerList | None,
 ) -> tuple[Made, KeyValue | None]:
@@ -223,7 +246,7 @@ def given_chunk(
     call: Callable,
     index: Int32[Array, ""],
     x0: Float32[Array, "B g H W C"],
-    key: Key[Array, "*B"],
+    key: Noise,
     *,
     last_kv: bool,
 ) -> tuple[Made, KeyValue | None]:
@@ -236,7 +259,13 @@ def given_chunk(
 
 
 def made_again(
-    call: Callable, exit: Exit, keys: Exit | None, *, frames: bool, last_kv: bool
+    call: Callable,
+    exit: Exit,
+    keys: Exit | None,
+    *,
+    frames: bool,
+    last_kv: bool,
+    x0: Float32[Array, "B g H W C"] | None = None,
 ) -> tuple[Float32[Array, "B g H W C"], Float32[Array, "B g H W C"], KeyValue | None]:
     """The chunk of a recorded exit, differentiable: (x0, what later chunks see of it, the keys that are kept).
 
@@ -245,14 +274,15 @@ def made_again(
       exit, keys: of the chunk's ``Made``.
       frames: gradients flow through what later chunks see.
       last_kv: the keys of the last step are kept (context mode "last_step_kv").
+      x0: the finished chunk that later ones see, where ``exit`` is another of its calls; ``keys`` come with it then.
     """
     v, emitted = call(exit.x, exit.sigma, emit=("own",) if last_kv and keys is None else ())
     x = exit.x - exit.sigma * v
-    seen = x if frames else jax.lax.stop_gradient(x)
+    seen = x if frames else jax.lax.stop_gradient(x if x0 is None else x0)
     return x, seen, emitted.own if keys is None else keys_of(call, kept_call_again(exit, keys, seen))
 
 
-def kept_call(plan: StepPlan, index: Int32[Array, ""], made: Made, exits: PerList, key: Key[Array, "*B"]) -> Exit:
+def kept_call(plan: StepPlan, index: Int32[Array, ""], made: Made, exits: PerList, key: Noise) -> Exit:
     """The call whose keys stay in context mode "last_step_kv" when chunk ``index`` may have left its list early.
 
     At inference later chunks see keys of the last step's level. A chunk that left at a higher one is noised to that
@@ -270,9 +300,7 @@ def kept_call_again(exit: Exit, keys: Exit, x0: Float32[Array, "B g H W C"]) -> 
     return Exit(keys.x + jnp.where(exit.sigma > keys.sigma, moves, 0.0), keys.sigma)
 
 
-def as_last_input(
-    plan: StepPlan, index: Int32[Array, ""], x: Float32[Array, "B g H W C"], key: Key[Array, "*B"]
-) -> Exit:
+def as_last_input(plan: StepPlan, index: Int32[Array, ""], x: Float32[Array, "B g H W C"], key: Noise) -> Exit:
     """A given chunk as the input of its list's last step.
 
     Its noise is what "renoise" would have added before that step; with "euler" it is fresh.
@@ -284,7 +312,7 @@ def as_last_input(
 
 
 def context_noise(
-    plan: StepPlan, index: Int32[Array, ""], key: Key[Array, "*B"], shape: tuple[int, ...]
+    plan: StepPlan, index: Int32[Array, ""], key: Noise, shape: tuple[int, ...]
 ) -> Float32[Array, "B g H W C"] | None:
     """sigma noise, what a finished chunk gets on top of (1 - sigma) x0 for later chunks to look at; None for nothing.
 
