@@ -100,7 +100,7 @@ class PatchCodec:
 
     @property
     def params(self) -> dict[str, Float32[np.ndarray, "..."]]:
-        """What `decode_next` takes."""
+        """What `decode_next` and `pixels` take."""
         return {"components": self.components.T * np.float32(self.scale), "mean": self.mean}
 
     def open_decoder(self) -> tuple[()]:
@@ -114,6 +114,12 @@ class PatchCodec:
         patches = latent_BhwC @ params["components"] + params["mean"][None, None, None]
         pixels = jnp.clip(jnp.rint((patches + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
         return state, rearrange(pixels, "b h w (p q c) -> b 1 (h p) (w q) c", p=self.patch, q=self.patch)
+
+    def pixels(self, params: Any, latents_BFhwC: Float32[Array, "B F h w C"]) -> Float32[Array, "B F H W 3"]:
+        """`decode` on the device, not rounded, in [0, 1]; differentiable."""
+        patches = latents_BFhwC @ params["components"] + params["mean"][None, None, None, None]
+        pixels = rearrange(patches, "b f h w (p q c) -> b f (h p) (w q) c", p=self.patch, q=self.patch)
+        return jnp.clip(0.5 * (pixels + 1.0), 0.0, 1.0)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the codec as .npz (no pickle) under a temporary name and renames it."""

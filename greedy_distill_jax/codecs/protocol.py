@@ -19,7 +19,7 @@ class VideoCodec(Protocol):
 
     Attributes:
       temporal_stride: pixel frames per latent frame.
-      params: arrays that `decode_next` takes.
+      params: arrays that `decode_next` and `pixels` take.
     """
 
     temporal_stride: int
@@ -45,6 +45,10 @@ class VideoCodec(Protocol):
         self, params: Any, state: Any, latent_BhwC: Float32[Array, "B h w C"]
     ) -> tuple[Any, UInt8[Array, "B t H W 3"]]:
         """A pure function: the frames that the next latent frame of a stream adds, and what to remember."""
+        ...
+
+    def pixels(self, params: Any, latents_BFhwC: Float32[Array, "B F h w C"]) -> Float32[Array, "B T H W 3"]:
+        """A pure, differentiable function: the frames of whole videos in [0, 1], not rounded."""
         ...
 
 

@@ -38,13 +38,16 @@ def whole(step: Step, x_BTHWC: Shaped[Array, "B T H W C"], first: int, rest: int
     return jnp.concatenate([out, rearrange(others, "n b t ... -> b (n t) ...")], axis=1)
 
 
+def _decoder(vae: WanVAE | TinyVAE, tiles: Tiles | None, params: Any) -> Step:
+    """The step of a stream from latents to frames in [-1, 1]."""
+    step = functools.partial(vae.decode_step, params)
+    return step if tiles is None else tiled(step, tiles, 1, vae.cfg.spatial_stride)
+
+
 def _decode_step(
     vae: WanVAE | TinyVAE, tiles: Tiles | None, params: Any, cache: Cache, latents_BFhwC: Float32[Array, "B F h w C"]
 ) -> tuple[Cache, UInt8[Array, "B T H W 3"]]:
-    step = functools.partial(vae.decode_step, params)
-    if tiles is not None:
-        step = tiled(step, tiles, 1, vae.cfg.spatial_stride)
-    cache, video = step(cache, latents_BFhwC)
+    cache, video = _decoder(vae, tiles, params)(cache, latents_BFhwC)
     return cache, to_pixels(video)
 
 
@@ -125,6 +128,12 @@ class VAECodec:
         """The next frames of a stream, one for its first latent frame and four for every other; see `VideoCodec`."""
         self._check(latent_BhwC.shape[-1])
         return _decode_step(self.vae, self.tiles, params, state, latent_BhwC[:, None])
+
+    def pixels(self, params: Any, latents_BFhwC: Float32[Array, "B F h w C"]) -> Float32[Array, "B T H W 3"]:
+        """1 + 4 (F - 1) frames in [0, 1], not rounded; differentiable."""
+        self._check(latents_BFhwC.shape[-1])
+        video = whole(_decoder(self.vae, self.tiles, params), latents_BFhwC, 1, 1)
+        return jnp.clip(0.5 * (video.astype(jnp.float32) + 1.0), 0.0, 1.0)
 
     def _check(self, channels: int) -> None:
         if channels != self.vae.cfg.channels:

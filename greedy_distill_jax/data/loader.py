@@ -76,7 +76,7 @@ def make_loader(
     shuffle: bool = True,
     num_threads: int = 2,
     max_bad_records: int = 10,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[dict[str, Any]]:
     """Endless batches of this process; the global batch at `start` is a function of (seed, start) alone.
 
     Examples form one endless sequence (the source, shuffled anew each epoch); the global batch k is its examples
@@ -96,9 +96,9 @@ def make_loader(
       max_bad_records: different records of the source that may be bad before it is an error.
 
     Returns:
-      Iterator of {"latents": float32 [b, T, h, w, C], "text": float32 [b, M, D]}, b = global_batch / process_count;
-      without "latents" where the source has captions alone, and with "states": float32 [b, K, T, h, w, C] where it has
-      trajectories.
+      Iterator of {"latents": float32 [b, T, h, w, C], "text": float32 [b, M, D], "captions": list of b strings},
+      b = global_batch / process_count; without "latents" where the source has captions alone, and with "states":
+      float32 [b, K, T, h, w, C] where it has trajectories.
 
     Raises:
       UserError: numbers out of range, an empty source; while iterating, too many bad records.
@@ -127,7 +127,7 @@ def make_loader(
     local_batch = global_batch // process_count
     offset = process_index * local_batch
 
-    def read(batch: int) -> dict[str, np.ndarray]:
+    def read(batch: int) -> dict[str, Any]:
         first = batch * global_batch + offset
         items = [examples[index] for index in range(first, first + local_batch)]
         return collate(items, codec, text_encoder)
@@ -140,9 +140,9 @@ def make_loader(
 
 def collate(
     examples: Sequence[Mapping[str, Any]], codec: VideoCodec | None, text_encoder: TextEncoder
-) -> dict[str, Float32[np.ndarray, "b ..."]]:
+) -> dict[str, Any]:
     """Makes a batch of a source's examples; see `make_loader` for its entries."""
-    batch = {}
+    batch: dict[str, Any] = {"captions": [example["caption"] for example in examples]}
     if {"latents", "video"} & examples[0].keys():
         batch["latents"] = latents_of(examples, codec)
     if "states" in examples[0]:
@@ -157,7 +157,7 @@ def collate(
                 field="source",
             )
     else:
-        batch["text"] = text_encoder([example["caption"] for example in examples])
+        batch["text"] = text_encoder(batch["captions"])
     return batch
 
 

@@ -64,6 +64,11 @@ class Job(NamedTuple):
     batch_sharding: dict[str, NamedSharding]
     parts: tuple[Part, ...]  # of the stage, jitted
 
+    @property
+    def mesh(self) -> Mesh:
+        """That everything lies on."""
+        return self.batch_sharding["text"].mesh
+
     def meta(self, step: int, train_cpu_s: float) -> dict[str, Any]:
         """What is saved with a checkpoint, as JSON."""
         settings = self.settings
@@ -96,7 +101,7 @@ class Data(NamedTuple):
 
 def open_data(settings: Settings) -> Data:
     """Opens the training data; UserError when it is not what the stage trains on."""
-    raw, codec = data_source(settings, "train", frames=settings.data.frames, seed=settings.seed)
+    raw, codec = data_source(settings, "train", frames=settings.kind.example_frames(settings), seed=settings.seed)
     settings.kind.check_source(settings, raw)
     if not len(raw):
         raise UserError(f"{settings.data.source!r} is empty; give data with at least one example", "source")
@@ -140,7 +145,7 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     frozen = {name: run.params for name, run in frozen_runs(wanted, sources).items()}
     with one_line():
         null_MC = encoder([settings.data.negative_prompt])[0]
-        stage = settings.kind.build(settings, Inputs(frozen, null_MC, latent_shape, data.raw))
+        stage = settings.kind.build(settings, Inputs(frozen, null_MC, latent_shape, data.raw, codec))
     if not isinstance(stage, Stage):
         raise UserError(
             f"stage {settings.stage}: build() returned a {type(stage).__name__}; return a stages.base.Stage."
@@ -151,9 +156,6 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     check_mesh(settings, mesh, latent_shape, jax.process_count())
     batch_shape = settings.kind.batch_shapes(settings, latent_shape, data.raw)
     _check_entries(settings, data, batch_shape)
-    hosts = [part.name for part in stage.parts if part.host]
-    if hosts and jax.process_count() > 1:
-        raise UserError(f"part {hosts[0]} of stage {settings.stage} runs on the host, which needs a single process.")
     with one_line():
         state_shape = state_shapes(stage, latent_shape)
         jitted, *placed = jit_parts(stage, mesh, state_shape, batch_shape)
@@ -296,7 +298,7 @@ def _same_codec(codec: VideoCodec | None, stored: VideoCodec, run: str) -> Video
 def _latent_shape(settings: Settings, data: Data, codec: VideoCodec, runs: Mapping[str, Run]):
     """(T, H, W, C) of an example: of the data, or where that has none of the runs that this one starts from."""
     if data.examples[0].keys() & {"video", "latents"}:
-        shape = latents_of(data.examples[:1], codec).shape[1:]
+        shape = (settings.data.frames, *latents_of(data.examples[:1], codec).shape[2:])
     elif runs:
         shape = (settings.data.frames, *next(iter(runs.values())).latent_shape[1:])
     else:
@@ -410,7 +412,10 @@ def trace_parts(parts: tuple[Part, ...], state, frozen, batch) -> list[str]:
     carry, warnings = {}, []
     for part in parts:
         if part.host:
-            break  # what it hands on is known only when it runs
+            if not part.gives:
+                break  # what it hands on is known only when it runs
+            carry = {**carry, **part.gives}
+            continue
         with audit.watching() as found:
             _, _, carry = part.call.eval_shape(state, frozen, batch, carry)
         for term in audit.idle_terms(found):
@@ -445,7 +450,7 @@ def averages(settings: Settings, stage: Stage) -> list[str]:
 
 def initial_state(job: Job) -> TrainState:
     """Step 0: random networks, or ones that start from other runs, made where they will live."""
-    mesh = job.batch_sharding["text"].mesh
+    mesh = job.mesh
     given = jax.device_put(job.given, shardings(job.given, mesh))
     make = on_mesh(functools.partial(job.stage.initial_params, latent_shape=job.latent_shape), mesh)
     params = jax.jit(

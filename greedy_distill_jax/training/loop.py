@@ -3,14 +3,16 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.data.loader import make_loader
+from greedy_distill_jax.distribution.rows import Rows, global_rows
 from greedy_distill_jax.distribution.sharding import with_shardings
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
@@ -71,6 +73,7 @@ class Progress:
                     f"stage {settings.stage}, step {step}: {', '.join(named)} is not finite ({found[named[0]]}); "
                     f"{kept}. Lower the learning rate or look at the data."
                 )
+            settings.kind.check_metrics(settings, step, found)
             values.append(found)
         self._pending = []
         names = dict.fromkeys(name for v in values for name in v)
@@ -81,7 +84,14 @@ class Progress:
         self.checkpointer.save(self.step, state, self.meta())
 
 
-def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batches: Mapping[str, Any]):
+class Batch(NamedTuple):
+    """Arrays on their devices, and the captions of this process's examples."""
+
+    arrays: dict[str, jax.Array]
+    captions: list[str]
+
+
+def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batches: Mapping[str, Batch], mesh: Mesh):
     """(state after the parts of a step, their metrics, names of those that were due); batches by ``Part.order``."""
     metrics: dict[str, Any] = {}
     carry: Any = {}
@@ -89,28 +99,30 @@ def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, bat
     for part in due:
         batch = batches[part.order]
         if part.host:
-            _, found, carry = returned(part, part.call(None, None, jax.device_get(batch), jax.device_get(carry)))
+            given = Rows(batch.arrays, {"captions": batch.captions}), Rows(carry)
+            _, found, carry = returned(part, part.call(None, None, *given))
+            carry = {name: x if isinstance(x, jax.Array) else global_rows(x, mesh) for name, x in carry.items()}
         else:
-            state, found, carry = part.call(state, frozen, batch, carry)
+            state, found, carry = part.call(state, frozen, batch.arrays, carry)
         metrics |= found
     return state, metrics, {part.name for part in due}
 
 
 class Feed:
-    """Global batches on their devices, from where step ``first`` ended; one order of the data per ``Part.order``."""
+    """Global batches, from where step ``first`` ended; one order of the data per ``Part.order``."""
 
     def __init__(self, job: Job, first: int):
         self._job, self._first = job, first
-        self._orders: dict[str, Iterator[dict[str, jax.Array]]] = {}
+        self._orders: dict[str, Iterator[Batch]] = {}
 
-    def __call__(self, step: int) -> dict[str, dict[str, jax.Array]]:
+    def __call__(self, step: int) -> dict[str, Batch]:
         """The batches of a step, by order."""
         return {order: next(self._of(order)) for order in self._due(step)}
 
     def _due(self, step: int) -> set[str]:
         return {part.order for part in self._job.parts if not part.order or part.due(step)}
 
-    def _of(self, order: str) -> Iterator[dict[str, jax.Array]]:
+    def _of(self, order: str) -> Iterator[Batch]:
         if order not in self._orders:
             seed, seen = self._job.settings.seed, self._first
             if order:
@@ -120,7 +132,7 @@ class Feed:
         return self._orders[order]
 
 
-def _batches(job: Job, seed: int, seen: int) -> Iterator[dict[str, jax.Array]]:
+def _batches(job: Job, seed: int, seen: int) -> Iterator[Batch]:
     data = job.settings.data
     loader = make_loader(
         job.source,
@@ -137,10 +149,11 @@ def _batches(job: Job, seed: int, seen: int) -> Iterator[dict[str, jax.Array]]:
     while True:
         with cli.places(**DATA_PLACES):
             batch = next(loader)
-        yield {
+        arrays = {
             name: jax.make_array_from_process_local_data(sharding, batch[name])
             for name, sharding in job.batch_sharding.items()
         }
+        yield Batch(arrays, batch["captions"])
 
 
 def run_loop(
@@ -153,7 +166,7 @@ def run_loop(
     with progress(settings.steps, at.first, settings.stage, enabled=show) as bar:
         while at.step < settings.steps and stop.begins(at.step + 1):
             batches, at.step = feed(at.step + 1), at.step + 1
-            state, metrics, due = run_parts(job.parts, at.step, state, frozen, batches)
+            state, metrics, due = run_parts(job.parts, at.step, state, frozen, batches, job.mesh)
             state = state._replace(step=_placed(at.step, job.state_sharding.step))
             at.made(metrics)
             last = at.step == settings.steps

@@ -31,9 +31,10 @@ class Part(NamedTuple):
 
     Steps count from 1; the loop sets ``state.step``, the number of steps that are finished. ``carry`` is a dictionary
     of arrays, empty at the start of a step, that the parts of a step hand on to each other. A part is jitted and its
-    state donated, unless it is a ``host`` part: that gets numpy arrays as its batch and carry, None as its state and
-    frozen networks, and runs as it is, in a single process; between a rollout and an update it may ask a reward
-    outside. ``losses``: where its terms stand, for errors. ``order``: parts of one name are given the same batch; the
+    state donated, unless it is a ``host`` part: that gets the rows of its process (``distribution.rows.Rows``, numpy
+    arrays) as its batch, with "captions", and carry, None as its state and frozen networks, and runs as it is; rows of
+    its process in the carry that it returns, or numbers that are the same in all, are put together again. Between a
+    rollout and an update it may ask a reward outside. ``gives``: shapes of what a host part adds. ``losses``: where its terms stand, for errors. ``order``: parts of one name are given the same batch; the
     parts of another name than "" see the data in an order of their own, and only batches of steps they are due in.
     ``takes``: shapes of what it takes of the carry, by name, for a job that is only compiled.
     """
@@ -45,6 +46,7 @@ class Part(NamedTuple):
     losses: str = "config.losses"
     order: str = ""
     takes: Mapping[str, jax.ShapeDtypeStruct] = MappingProxyType({})
+    gives: Mapping[str, jax.ShapeDtypeStruct] = MappingProxyType({})
 
 
 def returned(part: Part, out: Any) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
@@ -139,14 +141,15 @@ class Inputs(NamedTuple):
     """What a stage is built of besides its settings.
 
     frozen: parameters (or their shapes) of the networks that ``StageKind.wanted`` calls frozen, by name.
-    null_MC: the unconditional text rows. latent_shape: (T, H, W, C) of an example. source: of the data, None for a job
-    that is only compiled.
+    null_MC: the unconditional text rows. latent_shape: (T, H, W, C) of an example. source, codec: of the data, None for
+    a job that is only compiled.
     """
 
     frozen: Mapping[str, Any]
     null_MC: Any
     latent_shape: tuple[int, int, int, int]
     source: Any = None
+    codec: VideoCodec | None = None
 
 
 class StageKind(abc.ABC):
@@ -222,6 +225,13 @@ class StageKind(abc.ABC):
 
     def check_codec(self, settings: Settings, codec: VideoCodec) -> None:  # noqa: B027 (most accept all)
         """Raises UserError when it cannot train on latents of this codec."""
+
+    def check_metrics(self, settings: Settings, step: int, metrics: Mapping[str, float]) -> None:  # noqa: B027
+        """Raises UserError where the metrics of a step show that the training cannot work."""
+
+    def example_frames(self, settings: Settings) -> int:
+        """Latent frames that it takes of an example."""
+        return settings.data.frames
 
     @abc.abstractmethod
     def build(self, settings: Settings, inputs: Inputs) -> Stage:
