@@ -12,13 +12,12 @@ takes the mean over the batch, applies the weight of the config and logs every t
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from greedy_distill_jax import ranges
+from greedy_distill_jax.cli import extensions
 from greedy_distill_jax.cli.extensions import FORMS, load
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses.dmd import dmd
@@ -64,12 +63,9 @@ def resolve(name: str) -> Callable:
     loss = _found(name)
     if not callable(loss):
         raise UserError(f"loss {name!r} is a {type(loss).__name__}, not a function; {_FORM}.", "loss")
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(loss).parameters.values()
-    needed = [p.name for p in parameters if p.kind in by_position and p.default is p.empty]
-    taken = [p for p in parameters if p.kind in by_position]
-    if len(needed) > 3 or (len(taken) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)):
-        raise UserError(f"loss {name!r} takes ({', '.join(needed)}) by position; {_FORM}.", "loss")
+    wrong = extensions.taken_instead(loss, 3)
+    if wrong:
+        raise UserError(f"loss {name!r} takes {wrong} by position; {_FORM}.", "loss")
     return loss
 
 
@@ -87,14 +83,12 @@ def _found(name: str) -> Any:
 
 def option_names(loss: Callable) -> list[str]:
     """The options of a loss: its keyword-only arguments with a default."""
-    parameters = inspect.signature(loss).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
+    return list(extensions.defaults(loss))
 
 
 def asked(loss: Callable) -> list[str]:
     """What a loss asks its stage for, networks as a rule: keyword-only arguments without a default."""
-    parameters = inspect.signature(loss).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    return extensions.needed(loss)
 
 
 def check_options(name: str, loss: Callable, options: Mapping[str, object]) -> None:
@@ -106,17 +100,7 @@ def check_options(name: str, loss: Callable, options: Mapping[str, object]) -> N
             f"option.",
             "options",
         )
-    parameters = inspect.signature(loss).parameters.values()
-    ranges.check_arguments(loss, options, f"loss {name!r}: option", "options")
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return
-    known = option_names(loss)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise UserError(
-            f"loss {name!r} has no option {unknown[0]!r}; keyword-only options it takes: {', '.join(known) or 'none'}.",
-            "options",
-        )
+    extensions.check_options(f"loss {name!r}", loss, options)
 
 
 def check_returned(term: Term, returned: Any, examples: int) -> tuple[Any, dict[str, Any]]:
