@@ -24,6 +24,14 @@ from greedy_distill_jax.losses.dmd import dmd
 from greedy_distill_jax.losses.flow_matching import flow_matching
 from greedy_distill_jax.losses.motion import motion, motion_head
 from greedy_distill_jax.losses.ode import ode
+from greedy_distill_jax.losses.rl.cm_grpo import cm_grpo
+from greedy_distill_jax.losses.rl.direct import direct
+from greedy_distill_jax.losses.rl.dpo_chunk import dpo_chunk
+from greedy_distill_jax.losses.rl.kl import kl
+from greedy_distill_jax.losses.rl.neighbor import neighbor
+from greedy_distill_jax.losses.rl.nft import nft
+from greedy_distill_jax.losses.rl.re_dmd import re_dmd
+from greedy_distill_jax.losses.rl.self_teacher import self_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +50,19 @@ class Term:
 
 _FORM = "write loss(net, batch, key, *, option=default), see docs/guides/add_a_loss.md"
 _LOSSES: dict[str, Callable] = {
+    "cm_grpo": cm_grpo,
+    "direct": direct,
     "dmd": dmd,
+    "dpo_chunk": dpo_chunk,
     "flow_matching": flow_matching,
+    "kl": kl,
     "motion": motion,
     "motion_head": motion_head,
+    "neighbor": neighbor,
+    "nft": nft,
     "ode": ode,
+    "re_dmd": re_dmd,
+    "self_teacher": self_teacher,
 }
 
 

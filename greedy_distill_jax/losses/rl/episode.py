@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 
@@ -15,9 +16,12 @@ class Episode(NamedTuple):
     ``next`` is the chunk.
 
     x0: the finished frames. predicted: x0(x, sigma) as the policy that made the episode had it. reward: combined, 0
-    where it does not count. advantage: of each stream within its group, 0 where it does not count. counts: 1, or 0 for
-    a stream that could not be judged or whose group was judged all alike. weight: of every frame, of mean 1.
-    group: streams per prompt.
+    where it is not known. advantage: of each stream within its group, 0 where it does not count. counts: 1, or 0 for a
+    stream that could not be judged or whose group was judged all alike. judged: 1, or 0 for a stream that could not be
+    judged; all 1 where there is no reward. weight: of every frame, of mean 1. group: streams per prompt.
+
+    Losses that compare the streams of a group go by ``counts``, the others by ``judged``: a group judged all alike says
+    nothing of what is better, but its frames are as good as any.
     """
 
     x0_BTHWC: Float32[Array, "B T H W C"]
@@ -29,5 +33,18 @@ class Episode(NamedTuple):
     reward_B: Float[Array, " B"]
     advantage_B: Float[Array, " B"]
     counts_B: Float[Array, " B"]
+    judged_B: Float[Array, " B"]
     weight_T: Float[Array, " T"]
     group: int
+
+    def only(self, mask_B: Float[Array, " B"]) -> "Episode":
+        """The same with zeros for all that the other streams hold: what is computed from them has no NaN.
+
+        A mask on the result alone is not enough, because 0 times the gradient of a NaN is a NaN.
+        """
+
+        def kept(x):
+            return jnp.where(mask_B.reshape(-1, *(1,) * (x.ndim - 1)) > 0, x, 0.0)
+
+        of_streams = [name for name in self._fields if name.endswith(("_BTHWC", "_B"))]
+        return self._replace(**{name: kept(getattr(self, name)) for name in of_streams})
