@@ -115,6 +115,22 @@ class Loss:
 Losses = Mapping[str, Loss]  # name in the logs -> term; names may be added in a configuration
 
 
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """One reward of those that a stage asks."""
+
+    reward: str = ""  # a built-in, "module:function" or "file.py:function"
+    weight: float = 1.0  # among the others, 0 or less too
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of the reward
+    judge: bool = False  # logged, never optimised
+    low: float | None = None  # a value below it is a fault: it counts as not judged
+    high: float | None = None  # or above this
+
+
+Rewards = Mapping[str, Reward]  # name in the logs -> reward; names may be added in a configuration
+TERMS = {Losses: Loss, Rewards: Reward}  # keys whose names are open, and what stands under each
+
+
 def flow_matching_alone() -> Losses:
     """The default of every sum of losses."""
     return {"flow_matching": Loss("flow_matching")}

@@ -14,6 +14,7 @@ _STAGES: dict[str, Any] = {  # name -> "module:attribute", or the StageKind itse
     "teacher_forcing": "greedy_distill_jax.training.stages.teacher_forcing:STAGE",  # stage 1 of the student
     "ode": "greedy_distill_jax.training.stages.ode:STAGE",  # the student on a teacher's trajectories
     "dmd": "greedy_distill_jax.training.stages.dmd:STAGE",  # stage 2: on its own videos
+    "rl": "greedy_distill_jax.training.stages.rl:STAGE",  # stage 3: from rewards of its own long videos
 }
 
 _CONTRACT = ("trains", "keys", "check", "terms", "wanted", "build")  # of a StageKind

@@ -13,7 +13,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 
 from greedy_distill_jax import ranges
 from greedy_distill_jax.config import stages
-from greedy_distill_jax.config.keys import Keys, Loss, Losses
+from greedy_distill_jax.config.keys import TERMS, Keys
 from greedy_distill_jax.errors import UserError
 
 GONE = {
@@ -28,8 +28,8 @@ def base() -> ConfigDict:
     for name, group in stages.groups().items():
         config[name] = config_of(group())
     config.lock()
-    for losses in _losses_in(config):
-        losses.unlock()  # names and options are open; ``read`` checks them
+    for terms in _open_in(config):
+        terms.unlock()  # names and options are open; ``read`` checks them
     return config
 
 
@@ -43,7 +43,7 @@ def config_of(keys: Any) -> ConfigDict:
     config, hints = ConfigDict(), typing.get_type_hints(type(keys))
     for field in dataclasses.fields(keys):
         value = getattr(keys, field.name)
-        if hints[field.name] == Losses:
+        if hints[field.name] in TERMS:
             value = ConfigDict({name: config_of(term) for name, term in value.items()})
         elif dataclasses.is_dataclass(value):
             value = config_of(value)
@@ -65,11 +65,11 @@ def open_keys() -> tuple[str, ...]:
         f"{group}.{field}".strip(".")
         for group, cls in groups.items()
         for field, hint in typing.get_type_hints(cls).items()
-        if hint == Losses
+        if hint in TERMS
     )
 
 
-def _losses_in(config: ConfigDict) -> Iterator[ConfigDict]:
+def _open_in(config: ConfigDict) -> Iterator[ConfigDict]:
     for path in open_keys():
         node = config
         for key in path.split("."):
@@ -95,8 +95,10 @@ def read(cls: type, config: ConfigDict, path: str, besides: Collection[str] = ()
     values = {}
     for name, hint in hints.items():
         value = config[name]
-        if hint == Losses:
-            value = {term: _read_loss(node, f"{path}.{name}.{term}", check) for term, node in value.items()}
+        if hint in TERMS:
+            value = {
+                term: _read_term(TERMS[hint], node, f"{path}.{name}.{term}", check) for term, node in value.items()
+            }
         elif dataclasses.is_dataclass(hint):
             value = read(hint, value, f"{path}.{name}", check=check)
         elif check:
@@ -107,20 +109,22 @@ def read(cls: type, config: ConfigDict, path: str, besides: Collection[str] = ()
     return cls(**values)
 
 
-def _read_loss(term: ConfigDict, path: str, check: bool) -> Loss:
-    name = path.rsplit(".", 1)[1]
+def _read_term(cls: type, term: ConfigDict, path: str, check: bool) -> Any:
+    """A loss or a reward: what it is and its weight must be given."""
+    name, fields = path.rsplit(".", 1)[1], {field.name: field for field in dataclasses.fields(cls)}
     if name in RESERVED:
         raise UserError(f"{path}: this name is taken in the logs; choose another.")
+    *most, last = fields
     if not isinstance(term, ConfigDict | Mapping):
-        raise UserError(f"{path} is {term!r}; it must be a group of the keys loss, weight and options.")
+        raise UserError(f"{path} is {term!r}; it must be a group of the keys {', '.join(most)} and {last}.")
     given = term.to_dict() if isinstance(term, ConfigDict) else dict(term)
-    if set(given) - {"loss", "weight", "options"} or not {"loss", "weight"} <= set(given):
-        raise UserError(f"{path} needs the keys loss, weight and options; it has {sorted(given)}.")
-    values = {"options": {}, **given}
+    if set(given) - set(fields) or not set(most[:2]) <= set(given):
+        raise UserError(f"{path} needs the keys {', '.join(most)} and {last}; it has {sorted(given)}.")
+    hints = typing.get_type_hints(cls, include_extras=True)
     if check:
-        for name, rule in typing.get_type_hints(Loss, include_extras=True).items():
-            _check(values[name], rule, f"{path}.{name}")
-    return Loss(values["loss"], float(values["weight"]), values["options"])
+        for name, value in given.items():
+            _check(value, hints[name], f"{path}.{name}")
+    return cls(**{**given, "weight": float(given["weight"])})
 
 
 def _check(value: Any, hint: Any, key: str) -> None:
@@ -145,9 +149,9 @@ def loads(text: str) -> ConfigDict:
     """A configuration that a run stored as JSON, with today's defaults for keys that it does not have."""
     config = base()
     with config.unlocked():
-        for losses in _losses_in(config):
-            for name in list(losses):
-                del losses[name]  # the run's alone, not beside the defaults
+        for terms in _open_in(config):
+            for name in list(terms):
+                del terms[name]  # the run's alone, not beside the defaults
         stored = json.loads(text)
         config.update(ConfigDict({key: value for key, value in stored.items() if key in config}))  # groups of others go
     return config

@@ -41,18 +41,26 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(hidden_\d+/conv|mix)/kernel", (None, None, None, None)),  # of the motion head, which is small
     (r"(hidden_\d+/conv|mix)/bias", (None,)),
     (r"hidden_\d+/norm/(scale|bias)", (None,)),
+    (r"rewards/.+", ("batch",)),
+    (r"sigma|next_sigma|kept_sigma", (None,)),
     # Not parameters: counters and keys of updates and of streams, and Muon's polynomial.
-    (r"count|step|index", ()),
+    (r"count|step|index|start", ()),
     (r"key", ("batch",)),  # one per video; one for all of them is whole on every device
     (r"ns_coeffs", (None,)),
     # Batches, and what a stream carries from chunk to chunk.
-    (r"latents|last|clean|frames|x0_real", ("batch", None, None, None, None)),
+    (
+        r"latents|last|clean|frames|noise|x0_real|visited|following|kept_input",
+        ("batch", None, None, None, None),
+    ),
     (r"states", ("batch", None, None, None, None, None)),
     (r"((etm|sdd|sdd_context|context)_)?(cache|text)/(k|v)", ("layers", "batch", None, "heads", None)),
     (r"(etm_)?slots", (None,)),
     (r"z", ("batch", None, None)),
     (r"text", ("batch", None, None)),
 )
+
+
+WHOLE = "codec/"  # paths of what every device has whole: a codec's parameters may have any names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +118,9 @@ def specs(tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES):
     """
     out = []
     for path, leaf in leaf_paths(tree):
+        if path.startswith(WHOLE):
+            out.append(PartitionSpec())
+            continue
         rows = rows_of(path)
         if len(rows) != 1:
             raise ValueError(f"sharding: {path} matches rows {rows} of sharding.TABLE; it must match exactly one.")

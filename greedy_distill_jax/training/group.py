@@ -168,7 +168,7 @@ def predict_corrected(
     sigma_T: Float32[Array, " T"],
     keep: int,
 ) -> Float32[Array, "B T H W C"]:
-    """``predict`` behind real frames, without gradient: all that a chunk sees is real, but for the last ``keep`` chunks.
+    """``predict`` behind real frames, without gradient: all that a chunk sees is real but for its last ``keep`` chunks.
 
     Args:
       real_PTHWC: the videos that stand in place of the streams' older frames; their noise, where chunks are not kept

@@ -1,4 +1,4 @@
-"""Stage "rl" as pure step functions: groups of streams, what they are worth, and the update (docs/method.md, section 11).
+"""Stage "rl" as pure step functions: groups of streams, what they are worth, the update (docs/method.md, section 10).
 
 The rollout and the update are separate parts of a step (``stages/rl.py``): between them rewards on the host may judge
 what was made. All losses of an update share its episode.
@@ -35,6 +35,8 @@ from greedy_distill_jax.training.update import (
 )
 
 LEAD = 4  # latent frames decoded before a window, for a decoder that looks back; then its frames are those of the whole
+CONSTANT = ContextGrad("none", "none")
+REWARD = "rewards/"  # before a reward's name in what parts hand on
 STEPS = ("random", "stochastic", "last")
 
 
@@ -89,7 +91,13 @@ def draw_step(key, plan, how: str):
 
 
 def rollout_step(
-    state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array], carry, *, seed: int, plan: Plan,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    carry,
+    *,
+    seed: int,
+    plan: Plan,
     microbatches: int = 1,
 ):
     """Makes an episode with the student as it is, and judges it as far as the device can.
@@ -104,9 +112,9 @@ def rollout_step(
       microbatches: parts of the batch that are made one after the other.
 
     Returns:
-      (state, metrics, carry): "frames" [B, F, H, W, C] and what else ``group.Videos`` has, the recorded steps as
-      "visited", "following", "sigma", "next_sigma", "start" (chunks), "rewards/NAME" [B], and for rewards on the host
-      "video" and "first", uint8 [B, T, H, W, 3].
+      (state, metrics, carry): the batch, "frames" [B, F, H, W, C] and what else ``group.Videos`` has, the recorded steps
+      as "visited", "following", "sigma", "next_sigma", "start" (chunks), "rewards/NAME" [B], and for rewards on the
+      host "video" and "first", uint8 [B, T, H, W, 3].
     """
     own, params = plan.own, state.nets["student"].params
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 2), 3)
@@ -123,7 +131,7 @@ def rollout_step(
         measured = {}
         if plan.codec is not None:
             view = plan.views(frozen["codec"], videos.frames, start)
-            made |= {f"rewards/{name}": x for name, x in rewards.on_device(plan.terms, view).items()}
+            made |= {f"{REWARD}{name}": x for name, x in rewards.on_device(plan.terms, view).items()}
             measured = looks(view.video_BTHWC)
             if plan.on_host:
                 made |= {"video": _uint8(view.video_BTHWC), "first": _uint8(view.first_BSHWC)}
@@ -133,14 +141,14 @@ def rollout_step(
     found, made = accumulate(part, dict(batch), keys[2:], microbatches, keeps=True)
     made = {name: rearrange(x, "p n ... -> (p n) ...") for name, x in made.items()}
     metrics = {f"video/{name}": x for name, x in found["looks"].items()} | {"start": start * own.chunk}
-    return state, metrics, {**carry, **made, **found["shared"], "start": start}
+    return state, metrics, {**carry, **batch, **made, **found["shared"], "start": start}
 
 
 def looks(video_BTHWC: Float[Array, "B T H W 3"]) -> dict[str, jax.Array]:
     """What to watch beside rewards, in pixels of [0, 1].
 
-    motion: mean change from frame to frame; it falls where a reward likes a still video. saturation: mean of the largest
-    less the smallest channel; clipped: share of channels within 1/255 of black or white.
+    motion: mean change from frame to frame; it falls where a reward likes a still video. saturation: mean of the
+    largest less the smallest channel; clipped: share of channels within 1/255 of black or white.
     """
     change = jnp.mean(jnp.abs(video_BTHWC[:, 1:] - video_BTHWC[:, :-1])) if video_BTHWC.shape[1] > 1 else jnp.float32(0)
     spread = jnp.max(video_BTHWC, axis=-1) - jnp.min(video_BTHWC, axis=-1)
@@ -177,7 +185,8 @@ def learn_step(
     Args:
       state: donated by the caller; its "old" network, where there is one, follows the student.
       frozen: parameters of networks that are not trained: "reference", "teacher", "codec".
-      batch, carry: of ``rollout_step``, with all "rewards/NAME".
+      batch: unused; the episode may be that of another step.
+      carry: of ``rollout_step``, with all "rewards/NAME".
       seed, plan, microbatches: as there.
       grads: what flows through the parameters that made the contexts of the clip.
       terms: the losses, see ``losses.rl.episode`` and ``stages.rl`` for what they may ask.
@@ -193,18 +202,19 @@ def learn_step(
     Returns:
       (state, metrics, carry).
     """
-    own, net, student = plan.own, state.nets["student"], "student"
+    del batch
+    own, net = plan.own, state.nets["student"]
     asks = {name for term in terms for name in asked(term.loss)}
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 3), 2)
     frozen_state = jax.lax.stop_gradient(state)
     weight_T = growth ** jnp.repeat(jnp.arange(own.clip // own.chunk, dtype=jnp.float32), own.chunk)
     start, level = carry["start"], (carry["sigma"], carry["next_sigma"])
-    values = {term.name: carry[f"rewards/{term.name}"] for term in plan.terms}
-    judged, metrics = _judged(plan, values, len(batch["text"]) * own.group)
-    of_prompts = {**judged, **{name: carry[name] for name in ("visited", "following", *Videos._fields) if name in carry}}
-    of_prompts.pop("kept_sigma", None)
+    values = {name.removeprefix(REWARD): x for name, x in carry.items() if name.startswith(REWARD)}
+    judged, metrics = _judged(plan, values, len(carry["frames"]))
+    names = ("visited", "following", *Videos._fields[:3])
+    of_prompts = judged | {name: carry[name] for name in names if name in carry}
     of_prompts = {name: rearrange(x, "(p n) ... -> p n ...", n=own.group) for name, x in of_prompts.items()}
-    examples = {**batch, **of_prompts}
+    examples = of_prompts | {name: carry[name] for name in ("text", "latents") if name in carry}
 
     def episode_of(part):
         at = {name: rearrange(part[name], "p n ... -> (p n) ...") for name in of_prompts}
@@ -212,8 +222,8 @@ def learn_step(
         clip = jax.lax.dynamic_slice_in_dim(videos.frames, start * own.chunk, own.clip, axis=1)
         return at, videos, clip
 
-    def predictor(params, part, videos, grads=ContextGrad("none", "none")):
-        memo = {}
+    def predictor(params, part, videos, grads=CONSTANT):
+        memo: dict[tuple[int, int], tuple] = {}
 
         def predict(x, sigma):
             at = id(x), id(sigma)
@@ -245,7 +255,8 @@ def learn_step(
             def rewarded(x0):
                 frames = jax.lax.dynamic_update_slice_in_dim(videos.frames, x0, start * own.chunk, axis=1)
                 found = rewards.on_device(plan.terms, plan.views(frozen["codec"], frames, start))
-                worth = sum(term.weight * found[term.name] for term in plan.terms if not term.judge)
+                weights = rewards.weights(plan.terms, found)
+                worth = sum(weight * found[name] for name, weight in weights.items())
                 return jnp.where(jnp.isfinite(worth), worth, 0.0)
 
             offered["rewarded"] = rewarded
@@ -264,6 +275,7 @@ def learn_step(
                 at["reward"],
                 at["advantage"],
                 at["counts"],
+                at["judged"],
                 weight_T / jnp.mean(weight_T),
                 own.group,
             )
@@ -303,7 +315,7 @@ def learn_step(
         params, opt_state, (loss, found, sizes) = jax.lax.fori_loop(
             1, epochs, epoch, (params, opt_state, (loss, found, sizes))
         )
-    state = settle(state, student, update, params, opt_state)
+    state = settle(state, "student", update, params, opt_state)
     if "old" in state.nets:
         old = state.nets["old"]
         follow = functools.partial(jax.tree.map, lambda old, new: old_decay * old + (1.0 - old_decay) * new)
@@ -316,14 +328,12 @@ def _constant(call: Callable) -> Callable:
 
 
 def _judged(plan: Plan, values: Mapping[str, jax.Array], count: int):
-    """({"reward", "advantage", "counts"} of every stream, metrics); all count alike where nothing is optimised."""
-    metrics = {f"reward/{name}": x for name, x in rewards.statistics(values).items()}
-    weights = {term.name: term.weight for term in plan.terms if not term.judge}
+    """({"reward", "advantage", "counts", "judged"} of every stream, metrics); where nothing is optimised all count."""
+    metrics, weights = rewards.statistics(values), rewards.weights(plan.terms, values)
+    metrics = {f"reward/{name}": jnp.where(jnp.isnan(x), 0.0, x) for name, x in metrics.items()}
     if not weights:
         zeros = jnp.zeros(count, jnp.float32)
-        return {"reward": zeros, "advantage": zeros, "counts": zeros + 1.0}, metrics
-    found = combine(
-        {name: values[name] for name in weights}, weights, plan.own.group, plan.how, mode=plan.scale, clip=plan.limit
-    )
-    judged = {"reward": found.reward_B, "advantage": found.advantage_B, "counts": found.counts_B}
-    return judged, metrics | {f"group/{name}": x for name, x in found.metrics.items()}
+        return {"reward": zeros, "advantage": zeros, "counts": zeros + 1.0, "judged": zeros + 1.0}, metrics
+    found = combine(values, weights, plan.own.group, plan.how, plan.scale, plan.limit)
+    judged = {name: getattr(found, f"{name}_B") for name in ("reward", "advantage", "counts", "judged")}
+    return judged, metrics | logged({f"group/{name}": x for name, x in found.metrics.items()})

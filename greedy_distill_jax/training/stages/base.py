@@ -34,9 +34,10 @@ class Part(NamedTuple):
     state donated, unless it is a ``host`` part: that gets the rows of its process (``distribution.rows.Rows``, numpy
     arrays) as its batch, with "captions", and carry, None as its state and frozen networks, and runs as it is; rows of
     its process in the carry that it returns, or numbers that are the same in all, are put together again. Between a
-    rollout and an update it may ask a reward outside. ``gives``: shapes of what a host part adds. ``losses``: where its terms stand, for errors. ``order``: parts of one name are given the same batch; the
-    parts of another name than "" see the data in an order of their own, and only batches of steps they are due in.
-    ``takes``: shapes of what it takes of the carry, by name, for a job that is only compiled.
+    rollout and an update it may ask a reward outside. ``losses``: where its terms stand, for errors. ``order``: parts
+    of one name are given the same batch; the parts of another name than "" see the data in an order of their own, and
+    only batches of steps they are due in. ``takes``: shapes of what it takes of the carry, by name, for a job that is
+    only compiled. ``gives``: shapes of what a host part adds; without, the parts behind it are traced when they first run.
     """
 
     name: str

@@ -9,41 +9,32 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config.keys import Losses, Optimizer, flow_matching_alone
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
-from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, asked, motion, motion_head as motion_head_loss
-from greedy_distill_jax.losses.pair import draw_pair
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.flops import Flops
-from greedy_distill_jax.models.students.base import ContextGrad, StreamingModel
-from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ranges import Count, Natural, NoiseLevel, NotNegative, Positive, between, one_of
-from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import motion_head, nets, policy_gradient, rollout
 from greedy_distill_jax.training.cost import Cost, Meter, draws, score_calls, total
-from greedy_distill_jax.training.optimizer import make_optimizer
 from greedy_distill_jax.training.sources import Wanted
+from greedy_distill_jax.training.stages import scores
 from greedy_distill_jax.training.stages.base import (
     Inputs,
     Network,
     Part,
     Stage,
     StageKind,
-    always,
     compute_precision,
     own_update,
     text_shape,
 )
 from greedy_distill_jax.training.stages.ode import check_trajectories, states_shape, with_levels
-from greedy_distill_jax.training.stages.teacher_forcing import looking_back
-from greedy_distill_jax.training.update import Update
 
 REAL = ("joint", "autoregressive", "per_frame")
 FAKE = ("critic", "self_sg", "self_fm", "self_ema", "stage1")
@@ -101,8 +92,9 @@ class Dmd(StageKind):
         """Raises UserError for keys that exclude each other."""
         check_student(settings)
         d: Distill = settings.own["distill"]
-        _check_teacher(d)
-        _check_critic(settings, d)
+        if not settings.student_from:
+            raise UserError("config.student_from is empty; stage dmd starts from a stage-1 student, name its run.")
+        check_critic(settings)
         _check_gradient(settings, d)
         _check_rollout(settings, d)
         _check_scores(settings, d)
@@ -110,7 +102,7 @@ class Dmd(StageKind):
 
     def terms(self, settings: Settings) -> tuple[Term, ...]:
         """The student's losses; one that asks a bidirectional teacher for scores keeps one noise level per video."""
-        chunk = score_group(settings)
+        chunk = scores.score_group(settings)
         return terms_of(
             settings.losses,
             "config.losses",
@@ -127,7 +119,9 @@ class Dmd(StageKind):
         student = Wanted("student_from", settings.student_config, why=why)
         out = {
             "student": student._replace(frozen="stage1", stage="teacher_forcing") if stage1 else student,
-            "teacher": Wanted("teacher_from", teacher_config(settings), frozen="teacher" if teacher else "", why=why),
+            "teacher": Wanted(
+                "teacher_from", scores.teacher_config(settings), frozen="teacher" if teacher else "", why=why
+            ),
         }
         if (d.fake, d.real) == ("critic", "joint"):
             out["critic"] = Wanted("critic_from", settings.wan)
@@ -146,13 +140,13 @@ class Dmd(StageKind):
 
     def all_terms(self, settings: Settings) -> tuple[Term, ...]:
         """The student's losses, and the critic's where there is one."""
-        return settings.terms + (critic_terms(settings) if settings.own["distill"].fake == "critic" else ())
+        return settings.terms + (scores.critic_terms(settings) if settings.own["distill"].fake == "critic" else ())
 
     def costs(self, settings: Settings, stage: Stage, meter: Meter) -> dict[str, Cost]:
         """Floating-point operations of the generator's, the motion head's and the critic's part."""
         d: Distill = settings.own["distill"]
         cfg, frames, tokens, terms = stage.model.cfg, meter.frames, meter.tokens, settings.terms
-        teacher, length = teacher_config(settings), d.frames or meter.frames
+        teacher, length = scores.teacher_config(settings), d.frames or meter.frames
 
         def student(n: int = 1) -> Flops:
             return flops.student(cfg, frames, tokens, n)
@@ -180,14 +174,12 @@ class Dmd(StageKind):
         if heads:
             costs["motion_head"] = motion_head.learnt(settings.own["motion_head"], meter, d.skip)
         if critic is not None:
-            calls = draws(critic_terms(settings))
-            learnt = [flops.teacher(settings.wan, frames * n, tokens) if bidirectional else student(n) for n in calls]
-            costs["critic"] = meter.cost(total(learnt), own)
+            costs["critic"] = scores.critic_cost(settings, stage.model, meter, own)
         return costs
 
     def sizes(self, settings: Settings) -> tuple[WanConfig, ...]:
         """Student and critic have one size, the teacher may have another."""
-        return settings.wan, teacher_config(settings)
+        return settings.wan, scores.teacher_config(settings)
 
     def check_sources(self, settings: Settings, sources: Mapping[str, Any]) -> None:
         """A teacher that scores per frame was trained with a noise level per frame."""
@@ -202,35 +194,17 @@ class Dmd(StageKind):
             )
 
     def check_codec(self, settings: Settings, codec: VideoCodec) -> None:
-        """A window of a longer rollout is a video like any other only where all latent frames are alike."""
-        frames, of_data = settings.own["distill"].frames, settings.data.frames
-        if frames > of_data and codec.temporal_stride > 1:
-            raise UserError(
-                f"config.distill.frames is {frames}, beyond config.data.frames = {of_data}: the scores would see "
-                f"windows that begin with a latent of {codec.temporal_stride} frames of video, where every video they "
-                f"were trained on begins with a latent of one; leave config.distill.frames at 0."
-            )
+        """Longer rollouts are judged by windows."""
+        scores.check_windows(codec, "config.distill.frames", settings.own["distill"].frames, settings.data.frames)
 
     def build(self, settings: Settings, inputs: Inputs) -> Stage:
         """The student and, where they are asked for, the motion head and the critic, each with a part of its own."""
         d: Distill = settings.own["distill"]
         student = self.model(settings)
-        critic, critic_net = critic_of(settings, student)
-        shared = dict(
-            seed=settings.seed,
-            null_MC=jnp.asarray(inputs.null_MC),
-            own=self_rollout(settings, student, inputs.latent_shape),
-            prepare=looking_back(settings, student),
-            text_dropout=settings.text_dropout,
-            microbatches=settings.data.accumulate,
-        )
-
-        def due(step: int) -> bool:
-            return step > d.critic_warmup and (step - d.critic_warmup - 1) % d.generator_every == 0
-
-        updates = -(-(settings.steps - d.critic_warmup) // d.generator_every)
+        shared, due = scores.shared_by_parts(settings, student, inputs), scores.generator_due(settings)
+        updates = sum(due(step) for step in range(1, settings.steps + 1))
         update = own_update(settings, updates * (d.epochs if d.pg == "actor_critic" else 1))
-        make_scores, heads = score_nets(settings, student, shared["null_MC"]), []
+        make_scores, heads = scores.score_nets(settings, student, shared["null_MC"]), []
         networks = {"student": Network(student, update, start_from=("student", "teacher"))}
         if asks_for("head", settings):
             shape = (settings.data.batch, *inputs.latent_shape)
@@ -241,43 +215,20 @@ class Dmd(StageKind):
             policy_gradient.generator_step,
             make_net=functools.partial(nets.student_net, student),
             make_scores=make_scores,
-            make_pair=functools.partial(
-                draw_pair,
-                shift=d.shift,
-                low=d.low,
-                high=d.high,
-                draws=d.draws,
-                skip=d.skip,
-                group=score_group(settings),
-            ),
+            make_pair=scores.pair_of(settings),
             terms=settings.terms,
             update=update,
             **shared,
         )
-        call = _handing_on(generator)
+        call = scores.handing_on(generator)
         if asks_for("samples", settings):
             call = with_levels(call, settings, inputs.source)
-        parts = [Part("dmd", due, call), *heads]
+        parts, critic = [Part("dmd", due, call), *heads], scores.critic_part(settings, student, inputs)
         if critic is not None:
-            update = Update(make_optimizer(settings.own["critic"].optimizer, steps=settings.steps))
-            start = dict(start_from=("critic", "teacher")) if isinstance(critic, Teacher) else dict(copy_of="student")
-            networks["critic"] = Network(critic, update, **start, part="critic")
-            step = functools.partial(
-                policy_gradient.critic_step, make_net=critic_net, terms=critic_terms(settings), update=update, **shared
-            )
-            # Each draws prompts of its own, as in Self-Forcing.
-            parts = [part._replace(order="generator") for part in parts]
-            parts.append(Part("critic", always, _handing_on(step), losses="config.critic.losses"))
+            networks["critic"], part = critic
+            parts = [*(each._replace(order="generator") for each in parts), part]  # each draws prompts of its own
         frozen = {name: compute_precision(tree, student.cfg.base.dtype) for name, tree in inputs.frozen.items()}
         return Stage(networks, frozen, tuple(parts))
-
-
-def _handing_on(step: Callable) -> Callable:
-    def call(state, frozen, batch, carry):
-        state, metrics, *more = step(state, frozen, batch)
-        return state, metrics, {**carry, **(more[0] if more else {})}
-
-    return call
 
 
 def asks_for(name: str, settings: Settings) -> bool:
@@ -285,85 +236,9 @@ def asks_for(name: str, settings: Settings) -> bool:
     return any(name in asked(term.loss) for term in settings.terms)
 
 
-def teacher_config(settings: Settings) -> WanConfig:
-    """The DiT that is asked for the real score; precision, remat and text are those of ``config.model``."""
-    shared = ("text_dim", "text_len", "dtype", "gradient_dtype", "remat")
-    size = WAN_SIZES.get(settings.own["distill"].teacher_size, {})
-    return dataclasses.replace(settings.wan, **{k: v for k, v in size.items() if k not in shared})
-
-
-def critic_terms(settings: Settings) -> tuple[Term, ...]:
-    """The critic's losses: bidirectional beside a bidirectional teacher score, teacher-forced beside the others."""
-    joint, chunk = settings.own["distill"].real == "joint", settings.student_config.chunk
-    return terms_of(
-        settings.own["critic"].losses,
-        "config.critic.losses",
-        settings,
-        offered=(),
-        chunk_of=lambda loss: None if joint else chunk,
-    )
-
-
-def self_rollout(settings: Settings, student: StreamingModel, latent_shape) -> policy_gradient.SelfRollout:
-    """How the student makes its own videos; context "fused" is rolled out as "clean", whose numbers are the same."""
+def check_critic(settings: Settings) -> None:
+    """Raises UserError for scores, and a critic, that cannot be."""
     d: Distill = settings.own["distill"]
-    fused = student.cfg.context == "fused"
-    rolled = make_student(dataclasses.replace(student.cfg, context="clean")) if fused else student
-    return policy_gradient.SelfRollout(
-        make_streamer(rolled, settings.plan),
-        tuple(latent_shape),
-        d.frames or latent_shape[0],
-        d.exit,
-        ContextGrad(d.context_grad_etm, d.context_grad_sdd),
-        d.pg,
-        d.segment,
-        d.epochs,
-        d.anchor,
-    )
-
-
-def critic_of(settings: Settings, student: StreamingModel):
-    """(the separate fake score, its ``make_net(params)``), or (None, None)."""
-    d: Distill = settings.own["distill"]
-    if d.fake != "critic":
-        return None, None
-    if d.real == "joint":
-        teacher = Teacher(student.cfg.base)
-        return teacher, functools.partial(nets.teacher_net, teacher)
-    return student, functools.partial(nets.student_net, student)
-
-
-def score_nets(settings: Settings, student: StreamingModel, null_MC) -> Callable:
-    """``make_scores(state, frozen) -> {"real": net, "fake": net}`` of ``config.distill``."""
-    d: Distill = settings.own["distill"]
-    own_net, (_, critic_net) = functools.partial(nets.student_net, student), critic_of(settings, student)
-    teacher = Teacher(teacher_config(settings))
-    real_net = {
-        "joint": lambda frozen: nets.teacher_net(teacher, frozen["teacher"]),
-        "per_frame": lambda frozen: nets.given_history_net(teacher, student.cfg.chunk, frozen["teacher"]),
-        "autoregressive": lambda frozen: own_net(frozen["stage1"]),
-    }[d.real]
-    fake_net = {
-        "critic": lambda state, frozen: critic_net(state.nets["critic"].params),
-        "self_sg": lambda state, frozen: own_net(state.nets["student"].params),
-        "self_fm": lambda state, frozen: own_net(state.nets["student"].params),
-        "self_ema": lambda state, frozen: own_net(state.nets["student"].ema),
-        "stage1": lambda state, frozen: own_net(frozen["stage1"]),
-    }[d.fake]
-
-    def make_scores(state, frozen):
-        real = guidance.guided_score(real_net(frozen), null_MC, d.guidance)
-        return {"real": real, "fake": fake_net(state, frozen)}
-
-    return make_scores
-
-
-def score_group(settings: Settings) -> int | None:
-    """Latent frames that share a noise level when scores are asked: a bidirectional teacher has seen one per video."""
-    return None if settings.own["distill"].real == "joint" else settings.student_config.chunk
-
-
-def _check_teacher(d: Distill) -> None:
     if d.low > d.high:
         raise UserError(f"config.distill.low is {d.low}, above config.distill.high = {d.high}; exchange them.")
     if d.teacher_size and d.real == "autoregressive":
@@ -371,19 +246,14 @@ def _check_teacher(d: Distill) -> None:
             f"config.distill.teacher_size is {d.teacher_size!r}, but real 'autoregressive' asks no teacher; leave it "
             f"empty."
         )
-
-
-def _check_critic(settings: Settings, d: Distill) -> None:
-    if not settings.student_from:
-        raise UserError("config.student_from is empty; stage dmd starts from a stage-1 student, name its run.")
     if d.fake == "critic":
-        critic_terms(settings)
+        scores.critic_terms(settings)
     elif d.generator_every != 1 or d.critic_warmup:
         raise UserError(
             f"config.distill.fake is {d.fake!r}: there is no critic to update between generator updates; set "
             f"config.distill.generator_every=1 and config.distill.critic_warmup=0."
         )
-    other_size = d.teacher_size and teacher_config(settings) != settings.wan
+    other_size = d.teacher_size and scores.teacher_config(settings) != settings.wan
     if other_size and (d.fake, d.real) == ("critic", "joint") and not settings.critic_from:
         raise UserError(
             f"config.critic_from is empty, and the critic cannot start from a teacher of size {d.teacher_size!r}; name "
@@ -407,11 +277,7 @@ def _check_gradient(settings: Settings, d: Distill) -> None:
             "config.distill.pg is 'rollout_full', which differentiates through the contexts; set "
             "config.distill.context_grad_etm=params and config.distill.context_grad_sdd=params."
         )
-    if settings.student.context_weights == "own" and d.context_grad_sdd == "none":
-        raise UserError(
-            "config.student.context_weights is 'own', but with config.distill.context_grad_sdd = 'none' nothing trains "
-            "the weights of the context pass; set config.distill.context_grad_sdd=params."
-        )
+    check_contexts(settings)
     for key, pg in (("segment", "rollout_full"), ("epochs", "actor_critic"), ("anchor", "actor_critic")):
         value, default = getattr(d, key), getattr(Distill, key)
         if d.pg != pg and value != default:
@@ -419,10 +285,6 @@ def _check_gradient(settings: Settings, d: Distill) -> None:
                 f"config.distill.{key} is {value}, but only config.distill.pg = {pg!r} uses it, not {d.pg!r}; leave it "
                 f"at {default}."
             )
-    if settings.student.kind == "causal" and d.context_grad_etm != "params":
-        raise UserError(
-            "config.distill.context_grad_etm is 'none', but a causal student has no ETM; leave it at 'params'."
-        )
 
 
 def _check_rollout(settings: Settings, d: Distill) -> None:
@@ -494,6 +356,20 @@ def _check_scores(settings: Settings, d: Distill) -> None:
     if d.fake == "stage1" and d.real == "autoregressive":
         raise UserError(
             "config.distill: real 'autoregressive' and fake 'stage1' are the same network: no gradient; change one."
+        )
+
+
+def check_contexts(settings: Settings) -> None:
+    """Raises UserError for context gradients that the student has no use for, or cannot do without."""
+    d: Distill = settings.own["distill"]
+    if settings.student.context_weights == "own" and d.context_grad_sdd == "none":
+        raise UserError(
+            "config.student.context_weights is 'own', but with config.distill.context_grad_sdd = 'none' nothing trains "
+            "the weights of the context pass; set config.distill.context_grad_sdd=params."
+        )
+    if settings.student.kind == "causal" and d.context_grad_etm != "params":
+        raise UserError(
+            "config.distill.context_grad_etm is 'none', but a causal student has no ETM; leave it at 'params'."
         )
 
 
