@@ -34,7 +34,7 @@ def jpeg_size(view: HostView, *, quality: Annotated[int, between(1, 100)] = 95) 
     A frame of one colour is best. With a negative weight detail is asked for, and noise is best.
 
     References:
-      Training Diffusion Models with Reinforcement Learning, arXiv 2305.13301, section 5.1.
+      Training Diffusion Models with Reinforcement Learning, arXiv 2305.13301 (compressibility).
     """
     sizes = [np.mean([len(to_jpeg(frame, quality)) for frame in video]) for video in view.video_BTHWC]
     return np.asarray(sizes, np.float32) / np.float32(-1000)
