@@ -29,7 +29,7 @@ COLOURS = {  # name -> RGB
 
 @reward(kind="host")
 def jpeg_size(view: HostView, *, quality: Annotated[int, between(1, 100)] = 95) -> Float32[np.ndarray, " B"]:
-    """Minus the mean size of a judged frame as JPEG, in thousands of bytes: compressible videos.
+    """Minus the mean size of a judged frame as JPEG, in thousands of bytes, for compressible videos.
 
     A frame of one colour is best. With a negative weight detail is asked for, and noise is best.
 

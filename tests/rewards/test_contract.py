@@ -30,7 +30,7 @@ def returning(value, kind="host", **term):
 @pytest.mark.parametrize("name", rewards.names())
 def test_every_name_is_a_reward(name):
     found = rewards.resolve(name)
-    assert found.name == name and found.kind in rewards.KINDS and found.function.__doc__
+    assert found.name == name and found.kind in rewards.KINDS and found.__doc__ == found.function.__doc__ is not None
     assert not found.differentiable or found.kind == "jax"
     rewards.check_options(name, found, {})
 
