@@ -9,6 +9,7 @@ Extras:
   eval        image metrics (SSIM)
   docs        build the pages of docs/
   notebook    execute the notebooks
+  rewards     ask reward servers, and be one
   dev         everything the suite needs (`test` is the same set)
 """
 
@@ -54,6 +55,7 @@ BASE = [
 EVAL = ["scikit-image>=0.26.0"]
 DOCS = ["furo>=2025.12.19", "myst-parser>=5.2.0", "sphinx>=9.0.4", "sphinx-copybutton>=0.5.2"]
 NOTEBOOK = ["ipykernel>=7.4.0", "jupytext>=1.19.6", "nbclient>=0.11.0", "nbformat>=5.11.1"]
+REWARDS = ["httpx>=0.28.1", "msgpack>=1.2.4", "starlette>=1.10.0", "uvicorn>=0.54.0"]
 TORCH = ["ftfy>=6.3.1", "torch>=2.13.0", "transformers>=5.23.0", "sentencepiece>=0.2.1"]
 PARITY = ["accelerate>=1.15.0", "diffusers>=0.42.1", "torch>=2.13.0", "transformers>=5.23.0"]
 DEV = [
@@ -69,6 +71,7 @@ DEV = [
     *DOCS,
     *EVAL,
     *NOTEBOOK,
+    *REWARDS,
 ]
 
 setup(
@@ -94,6 +97,7 @@ setup(
         "eval": EVAL,
         "docs": DOCS,
         "notebook": NOTEBOOK,
+        "rewards": REWARDS,
         "dev": DEV,
         "test": DEV,
     },

@@ -159,7 +159,10 @@ DISTRIBUTION_OF = {
 }
 # In extras (tokenizers: with transformers), or (tokamax) a peer that benchmarks measure if it is there; imported inside
 # functions.
-OPTIONAL = {"ftfy", "skimage", "starlette", "tokamax", "tokenizers", "uvicorn", "websockets", *TORCH}
+OPTIONAL = {
+    *("ftfy", "httpx", "msgpack", "skimage", "starlette", "tokamax", "tokenizers", "uvicorn", "websockets"),
+    *TORCH,
+}
 
 
 def test_setup_lists_what_the_package_imports(monkeypatch):
@@ -178,7 +181,7 @@ def test_setup_lists_what_the_package_imports(monkeypatch):
 def test_setup_has_no_torch_in_the_base(monkeypatch):
     arguments = setup_arguments(monkeypatch)
     assert not [r for r in arguments["install_requires"] if re.match("torch|transformers|tensorflow|diffusers", r)]
-    extras = {"cuda", "tpu", "torch", "parity", "eval", "docs", "notebook", "dev", "test"}
+    extras = {"cuda", "tpu", "torch", "parity", "eval", "docs", "notebook", "rewards", "dev", "test"}
     assert extras <= set(arguments["extras_require"])
     assert not [r for rs in arguments["extras_require"].values() for r in rs if "<" in r.split(";")[0]]
 

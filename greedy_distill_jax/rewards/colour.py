@@ -12,7 +12,7 @@ from greedy_distill_jax.rewards.protocol import View, reward
 
 @reward(kind="jax", differentiable=True)
 def colour_kept(view: View) -> Float32[Array, " B"]:
-    """- mean over frames and channels of |c_t - c_0|: what stands out keeps its colour, wherever it moves.
+    """Minus the mean over frames and channels of |c_t - c_0|, so that what stands out keeps its colour.
 
     c_t is ``salient_colour`` of a judged frame, c_0 the mean of those of the first frames. What stands out is found
     without a gradient, so that colours change, not what counts. Content that vanishes loses, content that stands still

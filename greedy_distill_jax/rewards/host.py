@@ -29,12 +29,12 @@ COLOURS = {  # name -> RGB
 
 @reward(kind="host")
 def jpeg_size(view: HostView, *, quality: Annotated[int, between(1, 100)] = 95) -> Float32[np.ndarray, " B"]:
-    """Minus the mean size of a judged frame as JPEG, in thousands of bytes: compressible videos.
+    """Minus the mean size of a judged frame as JPEG, in thousands of bytes, for compressible videos.
 
     A frame of one colour is best. With a negative weight detail is asked for, and noise is best.
 
     References:
-      Training Diffusion Models with Reinforcement Learning, arXiv 2305.13301, section 5.1.
+      Training Diffusion Models with Reinforcement Learning, arXiv 2305.13301 (compressibility).
     """
     sizes = [np.mean([len(to_jpeg(frame, quality)) for frame in video]) for video in view.video_BTHWC]
     return np.asarray(sizes, np.float32) / np.float32(-1000)

@@ -62,12 +62,14 @@ class Server:
     retries: int
     sleep: Callable[[float], None] = time.sleep
 
+    def __post_init__(self):
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"the option url is {self.url!r}; name a server, such as http://127.0.0.1:8100.", "options")
+
     def check(self) -> None:
         """Raises UserError unless the server is there and speaks this version."""
         with extra():
             import httpx
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"the option url is {self.url!r}; name a server, such as http://127.0.0.1:8100.", "options")
         address = f"{self.url.rstrip('/')}/v1/health"
         try:
             answer = httpx.get(address, timeout=self.timeout)
@@ -114,6 +116,8 @@ class Server:
                         raise _Passing(f"{self.url} takes longer than {self.timeout:g} s")
         except httpx.TimeoutException as error:
             raise _Passing(f"{self.url} takes longer than {self.timeout:g} s") from error
+        except httpx.InvalidURL as error:
+            raise Failed(f"{self.url} is no address ({_told(error)})") from error
         except httpx.HTTPError as error:
             raise _Passing(f"{self.url}: {_told(error)}") from error
         if answer.status_code != 200:
@@ -168,7 +172,7 @@ def http(
     names = _names(scores, weights)
     found, faults = judge(view, Server(url, timeout, retries), names, fps, quality, batch, concurrency)
     if weights:
-        return Judged(sum(np.float32(weights[name]) * found[name] for name in names), faults)
+        return Judged(sum(weights[name] * found[name] for name in names), faults)
     return Judged(found[names[0]] if len(names) == 1 else found, faults)
 
 
@@ -181,7 +185,7 @@ def judge(
     batch: int,
     concurrency: int,
 ) -> Judged:
-    """({score: float32 [B]}, what failed); see ``http`` for the arguments."""
+    """({score: [B]}, what failed); see ``http`` for the arguments."""
     with extra():
         import httpx
         import msgpack
@@ -205,9 +209,10 @@ def judge(
             return {name: [math.nan] * len(videos) for name in names}, [str(error)]
 
     requests = [range(i, min(i + batch, len(view.captions))) for i in range(0, len(view.captions), batch)]
-    with httpx.Client() as client, concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(concurrency)
+    with httpx.Client(limits=httpx.Limits(max_connections=concurrency)) as client, pool:
         answers = list(pool.map(score, requests))
-    values = {name: np.asarray([x for found, _ in answers for x in found[name]], np.float32) for name in names}
+    values = {name: np.asarray([x for found, _ in answers for x in found[name]]) for name in names}
     return Judged(values, tuple(fault for _, faults in answers for fault in faults))
 
 
@@ -242,7 +247,7 @@ def _read(server: Server, answer: Any, ids: Sequence[str], names: Sequence[str])
             raise Failed(f"{server.url} answers about the video {row.get('id')!r}, which it was not asked about")
         of[row["id"]].append(row)
     values, faults = {name: [] for name in names}, []
-    for id_, given in of.items():
+    for given in of.values():
         if len(given) != 1:
             faults.append(f"{server.url} answers {len(given)} times about a video")
         for name in names:

@@ -20,7 +20,7 @@ _FASTEST = 8.0  # pixels per frame; faster is no motion but a cut
 
 @reward(kind="jax", differentiable=True)
 def flicker(view: View) -> Float32[Array, " B"]:
-    """- mean |v[t+1] - v[t]|: calm videos. A frozen one is best of all, with 0: never optimise it alone.
+    """Minus mean |v[t+1] - v[t]|, for calm videos. A frozen one is best, with 0. Never optimise it alone.
 
     Raises:
       UserError: fewer than 2 frames.
@@ -30,7 +30,7 @@ def flicker(view: View) -> Float32[Array, " B"]:
 
 @reward(kind="jax", differentiable=True)
 def smooth2(view: View) -> Float32[Array, " B"]:
-    """- mean |v[t-1] - 2 v[t] + v[t+1]|: change at a constant pace. A frozen video is best, with 0, and a fade as good.
+    """Minus mean |v[t-1] - 2 v[t] + v[t+1]|, for a constant pace. A frozen video is best, with 0, and a fade as good.
 
     Raises:
       UserError: fewer than 3 frames.
@@ -40,7 +40,7 @@ def smooth2(view: View) -> Float32[Array, " B"]:
 
 @reward(kind="jax", differentiable=True)
 def motion_band(view: View, *, target: Positive | None = None, width: Positive = 0.5) -> Float32[Array, " B"]:
-    """exp(-log(m / target)^2 / (2 width^2)) in (0, 1]: as much motion as wanted, neither less nor more.
+    """exp(-log(m / target)^2 / (2 width^2)) in (0, 1], for as much motion as wanted, neither less nor more.
 
     m is the mean of the normal flow u = |y[t+1] - y[t]| / sqrt(|grad y|^2 + 1e-3), at most 8 pixels per frame, over the
     pixels with an edge, |grad y| > 0.02 per pixel. Camera shake and crawling noise please it as well as motion does.
@@ -86,7 +86,7 @@ def anti_drift(view: View, *, segments: Count = 4, clipped: NotNegative = 5.0) -
 
 @reward(kind="jax", differentiable=True)
 def sharp_hold(view: View) -> Float32[Array, " B"]:
-    """- |log(s(video) / s(first))|, s the mean over frames of the variance of the Laplacian of y: as sharp as at first.
+    """Minus |log(s(video) / s(first))|, s the mean over frames of the variance of the Laplacian of y, to stay as sharp.
 
     Blur and noise both lose; a still copy of the first frame is best, with 0.
     """
@@ -95,7 +95,7 @@ def sharp_hold(view: View) -> Float32[Array, " B"]:
 
 @reward(kind="jax", differentiable=True)
 def seam(view: View, *, chunk: Annotated[int, at_least(2)] = 4, start: Natural = 0) -> Float32[Array, " B"]:
-    """- relu(a / b - 1): frames change no more where chunks meet than inside of them.
+    """Minus relu(a / b - 1), so that frames change no more where chunks meet than inside of them.
 
     a and b are the mean |v[t+1] - v[t]| over the pairs of frames on both sides of a seam, and over the others. A frozen
     video has 0, and so has one that flickers everywhere.

@@ -56,6 +56,9 @@ class Reward:
     differentiable: bool = False
     ready: Callable[[Mapping[str, Any]], None] | None = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "__doc__", self.function.__doc__)  # what help() says of the reward
+
     def __call__(self, view: View | HostView, **options: Any) -> Any:
         return self.function(view, **options)
 

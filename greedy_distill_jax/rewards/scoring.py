@@ -121,7 +121,8 @@ def _checked(term: RewardTerm, returned: Any, view: HostView, failed: str) -> di
     values, lines = {}, list(faults)
     for name, value in named.items():
         _check_form(term, name, value, videos)
-        value = np.asarray(value).astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 does not hold is a fault as well
+            value = np.asarray(value).astype(np.float32)
         allowed = _allowed(term, value)
         outside = value[~allowed & ~np.isnan(value)]
         if len(outside):

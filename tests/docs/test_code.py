@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from greedy_distill_jax import convert, losses, train as training
+from greedy_distill_jax import convert, losses, rewards, train as training
 from greedy_distill_jax.cli.config_flags import load_config
 from greedy_distill_jax.config import open_keys, stages
 from greedy_distill_jax.ops.attention import backends
@@ -23,6 +23,7 @@ from tests.docs.documents import blocks
 def registries(monkeypatch):
     """What a block registers is gone afterwards."""
     monkeypatch.setattr(losses, "_LOSSES", dict(losses._LOSSES))
+    monkeypatch.setattr(rewards, "_REWARDS", dict(rewards._REWARDS))
     monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS)
     monkeypatch.setattr(stages, "_STAGES", dict(stages._STAGES))
 
