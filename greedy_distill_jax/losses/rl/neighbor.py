@@ -64,13 +64,14 @@ def neighbor(
     distance_PN = of_neighbours(jnp.square(predicted - c_old))
     old_PN = jax.nn.softmax(jnp.where(counts_PN > 0, -distance_PN / tau, -1e9), axis=1)
     closer_PN = jnp.where(counts_PN > 0, of_neighbours((c - c_old) * (2.0 * predicted - c - c_old)) / tau, 0.0)
+    closer_PN -= jax.lax.stop_gradient(jnp.max(closer_PN, axis=1, keepdims=True))  # which cancels: no overflow
     log_ratio_PN = closer_PN - jnp.log1p(jnp.sum(old_PN * jnp.expm1(closer_PN), axis=1, keepdims=True))
     advantage_PN = episode.advantage_B.reshape(-1, group)[:, 1:]
     loss_PN, ratio_PN, clipped_PN = surrogate(log_ratio_PN, advantage_PN, clip)
     loss_PG = jnp.pad(jnp.where(counts_PN > 0, loss_PN, 0.0), ((0, 0), (1, 0)))
     metrics = {
         "ratio": mean_of(ratio_PN, counts_PN),
-        "ratio_deviation": jnp.max(jnp.where(counts_PN > 0, jnp.abs(ratio_PN - 1.0), 0.0), initial=0.0),
+        "ratio_deviation": jnp.max(jnp.where(counts_PN > 0, jnp.abs(ratio_PN - 1.0), 0.0)),
         "clipped": mean_of(clipped_PN, counts_PN),
         "gap": mean_of(squared_gap(x0, predicted), episode.counts_B),
     }
