@@ -38,8 +38,8 @@ def group_advantages(
       reward_B: of the streams, those of a group side by side.
       group: streams per group.
       mode: what the difference d to the group's mean is divided by. "std": the group's standard deviation.
-        "global_std": that of all rewards. "mean_only": nothing. "quasi_norm": (sum |d|^p)^(1/p) / sqrt(n), p = .8, n the
-        group's rewards, which with p = 2 is "std".
+        "global_std": that of all rewards. "mean_only": nothing. "quasi_norm": (sum |d|^p)^(1/p) / sqrt(n), p = .8, over
+        the group's n rewards, which with p = 2 is "std".
       clip: largest magnitude of an advantage.
 
     Raises:

@@ -42,7 +42,8 @@ def dpo_chunk(
 
     Returns:
       loss [B], half of a group's at its best and half at its worst stream, scaled so that the mean over B is that over
-      the groups; and metrics: the mean margin [...] and the share of groups in which it is negative, as wished.
+      the groups; and metrics: the mean margin, the difference in brackets, and the share of groups in which it is
+      negative, as is wanted.
 
     References:
       Wallace et al., Diffusion model alignment using direct preference optimization, arXiv 2311.12908.

@@ -27,8 +27,8 @@ def neighbor(
     log pi(i) = log_softmax_i(-d_i / tau), d_i = mean (x0_i - c)^2 over elements, frames weighted. x0_i is what the
     episode's policy predicted for neighbour i, c what the student predicts for the centre, and c_old, for pi_old, what
     the episode's policy predicted for it. So c moves to the neighbours that were judged better: where both policies
-    agree the gradient in c is that of 1 / tau sum_i A_i mean (x0_i - c)^2, less its mean under pi. It needs no density,
-    hence no noise in the step.
+    agree, the gradient in c is that of A_i (d_i - sum_j pi(j) d_j) / tau. It needs no density, hence no noise in the
+    step.
 
     The centre is the first stream of every group (the papers' anchor), and the noises of the others are its own with
     some mixed in. It has no part in the softmax, of which it would take the most. Where it does not count, nor does its
@@ -56,17 +56,22 @@ def neighbor(
     episode = episode.only(episode.counts_B)
     x0, predicted = current(episode.x_BTHWC, episode.sigma_T), episode.predicted_BTHWC
 
-    def log_policy(of):
-        centre = jnp.repeat(of[::group], group, axis=0)
-        distance_PG = frame_mean(jnp.square(predicted - centre), episode.weight_T).reshape(-1, group)
-        return jax.nn.log_softmax(jnp.where(counts_PN > 0, -distance_PG[:, 1:] / tau, -1e9), axis=1)
+    def of_neighbours(x_BTHWC):
+        return frame_mean(x_BTHWC, episode.weight_T).reshape(-1, group)[:, 1:]
 
+    # log pi - log pi_old from the change of the distances, not from the distances: exactly 0 where there is none.
+    c, c_old = (jnp.repeat(x[::group], group, axis=0) for x in (x0, predicted))
+    distance_PN = of_neighbours(jnp.square(predicted - c_old))
+    old_PN = jax.nn.softmax(jnp.where(counts_PN > 0, -distance_PN / tau, -1e9), axis=1)
+    closer_PN = jnp.where(counts_PN > 0, of_neighbours((c - c_old) * (2.0 * predicted - c - c_old)) / tau, 0.0)
+    closer_PN -= jax.lax.stop_gradient(jnp.max(closer_PN, axis=1, keepdims=True))  # which cancels: no overflow
+    log_ratio_PN = closer_PN - jnp.log1p(jnp.sum(old_PN * jnp.expm1(closer_PN), axis=1, keepdims=True))
     advantage_PN = episode.advantage_B.reshape(-1, group)[:, 1:]
-    loss_PN, ratio_PN, clipped_PN = surrogate(log_policy(x0) - log_policy(predicted), advantage_PN, clip)
+    loss_PN, ratio_PN, clipped_PN = surrogate(log_ratio_PN, advantage_PN, clip)
     loss_PG = jnp.pad(jnp.where(counts_PN > 0, loss_PN, 0.0), ((0, 0), (1, 0)))
     metrics = {
         "ratio": mean_of(ratio_PN, counts_PN),
-        "ratio_deviation": jnp.max(jnp.where(counts_PN > 0, jnp.abs(ratio_PN - 1.0), 0.0), initial=0.0),
+        "ratio_deviation": jnp.max(jnp.where(counts_PN > 0, jnp.abs(ratio_PN - 1.0), 0.0)),
         "clipped": mean_of(clipped_PN, counts_PN),
         "gap": mean_of(squared_gap(x0, predicted), episode.counts_B),
     }
