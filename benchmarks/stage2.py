@@ -214,15 +214,15 @@ def label(name: str, changes=()) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join([name, *(f"{path}={value}" for path, value in changes)]))
 
 
-def slope(curve) -> float:
+def slope(curve, windows: int) -> float:
     """Least-squares slope per window of a curve over frames or windows."""
-    means = np.asarray(curve).reshape(FRAMES // WINDOW, -1).mean(1)
+    means = np.asarray(curve).reshape(windows, -1).mean(1)
     return float(np.polyfit(np.arange(len(means)), means, 1)[0])
 
 
 def by_window(video, reference) -> np.ndarray:
     """Frechet distance of every window of frames to the same window of the reference."""
-    cuts = range(0, FRAMES, WINDOW)
+    cuts = range(0, video.shape[1], WINDOW)
     pairs = ((random_conv_features(v[:, i : i + WINDOW]) for v in (video, reference)) for i in cuts)
     return np.asarray([frechet_distance(*pair) for pair in pairs])
 
@@ -231,7 +231,7 @@ def numbers(video, real, reference, captions) -> dict:
     """What the table and the plot show; Frechet distances less those of real videos."""
     m = evaluate_videos(video, captions, window=WINDOW, reference_VTHWC=reference)
     r = evaluate_videos(real, captions, window=WINDOW, reference_VTHWC=reference)
-    floor = by_window(real, reference)
+    floor, windows = by_window(real, reference), video.shape[1] // WINDOW
     distance = by_window(video, reference) - floor
     return {
         "fd": gates.corrected_fd(m, r),
@@ -244,10 +244,11 @@ def numbers(video, real, reference, captions) -> dict:
         "motion_last": m["step_std_last"] / r["step_std_last"],
         "wobble": m["wobble"],
         "flicker": m["flicker"],
-        "drift": 1e3 * slope(distance),
-        "colour": 1e3 * slope(m["colour_change_by_frame"]),
-        "decay": -100 * slope(m["valid_by_frame"]),
+        "drift": 1e3 * slope(distance, windows),
+        "colour": 1e3 * slope(m["colour_change_by_frame"], windows),
+        "decay": -100 * slope(m["valid_by_frame"], windows),
         "valid_by_frame": m["valid_by_frame"],
+        "colour_by_frame": m["colour_change_by_frame"],
         "fd_by_window": distance.tolist(),
     }
 

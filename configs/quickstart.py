@@ -18,11 +18,11 @@ from greedy_distill_jax.config import base
 from greedy_distill_jax.config.presets import greedy_distill_paper
 
 STEPS = {
-    "full": dict(teacher=3500, student=600, stage2=240),
-    "fast": dict(teacher=1200, student=200, stage2=80),
-    "smoke": dict(teacher=8, student=4, stage2=4),
+    "full": dict(teacher=3500, student=600, stage2=240, stage3=120),
+    "fast": dict(teacher=1200, student=200, stage2=80, stage3=40),
+    "smoke": dict(teacher=8, student=4, stage2=4, stage3=4),
 }
-STAGES = ("teacher", "student", "stage2", "greedy_distill_paper")
+STAGES = ("teacher", "student", "stage2", "stage3", "greedy_distill_paper")
 
 
 def get_config(arg: str = "teacher"):
@@ -47,6 +47,8 @@ def get_config(arg: str = "teacher"):
         config.sample.guidance = 1.0
     else:
         _stage2(config)
+        if stage == "stage3":
+            _stage3(config)
     config.steps = STEPS[speed].get(stage, STEPS[speed]["stage2"])
     if stage == "greedy_distill_paper":
         greedy_distill_paper(config)
@@ -80,3 +82,14 @@ def _stage2(config):
     config.ema.decay, config.ema.start = 0.98, 20
     config.sample.steps = (4, 2)
     config.sample.sampler, config.sample.guidance = "renoise", 1.0
+
+
+def _stage3(config):
+    """Groups of 4 streams of up to 8 times the training length, whose last 8 frames are to keep the first ones' colours
+    and to move like them; stage 2's loss beside."""
+    config.stage = "rl"
+    config.data.batch = 4
+    config.losses.direct = dict(loss="direct", weight=1.0, options={})
+    config.rl.rewards.colour = dict(reward="colour_kept", weight=1.0)
+    config.rl.frames, config.rl.clip = 64, 8
+    config.optimizer.learning_rate = 1e-4

@@ -18,7 +18,7 @@ from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state
-from greedy_distill_jax.training.metrics import MetricWriter
+from greedy_distill_jax.training.metrics import UNKNOWN, MetricWriter
 from greedy_distill_jax.training.stages.base import Part, returned
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.training.stop import Stop
@@ -64,6 +64,7 @@ class Progress:
         settings, values = self.job.settings, []
         for step, metrics in self._pending:
             found = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            found = {name: x for name, x in found.items() if not (name.startswith(UNKNOWN) and np.isnan(x))}
             bad = [name for name, x in found.items() if not np.isfinite(x)]
             if bad:
                 named = [name for name in bad if name in settings.losses] or bad

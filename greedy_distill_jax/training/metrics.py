@@ -18,6 +18,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.partial import whole
 
 SCALARS = "scalars.jsonl"
+UNKNOWN = "reward/"  # begins the names of metrics that may be NaN: then nothing was measured, and nothing is logged
 
 
 class MetricWriter:

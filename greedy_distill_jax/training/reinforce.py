@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from greedy_distill_jax import rewards
 from greedy_distill_jax.codecs.protocol import VideoCodec
+from greedy_distill_jax.diffusion import flow
 from greedy_distill_jax.losses import Term, asked
 from greedy_distill_jax.losses.rl.advantage import combine
 from greedy_distill_jax.losses.rl.episode import Episode
@@ -23,6 +24,7 @@ from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.rewards import RewardTerm, View
 from greedy_distill_jax.training import group
 from greedy_distill_jax.training.group import Group, Videos
+from greedy_distill_jax.training.metrics import UNKNOWN
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.training.update import (
     Update,
@@ -112,9 +114,9 @@ def rollout_step(
       microbatches: parts of the batch that are made one after the other.
 
     Returns:
-      (state, metrics, carry): the batch, "frames" [B, F, H, W, C] and what else ``group.Videos`` has, the recorded steps
-      as "visited", "following", "sigma", "next_sigma", "start" (chunks), "rewards/NAME" [B], and for rewards on the
-      host "video" and "first", uint8 [B, T, H, W, 3].
+      (state, metrics, carry): the batch, "frames" [B, F, H, W, C] and what else ``group.Videos`` has, the recorded
+      steps as "visited", "following", "sigma", "next_sigma", "start" (chunks), "rewards/NAME" [B], and for rewards on
+      the host "video" and "first", uint8 [B, T, H, W, 3].
     """
     own, params = plan.own, state.nets["student"].params
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 2), 3)
@@ -210,9 +212,10 @@ def learn_step(
     weight_T = growth ** jnp.repeat(jnp.arange(own.clip // own.chunk, dtype=jnp.float32), own.chunk)
     start, level = carry["start"], (carry["sigma"], carry["next_sigma"])
     values = {name.removeprefix(REWARD): x for name, x in carry.items() if name.startswith(REWARD)}
-    judged, metrics = _judged(plan, values, len(carry["frames"]))
     names = ("visited", "following", *Videos._fields[:3])
-    of_prompts = judged | {name: carry[name] for name in names if name in carry}
+    made, sound_B = _sound({name: carry[name] for name in names if name in carry})
+    judged, metrics = _judged(plan, values, sound_B)
+    of_prompts = judged | made
     of_prompts = {name: rearrange(x, "(p n) ... -> p n ...", n=own.group) for name, x in of_prompts.items()}
     examples = of_prompts | {name: carry[name] for name in ("text", "latents") if name in carry}
 
@@ -327,13 +330,22 @@ def _constant(call: Callable) -> Callable:
     return lambda x, sigma: jax.lax.stop_gradient(call(jax.lax.stop_gradient(x), sigma))
 
 
-def _judged(plan: Plan, values: Mapping[str, jax.Array], count: int):
+def _sound(made: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
+    """(the streams' arrays, zeros for a stream that is not finite somewhere; which streams are)."""
+    finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in made.values()]
+    sound_B = functools.reduce(jnp.logical_and, finite)
+    return {name: jnp.where(flow.expand(sound_B, x) > 0, x, 0.0) for name, x in made.items()}, sound_B
+
+
+def _judged(plan: Plan, values: Mapping[str, jax.Array], sound_B):
     """({"reward", "advantage", "counts", "judged"} of every stream, metrics); where nothing is optimised all count."""
-    metrics, weights = rewards.statistics(values), rewards.weights(plan.terms, values)
-    metrics = {f"reward/{name}": jnp.where(jnp.isnan(x), 0.0, x) for name, x in metrics.items()}
+    weights = rewards.weights(plan.terms, values)
+    metrics = {f"{UNKNOWN}{name}": x for name, x in rewards.statistics(values).items()}
+    metrics["group/broken"] = 1.0 - jnp.mean(sound_B.astype(jnp.float32))
     if not weights:
-        zeros = jnp.zeros(count, jnp.float32)
-        return {"reward": zeros, "advantage": zeros, "counts": zeros + 1.0, "judged": zeros + 1.0}, metrics
+        counts = sound_B.astype(jnp.float32)
+        return {"reward": 0.0 * counts, "advantage": 0.0 * counts, "counts": counts, "judged": counts}, metrics
+    values = {name: jnp.where(sound_B, x, jnp.nan) for name, x in values.items()}
     found = combine(values, weights, plan.own.group, plan.how, plan.scale, plan.limit)
     judged = {name: getattr(found, f"{name}_B") for name in ("reward", "advantage", "counts", "judged")}
     return judged, metrics | logged({f"group/{name}": x for name, x in found.metrics.items()})

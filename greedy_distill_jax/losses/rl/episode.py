@@ -38,13 +38,14 @@ class Episode(NamedTuple):
     group: int
 
     def only(self, mask_B: Float[Array, " B"]) -> "Episode":
-        """The same with zeros for all that the other streams hold: what is computed from them has no NaN.
+        """The same with zeros for what the other streams hold: what is computed from them has no NaN.
 
-        A mask on the result alone is not enough, because 0 times the gradient of a NaN is a NaN.
+        A mask on the result alone is not enough, because 0 times the gradient of a NaN is a NaN. The inputs ``x`` are
+        left, so that losses that ask the student at them share one pass; the stage gives no NaN in them.
         """
 
         def kept(x):
             return jnp.where(mask_B.reshape(-1, *(1,) * (x.ndim - 1)) > 0, x, 0.0)
 
-        of_streams = [name for name in self._fields if name.endswith(("_BTHWC", "_B"))]
+        of_streams = [name for name in self._fields if name.endswith(("_BTHWC", "_B")) and name != "x_BTHWC"]
         return self._replace(**{name: kept(getattr(self, name)) for name in of_streams})

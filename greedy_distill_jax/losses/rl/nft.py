@@ -66,14 +66,15 @@ def nft(
 
 
 def check_gap(gap: float, updates: int) -> None:
-    """Raises UserError where student and average still predict the same after updates of the student.
+    """Raises UserError (field "old_decay") where student and average predict the same after updates of the student.
 
     Args:
       gap: metric of ``nft``.
-      updates: of the student before it was measured.
+      updates: of the student before it was measured, at more than rate 0.
     """
-    if updates and gap == 0:
+    if updates > 0 and gap == 0:
         raise UserError(
-            f"loss nft: the student's average still predicts what the student does after {updates} updates, so that "
-            f"nothing sets good videos apart from bad ones; let the average lag behind with config.ema.start=0."
+            f"the average of the student still predicts what the student does after {updates} updates, so that nothing "
+            f"sets good videos apart from bad ones; let it lag behind, or raise the learning rate.",
+            "old_decay",
         )

@@ -37,7 +37,7 @@ class Part(NamedTuple):
     rollout and an update it may ask a reward outside. ``losses``: where its terms stand, for errors. ``order``: parts
     of one name are given the same batch; the parts of another name than "" see the data in an order of their own, and
     only batches of steps they are due in. ``takes``: shapes of what it takes of the carry, by name, for a job that is
-    only compiled. ``gives``: shapes of what a host part adds; without, the parts behind it are traced when they first run.
+    only compiled. ``gives``: shapes of what a host part adds; without, parts behind it are traced when they first run.
     """
 
     name: str

@@ -157,8 +157,8 @@ class Reinforcement(StageKind):
             scores.check_windows(codec, "config.rl.frames", stream_frames(settings), settings.data.frames)
 
     def check_metrics(self, settings: Settings, step: int, metrics: Mapping[str, float]) -> None:
-        """An averaged policy that is the current one teaches nothing."""
-        updates = sum(_due(settings)(n) for n in range(1, step))
+        """An averaged policy that is the current one teaches nothing; a first update may be at rate 0."""
+        updates = sum(_due(settings)(n) for n in range(1, step)) - (settings.optimizer.warmup > 0)
         for term in settings.terms:
             if term.loss is nft and f"{term.name}/gap" in metrics:
                 with cli.places(old_decay="config.rl.old_decay"):
