@@ -89,7 +89,7 @@ def draw_step(key, plan, how: str):
     lengths = jnp.asarray(plan.lengths)
     if how == "last":
         return lengths - 1
-    return jax.random.randint(key, lengths.shape, 0, lengths - (how == "stochastic"))
+    return jax.random.randint(key, lengths.shape, 0, lengths - int(how == "stochastic"))
 
 
 def rollout_step(
