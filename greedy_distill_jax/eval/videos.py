@@ -1,14 +1,16 @@
 """Videos to judge: held-out real ones, and a run's own for the same captions."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from greedy_distill_jax.data.loader import videos_of
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, data_source
+from greedy_distill_jax.streaming.refresh import refreshed_stream
 
 
 def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[UInt8[np.ndarray, "V T H W 3"], list[str]]:
@@ -50,3 +52,39 @@ def sampled(
     return np.concatenate(
         [run.sample_videos(captions[i : i + batch], seed=jax.random.key(seed + i), **options) for i in starts]
     )
+
+
+def refreshed(
+    run: Run,
+    captions: Sequence[str],
+    real_VTHWC: Float32[np.ndarray, "V T H W C"],
+    *,
+    start: int,
+    keep: int,
+    steps: Any,
+    batch: int = 256,
+    seed: int = 0,
+) -> UInt8[np.ndarray, "V T H W 3"]:
+    """Streams on real history: as ``sampled``, with the same noise.
+
+    Args:
+      run: of a student.
+      captions: the prompts.
+      real_VTHWC: latents of real videos of these captions.
+      start, keep: of ``refreshed_stream``.
+      steps: as for ``Run.streamer``.
+      batch, seed: of ``sampled``.
+    """
+    streamer = run.streamer(steps)
+
+    @jax.jit
+    def stream(params, text, key, real):
+        state = streamer.init(params, text, key, real.shape[2:])
+        return refreshed_stream(streamer, params, state, real, start=start, keep=keep)
+
+    parts = []
+    for i in range(0, len(captions), batch):
+        part = slice(i, i + batch)
+        latents = stream(run.params, run.text(captions[part]), jax.random.key(seed + i), real_VTHWC[part])
+        parts.append(run.codec.decode(np.asarray(latents)))
+    return np.concatenate(parts)
