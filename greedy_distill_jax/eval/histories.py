@@ -1,13 +1,14 @@
 """Streams on real history, two rows per student: is it the cache or the denoiser that drifts?
 
 Both rows begin with the same real frames, as many as a training video has, so that the stream and the real video are of
-the same object; both have the same noise. From there one is the plain stream, the other looks back on the real video
-except for its own last chunks (``streaming.refresh``).
+the same object; both have the same noise. From there one is the plain stream, the other looks back on real frames
+except for its own last chunks (``streaming.refresh``). Of moving shapes these are the stream's own frames drawn again
+as they should be: the real video itself has gone another way by then. Of other data they are the real video's.
 """
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Float32
 from tqdm import tqdm
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.eval import oracle
 from greedy_distill_jax.eval.comparison import HORIZON, Comparison, Entry
 from greedy_distill_jax.eval.videos import held_out_videos, refreshed
 from greedy_distill_jax.runs.run import Run
@@ -90,12 +92,19 @@ def _two_rows(comparison: Comparison, entry: Entry, histories: Histories) -> tup
             start=start,
             keep=keep,
             steps=steps,
+            redraw=_redraw(comparison) if comparison.of_shapes else None,
             seed=comparison.seed,
         )
         return dataclasses.replace(entry, name=name, video_VTHWC=video, about=about, own_history=own_history)
 
-    own = row(
-        f"{entry.name}, real start", whole, f"{entry.name} after {start} real frames, which the video begins with."
-    )
-    about = f"The same after the same frames, all history real but for its own last {histories.keep} chunks."
+    begun = f"{start} real frames, which the video begins with"
+    own = row(f"{entry.name}, real start", whole, f"{entry.name} after {begun}.")
+    about = f"The same after the same {start} frames, all history real but for its own last {histories.keep} chunks."
     return own, row(f"{entry.name}, refreshed history", histories.keep, about, own.name)
+
+
+def _redraw(comparison: Comparison) -> Callable[[np.ndarray, slice], np.ndarray]:
+    """``videos.refreshed``'s ``redraw`` for moving shapes: the real video's object where the stream has it."""
+    shape_V = oracle.captioned(comparison.captions, len(comparison.captions))[:, 0]
+    rgb_V3 = oracle.read(comparison.entries["data"].video_VTHWC).rgb_VT3.mean(1)
+    return lambda video, part: oracle.redrawn(video, shape_V[part], rgb_V3[part])

@@ -104,7 +104,6 @@ def figures(
         "valid frames": oracle.valid(reading, captions, window=window),
         "quality": reading.iou_VT,
         "colour kept": 1.0 - np.abs(reading.rgb_VT3 - rgb_V3[:, None]).mean(-1),
-        "step length": np.linalg.norm(reading.velocity_VT2, axis=-1),
     }
 
 
@@ -136,10 +135,11 @@ SUITE = Suite(
     name="refreshed_history",
     title="The cache or the denoiser",
     text="The same stream twice after the same real frames: on its own history, and with all of it but its last chunks "
-    "replaced by the real video. “Valid frames” and “quality” are those of the plots above, “colour kept” is 1 less the "
-    "mean difference to the real object's colour, “step length” the pixels an object moves per frame. The first window "
-    "is the one after the real frames. What a stream loses and gets back with real history was the fault of its cache; "
-    "what does not come back is its denoiser's.",
+    "replaced by real frames, which show the object where the stream has it, in its true shape and colour; how it "
+    "moves stays the stream's own and is not judged. “Valid frames” and “quality” are those of the plots above, "
+    "“colour kept” is 1 less the mean difference to the real object's colour. The first window is the one after the "
+    "real frames. What a stream loses and gets back with real history was the fault of its cache; what does not come "
+    "back is its denoiser's, which then passes its errors on through the chunks that stay.",
     columns=COLUMNS,
     measure=measure,
     applies=lambda comparison: comparison.of_shapes and any(e.own_history for e in comparison.entries.values()),

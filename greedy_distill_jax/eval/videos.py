@@ -1,9 +1,10 @@
 """Videos to judge: held-out real ones, and a run's own for the same captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, UInt8
 
@@ -57,11 +58,12 @@ def sampled(
 def refreshed(
     run: Run,
     captions: Sequence[str],
-    real_VTHWC: Float32[np.ndarray, "V T H W C"],
+    real_VTHWC: Float32[np.ndarray, "V _T _H _W C"],
     *,
     start: int,
     keep: int,
     steps: Any,
+    redraw: Callable[[np.ndarray, slice], np.ndarray] | None = None,
     batch: int = 256,
     seed: int = 0,
 ) -> UInt8[np.ndarray, "V T H W 3"]:
@@ -73,18 +75,27 @@ def refreshed(
       real_VTHWC: latents of real videos of these captions.
       start, keep: of ``refreshed_stream``.
       steps: as for ``Run.streamer``.
+      redraw: ``redraw(frames of video of some videos, which ones) -> real frames`` in the place of these; None for the
+        real videos' own.
       batch, seed: of ``sampled``.
     """
-    streamer = run.streamer(steps)
-
-    @jax.jit
-    def stream(params, text, key, real):
-        state = streamer.init(params, text, key, real.shape[2:])
-        return refreshed_stream(streamer, params, state, real, start=start, keep=keep)
-
-    parts = []
+    streamer, parts = run.streamer(steps), []
+    init = jax.jit(streamer.init, static_argnums=3)
     for i in range(0, len(captions), batch):
         part = slice(i, i + batch)
-        latents = stream(run.params, run.text(captions[part]), jax.random.key(seed + i), real_VTHWC[part])
+
+        def redrawn(x0, part=part):
+            return jnp.asarray(run.codec.encode(redraw(run.codec.decode(np.asarray(x0)), part)))
+
+        state = init(run.params, run.text(captions[part]), jax.random.key(seed + i), real_VTHWC.shape[2:])
+        latents = refreshed_stream(
+            streamer,
+            run.params,
+            state,
+            jnp.asarray(real_VTHWC[part]),
+            start=start,
+            keep=keep,
+            redraw=redraw and redrawn,
+        )
         parts.append(run.codec.decode(np.asarray(latents)))
     return np.concatenate(parts)

@@ -4,15 +4,18 @@ References:
   OPSD-V, arXiv 2607.08766: old cache entries are replaced by real frames, the last generated chunk stays.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float32
 
 from greedy_distill_jax.streaming.causal import CausalState, CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer, StreamState
+
+Chunk = Float32[Array, "B g H W C"]
 
 
 def refreshed_stream(
@@ -23,10 +26,11 @@ def refreshed_stream(
     *,
     start: int = 0,
     keep: int = 1,
+    redraw: Callable[[Chunk], Chunk] | None = None,
 ) -> Float32[Array, "B T H W C"]:
     """A stream of T frames that makes every chunk on real history, except for its own ``keep`` chunks just before it.
 
-    A second state observes the real video. Every chunk starts from that state, which first observes the stream's own
+    A second state observes the real history. Every chunk starts from that state, which first observes the stream's own
     last chunks: rings, sinks and frame 0 hold what a stream of exactly these frames would have left there. Noise is
     that of the plain stream, and so are the first ``keep`` + 1 chunks that are made, which have no older history; with
     ``keep`` of at least all chunks that are made it is the plain stream. In context mode "last_step_kv" the chunks of
@@ -35,26 +39,42 @@ def refreshed_stream(
     Args:
       streamer, params: of the student.
       state: an empty stream, of ``Streamer.init``.
-      real_BTHWC: real videos of the stream's prompts; the last ``keep`` + 1 chunks only give the length.
-      start: frames that the stream begins with, taken from the real videos. Without, what prompts do not tell is another
-        in the stream than in its history.
-      keep: chunks; with 0 every chunk is made one step ahead of the real video.
+      real_BTHWC: real videos of the stream's prompts.
+      start: frames that the stream begins with, taken from the real videos. Without, whatever prompts do not tell is
+        another in the stream than in its history.
+      keep: chunks; with 0 all history is real.
+      redraw: makes a real chunk of one of the stream's own, which takes its place; None for the real video's chunk at
+        the same positions, as in the paper. By then that video has gone another way than the stream, and a student
+        whose history contradicts its last chunk may answer worse than on its own history.
     """
-    real = rearrange(real_BTHWC, "b (n g) h w c -> n b g h w c", g=streamer.cfg.chunk)
-    given, real = jnp.split(real, [streamer.student.chunks_of(start) if start else 0])
-    plain = min(keep + 1, len(real))
+    observe, step, go_on = _programs(streamer)
+    given, chunks = (streamer.student.chunks_of(n) if n else 0 for n in (start, real_BTHWC.shape[1]))
+    real = jnp.split(real_BTHWC, chunks, axis=1)
+    for x0 in real[:given]:
+        state = observe(params, state, x0)
+    past, made = state, []
+    for i in range(chunks - given):
+        if i <= keep:
+            state, x0 = step(params, state)
+        else:
+            leaving = i - keep - 1
+            older = real[given + leaving] if redraw is None else redraw(made[leaving])
+            past, x0 = go_on(params, past, older, made[leaving + 1 :])
+        made.append(x0)
+    return jnp.concatenate([*real[:given], *made], axis=1)
 
-    def observe(state, x0):
-        return streamer.observe(params, state, x0)[0], None
 
-    def chunk(carry, x0):
-        past, own = carry
-        past, _ = observe(past, x0)
-        present, _ = jax.lax.scan(observe, past, own)
-        _, made = streamer.step(params, present)
-        return (past, jnp.concatenate([own, made[None]])[1:]), made
+@functools.lru_cache(maxsize=8)
+def _programs(streamer: Streamer | CausalStreamer):
+    """Jitted ``observe`` and ``step``, and the step on a history that has become one real chunk longer."""
 
-    state, _ = jax.lax.scan(observe, state, given)
-    _, first = jax.lax.scan(lambda state, _: streamer.step(params, state), state, length=plain)
-    _, rest = jax.lax.scan(chunk, (state, first[1:]), real[: len(real) - plain])
-    return rearrange(jnp.concatenate([given, first, rest]), "n b g h w c -> b (n g) h w c")
+    def observe(params, state, x0):
+        return streamer.observe(params, state, x0)[0]
+
+    def go_on(params, past, older, own):
+        past = present = observe(params, past, older)
+        for x0 in own:
+            present = observe(params, present, x0)
+        return past, streamer.step(params, present)[1]
+
+    return jax.jit(observe), jax.jit(streamer.step), jax.jit(go_on)
