@@ -127,7 +127,7 @@ def measure(comparison: Comparison) -> Measured:
             if found.share is not None:
                 of = f"{shown(found.share, 'share')} ± {shown(found.share_se, 'share')}"
                 told.append(f"with real history {of} of the loss of {figure} returns: {found.verdict}")
-        sentences.append(f"{entry.own_history}: {'; '.join(told) or 'nothing was lost'}.")
+        sentences.append(f"{entry.own_history}: {'; '.join(told) or f'nothing was lost of {", ".join(own)}'}.")
     return Measured(rows, note=" ".join(sentences))
 
 

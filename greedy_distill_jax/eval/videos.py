@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, UInt8
 
@@ -12,6 +11,7 @@ from greedy_distill_jax.data.loader import videos_of
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, data_source
 from greedy_distill_jax.streaming.refresh import refreshed_stream
+from greedy_distill_jax.streaming.session import programs
 
 
 def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[UInt8[np.ndarray, "V T H W 3"], list[str]]:
@@ -80,22 +80,23 @@ def refreshed(
       batch, seed: of ``sampled``.
     """
     streamer, parts = run.streamer(steps), []
-    init = jax.jit(streamer.init, static_argnums=3)
     for i in range(0, len(captions), batch):
         part = slice(i, i + batch)
 
         def redrawn(x0, part=part):
-            return jnp.asarray(run.codec.encode(redraw(run.codec.decode(np.asarray(x0)), part)))
+            return run.codec.encode(redraw(run.codec.decode(x0), part))
 
-        state = init(run.params, run.text(captions[part]), jax.random.key(seed + i), real_VTHWC.shape[2:])
+        state = programs(streamer).init(
+            run.params, run.text(captions[part]), jax.random.key(seed + i), real_VTHWC.shape[2:]
+        )
         latents = refreshed_stream(
             streamer,
             run.params,
             state,
-            jnp.asarray(real_VTHWC[part]),
+            real_VTHWC[part],
             start=start,
             keep=keep,
             redraw=redraw and redrawn,
         )
-        parts.append(run.codec.decode(np.asarray(latents)))
+        parts.append(run.codec.decode(latents))
     return np.concatenate(parts)

@@ -9,25 +9,30 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float32
+import numpy as np
+from jaxtyping import Float32
 
+from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.ops.attention import backends
+from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.streaming.causal import CausalState, CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer, StreamState
+from greedy_distill_jax.streaming.make import make_streamer
 
-Chunk = Float32[Array, "B g H W C"]
+Chunk = Float32[np.ndarray, "B g H W C"]
 
 
 def refreshed_stream(
     streamer: Streamer | CausalStreamer,
     params: Any,
     state: StreamState | CausalState,
-    real_BTHWC: Float32[Array, "B T H W C"],
+    real_BTHWC: Float32[np.ndarray, "B T H W C"],
     *,
     start: int = 0,
     keep: int = 1,
     redraw: Callable[[Chunk], Chunk] | None = None,
-) -> Float32[Array, "B T H W C"]:
+) -> Float32[np.ndarray, "B T H W C"]:
     """A stream of T frames that makes every chunk on real history, except for its own ``keep`` chunks just before it.
 
     A second state observes the real history. Every chunk starts from that state, which first observes the stream's own
@@ -47,9 +52,9 @@ def refreshed_stream(
         the same positions, as in the paper. By then that video has gone another way than the stream, and a student
         whose history contradicts its last chunk may answer worse than on its own history.
     """
-    observe, step, go_on = _programs(streamer)
+    observe, step, go_on = _programs(streamer.cfg, streamer.plan, backends.BACKENDS)
     given, chunks = (streamer.student.chunks_of(n) if n else 0 for n in (start, real_BTHWC.shape[1]))
-    real = jnp.split(real_BTHWC, chunks, axis=1)
+    real = np.split(real_BTHWC, chunks, axis=1)
     for x0 in real[:given]:
         state = observe(params, state, x0)
     past, made = state, []
@@ -60,13 +65,15 @@ def refreshed_stream(
             leaving = i - keep - 1
             older = real[given + leaving] if redraw is None else redraw(made[leaving])
             past, x0 = go_on(params, past, older, made[leaving + 1 :])
-        made.append(x0)
-    return jnp.concatenate([*real[:given], *made], axis=1)
+        made.append(np.asarray(x0))
+    return np.concatenate([*real[:given], *made], axis=1)
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(streamer: Streamer | CausalStreamer):
+def _programs(student_config, plan: StepPlan, chosen_from: tuple[Backend, ...]):
     """Jitted ``observe`` and ``step``, and the step on a history that has become one real chunk longer."""
+    del chosen_from  # of the key only, as in ``session``
+    streamer = make_streamer(make_student(student_config), plan)
 
     def observe(params, state, x0):
         return streamer.observe(params, state, x0)[0]

@@ -40,7 +40,7 @@ def _setup(case):
 
 def _refreshed(case, real, **options):
     streamer, _, _, params, state = _setup(case)
-    return refreshed_stream(streamer, params, state, real, **options)
+    return refreshed_stream(streamer, params, state, np.asarray(real), **options)
 
 
 def _plain(case):
@@ -61,8 +61,8 @@ def test_every_chunk_is_made_on_what_it_is_said_to_be_made_on(case, redraw):
     streamer, step, observe, params, start = _setup(case)
     g, keep = streamer.cfg.chunk, CASES[case][3]
     real = jax.random.normal(jax.random.key(5), (VIDEOS, CHUNKS * g, *LATENT))
-    found = jnp.split(_refreshed(case, real, keep=keep, redraw=redraw), CHUNKS, axis=1)
-    videos = jnp.split(real, CHUNKS, axis=1) if redraw is None else [redraw(x0) for x0 in found]
+    found = np.split(_refreshed(case, real, keep=keep, redraw=redraw), CHUNKS, axis=1)
+    videos = np.split(np.asarray(real), CHUNKS, axis=1) if redraw is None else [redraw(x0) for x0 in found]
     for i, chunk in enumerate(found):
         state = start
         for seen in (*videos[: max(i - keep, 0)], *found[max(i - keep, 0) : i]):
@@ -74,7 +74,7 @@ def test_every_chunk_is_made_on_what_it_is_said_to_be_made_on(case, redraw):
         if i <= keep:
             _close(chunk, plain[i])
         else:
-            assert float(jnp.abs(chunk - plain[i]).max()) > 1e-2
+            assert float(np.abs(chunk - plain[i]).max()) > 1e-2
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "last step" not in case])
@@ -97,6 +97,6 @@ def test_a_start_is_observed_and_keeping_everything_is_the_plain_stream():
         state, x = step(params, state)
         _close(plain[:, i : i + 1], x)
     for video in (plain, refreshed):
-        assert bool(jnp.all(video[:, :2] == real[:, :2]))
+        assert np.array_equal(video[:, :2], real[:, :2])
     _close(refreshed[:, :4], plain[:, :4])
-    assert float(jnp.abs(refreshed - plain)[:, 4:].max()) > 1e-2
+    assert float(np.abs(refreshed - plain)[:, 4:].max()) > 1e-2
