@@ -126,8 +126,9 @@ def measure(comparison: Comparison) -> Measured:
             rows.append(row | {"share": NOT_THERE if found.share is None else found.share})
             if found.share is not None:
                 of = f"{shown(found.share, 'share')} ± {shown(found.share_se, 'share')}"
-                told.append(f"with real history {of} of the loss of {figure} returns: {found.verdict}")
-        sentences.append(f"{entry.own_history}: {'; '.join(told) or f'nothing was lost of {", ".join(own)}'}.")
+                told.append(f"{of} of the loss of {figure} returns: {found.verdict}")
+        said = f"with real history {'; '.join(told)}" if told else f"nothing was lost of {', '.join(own)}"
+        sentences.append(f"{entry.own_history}: {said}.")
     return Measured(rows, note=" ".join(sentences))
 
 
