@@ -11,7 +11,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.eval.suites import suite_names
 from greedy_distill_jax.eval.tables import MODELS, NOT_THERE, is_missing, shown, shown_in
-from greedy_distill_jax.ranges import Count, Seed
+from greedy_distill_jax.ranges import Count, Natural, Seed
 
 PLACES = {
     "teacher": "--teacher",
@@ -20,6 +20,7 @@ PLACES = {
     "output": "--output",
     "videos": "--videos",
     "suites": "--suite",
+    "refresh_history": "--refresh-history",
 }
 RESULTS = {True: "pass", False: "FAIL", None: "not measured"}
 
@@ -77,6 +78,15 @@ def main(argv: list[str] | None = None) -> None:
         action="append",
         help=f"what is measured: {', '.join(suite_names())}, or file.py:NAME; may be repeated (all that apply)",
     )
+    parser.add_argument(
+        "--refresh-history",
+        type=cli.number(Natural),
+        nargs="?",
+        const=1,
+        metavar="KEEP",
+        help="also stream every student on real history except for its own last KEEP chunks (1): does a stream drift "
+        "because of its cache or of its denoiser?",
+    )
     args = parser.parse_args(argv)
     with cli.places(**PLACES):
         metrics = evaluate(
@@ -87,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             videos=args.videos,
             seed=args.seed,
             suites=args.suite,
+            refresh_history=args.refresh_history,
             commands=["python -m greedy_distill_jax.evaluate " + " ".join(sys.argv[1:])],
         )
     print_table(metrics)

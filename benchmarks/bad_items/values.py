@@ -271,6 +271,7 @@ OPTIONS = (
     ("convert", ("verify", "{made}/wan", "{made}/wan"), "--atol", NOT_NEGATIVE),
     ("convert", ("export", "{made}/teacher", "{here}/out", "--format=original"), "--shard-gb", POSITIVE),
     *(("evaluate", EVALUATE, "--videos", COUNT), ("evaluate", EVALUATE, "--seed", ranges.Seed)),
+    ("evaluate", EVALUATE, "--refresh-history", NATURAL),
     *(("compile", ("vae", "--target=v5e"), f"--{name}", COUNT) for name in ("height", "width")),
 )
 GOOD_OPTIONS = (

@@ -31,6 +31,7 @@ class Entry:
       directory: of the run.
       steps: denoising steps, per frame for a student and per video for a teacher; None for real videos.
       about: what it is, in a sentence.
+      own_history: row of the same stream on its own history, of one on real history; "" for all others.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Entry:
     directory: Path | None = None
     steps: int | str | None = None
     about: str = ""
+    own_history: str = ""
 
     @property
     def train_seed(self) -> int | None:
@@ -56,8 +58,8 @@ class Comparison:
     """Everything that a suite may look at.
 
     Attributes:
-      entries: by name, in the order of the rows: "data", "teacher", "stage1", "stage1_few_steps" and the further
-        students.
+      entries: by name, in the order of the rows: "data", "teacher", "stage1", "stage1_few_steps", the further
+        students, and those that ``histories.with_real_histories`` adds.
       captions: of the videos, V of them.
       teacher, student: the runs that are compared in every report.
       few_steps: steps of the few-step rows, see ``StepPlan.parse``.

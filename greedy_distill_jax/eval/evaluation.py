@@ -10,6 +10,7 @@ from greedy_distill_jax import ranges
 from greedy_distill_jax.distribution.mesh import use_compile_cache
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.comparison import Comparison, Entry, compare, load_runs
+from greedy_distill_jax.eval.histories import real_histories, with_real_histories
 from greedy_distill_jax.eval.page import Section
 from greedy_distill_jax.eval.report import write_report
 from greedy_distill_jax.eval.suites import (
@@ -25,7 +26,7 @@ from greedy_distill_jax.eval.suites import (
 )
 from greedy_distill_jax.eval.tables import MODELS, NOT_THERE
 from greedy_distill_jax.measure.environment import environment
-from greedy_distill_jax.ranges import Count, Seed
+from greedy_distill_jax.ranges import Count, Natural, Seed
 from greedy_distill_jax.training.metrics import read_scalars
 
 SHOWN = 6  # captions in the report's grid
@@ -73,6 +74,7 @@ def evaluate(
     seed: int = 1000,
     lengths: Sequence[int] | None = None,
     suites: Sequence[str] | None = None,
+    refresh_history: int | None = None,
     commands: Sequence[str] = (),
     announce: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -87,6 +89,8 @@ def evaluate(
       seed: of held-out data and noise.
       lengths: video lengths of the timing; None for 32, 256, and 1024 where the teacher still has few tokens.
       suites: by name, see ``suites.resolve``; None for all that apply to the data.
+      refresh_history: also stream every student on real history except for so many chunks of its own, see
+        ``eval.histories``; None for no such rows.
       commands: shown in the report.
       announce: told what is being done.
 
@@ -95,6 +99,7 @@ def evaluate(
     """
     ranges.check(videos, Count, "videos")
     ranges.check(seed, Seed, "seed")
+    ranges.check(refresh_history, Natural | None, "refresh_history")
     wanted = [resolve(name) for name in (suite_names() if suites is None else suites)]
     directories = {"teacher": teacher, "stage1": student, **(more or {})}
     runs = load_runs(teacher, student, more or {})
@@ -103,7 +108,11 @@ def evaluate(
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder.", "output") from error
     use_compile_cache(runs["teacher"].settings.compile_cache)
+    histories = None if refresh_history is None else real_histories(runs, videos, seed, refresh_history)
     comparison = compare(runs, directories, videos=videos, seed=seed, lengths=lengths, announce=announce)
+    if histories:
+        announce(f"evaluate: students on real history, except for their last {refresh_history} chunks")
+        comparison = with_real_histories(comparison, histories)
     measured: dict[Suite, Measured] = {}
     for suite in wanted:
         if suite.applies(comparison):
@@ -187,10 +196,11 @@ def sections_of(comparison: Comparison, measured: Mapping[Suite, Measured]) -> l
 
 def loss_plots(comparison: Comparison) -> list[Plot]:
     """Returns a plot of the loss terms of every run's log, from its first update on."""
-    plots = []
+    plots, drawn = [], set()
     for name, entry in comparison.entries.items():
-        if entry.run is None or name == "stage1_few_steps":  # the same run as stage 1
+        if entry.run is None or entry.directory in drawn:  # several rows of one run
             continue
+        drawn.add(entry.directory)
         settings, stage = entry.run.settings, entry.run.settings.stage
         groups = {"": settings.losses} | {f"{own}/": getattr(keys, "losses", {}) for own, keys in settings.own.items()}
         terms = [f"{own}{term}" for own, losses in groups.items() for term in losses]

@@ -86,6 +86,20 @@ def valid(
     )
 
 
+def redrawn(
+    video_VTHWC: UInt8[np.ndarray, "V T H W 3"], shape_V: Int[np.ndarray, " V"], rgb_V3: Float32[np.ndarray, "V 3"]
+) -> UInt8[np.ndarray, "V T H W 3"]:
+    """Real frames in the place of a video's: its object as it should be, at the positions that are read of it.
+
+    Args:
+      video_VTHWC: any videos.
+      shape_V: index into `moving_shapes.SHAPES` of every video's object.
+      rgb_V3: its colour, in [0, 1].
+    """
+    tint = 255 * rgb_V3[:, None] - ms.COLOUR_RGB[0]
+    return ms.draw(shape_V[:, None], 0, read(video_VTHWC).position_VT2, video_VTHWC.shape[2], tint)
+
+
 def expected(reading: OracleReading, captions: Sequence[str], window: int) -> Int[np.ndarray, "V 3"]:
     """`captioned`, with the colour that most of the first `window` frames show where the caption names none."""
     out = captioned(captions, len(reading.colour_VT))

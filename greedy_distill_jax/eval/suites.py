@@ -182,7 +182,7 @@ def claims_of(suite: Suite, found: Measured, comparison: Comparison) -> list[dic
 
 
 # In the order of the page: file of this package whose SUITE it is.
-_FILES = ("moving_shapes", "next_frame", "time_per_frame", "cache_bytes")
+_FILES = ("moving_shapes", "refreshed_history", "next_frame", "time_per_frame", "cache_bytes")
 _REGISTERED: dict[str, Suite] = {}
 
 

@@ -1,14 +1,17 @@
 """Videos to judge: held-out real ones, and a run's own for the same captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from greedy_distill_jax.data.loader import videos_of
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, data_source
+from greedy_distill_jax.streaming.refresh import refreshed_stream
+from greedy_distill_jax.streaming.session import programs
 
 
 def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[UInt8[np.ndarray, "V T H W 3"], list[str]]:
@@ -50,3 +53,50 @@ def sampled(
     return np.concatenate(
         [run.sample_videos(captions[i : i + batch], seed=jax.random.key(seed + i), **options) for i in starts]
     )
+
+
+def refreshed(
+    run: Run,
+    captions: Sequence[str],
+    real_VTHWC: Float32[np.ndarray, "V _T _H _W C"],
+    *,
+    start: int,
+    keep: int,
+    steps: Any,
+    redraw: Callable[[np.ndarray, slice], np.ndarray] | None = None,
+    batch: int = 256,
+    seed: int = 0,
+) -> UInt8[np.ndarray, "V T H W 3"]:
+    """Streams on real history: as ``sampled``, with the same noise.
+
+    Args:
+      run: of a student.
+      captions: the prompts.
+      real_VTHWC: latents of real videos of these captions.
+      start, keep: of ``refreshed_stream``.
+      steps: as for ``Run.streamer``.
+      redraw: ``redraw(frames of video of some videos, which ones) -> real frames`` in the place of these; None for the
+        real videos' own.
+      batch, seed: of ``sampled``.
+    """
+    streamer, parts = run.streamer(steps), []
+    for i in range(0, len(captions), batch):
+        part = slice(i, i + batch)
+
+        def redrawn(x0, part=part):
+            return run.codec.encode(redraw(run.codec.decode(x0), part))
+
+        state = programs(streamer).init(
+            run.params, run.text(captions[part]), jax.random.key(seed + i), real_VTHWC.shape[2:]
+        )
+        latents = refreshed_stream(
+            streamer,
+            run.params,
+            state,
+            real_VTHWC[part],
+            start=start,
+            keep=keep,
+            redraw=redraw and redrawn,
+        )
+        parts.append(run.codec.decode(latents))
+    return np.concatenate(parts)

@@ -125,7 +125,7 @@ def test_a_suite_that_does_not_apply_is_refused_by_name_and_left_out_otherwise(l
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("nothing", "--suite: 'nothing' is no suite; choose from moving_shapes, next_frame, time_per_frame, cache_by"),
+        ("nothing", "--suite: 'nothing' is no suite; choose from moving_shapes, refreshed_history, next_frame, time_p"),
         ("nothing.py:SUITE", "--suite: 'nothing.py:SUITE' cannot be loaded"),
         (OUTSIDE + "S", "--suite: .*brightness.py:SUITES' cannot be loaded"),
         (OUTSIDE.replace("SUITE", "NO_SUITE"), "--suite: .*NO_SUITE' is a str; give an eval.suites.Suite"),
