@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
-from greedy_distill_jax.config.keys import Losses, Optimizer, flow_matching_alone
+from greedy_distill_jax.config.keys import Losses, TransformerOptimizer, flow_matching_alone
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, asked, motion, motion_head as motion_head_loss
 from greedy_distill_jax.losses.pair import draw_pair
 from greedy_distill_jax.models import flops
-from greedy_distill_jax.models.flops import Flops
 from greedy_distill_jax.models.students.base import ContextGrad, StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
@@ -28,7 +27,6 @@ from greedy_distill_jax.ranges import Count, Natural, NoiseLevel, NotNegative, P
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import motion_head, nets, policy_gradient, rollout
 from greedy_distill_jax.training.cost import Cost, Meter, draws, score_calls, total
-from greedy_distill_jax.training.optimizer import make_optimizer
 from greedy_distill_jax.training.sources import Wanted
 from greedy_distill_jax.training.stages.base import (
     Inputs,
@@ -38,6 +36,7 @@ from greedy_distill_jax.training.stages.base import (
     StageKind,
     always,
     compute_precision,
+    optimizer_of,
     own_update,
     text_shape,
 )
@@ -84,7 +83,7 @@ class Critic:
     """Keys of the critic, the separate fake score of ``distill.fake = "critic"``."""
 
     losses: Losses = dataclasses.field(default_factory=flow_matching_alone)
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    optimizer: TransformerOptimizer = dataclasses.field(default_factory=TransformerOptimizer)
 
 
 class Dmd(StageKind):
@@ -94,6 +93,7 @@ class Dmd(StageKind):
     kept = (
         *(f"distill.{key}" for key in ("real", "fake", "generator_every", "critic_warmup")),
         *(f"motion_head.{key}" for key in ("width", "layers")),
+        *(f"critic.optimizer.lora.{key}" for key in ("rank", "alpha", "targets")),
     )
     offers = ("pair", "real", "fake", "head", "samples")
 
@@ -154,7 +154,7 @@ class Dmd(StageKind):
         cfg, frames, tokens, terms = stage.model.cfg, meter.frames, meter.tokens, settings.terms
         teacher, length = teacher_config(settings), d.frames or meter.frames
 
-        def student(n: int = 1) -> Flops:
+        def student(n: int = 1) -> flops.Flops:
             return flops.student(cfg, frames, tokens, n)
 
         own = flops.rollout(cfg, length, tokens, settings.plan, d.exit)
@@ -174,7 +174,7 @@ class Dmd(StageKind):
             act, epochs, repeated = flops.student(cfg, length, tokens), d.epochs if d.pg == "actor_critic" else 1, 0
         heads = sum("head" in asked(term.loss) for term in terms)
         fixed += motion_head.matched(settings.own["motion_head"], meter, d.draws) * heads
-        judged = nets if d.pg == "actor_critic" else Flops()  # once more for the loss, before the first epoch
+        judged = nets if d.pg == "actor_critic" else flops.Flops()  # once more for the loss, before the first epoch
         acting, losing = meter.cost(act * epochs, repeated=repeated), meter.cost(nets * epochs, fixed + judged)
         costs = {"dmd": Cost(*(a + b for a, b in zip(acting, losing, strict=True)))}
         if heads:
@@ -259,7 +259,7 @@ class Dmd(StageKind):
             call = with_levels(call, settings, inputs.source)
         parts = [Part("dmd", due, call), *heads]
         if critic is not None:
-            update = Update(make_optimizer(settings.own["critic"].optimizer, steps=settings.steps))
+            update = Update(optimizer_of(settings, settings.steps, "critic"))
             start = dict(start_from=("critic", "teacher")) if isinstance(critic, Teacher) else dict(copy_of="student")
             networks["critic"] = Network(critic, update, **start, part="critic")
             step = functools.partial(
