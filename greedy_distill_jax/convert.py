@@ -2,11 +2,13 @@
 
     python -m greedy_distill_jax.convert import SRC DST
     python -m greedy_distill_jax.convert export SRC DST --format original|diffusers|causal-pt|torch-student
+    python -m greedy_distill_jax.convert export SRC DST --format peft|diffusers-lora
     python -m greedy_distill_jax.convert inspect SRC
     python -m greedy_distill_jax.convert verify A B
 
 `import` makes a folder that `train --config.teacher_from=DST` starts a student from and `export` reads; `export` reads
-such a folder, a training run (its averaged weights) or any other format.
+such a folder, a training run (its averaged weights) or any other format, and as an adapter (peft, diffusers-lora) a run
+that was trained with LoRA.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Count, Natural, NotNegative, Positive
 from greedy_distill_jax.runs.conversion import export_weights, import_weights
+from greedy_distill_jax.weights.adapter import ADAPTERS
 from greedy_distill_jax.weights.architecture import describe, wan_of
 from greedy_distill_jax.weights.inspect import report, title
 from greedy_distill_jax.weights.load import DTYPES
@@ -66,11 +69,16 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    adapter = args.format in ADAPTERS
+    if adapter and args.part == "ema":
+        raise UserError(f"--part: an adapter is not averaged, so {args.format} has no part ema; leave it out.")
     source = _open(args, args.src)
     with _places():
-        options = dict(dtype=args.dtype, shard_bytes=int(args.shard_gb * 10**9), overwrite=args.overwrite)
-        export_weights(source, args.dst, args.format, **options)
-    if args.format != "torch-student" and wan_of(source.cfg).prediction != "velocity":
+        options = {} if adapter else {"shard_bytes": int(args.shard_gb * 10**9)}
+        export_weights(source, args.dst, args.format, dtype=args.dtype, overwrite=args.overwrite, **options)
+    if adapter:
+        print("note: the adapter is of the last update, as --part params is; it is not averaged.", file=sys.stderr)
+    elif args.format != "torch-student" and wan_of(source.cfg).prediction != "velocity":
         print(
             f"note: {args.src} predicts x0; programs that expect Wan's velocity need (x - output) / sigma.",
             file=sys.stderr,
@@ -110,7 +118,7 @@ def _parser() -> cli.Parser:
     importing = add("import", _import, "make a folder of ours", source, ("dst", "folder to write"))
     importing.add_argument("--mesh", default="", help="where the weights lie meanwhile, such as fsdp=8")
     exporting = add("export", _export, "write another format", source, ("dst", "folder (causal-pt: file) to write"))
-    exporting.add_argument("--format", required=True, choices=WRITABLE)
+    exporting.add_argument("--format", required=True, choices=(*WRITABLE, *ADAPTERS))
     exporting.add_argument(
         "--shard-gb", type=cli.number(Positive), default=SHARD_BYTES / 1e9, help="largest file (default: %(default)g)"
     )

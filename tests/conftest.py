@@ -134,6 +134,20 @@ def tiny_student(made_once, tiny_teacher):
     return made_once("tiny_student", lambda folder: train(config, folder, show_progress=False))
 
 
+LORA = {f"optimizer__lora__{key}": value for key, value in dict(rank=2, alpha=5.0, targets="q,up").items()}
+LORA |= dict(steps=4, checkpoint__every=2)
+
+
+@pytest.fixture(scope="session")
+def lora_teacher(made_once, tiny_teacher):
+    """The run that goes on from ``tiny_teacher`` by ``LORA``, for the whole session: only to be read."""
+    from greedy_distill_jax.testing import tiny
+    from greedy_distill_jax.train import train
+
+    config = tiny.train_config(teacher_from=str(tiny_teacher), **LORA)
+    return made_once("lora_teacher", lambda folder: train(config, folder, show_progress=False))
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """An empty directory for one run."""

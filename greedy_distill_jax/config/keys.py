@@ -147,11 +147,32 @@ class Optimizer:
     final: Fraction = 0.05  # rate at the end of the cosine, as a fraction of the peak; 1 = constant
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     weight_decay: NotNegative = 0.0  # of AdamW; Muon's kernels have none
-    clip: NotNegative = 1.0  # global gradient norm, 0 = off
+    clip: NotNegative = 1.0  # global gradient norm (with LoRA of the factors' gradient), 0 = off
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnOptimizer(Optimizer):
+class Lora:
+    """Low-rank factors that are trained in place of parameters, see docs/method.md, section 2.8."""
+
+    rank: Annotated[int, between(0, 2**16)] = 0  # of the factors; 0 = all parameters are trained
+    alpha: Positive | None = None  # the product of the factors counts alpha / rank times; empty = rank
+    targets: str = "q,k,v,o,up,down"  # linears of the blocks that have factors; all other parameters stay as they are
+
+    @property
+    def scale(self) -> float:
+        """How often the product of the factors counts."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerOptimizer(Optimizer):
+    """The optimiser of a transformer."""
+
+    lora: Lora = dataclasses.field(default_factory=Lora)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnOptimizer(TransformerOptimizer):
     """The optimiser of the network that the stage is named for."""
 
     new_scale: NotNegative = 1.0  # factor on the updates of parameters the teacher does not have

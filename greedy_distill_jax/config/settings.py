@@ -252,6 +252,7 @@ def check(settings: Settings) -> None:
             f"choose a divisor."
         )
     _ = settings.wan
+    _check_lora(settings)
     settings.kind.check(settings)
     _ = settings.terms
     used = {want.key for want in settings.kind.wanted(settings).values()}
@@ -261,6 +262,22 @@ def check(settings: Settings) -> None:
                 f"config.{key} is {getattr(settings, key)!r}, but stage {settings.stage} with these keys neither "
                 f"starts from such a run nor asks it; leave it empty."
             )
+
+
+def _check_lora(settings: Settings) -> None:
+    own = {f"config.{name}": getattr(group, "optimizer", None) for name, group in settings.own.items()}
+    for path, optimizer in {"config": settings.optimizer, **own}.items():
+        lora = getattr(optimizer, "lora", keys.Lora())
+        if not lora.rank and lora != keys.Lora():
+            raise UserError(
+                f"{path}.optimizer.lora has alpha {lora.alpha} and targets {lora.targets!r}, but rank 0, which is off; "
+                f"set {path}.optimizer.lora.rank, or leave the others as they are."
+            )
+    if settings.optimizer.lora.rank and settings.optimizer.new_scale != 1:
+        raise UserError(
+            f"config.optimizer.new_scale is {settings.optimizer.new_scale}, but config.optimizer.lora trains factors "
+            f"of linears alone; set config.optimizer.new_scale=1, or config.optimizer.lora.rank=0."
+        )
 
 
 def check_student(settings: Settings) -> None:

@@ -27,6 +27,13 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/norm3/(scale|bias)", ("layers", None)),
     (r"blocks/modulation", ("layers", None, "embed")),
     (r"blocks/z_gate", ("layers", None)),
+    # The factors of LoRA lie as their kernel does, with the rank whole on every device.
+    (r"blocks/((self|cross)_attn/(q|k|v|z_k|z_v)|ffn/up)/lora_A", ("layers", "embed", None)),
+    (r"blocks/(self|cross)_attn/(q|k|v|z_k|z_v)/lora_B", ("layers", None, "heads")),
+    (r"blocks/(self|cross)_attn/o/lora_A", ("layers", "heads", None)),
+    (r"blocks/ffn/up/lora_B", ("layers", None, "mlp")),
+    (r"blocks/ffn/down/lora_A", ("layers", "mlp", None)),
+    (r"blocks/((self|cross)_attn/o|ffn/down)/lora_B", ("layers", None, "embed")),
     (r"embed/(patch|text_in|time_in)/kernel", (None, "embed")),
     (r"embed/(text_out|time_out)/kernel", ("embed", None)),
     (r"embed/time_projection/kernel", ("embed", None)),

@@ -18,6 +18,7 @@ from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.weights.adapter import ADAPTERS, write_adapter
 from greedy_distill_jax.weights.architecture import wan_of
 from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.pipeline import saved_codec
@@ -90,10 +91,15 @@ def _meta(source: Source) -> dict[str, Any]:
 def export_weights(source: Source, target: str | Path, form: str, **options: Any) -> None:
     """Writes as `weights.write.write`, with the step plan and the codec of the run a student comes from.
 
+    An adapter is written as by `weights.adapter.write_adapter`.
+
     Raises:
       UserError: as there.
     """
     check_apart(source.path, target)
+    if form in ADAPTERS:
+        write_adapter(source, target, form, **options)
+        return
     extra = {}
     if form == "torch-student" and source.format == "ours":
         extra = dict(student=_plan(source), codec=saved_codec(source.path))

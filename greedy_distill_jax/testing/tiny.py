@@ -12,7 +12,7 @@ from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.training.stages import base as stage_base, scores as stage_scores
+from greedy_distill_jax.training.stages import base as stage_base
 from greedy_distill_jax.training.stages.base import Inputs
 
 BASE = WanConfig(
@@ -108,8 +108,7 @@ def stage_of(config, latent_shape: tuple[int, int, int, int], seed: int = 0):
 
 def descend(monkeypatch, rate: float) -> None:
     """Plain gradient descent in every stage: the update is the gradient times ``rate``."""
-    for module in (stage_base, stage_scores):
-        monkeypatch.setattr(module, "make_optimizer", lambda *args, **kwargs: optax.sgd(rate))
+    monkeypatch.setattr(stage_base, "make_optimizer", lambda *args, **kwargs: optax.sgd(rate))
 
 
 def call_of(part):

@@ -463,13 +463,8 @@ def initial_state(job: Job) -> TrainState:
 _KEPT = (
     "stage",
     "seed",
-    "data.source",
-    "data.size",
-    "data.frames",
-    "data.batch",
-    "data.augment",
-    "data.text",
-    "data.negative_prompt",
+    *(f"data.{key}" for key in ("source", "size", "frames", "batch", "augment", "text", "negative_prompt")),
+    *(f"optimizer.lora.{key}" for key in ("rank", "alpha", "targets")),
 )  # keys that a resumed run must have as they were, besides those of its stage
 
 

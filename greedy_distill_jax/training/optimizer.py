@@ -15,14 +15,14 @@ def decay_schedule(peak: float, *, steps: int, warmup: int, final: float) -> opt
 
 
 def muon_dimensions(params):
-    """Which leaves Muon takes, and their matrix axes: kernels only, the layers axis of scanned ones apart.
+    """Which leaves Muon takes, and their matrix axes: kernels or their factors, the layers axis of scanned ones apart.
 
     optax's default (every 2-D leaf) would hand Muon the stacked biases [layers, D] and leave out the stacked
     kernels [layers, in, out].
     """
 
     def label(path, leaf):
-        if getattr(path[-1], "key", None) != "kernel":
+        if jax.tree_util.keystr(path[-1:], simple=True) not in ("kernel", "lora_A", "lora_B"):
             return None
         return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 

@@ -189,3 +189,10 @@ class OurSource(Source):
             self._group = next(self._rest)
         value = self._group[path]
         return (value[layer] if names.split_path(path)[1].stacked else value)[index]
+
+    def factors(self) -> dict[str, np.ndarray]:
+        """Path -> factor of every linear that LoRA trained (".../lora_A" [layers, in, rank], ".../lora_B" [layers,
+        rank, out]), of the last update whatever the part; UserError for a run without."""
+        tree = f"nets/{self.meta['network']}/opt_state/factors"
+        read = self._checkpoints.restore_subtree(self._step, tree)
+        return {path: np.asarray(leaf) for path, leaf in leaf_paths(read)}

@@ -39,6 +39,7 @@ def _stream_shapes(cfg, context_sigma=0.0):
 def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
     trees = [_state_shapes(tiny.train_config(optimizer__name=name)) for name in ("adamw", "muon")]
     trees += [_state_shapes(tiny.train_config("teacher_forcing", student__fusion=f)) for f in FUSIONS]
+    trees.append(_state_shapes(tiny.train_config(optimizer__lora__rank=2)))
     trees += [_state_shapes(tiny.train_config("dmd", distill__real=real)) for real in ("joint", "autoregressive")]
     trees.append(_state_shapes(tiny.train_config("teacher_forcing", student__kind="causal")))
     head = dict(losses__motion=dict(loss="motion_head", weight=1.0, options={}), motion_head__optimizer__name="muon")

@@ -224,7 +224,7 @@ def test_a_window_of_a_codec_that_looks_back_is_decoded_with_what_was_before():
     ],
 )
 def test_keys_that_exclude_each_other(losses, changes, said):
-    unused = {"dmd": "dmd"} == losses and "is optimised by no loss" not in said
+    unused = losses == {"dmd": "dmd"} and "is optimised by no loss" not in said
     with pytest.raises(UserError, match=said):
         read_settings(config_of(losses, {} if unused else COLOUR, **changes))
 

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
+from greedy_distill_jax.config.keys import TransformerOptimizer
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, is_number
@@ -20,6 +22,7 @@ from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.models.wan.linear import FLOAT32
 from greedy_distill_jax.training.cost import Cost, Meter, draws, total
+from greedy_distill_jax.training.lora import lora
 from greedy_distill_jax.training.optimizer import make_optimizer, new_parameter_scale
 from greedy_distill_jax.training.sources import Wanted
 from greedy_distill_jax.training.state import Net, TrainState
@@ -250,11 +253,18 @@ def always(step: int) -> bool:
     return True
 
 
+def optimizer_of(settings: Settings, updates: int, group: str = "") -> optax.GradientTransformation:
+    """The optimiser of a transformer that is updated ``updates`` times in the run; ``group``: of keys that it is in."""
+    keys, path = (settings.own[group], f"config.{group}") if group else (settings, "config")
+    o: TransformerOptimizer = keys.optimizer
+    return lora(make_optimizer(o, steps=updates), o.lora, seed=settings.seed, path=f"{path}.optimizer.lora")
+
+
 def own_update(settings: Settings, updates: int) -> Update:
     """How the network that a stage is named for is updated, ``updates`` times in the run."""
-    o = settings.optimizer
-    scale = None if o.new_scale == 1.0 else new_parameter_scale(o.new_scale)
-    return Update(make_optimizer(o, steps=updates), settings.ema.decay, settings.ema.start, scale)
+    scale = settings.optimizer.new_scale
+    factors = None if scale == 1.0 else new_parameter_scale(scale)
+    return Update(optimizer_of(settings, updates), settings.ema.decay, settings.ema.start, factors)
 
 
 def compute_precision(params, dtype: str):

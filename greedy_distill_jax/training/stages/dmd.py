@@ -11,12 +11,11 @@ from typing import Annotated, Any, ClassVar
 import jax
 
 from greedy_distill_jax.codecs.protocol import VideoCodec
-from greedy_distill_jax.config.keys import Losses, Optimizer, flow_matching_alone
+from greedy_distill_jax.config.keys import Losses, TransformerOptimizer, flow_matching_alone
 from greedy_distill_jax.config.settings import Settings, check_student, terms_of
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses import Term, asked, motion, motion_head as motion_head_loss
 from greedy_distill_jax.models import flops
-from greedy_distill_jax.models.flops import Flops
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.ranges import Count, Natural, NoiseLevel, NotNegative, Positive, between, one_of
@@ -75,7 +74,7 @@ class Critic:
     """Keys of the critic, the separate fake score of ``distill.fake = "critic"``."""
 
     losses: Losses = dataclasses.field(default_factory=flow_matching_alone)
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    optimizer: TransformerOptimizer = dataclasses.field(default_factory=TransformerOptimizer)
 
 
 class Dmd(StageKind):
@@ -85,6 +84,7 @@ class Dmd(StageKind):
     kept = (
         *(f"distill.{key}" for key in ("real", "fake", "generator_every", "critic_warmup")),
         *(f"motion_head.{key}" for key in ("width", "layers")),
+        *(f"critic.optimizer.lora.{key}" for key in ("rank", "alpha", "targets")),
     )
     offers = ("pair", "real", "fake", "head", "samples")
 
@@ -148,7 +148,7 @@ class Dmd(StageKind):
         cfg, frames, tokens, terms = stage.model.cfg, meter.frames, meter.tokens, settings.terms
         teacher, length = scores.teacher_config(settings), d.frames or meter.frames
 
-        def student(n: int = 1) -> Flops:
+        def student(n: int = 1) -> flops.Flops:
             return flops.student(cfg, frames, tokens, n)
 
         own = flops.rollout(cfg, length, tokens, settings.plan, d.exit)
@@ -168,7 +168,7 @@ class Dmd(StageKind):
             act, epochs, repeated = flops.student(cfg, length, tokens), d.epochs if d.pg == "actor_critic" else 1, 0
         heads = sum("head" in asked(term.loss) for term in terms)
         fixed += motion_head.matched(settings.own["motion_head"], meter, d.draws) * heads
-        judged = nets if d.pg == "actor_critic" else Flops()  # once more for the loss, before the first epoch
+        judged = nets if d.pg == "actor_critic" else flops.Flops()  # once more for the loss, before the first epoch
         acting, losing = meter.cost(act * epochs, repeated=repeated), meter.cost(nets * epochs, fixed + judged)
         costs = {"dmd": Cost(*(a + b for a, b in zip(acting, losing, strict=True)))}
         if heads:

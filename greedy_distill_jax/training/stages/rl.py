@@ -103,6 +103,7 @@ class Reinforcement(StageKind):
     kept = (
         "rl.old_decay",
         *(f"distill.{key}" for key in ("real", "fake", "generator_every", "critic_warmup")),
+        *(f"critic.optimizer.lora.{key}" for key in ("rank", "alpha", "targets")),
     )
     offers = ("episode", "current", "old", "reference", "corrected", "rewarded", "pair")
 

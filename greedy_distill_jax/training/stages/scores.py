@@ -21,8 +21,7 @@ from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import nets, policy_gradient
 from greedy_distill_jax.training.cost import Cost, Meter, draws, total
-from greedy_distill_jax.training.optimizer import make_optimizer
-from greedy_distill_jax.training.stages.base import Inputs, Network, Part, always
+from greedy_distill_jax.training.stages.base import Inputs, Network, Part, always, optimizer_of
 from greedy_distill_jax.training.stages.teacher_forcing import looking_back
 from greedy_distill_jax.training.update import Update
 
@@ -143,7 +142,7 @@ def critic_part(
     critic, critic_net = critic_of(settings, student)
     if critic is None:
         return None
-    update = Update(make_optimizer(settings.own["critic"].optimizer, steps=settings.steps))
+    update = Update(optimizer_of(settings, settings.steps, "critic"))
     start = dict(start_from=("critic", "teacher")) if isinstance(critic, Teacher) else dict(copy_of="student")
     step = functools.partial(
         policy_gradient.critic_step,
