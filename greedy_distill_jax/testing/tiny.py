@@ -88,7 +88,7 @@ def train_config(stage: str = "teacher", **changes):
     return config
 
 
-def stage_of(config, latent_shape: tuple[int, int, int, int], seed: int = 0):
+def stage_of(config, latent_shape: tuple[int, int, int, int], seed: int = 0, codec=None):
     """(stage, first parameters of its networks by name), as ``train`` builds them, from random networks."""
     settings = read_settings(config, imagine_runs=True)
     wanted, wan = settings.kind.wanted(settings), settings.wan
@@ -100,7 +100,7 @@ def stage_of(config, latent_shape: tuple[int, int, int, int], seed: int = 0):
     given = {name: random_params(net, seed + (name == "student"), latent_shape) for name, net in nets.items()}
     frozen = {want.frozen: given[name] for name, want in wanted.items() if want.frozen}
     null = np.zeros((wan.text_len, wan.text_dim), np.float32)
-    stage = settings.kind.build(settings, Inputs(frozen, null, latent_shape))
+    stage = settings.kind.build(settings, Inputs(frozen, null, latent_shape, codec=codec))
     if not settings.is_student:
         given = {"teacher": random_params(stage.model, seed, latent_shape)}
     return stage, stage.initial_params(jax.random.key(seed), latent_shape, given)

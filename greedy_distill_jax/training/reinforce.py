@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from greedy_distill_jax import rewards
 from greedy_distill_jax.codecs.protocol import VideoCodec
-from greedy_distill_jax.diffusion import flow
+from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.losses import Term, asked
 from greedy_distill_jax.losses.rl.advantage import combine
 from greedy_distill_jax.losses.rl.episode import Episode
@@ -136,12 +136,14 @@ def rollout_step(
             made |= {f"{REWARD}{name}": x for name, x in rewards.on_device(plan.terms, view).items()}
             measured = looks(view.video_BTHWC)
             if plan.on_host:
-                made |= {"video": _uint8(view.video_BTHWC), "first": _uint8(view.first_BSHWC)}
+                made |= {"video": _bytes(view.video_BTHWC), "first": _bytes(view.first_BSHWC)}
         made = {name: rearrange(x, "(p n) ... -> p n ...", n=own.group) for name, x in made.items() if x is not None}
         return {"shared": {name: x for name, x in shared.items() if x is not None}, "looks": measured}, made
 
     found, made = accumulate(part, dict(batch), keys[2:], microbatches, keeps=True)
     made = {name: rearrange(x, "p n ... -> (p n) ...") for name, x in made.items()}
+    for name in {"video", "first"} & made.keys():  # every process has its streams whole
+        made[name] = parallel.constrain(made[name], "batch", None, None, None, None)
     metrics = {f"video/{name}": x for name, x in found["looks"].items()} | {"start": start * own.chunk}
     return state, metrics, {**carry, **batch, **made, **found["shared"], "start": start}
 
@@ -158,7 +160,7 @@ def looks(video_BTHWC: Float[Array, "B T H W 3"]) -> dict[str, jax.Array]:
     return {"motion": change, "saturation": jnp.mean(spread), "clipped": jnp.mean(clipped.astype(jnp.float32))}
 
 
-def _uint8(video):
+def _bytes(video):
     return jnp.rint(255.0 * video).astype(jnp.uint8)
 
 
@@ -312,12 +314,13 @@ def learn_step(
         params, opt_state = update.params(params, opt_state, grads)
         return params, opt_state, (loss, found, norms(grads, params))
 
-    start_of = net.params, net.opt_state, None
-    params, opt_state, (loss, found, sizes) = epoch(0, start_of)
-    if epochs > 1:
-        params, opt_state, (loss, found, sizes) = jax.lax.fori_loop(
-            1, epochs, epoch, (params, opt_state, (loss, found, sizes))
-        )
+    start_of = (net.params, net.opt_state)
+    if epochs == 1:
+        params, opt_state, (loss, found, sizes) = epoch(0, (*start_of, None))
+    else:
+        shapes = jax.eval_shape(epoch, 0, (*start_of, None))[-1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        params, opt_state, (loss, found, sizes) = jax.lax.fori_loop(0, epochs, epoch, (*start_of, zeros))
     state = settle(state, "student", update, params, opt_state)
     if "old" in state.nets:
         old = state.nets["old"]
@@ -334,7 +337,7 @@ def _sound(made: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Arr
     """(the streams' arrays, zeros for a stream that is not finite somewhere; which streams are)."""
     finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in made.values()]
     sound_B = functools.reduce(jnp.logical_and, finite)
-    return {name: jnp.where(flow.expand(sound_B, x) > 0, x, 0.0) for name, x in made.items()}, sound_B
+    return {name: jnp.where(sound_B.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0) for name, x in made.items()}, sound_B
 
 
 def _judged(plan: Plan, values: Mapping[str, jax.Array], sound_B):

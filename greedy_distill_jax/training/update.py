@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +20,15 @@ def drop_text(text_BMC, null_MC, key, rate: float):
     return jnp.where(drop, null_MC[None], text_BMC)
 
 
-def total_loss(terms: Sequence[Term], net, batch, key, networks: Mapping[str, Callable] | None = None):
+def total_loss(terms: Sequence[Term], net, batch, key, offered: Mapping[str, Any] | None = None):
     """(sum of weight * mean(loss_B), metrics by term, see ``logged``); ``net`` is called with x, sigma, batch.
 
-    ``networks``: those that a loss may ask for, see ``losses.asked``. UserError for a loss that returns something else
+    ``offered``: what losses may ask for by name, see ``losses.asked``. UserError for a loss that returns something else
     than ``losses.check_returned`` allows.
     """
     total, metrics = jnp.float32(0.0), {}
     for i, term in enumerate(terms):
-        given = {name: networks[name] for name in asked(term.loss)}
+        given = {name: offered[name] for name in asked(term.loss)}
         returned = term.loss(net, batch, jax.random.fold_in(key, i), **given, **term.options)
         loss_B, extra = check_returned(term, returned, len(batch["text"]))
         value = jnp.mean(loss_B)

@@ -45,7 +45,7 @@ def get_config(stage="teacher"):
 """
 
 
-def _joined(env):
+def joined(env):
     """The variables of two processes that join, but for their numbers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,7 +65,7 @@ class _Pair:
     def __init__(self, tmp_path, workdir, env, hold="none", changes=()):
         config, self.hold = tmp_path / "config.py", tmp_path / f"{hold}-"
         config.write_text(CONFIG)
-        env = {**_joined(env), "HOLD": str(self.hold)}
+        env = {**joined(env), "HOLD": str(self.hold)}
         command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={config}", f"--workdir={workdir}"]
         self.files = [tmp_path / f"err{index}" for index in (0, 1)]
         self.processes = []
@@ -181,7 +181,7 @@ sys.exit(3)
 @pytest.mark.slow
 @pytest.mark.subprocesses
 def test_who_takes_a_share_waits_for_nobody_at_its_end(tmp_path, subprocess_env):
-    env = _joined(subprocess_env)
+    env = joined(subprocess_env)
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", SHARE],

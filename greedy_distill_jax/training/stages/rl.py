@@ -228,7 +228,7 @@ class Reinforcement(StageKind):
             terms = tuple(term for term in plan.terms if term.reward.kind != "jax")
             rewards.start(terms)
             gives = {name: x for name, x in shapes.items() if name.startswith("rewards/")}
-            scorer = Scorer(terms, o.group, o.failed, settings.log.fps, o.staleness)
+            scorer = Scorer(terms, o.group, o.failed, float(settings.log.fps), o.staleness)
             parts.append(Part("rewards", due, scorer, host=True, gives=gives))
         parts.append(Part("rl", due, learn, takes=shapes))
         if "pair" in asks:
