@@ -55,11 +55,6 @@ def student(tiny_student):
     return str(tiny_student)
 
 
-@pytest.fixture(scope="module")
-def teacher(tiny_teacher):
-    return str(tiny_teacher)
-
-
 LATENT = (4, 4, 4, 16)
 CODEC = PatchCodec.fit(np.random.default_rng(0).integers(0, 255, (2, 4, 16, 16, 3), np.uint8))
 
@@ -73,29 +68,27 @@ def bright(view, *, of: float = 255.0):
 
 
 @pytest.mark.slow
-def test_losses_train_together_and_a_run_goes_on_bit_by_bit(student, teacher, tmp_path):
-    losses = {"direct": "direct", "dmd": "dmd", "kl": "kl", "nft": "nft"}
+def test_losses_train_together_and_a_run_goes_on_bit_by_bit(student, tmp_path):
+    losses = {"direct": "direct", "nft": "nft"}
     still = {"still": {"reward": "flicker", "weight": 0.5, "judge": True}}
-    changes = dict(steps=4, checkpoint__every=2, distill__generator_every=2, student_from=student, teacher_from=teacher)
-    config = config_of(losses, COLOUR | still, **changes)
-    whole = train(config, tmp_path / "whole", show_progress=False)
-    assert set(whole.nets) == {"student", "old", "critic"}
+    config = config_of(losses, COLOUR | still, steps=4, checkpoint__every=2, student_from=student)
+    whole = jax.device_get(train(config, tmp_path / "whole", show_progress=False))
+    assert set(whole.nets) == {"student", "old"}
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")  # as if it had been killed after it saved step 2
     shutil.rmtree(tmp_path / "halves" / "checkpoints" / "4")
-    halves = train(config, tmp_path / "halves", show_progress=False)
+    halves = jax.device_get(train(config, tmp_path / "halves", show_progress=False))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
         np.testing.assert_array_equal(a, b)
     lines = read_scalars(tmp_path / "whole")
-    assert ["rl/loss" in line for line in lines] == [True, False, True, False]
-    assert all("rl/critic/loss" in line for line in lines)
-    first, second = (line for line in lines if "rl/loss" in line)
+    first, second, *_ = lines
     names = {f"rl/{name}" for name in (*losses, "reward/colour/mean", "reward/still/std", "group/dead", "start")}
     assert names | {"rl/video/motion", "rl/video/saturation", "rl/nft/gap"} <= set(first)
-    assert first["rl/nft/gap"] == 0 and second["rl/nft/gap"] > 0 and second["rl/kl"] > first["rl/kl"]
-    now, old, before = whole.nets["student"].params, whole.nets["old"].params, Run.load(student).params
+    assert first["rl/nft/gap"] == 0 < second["rl/nft/gap"]
+    now, old = whole.nets["student"].params, whole.nets["old"].params
+    before = jax.device_get(Run.load(student).params)
 
     def far(a, b):
-        return np.asarray([float(jnp.abs(x - y).sum()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)])
+        return np.asarray([np.abs(x - y).sum() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)])
 
     assert np.mean(far(now, before) > 0) > 0.9
     assert np.mean(far(old, before) < far(now, before)) > 0.9  # the average lags behind
@@ -106,7 +99,7 @@ def test_losses_train_together_and_a_run_goes_on_bit_by_bit(student, teacher, tm
     "losses, changes",
     [
         (
-            dict(a="re_dmd", b="self_teacher", c="dpo_chunk", d="motion"),
+            dict(a="re_dmd", b="self_teacher", c="dpo_chunk", d="motion", e="kl", f="dmd"),
             dict(rl__given=2, teacher_from="a", rl__keep=2),
         ),
         (dict(a="neighbor", b="direct"), dict(rl__spread=0.3, rl__after=2, rl__window=4, student__kind="causal")),
