@@ -26,7 +26,8 @@ GIB = 2**30
 class Row(NamedTuple):
     """One job.
 
-    ``stage``, ``size``, ``teacher``, ``student``, ``critic``: what it must be, see ``published_sizes.differences``.
+    ``stage``, ``size``, ``teacher``, ``student``, ``critic``, ``batch``: what it must be, see
+    ``published_sizes.differences``.
     ``only``: steps whose name contains this. ``overrides`` of the config. ``code``: the exit code that the command
     must have.
     """
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     teacher: str = "wan1_3b"
     student: str = "etm_sdd"
     critic: bool = True
+    batch: int = 64
     only: str = ""
     overrides: tuple[str, ...] = ()
     code: int = 0
@@ -111,7 +113,8 @@ def compiled(row: Row, only: str) -> dict:
             said = done.stderr[-2000:]
             raise RuntimeError(f"{' '.join(shown)}: exit code {done.returncode}, not {row.code}\n{said}")
         record = json.loads(Path(file.name).read_text())[-1]
-    wanted = {name: getattr(row, name) for name in ("stage", "size", "teacher", "student", "critic")} | {"only": only}
+    wanted = {name: getattr(row, name) for name in ("stage", "size", "teacher", "student", "critic", "batch")}
+    wanted |= {"only": only}
     if differences := published_sizes.differences(record, **wanted):
         raise RuntimeError(f"{' '.join(shown)}: not the published job: {'; '.join(differences)}")
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
