@@ -12,6 +12,7 @@ class Size(NamedTuple):
     """Of one of Wan's networks, and of a student of two halves of it (ETM and SDD share no parameters).
 
     ``factors``: numbers of an adapter of that student: q, k, v and o of both attentions, up and down, of rank 256.
+    ``clip``: latent frames that a group's streams make apart in stage "rl".
     """
 
     layers: int
@@ -19,11 +20,12 @@ class Size(NamedTuple):
     parameters: int
     student: int
     factors: int
+    clip: int
 
 
 SIZES = {
-    "wan1_3b": Size(30, 1536, 1_418_996_800, 1_515_523_648, 349_962_240),
-    "wan14b": Size(40, 5120, 14_288_491_584, 15_569_771_584, 1_226_833_920),
+    "wan1_3b": Size(30, 1536, 1_418_996_800, 1_515_523_648, 349_962_240, 21),
+    "wan14b": Size(40, 5120, 14_288_491_584, 15_569_771_584, 1_226_833_920, 4),
 }
 STEPS = {
     "teacher": ("teacher",),
@@ -31,7 +33,7 @@ STEPS = {
     "dmd": ("dmd", "critic", "stream"),
     "rl": ("rollout", "rl", "stream"),
 }
-EPISODE = {"group": 8, "frames": 84, "clip": CLIP}  # of stage "rl": streams per prompt, latent frames of the longest
+EPISODE = {"group": 8, "frames": 84}  # of stage "rl": streams per prompt, latent frames of the longest
 
 
 def steps(stage: str, critic: bool) -> list[str]:
@@ -88,7 +90,7 @@ def differences(
         "cfg_branches": 2 if dmd else 1,
         "batch": batch,
         "dtype": "bfloat16",
-        "episode": EPISODE if stage == "rl" else None,
+        "episode": EPISODE | {"clip": own.clip} if stage == "rl" else None,
     }
     found = [f"{key} is {facts.get(key)}, not {value}" for key, value in wanted.items() if facts.get(key) != value]
     kept = 3 * own.factors if stage == "rl" else 2 * count  # an adapter and two moments of it; two moments

@@ -6,6 +6,18 @@
 Groups of 8 streams of up to 84 latent frames, 4 times the training length, part for the last 21 and learn from those
 by ``nft`` (Astrolabe). ``rl.py:cm_grpo`` is RAVEN's loss, ``rl.py:self_teacher`` OPSD-V, which asks no reward and needs
 latents of videos of 84 latent frames.
+
+The rewards are formulas of pixels, so that the job needs nothing beside it. A reward model such as VideoAlign runs
+behind a server (docs/guides/add_a_reward.md):
+
+    --config.rl.rewards.videoalign.reward=http --config.rl.rewards.videoalign.weight=1.0 \
+    --config.rl.rewards.videoalign.options.url=http://127.0.0.1:8100 \
+    --config.rl.rewards.videoalign.options.scores=VQ,MQ,TA --config.rl.staleness=1
+
+Not yet run; mesh and accumulate are for 16 chips of 95 GiB (TPU v5p:2x2x4). Compiled, without what rewards cost, the
+update needs 88.7 of 95.73 GiB per chip, and sends more than the chip's links can keep up with:
+
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/rl.py --topology=v5p:2x2x4
 """
 
 from configs.wan1_3b import teacher_forcing
