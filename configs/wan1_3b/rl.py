@@ -15,7 +15,7 @@ behind a server (docs/guides/add_a_reward.md):
     --config.rl.rewards.videoalign.options.scores=VQ,MQ,TA --config.rl.staleness=1
 
 Not yet run; mesh and accumulate are for 16 chips of 95 GiB (TPU v5p:2x2x4). Compiled, without what rewards cost, the
-update needs 88.7 of 95.73 GiB per chip, and sends more than the chip's links can keep up with:
+update needs 88.7 of 95.73 GiB per chip and the rollout 11.3; both send more than the links can keep up with:
 
     python -m greedy_distill_jax.compile train --config=configs/wan1_3b/rl.py --topology=v5p:2x2x4
 """

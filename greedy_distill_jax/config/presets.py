@@ -73,7 +73,7 @@ def raven(config: ConfigDict) -> ConfigDict:
 def opsd_v(config: ConfigDict) -> ConfigDict:
     """Makes a config of stage "rl" the setting of OPSD-V (arXiv 2607.08766): the student with a better memory teaches.
 
-    No groups and no reward (``config.rl.rewards`` stays empty). It needs real videos as long as the streams, which begin
+    No groups and no reward, ``config.rl.rewards`` stays empty. It needs real videos as long as the streams, which begin
     with their first chunk.
     """
     _adapters(config, rate=1e-5, betas=(0.0, 0.999))
