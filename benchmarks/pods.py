@@ -26,7 +26,8 @@ GIB = 2**30
 class Row(NamedTuple):
     """One job.
 
-    ``stage``, ``size``, ``teacher``, ``student``, ``critic``: what it must be, see ``published_sizes.differences``.
+    ``stage``, ``size``, ``teacher``, ``student``, ``critic``, ``batch``: what it must be, see
+    ``published_sizes.differences``.
     ``only``: steps whose name contains this. ``overrides`` of the config. ``code``: the exit code that the command
     must have.
     """
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     teacher: str = "wan1_3b"
     student: str = "etm_sdd"
     critic: bool = True
+    batch: int = 64
     only: str = ""
     overrides: tuple[str, ...] = ()
     code: int = 0
@@ -47,7 +49,7 @@ class Row(NamedTuple):
         return [f"--config.{override}" for override in self.overrides]
 
 
-STAGE1, STAGE2 = "teacher_forcing", "dmd"
+STAGE1, STAGE2, STAGE3 = "teacher_forcing", "dmd", "rl"
 WHOLE = ("mesh.context=1", "data.accumulate=4")  # 16 chips with room for a whole video on every one
 JOBS = {
     "1.3B teacher, v5e:4x4": Row("configs/wan1_3b/teacher.py", "v5e:4x4", "teacher"),
@@ -66,6 +68,7 @@ JOBS = {
     "1.3B stage 2, 14B teacher, v5p:2x2x4": Row(
         "configs/wan1_3b/dmd.py:teacher_14b", "v5p:2x2x4", STAGE2, teacher="wan14b", overrides=WHOLE
     ),
+    "1.3B stage 3, v5p:2x2x4": Row("configs/wan1_3b/rl.py", "v5p:2x2x4", STAGE3, critic=False, batch=16),
     **{
         f"1.3B streaming, {name}": Row("configs/wan1_3b/sample.py", name, STAGE2, only="stream")
         for name in ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
@@ -73,6 +76,7 @@ JOBS = {
     "14B teacher, v5p:4x4x8": Row("configs/wan14b/teacher.py", "v5p:4x4x8", "teacher", "wan14b"),
     "14B stage 1, v5p:4x4x8": Row("configs/wan14b/teacher_forcing.py", "v5p:4x4x8", STAGE1, "wan14b"),
     "14B stage 2, v5p:4x4x8": Row("configs/wan14b/dmd.py", "v5p:4x4x8", STAGE2, "wan14b", "wan14b"),
+    "14B stage 3, v5p:4x4x8": Row("configs/wan14b/rl.py", "v5p:4x4x8", STAGE3, "wan14b", critic=False, batch=32),
     "14B stage 2, v5e:2x2": Row("configs/wan14b/dmd.py", "v5e:2x2", STAGE2, "wan14b", "wan14b", code=3),
 }
 # Stages 1 and 2 at 1.3B from 16 (above) to 256 chips, the same batch of 64: beyond 64 chips several share a video.
@@ -111,7 +115,8 @@ def compiled(row: Row, only: str) -> dict:
             said = done.stderr[-2000:]
             raise RuntimeError(f"{' '.join(shown)}: exit code {done.returncode}, not {row.code}\n{said}")
         record = json.loads(Path(file.name).read_text())[-1]
-    wanted = {name: getattr(row, name) for name in ("stage", "size", "teacher", "student", "critic")} | {"only": only}
+    wanted = {name: getattr(row, name) for name in ("stage", "size", "teacher", "student", "critic", "batch")}
+    wanted |= {"only": only}
     if differences := published_sizes.differences(record, **wanted):
         raise RuntimeError(f"{' '.join(shown)}: not the published job: {'; '.join(differences)}")
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}

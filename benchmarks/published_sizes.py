@@ -9,19 +9,31 @@ from typing import Any, NamedTuple
 
 
 class Size(NamedTuple):
-    """Of one of Wan's networks, and of a student of two halves of it (ETM and SDD share no parameters)."""
+    """Of one of Wan's networks, and of a student of two halves of it (ETM and SDD share no parameters).
+
+    ``factors``: numbers of an adapter of that student: q, k, v and o of both attentions, up and down, of rank 256.
+    ``clip``: latent frames that a group's streams make apart in stage "rl".
+    """
 
     layers: int
     width: int
     parameters: int
     student: int
+    factors: int
+    clip: int
 
 
 SIZES = {
-    "wan1_3b": Size(30, 1536, 1_418_996_800, 1_515_523_648),
-    "wan14b": Size(40, 5120, 14_288_491_584, 15_569_771_584),
+    "wan1_3b": Size(30, 1536, 1_418_996_800, 1_515_523_648, 349_962_240, 21),
+    "wan14b": Size(40, 5120, 14_288_491_584, 15_569_771_584, 1_226_833_920, 4),
 }
-STEPS = {"teacher": ("teacher",), "teacher_forcing": ("teacher_forcing", "stream"), "dmd": ("dmd", "critic", "stream")}
+STEPS = {
+    "teacher": ("teacher",),
+    "teacher_forcing": ("teacher_forcing", "stream"),
+    "dmd": ("dmd", "critic", "stream"),
+    "rl": ("rollout", "rl", "stream"),
+}
+EPISODE = {"group": 8, "frames": 84}  # of stage "rl": streams per prompt, latent frames of the longest
 
 
 def steps(stage: str, critic: bool) -> list[str]:
@@ -48,7 +60,7 @@ def differences(
       teacher: of the frozen teacher of stage "dmd", with whose guidance two branches are computed.
       student: "etm_sdd", halves of a DiT, or "causal", a whole one.
       critic: whether stage "dmd" has one, of the student's size; else the student is its own fake score.
-      batch: global.
+      batch: global; in stage "rl" of prompts, where the student is held near a reference, itself at the start.
       only: as given to the command.
     """
     facts, own = record["facts"], SIZES[size]
@@ -56,6 +68,8 @@ def differences(
     whole, half = {"": [own.layers, own.width]}, [own.layers // 2, own.width]
     halves, critic = streaming and student == "etm_sdd", dmd and critic
     stacks = {"trained": {"etm": half, "sdd": half} if halves else whole, "critic": whole if critic else {}}
+    if stage == "rl":
+        stacks["reference"] = stacks["trained"]
     if dmd:
         stacks["teacher"] = {"": [SIZES[teacher].layers, SIZES[teacher].width]}
     count = own.student if halves else own.parameters
@@ -76,10 +90,12 @@ def differences(
         "cfg_branches": 2 if dmd else 1,
         "batch": batch,
         "dtype": "bfloat16",
+        "episode": EPISODE | {"clip": own.clip} if stage == "rl" else None,
     }
     found = [f"{key} is {facts.get(key)}, not {value}" for key, value in wanted.items() if facts.get(key) != value]
-    if facts["optimizer_parameters"] < 2 * count:
-        found.append(f"the optimiser keeps {facts['optimizer_parameters']} numbers, not two for each of {count}")
+    kept = 3 * own.factors if stage == "rl" else 2 * count  # an adapter and two moments of it; two moments
+    if facts["optimizer_parameters"] < kept:
+        found.append(f"the optimiser keeps {facts['optimizer_parameters']} numbers, not {kept}")
     groups = facts["mesh"]["data"] * facts["mesh"]["fsdp"]
     if facts["accumulate"] * facts["microbatch_per_group"] * groups != batch:
         found.append(f"microbatches do not add up to the batch of {batch}")

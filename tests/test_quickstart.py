@@ -165,6 +165,15 @@ def test_the_loss_notebook_runs(finished, kernel_env):
 
 
 @pytest.mark.subprocesses
+def test_the_reward_notebook_runs(finished, kernel_env):
+    env = kernel_env | {"QUICKSTART": str(finished), "MINUTES": "0.05"}
+    outputs = _execute(ROOT / "notebooks" / "04_rewards.ipynb", env)
+    shown = [kind for output in outputs for kind in output.get("data", {})]
+    assert shown.count("image/gif") == 1 and shown.count("image/png") == 1
+    assert any("+ pace_kept" in output.get("text", "") for output in outputs)
+
+
+@pytest.mark.subprocesses
 def test_the_stream_notebook_says_what_is_missing(tmp_path, kernel_env):
     with pytest.raises(CellExecutionError, match="bash launch/quickstart.sh"):
         _execute(ROOT / "notebooks" / "01_stream.ipynb", kernel_env | {"QUICKSTART": str(tmp_path)})

@@ -44,6 +44,50 @@ def diagonal_paper(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def astrolabe(config: ConfigDict) -> ConfigDict:
+    """Makes a config of stage "rl" the setting of Astrolabe (arXiv 2603.17051).
+
+    The contrast of better and worse clips, held near the student it started from; adapters of rank 256. There groups
+    are of 24 streams, 48 prompts at a time.
+    """
+    _adapters(config, rate=1e-5, betas=(0.9, 0.999))
+    config.losses.nft = dict(loss="nft", weight=1.0, options={"beta": 0.1})
+    config.losses.kl = dict(loss="kl", weight=1e-4, options={})
+    config.rl.old_decay = 0.9
+    return config
+
+
+def raven(config: ConfigDict) -> ConfigDict:
+    """Makes a config of stage "rl" the setting of RAVEN (arXiv 2605.15190): re-noising steps as policies.
+
+    One update per episode; of every chunk one step whose result is random. There groups are of 4 streams on each of 8
+    devices, compared as one of 32.
+    """
+    _adapters(config, rate=5e-6, betas=(0.0, 0.999))
+    config.losses.cm_grpo = dict(loss="cm_grpo", weight=100.0, options={})
+    config.rl.step = "stochastic"
+    config.steps, config.ema.decay, config.ema.start = 160, 0.9675, 0
+    return config
+
+
+def opsd_v(config: ConfigDict) -> ConfigDict:
+    """Makes a config of stage "rl" the setting of OPSD-V (arXiv 2607.08766): the student with a better memory teaches.
+
+    No groups and no reward, ``config.rl.rewards`` stays empty. It needs real videos as long as the streams, which begin
+    with their first chunk.
+    """
+    _adapters(config, rate=1e-5, betas=(0.0, 0.999))
+    config.losses.self_teacher = dict(loss="self_teacher", weight=1.0, options={})
+    config.rl.group, config.rl.given, config.rl.keep = 1, config.student.chunk, 1
+    config.steps, config.data.batch = 200, 64
+    return config
+
+
+def _adapters(config: ConfigDict, rate: float, betas: tuple[float, float]) -> None:
+    config.optimizer.lora.rank = 256
+    config.optimizer.learning_rate, config.optimizer.betas = rate, betas
+
+
 def _diagonal_steps(config: ConfigDict) -> None:
     config.sample.steps, config.sample.sampler = "diagonal-4322222", "renoise"
     config.distill.exit, config.student.context = "random_but_first", "last_step_kv"

@@ -11,6 +11,7 @@ from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.distribution.mesh import batch_parts
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.pods.jobs import STREAM, Job
+from greedy_distill_jax.training.stages import rl
 
 
 def facts(job: Job) -> dict[str, Any]:
@@ -47,6 +48,10 @@ def facts(job: Job) -> dict[str, Any]:
         "dtype": wan.dtype,
         "remat": wan.remat,
     }
+    episodes = [part.takes for part in job.stage.parts if "visited" in part.takes]
+    if episodes:
+        streams, longest = episodes[0]["frames"].shape[:2]
+        facts["episode"] = {"group": streams // count, "frames": longest, "clip": episodes[0]["visited"].shape[1]}
     if STREAM in job.trees:
         last = job.trees[STREAM][0].last
         facts["streams"] = {
@@ -72,7 +77,7 @@ def cfg_branches(settings: Settings) -> int:
         asked.append(batch)
         return x
 
-    if settings.stage != "dmd":
+    if settings.stage != "dmd" and not (settings.stage == "rl" and "pair" in rl.asks_of(settings)):
         return 1
     net, one = guidance.guided_score(score, jnp.zeros((1, 1)), settings.own["distill"].guidance), jnp.zeros(1)
     with jax.disable_jit():

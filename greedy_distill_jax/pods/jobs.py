@@ -33,6 +33,7 @@ from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.training.cost import Cost
 from greedy_distill_jax.training.job import check_mesh, jit_parts, one_line, state_shapes
 from greedy_distill_jax.training.sources import frozen_runs
+from greedy_distill_jax.training.stages import rl
 from greedy_distill_jax.training.stages.base import Inputs, Stage
 
 GRID = {"480p": (60, 104), "720p": (90, 160)}  # rows and columns of Wan's latents
@@ -161,13 +162,13 @@ def build_job(
     # Inside stripes the kernels' backward pass repeats their forward pass (parallel.py).
     backward = attention.backward_flops + (not attention.partitionable and mesh.shape[RULES.columns[0]] > 1)
     cost, steps = costs.part_costs(settings, stage, latent_shape, backward=backward), []
-    trips = rollout_trips(settings, stage.model.cfg.chunk, latent_shape[0]) if settings.stage == "dmd" else None
+    trips = loop_trips(settings, stage, latent_shape)
     for part in parts:
         if part.host:
-            break  # what it hands on is known only when it runs
+            continue  # there is nothing to compile, and later parts say what they take
         carry = with_shardings(dict(part.takes), shardings(dict(part.takes), mesh))
         arguments = (state, stage.frozen, batch, carry)
-        steps.append(Step(part.name, part.call, arguments, cost[part.name], dynamic_trips=trips))
+        steps.append(Step(part.name, part.call, arguments, cost[part.name], dynamic_trips=trips.get(part.name)))
     if isinstance(stage.model, StreamingModel):
         params, of_params = (tree.nets[stage.name].params for tree in (state, of_state))
         step, shapes, of_stream = _stream(settings, stage.model, mesh, latent_shape, params, of_params)
@@ -223,6 +224,32 @@ def _stream(settings: Settings, model: StreamingModel, mesh: Mesh, latent_shape,
     looped = float(calls - (model.cfg.context == "fused"))  # there the first call is outside of the loop
     whole = Cost(cost, cost * mesh.shape[RULES.columns[0]])  # streams are not split into stripes: all do the same
     return Step(STREAM, call, (params, state), whole, (STREAM, "params"), looped), state, of_state
+
+
+def loop_trips(settings: Settings, stage: Stage, latent_shape: tuple[int, int, int, int]) -> dict[str, float]:
+    """{part: mean runs of its loops whose bound is known only while it runs}.
+
+    Of stage "dmd" these are the denoising calls of a chunk. Of stage "rl" they are the chunks before the streams of a
+    group part; its critic's, which sees whole streams, denoises each chunk up to an exit as in stage "dmd".
+
+    Raises:
+      UserError: stage "rl" with several step lists, whose denoising loops are dynamic as well.
+    """
+    chunk = stage.model.cfg.chunk
+    if settings.stage == "rl":
+        if len(settings.plan.sigmas) > 1:
+            raise UserError(
+                f"config.sample.steps = {settings.sample.steps!r} has {len(settings.plan.sigmas)} lists, and how often "
+                f"the loops of stage rl run is known here for one alone; give one number of steps."
+            )
+        plan = rl.episode_plan(settings, stage.model, Inputs({}, None, latent_shape))
+        start = (plan.lowest + plan.highest) / 2
+        critic = rollout_trips(settings, chunk, rl.stream_frames(settings))
+        return {"rollout": start - plan.own.given // chunk, "rl": start, "critic": critic}
+    if settings.stage == "dmd":
+        trips = rollout_trips(settings, chunk, latent_shape[0])
+        return dict.fromkeys((part.name for part in stage.parts), trips)
+    return {}
 
 
 def rollout_trips(settings: Settings, chunk: int, frames: int) -> float:

@@ -56,11 +56,18 @@ def report(
 
 def _header(job: Job, known: dict[str, Any], name: str) -> Iterator[str]:
     yield f"{name}: {known['devices']} chips, mesh {known['mesh']}, compiled, not run"
+    episode = known.get("episode")
+    examples = f"{known['microbatch_per_group']} {'prompts' if episode else 'videos'}"
     yield (
         f"  {known['frames']} latent frames of {known['latents']}, {known['tokens']:,} tokens; batch {known['batch']} "
-        f"= {known['accumulate']} microbatches x {known['microbatch_per_group']} videos x {batch_parts(job.mesh)} "
-        f"groups of chips; CFG branches: {known['cfg_branches']}"
+        f"= {known['accumulate']} microbatches x {examples} x {batch_parts(job.mesh)} groups of chips; CFG branches: "
+        f"{known['cfg_branches']}"
     )
+    if episode:
+        yield (
+            f"  {episode['group']} streams per prompt, of up to {episode['frames']} latent frames, the last "
+            f"{episode['clip']} apart; without what rewards cost"
+        )
     if any(step.name == STREAM for step in job.steps):
         streams = known["streams"]
         yield (

@@ -410,6 +410,24 @@ def test_the_diagonal_presets():
     }
 
 
+@pytest.mark.parametrize("size", ["wan1_3b", "wan14b"])
+def test_the_presets_of_stage_3(size):
+    """At full size, with the rates and weights of their papers."""
+    found = {}
+    for name in ("nft", "cm_grpo", "self_teacher"):
+        config = read_config(f"configs/{size}/rl.py:{name}").lock()
+        config.student_from = "a run"
+        settings = read_settings(config, imagine_runs=True)
+        assert settings.optimizer.lora.rank == 256 and settings.own["rl"].frames == 4 * settings.data.frames
+        terms = {name: term.weight for name, term in settings.losses.items()}
+        found[name] = terms, settings.optimizer.learning_rate, settings.optimizer.betas, len(settings.own["rl"].rewards)
+    assert found == {
+        "nft": ({"nft": 1.0, "kl": 1e-4}, 1e-5, (0.9, 0.999), 3),
+        "cm_grpo": ({"cm_grpo": 100.0}, 5e-6, (0.0, 0.999), 3),
+        "self_teacher": ({"self_teacher": 1.0}, 1e-5, (0.0, 0.999), 0),
+    }
+
+
 @pytest.mark.parametrize("command", ["clips", "text", "latents", "ode"])
 def test_help_of_prepare(command, capsys):
     with pytest.raises(SystemExit) as end:

@@ -176,3 +176,24 @@ def test_the_published_sizes():
     passes = 5 * everything
     assert passes.total == pytest.approx(47e12, rel=0.02)
     assert flops.stream_step(student, 1560, 4).total > 0
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_the_rollout_of_groups(after):
+    """Of the longest stream: two chunks before the streams part, and as many denoising steps per chunk."""
+    size = {f"model__{name}": getattr(BASE, name) for name in ("dim", "ffn_dim", "num_layers", "text_len")}
+    size |= dict(optimizer__name="adamw", student_from="a run", text_dropout=0.0, data__batch=2, sample__steps=2)
+    lengths = dict(rl__frames=4 + after, rl__clip=2, rl__after=after, rl__group=3, data__frames=FRAMES)
+    config = tiny.train_config("rl", **size, **lengths)
+    with config.unlocked():
+        del config.losses["flow_matching"]
+        config.losses.nft = dict(loss="nft", weight=1.0, options={})
+        config.rl.rewards.colour = dict(reward="colour_kept", weight=1.0)
+    latent = (FRAMES, 16, 16, 16)
+    stage, params = tiny.stage_of(config, latent)
+    settings = read_settings(config, imagine_runs=True)
+    expected = costs.part_costs(settings, stage, latent)
+    assert list(expected) == [part.name for part in stage.parts] and not costs.assumed(settings)
+    arguments = stage.state(params), stage.frozen, settings.kind.batch_shapes(settings, latent), {}
+    counted = count_matmuls(stage.parts[0].call, *arguments, while_trips=2.0)
+    assert counted == pytest.approx(expected["rollout"].executed.total, rel=0.001)

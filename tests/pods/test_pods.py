@@ -28,7 +28,7 @@ from greedy_distill_jax.training.cost import Cost
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 ROOT = pathlib.Path(__file__).parents[2]
 MIB, GIB = 2**20, 2**30
-TEACHER, DMD = "configs/wan1_3b/teacher.py", "configs/wan1_3b/dmd.py"
+TEACHER, DMD, RL = (f"configs/wan1_3b/{name}.py" for name in ("teacher", "dmd", "rl"))
 
 
 @pytest.mark.parametrize(
@@ -360,6 +360,33 @@ def test_trips_of_a_rollout():
     assert jobs.rollout_trips(settings_of(DMD, distill__exit="last"), 1, 21) == 4.0
     changes = dict(distill__exit="last", sample__steps=(8, 4), data__frames=2, distill__frames=4)
     assert jobs.rollout_trips(settings_of(DMD, **changes), 2, 21) == (8 + 4) / 2
+
+
+@needs_libtpu
+def test_stage_3_is_compiled_around_its_rewards(published_sizes, tmp_path):
+    """A part on the host is none of the job's programs; what is behind it is one, with loops of mean length."""
+    (tmp_path / "host.py").write_text(
+        "from greedy_distill_jax.rewards import reward\n\n\n"
+        "@reward(kind='host')\ndef dark(view):\n    return -view.video_BTHWC.mean((1, 2, 3, 4))\n"
+    )
+    config = read_config(RL)
+    config.rl.rewards.host = dict(reward=f"{tmp_path}/host.py:dark", weight=1.0)
+    settings = read_settings(config, imagine_runs=True)
+    job = jobs.build_job(settings, topologies.devices("v5p:2x2x4"))
+    assert [part.name for part in job.stage.parts] == ["rollout", "rewards", "rl"]
+    assert {step.name: step.dynamic_trips for step in job.steps} == {"rollout": 31.5, "rl": 31.5, "stream": 4.0}
+    record = {"facts": facts.facts(job), "only": ""}
+    record["steps"] = [{"step": step.name, "collectives": {}, "attention": ""} for step in job.steps]
+    assert not published_sizes.differences(record, stage="rl", size="wan1_3b", batch=16)
+    record["facts"]["episode"] |= {"group": 4}
+    (said,) = published_sizes.differences(record, stage="rl", size="wan1_3b", batch=16)
+    assert "'group': 4" in said
+
+
+def test_loops_of_stage_3_that_cannot_be_told_apart():
+    settings = settings_of(RL, sample__steps=(4, 2))
+    with pytest.raises(UserError, match=r"sample.steps = \(4, 2\) has 2 lists"):
+        jobs.loop_trips(settings, jobs.build_networks(settings).stage, (21, 60, 104, 16))
 
 
 # --- The benchmark --------------------------------------------------------------------------------------------------
