@@ -330,17 +330,21 @@ def test_more_of_stage_1_starts_from_a_student(sources, tmp_path):
 
 
 @pytest.mark.parametrize("kind, stage", [("etm_sdd", "dmd"), ("causal", "teacher_forcing")])
-def test_weights_of_the_context_pass_start_from_a_run_that_shares_them(kind, stage, tiny_teacher, tmp_path, capsys):
-    changes = dict(student__kind=kind, steps=1, teacher_from=str(tiny_teacher))
-    train(tiny.train_config("teacher_forcing", **changes), tmp_path / "shared", show_progress=False)
-    changes |= dict(student_from=str(tmp_path / "shared"), student__context_weights="own")
+def test_weights_of_the_context_pass_start_from_a_run_that_shares_them(
+    kind, stage, tiny_teacher, tiny_student, tmp_path, capsys
+):
+    changes, source = dict(student__kind=kind, steps=1, teacher_from=str(tiny_teacher)), tiny_student
+    if kind == "causal":
+        source = tmp_path / "shared"
+        train(tiny.train_config("teacher_forcing", **changes), source, show_progress=False)
+    changes |= dict(student_from=str(source), student__context_weights="own")
     if stage == "dmd":  # the frozen stage-1 score is that run, too
         changes |= dict(teacher_from="", distill__real="autoregressive", distill__context_grad_sdd="params")
     else:
         del changes["teacher_from"]
     train(tiny.train_config(stage, **changes), tmp_path / "run", show_progress=False)
     assert "no loss trains" not in capsys.readouterr().err
-    run, shared = Run.load(tmp_path / "run"), Run.load(tmp_path / "shared").params
+    run, shared = Run.load(tmp_path / "run"), Run.load(source).params
     denoise, context = ("sdd", "sdd_context") if kind == "etm_sdd" else ("dit", "dit_context")
     assert set(run.params[denoise]) - set(run.params[context]) == {"head"}
     start = shared["sdd"] if kind == "etm_sdd" else shared

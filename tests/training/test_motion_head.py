@@ -36,8 +36,8 @@ def text_of(count=2):
     return {"text": jax.random.normal(jax.random.key(0), (count, 6, 8))}
 
 
-def step_of(stage, state, batch):
-    """A whole step, jitted: (state, metrics, what is left of the carry)."""
+def step_of(stage):
+    """A whole step, jitted: (state, frozen, batch) -> (state, metrics, what is left of the carry)."""
 
     @jax.jit
     def step(state, frozen, batch):
@@ -47,7 +47,7 @@ def step_of(stage, state, batch):
             metrics |= found
         return state, metrics, carry
 
-    return step(state, stage.frozen, batch)
+    return step
 
 
 def moved(before, after):
@@ -74,8 +74,8 @@ def test_a_step_trains_the_student_and_the_head_and_its_average_follows(changes)
     config = config_of(**changes)
     stage, params = tiny.stage_of(config, LATENT)
     assert [part.name for part in stage.parts][:2] == ["dmd", "motion_head"]
-    start = jax.jit(stage.state)(params)
-    state, metrics, carry = step_of(stage, start, text_of(config.data.batch))
+    start, step = jax.jit(stage.state)(params), step_of(stage)
+    state, metrics, carry = step(start, stage.frozen, text_of(config.data.batch))
     assert carry == {} and all(np.isfinite(float(x)) for x in metrics.values())
     assert {"motion", "motion_head/contrast", "motion_head/accuracy", "motion_head/grad_norm"} <= set(metrics)
     assert np.mean(moved(start.nets["student"].params, state.nets["student"].params)) > 0.9
@@ -84,7 +84,7 @@ def test_a_step_trains_the_student_and_the_head_and_its_average_follows(changes)
     assert moved(before.params["mix"], after.params["mix"]) == [True, True]
     expected = jax.tree.map(lambda old, new: old + 0.05 * (new - old), before.ema, after.params)
     assert_close(after.ema, expected, atol=1e-7)
-    later, _, _ = step_of(stage, state._replace(step=jnp.int32(1)), text_of(config.data.batch))
+    later, _, _ = step(state._replace(step=jnp.int32(1)), stage.frozen, text_of(config.data.batch))
     assert all(moved(after.params, later.nets["motion_head"].params))
 
 
@@ -164,19 +164,10 @@ def test_the_audit_sees_both_gradients(monkeypatch):
         audited()
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, tiny_teacher):
-    root = tmp_path_factory.mktemp("sources")
-    train(
-        tiny.train_config("teacher_forcing", steps=1, teacher_from=str(tiny_teacher)),
-        root / "student",
-        show_progress=False,
-    )
-    return dict(teacher_from=str(tiny_teacher), student_from=str(root / "student"))
-
-
 @pytest.mark.slow
-def test_a_run_goes_on_bit_by_bit(sources, tmp_path):
+def test_a_run_goes_on_bit_by_bit(tiny_teacher, tiny_student, tmp_path):
+    sources = dict(teacher_from=str(tiny_teacher), student_from=str(tiny_student))
+
     def config(**changes):
         return config_of(**{**sources, "data__batch": 8, "steps": 4, "checkpoint__every": 2, **changes})
 

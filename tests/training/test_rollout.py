@@ -90,6 +90,20 @@ def _gradient(act, params):
     return both(params)
 
 
+@functools.cache
+def _recomputed(grads, **model):
+    """(video, gradient) of the parallel form; several tests ask for the same one."""
+    student, _, params, text, drawn = _setup(**model)
+    return _gradient(lambda p: rollouts.recompute(student, p, text, drawn, grads), params)
+
+
+@functools.cache
+def _replayed(grads, *, frames=False, segment=0, **model):
+    """(video, gradient) of the sequential form."""
+    _, streamer, params, text, drawn = _setup(**model)
+    return _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, grads, frames=frames, segment=segment), params)
+
+
 def _name(case):
     return "-".join(str(v.lengths.tolist()) if isinstance(v, StepPlan) else str(v) for v in case.values())
 
@@ -103,10 +117,10 @@ def _distance(a, b):
 def test_parallel_and_sequential_forms_agree(case):
     case = dict(case)
     grads = ContextGrad(case.pop("etm", "params"), case.pop("sdd"))
-    student, streamer, params, text, drawn = _setup(**case)
-    x, parallel = _gradient(lambda p: rollouts.recompute(student, p, text, drawn, grads), params)
+    drawn = _setup(**case)[4]
+    x, parallel = _recomputed(grads, **case)
     np.testing.assert_allclose(x, drawn.x0_BTHWC, atol=1e-5 * float(jnp.abs(x).max()))
-    x, sequential = _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, grads), params)
+    x, sequential = _replayed(grads, **case)
     np.testing.assert_allclose(x, drawn.x0_BTHWC, atol=1e-5 * float(jnp.abs(x).max()))
     assert _distance(parallel, sequential) < 1e-5
     if "etm" in parallel:
@@ -119,28 +133,22 @@ def test_parallel_and_sequential_forms_agree(case):
 @pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
 def test_context_gradients_are_those_of_the_two_passes(causal):
     """``none`` is the gradient through the denoising call, ``params`` that plus the one through the context pass."""
-    student, streamer, params, text, drawn = _setup(plan=NOISY, **(dict(causal=True, window=3) if causal else {}))
+    model = dict(plan=NOISY, **(dict(causal=True, window=3) if causal else {}))
+    student, _, params, text, drawn = _setup(**model)
     apart = make_student(dataclasses.replace(student.cfg, context_weights="own"))
-    stopped, whole = (
-        _gradient(lambda p, g=g: rollouts.recompute(student, p, text, drawn, ContextGrad("params", g)), params)[1]
-        for g in ("none", "params")
-    )
+    stopped, whole = (_recomputed(ContextGrad("params", g), **model)[1] for g in ("none", "params"))
     _, both = _gradient(lambda p: rollouts.recompute(apart, p, text, drawn, ContextGrad()), apart.with_context(params))
     denoise, context = (both["dit"], both["dit_context"]) if causal else (both["sdd"], both["sdd_context"])
     stopped, whole = (x if causal else x["sdd"] for x in (stopped, whole))
     assert _distance(denoise, stopped) < 1e-5
     summed = {name: jax.tree.map(jnp.add, x, context[name]) if name in context else x for name, x in denoise.items()}
     assert _distance(summed, whole) < 1e-5 and _distance(stopped, whole) > 1e-2
-    _, replayed = _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, ContextGrad()), params)
+    _, replayed = _replayed(ContextGrad(), **model)
     assert _distance(summed, replayed if causal else replayed["sdd"]) < 1e-5
 
 
 def test_every_stop_changes_the_gradient():
-    student, _, params, text, drawn = _setup()
-    found = [
-        _gradient(lambda p, g=g: rollouts.recompute(student, p, text, drawn, g), params)[1]["sdd"]
-        for g in (ContextGrad(), ContextGrad("params", "none"))
-    ]
+    found = [_recomputed(grads)[1]["sdd"] for grads in (ContextGrad(), ContextGrad("params", "none"))]
     assert _distance(*found) > 1e-2
 
 
@@ -160,7 +168,7 @@ def test_gradient_through_frames_is_the_whole_derivative(changes):
         return jnp.sum(weights * action)
 
     grads = value(params)[1]
-    _, stopped = _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, ContextGrad()), params)
+    _, stopped = _replayed(ContextGrad(), **changes)
     assert _distance(stopped, grads) > 1e-2
     step = 1e-2
     for direction in (grads, stopped):  # the second has parts across the gradient
@@ -171,12 +179,7 @@ def test_gradient_through_frames_is_the_whole_derivative(changes):
 
 def test_segments_cut_the_flow_between_them():
     _, streamer, params, text, drawn = _setup()
-    flow = {
-        n: _gradient(
-            lambda p, n=n: rollouts.replay(streamer, p, text, drawn, ContextGrad(), frames=True, segment=n), params
-        )[1]
-        for n in (0, 2)
-    }
+    flow = {n: _replayed(ContextGrad(), frames=True, segment=n)[1] for n in (0, 2)}
     assert _distance(flow[2], flow[0]) > 1e-3
     with pytest.raises(ValueError, match="segment is 4 chunks, which does not divide the 6"):
         rollouts.replay(streamer, params, text, drawn, ContextGrad(), segment=4)

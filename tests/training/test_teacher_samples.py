@@ -123,19 +123,10 @@ def test_without_such_a_loss_the_data_stays_prompts():
     assert settings.kind.check_source(settings, None) is None
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_teacher):
-    student = tmp_path_factory.mktemp("runs") / "student"
-    train(
-        tiny.train_config("teacher_forcing", steps=1, teacher_from=str(tiny_teacher)),
-        student,
-        show_progress=False,
-    )
-    return dict(teacher_from=str(tiny_teacher), student_from=str(student))
-
-
 @pytest.mark.slow
-def test_a_run_of_both_goes_on_bit_by_bit(stored, runs, tmp_path, capsys):
+def test_a_run_of_both_goes_on_bit_by_bit(stored, tiny_teacher, tiny_student, tmp_path, capsys):
+    runs = dict(teacher_from=str(tiny_teacher), student_from=str(tiny_student))
+
     def config(**changes):
         return stage2(**{**runs, "data__source": stored, "steps": 4, "checkpoint__every": 2, **changes})
 

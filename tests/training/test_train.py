@@ -37,7 +37,8 @@ def scalars(self, step, *args):
             time.sleep(0.01)
 MetricWriter.scalars = scalars
 def get_config(stage="teacher"):
-    return train_config(stage, steps=40, checkpoint__every=5)
+    changes = dict(optimizer__name="muon", optimizer__final=0.05)  # its state, and a rate that decays
+    return train_config(stage, steps=40, checkpoint__every=5, **changes)
 """
 
 
@@ -287,7 +288,6 @@ def test_training_options_of_the_student_run_together(tmp_path):
         student__context="last_step_kv",
         student__context_noise=0.3,
         optimizer__new_scale=10.0,
-        optimizer__name="adamw",
     )
     config.losses.flow_matching.options.draws = 2
     assert read_settings(config).terms[0].options["group"] == 2

@@ -41,7 +41,8 @@ agreement.ANSWER, stop._LEADER = 200.0, 10.0  # the machine may be busy
 if os.environ.get("FAIL") == "all":
     stop._SAME = 4.0
 def get_config(stage="teacher"):
-    return train_config(stage, steps=16, checkpoint__every=5, mesh__data=4)
+    changes = dict(optimizer__name="muon", optimizer__final=0.05)  # its state, and a rate that decays
+    return train_config(stage, steps=16, checkpoint__every=5, mesh__data=4, **changes)
 """
 
 
