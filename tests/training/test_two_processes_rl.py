@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.train import train
 from greedy_distill_jax.training.metrics import read_scalars
 from tests.training.test_two_processes import joined
 
@@ -38,29 +40,25 @@ def get_config(mesh="4,1"):
 """
 
 
-def _train(folder, workdir, env, count=1, mesh="4,1"):
-    """(exit codes, what was said) of a training in so many processes."""
-    command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={folder / 'config.py'}:{mesh}"]
-    command.append(f"--workdir={workdir}")
-    running = [
-        subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(count)
-    ]
-    said = [process.communicate(timeout=900)[1] for process in running]
-    return [process.returncode for process in running], "\n".join(said)
-
-
 @pytest.mark.slow
 @pytest.mark.subprocesses
-def test_two_processes_judge_and_learn_as_one(tmp_path, tiny_student, subprocess_env):
+def test_two_processes_judge_and_learn_as_one(tmp_path, tiny_student, subprocess_env, monkeypatch):
     (tmp_path / "reward.py").write_text(REWARD)
     (tmp_path / "config.py").write_text(CONFIG)
-    env = {**subprocess_env, "STUDENT": str(tiny_student), "REWARD": str(tmp_path / "reward.py")}
-    codes, said = _train(tmp_path, tmp_path / "two", joined(env), count=2)
-    assert codes == [0, 0], said
-    codes, said = _train(tmp_path, tmp_path / "one", env, mesh="4,2")
-    assert codes == [0], said
-    one, two = (Run.load(tmp_path / name).params for name in ("one", "two"))
+    sources = {"STUDENT": str(tiny_student), "REWARD": str(tmp_path / "reward.py")}
+    command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={tmp_path / 'config.py'}"]
+    command.append(f"--workdir={tmp_path / 'two'}")
+    env = joined(subprocess_env) | sources
+    running = [
+        subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in (0, 1)
+    ]
+    said = [process.communicate(timeout=900)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    for name, value in sources.items():
+        monkeypatch.setenv(name, value)
+    train(read_config(f"{tmp_path / 'config.py'}:4,2"), tmp_path / "one", show_progress=False)
+    one, two = (jax.device_get(Run.load(tmp_path / name).params) for name in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
     for a, b in zip(read_scalars(tmp_path / "one"), read_scalars(tmp_path / "two"), strict=True):
         assert a["rl/reward/shade/max"] == pytest.approx(b["rl/reward/shade/max"], rel=1e-3)
