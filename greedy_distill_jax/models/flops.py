@@ -197,6 +197,13 @@ def replay(cfg: StudentConfig | CausalConfig, frames: int, tokens: int, exit: st
     return _all_text(cfg) + stream_step(_unfused(cfg), tokens, 1, exit != "last") * (frames // cfg.chunk)
 
 
+def contexts(cfg: StudentConfig | CausalConfig, tokens: int) -> tuple[Flops, Flops]:
+    """(ETM's call for a chunk, the pass that leaves a finished chunk's keys), both from the caches."""
+    cfg = _unfused(cfg)
+    etm = stream_step(dataclasses.replace(cfg, context="last_step_kv"), tokens, 0)
+    return etm, stream_step(cfg, tokens, 0, early=True) + etm * -1.0
+
+
 def motion_head(cfg: MotionHeadConfig, pixels: int) -> list[Flops]:
     """Every layer of the motion head, for so many latent pixels of differences of frames."""
     widths = [cfg.channels, *[cfg.width] * cfg.layers]

@@ -235,7 +235,7 @@ def loop_trips(settings: Settings, stage: Stage, latent_shape: tuple[int, int, i
     Raises:
       UserError: stage "rl" with several step lists, whose denoising loops are dynamic as well.
     """
-    chunk = stage.model.cfg.chunk
+    chunk = settings.student.chunk
     if settings.stage == "rl":
         if len(settings.plan.sigmas) > 1:
             raise UserError(

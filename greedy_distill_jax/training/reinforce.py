@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from greedy_distill_jax import rewards
 from greedy_distill_jax.codecs.protocol import VideoCodec
+from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.losses import Term, asked
 from greedy_distill_jax.losses.rl.advantage import combine
@@ -81,12 +82,12 @@ class Plan:
         return View(video, self.codec.pixels(codec_params, frames_BFHWC[:, : self.first]))
 
 
-def draw_step(key, plan, how: str):
-    """Number of the denoising step that is recorded, per list of a ``StepPlan``; one draw for all chunks and streams.
+def draw_step(key, steps: StepPlan, how: str):
+    """Number of the denoising step that is recorded, per list of the plan; one draw for all chunks and streams.
 
     "random": uniform over each list; "stochastic": over those whose result is random, all but the last; "last".
     """
-    lengths = jnp.asarray(plan.lengths)
+    lengths = jnp.asarray(steps.lengths)
     if how == "last":
         return lengths - 1
     return jax.random.randint(key, lengths.shape, 0, lengths - int(how == "stochastic"))
@@ -144,20 +145,27 @@ def rollout_step(
     made = {name: rearrange(x, "p n ... -> (p n) ...") for name, x in made.items()}
     for name in {"video", "first"} & made.keys():  # every process has its streams whole
         made[name] = parallel.constrain(made[name], "batch", None, None, None, None)
-    metrics = {f"video/{name}": x for name, x in found["looks"].items()} | {"start": start * own.chunk}
+    metrics = {f"video/{name}": x for name, x in logged(found["looks"]).items()} | {"start": start * own.chunk}
     return state, metrics, {**carry, **batch, **made, **found["shared"], "start": start}
 
 
-def looks(video_BTHWC: Float[Array, "B T H W 3"]) -> dict[str, jax.Array]:
-    """What to watch beside rewards, in pixels of [0, 1].
+def looks(video_BTHWC: Float[Array, "B T H W 3"]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What to watch beside rewards, in pixels of [0, 1]: (sum, count) over the videos that are finite.
 
     motion: mean change from frame to frame; it falls where a reward likes a still video. saturation: mean of the
     largest less the smallest channel; clipped: share of channels within 1/255 of black or white.
     """
-    change = jnp.mean(jnp.abs(video_BTHWC[:, 1:] - video_BTHWC[:, :-1])) if video_BTHWC.shape[1] > 1 else jnp.float32(0)
-    spread = jnp.max(video_BTHWC, axis=-1) - jnp.min(video_BTHWC, axis=-1)
-    clipped = (video_BTHWC < 1 / 255) | (video_BTHWC > 254 / 255)
-    return {"motion": change, "saturation": jnp.mean(spread), "clipped": jnp.mean(clipped.astype(jnp.float32))}
+    finite_B = jnp.all(jnp.isfinite(video_BTHWC), axis=(1, 2, 3, 4))
+    video = jnp.where(finite_B[:, None, None, None, None], video_BTHWC, 0.0)
+    before = video[:, : max(video.shape[1] - 1, 1)]
+    found = {
+        "motion": jnp.abs(video[:, -before.shape[1] :] - before),
+        "saturation": jnp.max(video, axis=-1) - jnp.min(video, axis=-1),
+        "clipped": ((video < 1 / 255) | (video > 254 / 255)).astype(jnp.float32),
+    }
+    count = jnp.sum(finite_B.astype(jnp.float32))
+    means = {name: jnp.mean(x, axis=tuple(range(1, x.ndim))) for name, x in found.items()}
+    return {name: (jnp.sum(jnp.where(finite_B, x, 0.0)), count) for name, x in means.items()}
 
 
 def _bytes(video):
@@ -215,7 +223,7 @@ def learn_step(
     start, level = carry["start"], (carry["sigma"], carry["next_sigma"])
     values = {name.removeprefix(REWARD): x for name, x in carry.items() if name.startswith(REWARD)}
     names = ("visited", "following", *Videos._fields[:3])
-    made, sound_B = _sound({name: carry[name] for name in names if name in carry})
+    made, sound_B = _sound({name: carry[name] for name in names if name in carry}, own.group)
     judged, metrics = _judged(plan, values, sound_B)
     of_prompts = judged | made
     of_prompts = {name: rearrange(x, "(p n) ... -> p n ...", n=own.group) for name, x in of_prompts.items()}
@@ -227,13 +235,17 @@ def learn_step(
         clip = jax.lax.dynamic_slice_in_dim(videos.frames, start * own.chunk, own.clip, axis=1)
         return at, videos, clip
 
-    def predictor(params, part, videos, grads=CONSTANT):
+    def predictor(params, part, videos, learns: bool = False):
         memo: dict[tuple[int, int], tuple] = {}
 
         def predict(x, sigma):
             at = id(x), id(sigma)
             if at not in memo:  # losses that look at the same inputs share the pass
-                memo[at] = x, sigma, group.predict(own, params, part["text"], videos, start, x, sigma, grads)
+                args = (params, part["text"], videos, start, x, sigma)
+                found = group.predict(
+                    own, *(args if learns else jax.lax.stop_gradient(args)), grads if learns else CONSTANT
+                )
+                memo[at] = x, sigma, found
             return memo[at][-1]
 
         return predict
@@ -243,9 +255,9 @@ def learn_step(
         at, videos, clip = episode_of(part)
         offered = {}
         if "old" in asks:
-            offered["old"] = _constant(predictor(frozen_state.nets["old"].params, part, videos))
+            offered["old"] = predictor(frozen_state.nets["old"].params, part, videos)
         if "reference" in asks:
-            offered["reference"] = _constant(predictor(frozen["reference"], part, videos))
+            offered["reference"] = predictor(frozen["reference"], part, videos)
         if "corrected" in asks:
 
             def corrected(x, sigma):
@@ -254,7 +266,7 @@ def learn_step(
                     own, params, part["text"], videos, part["latents"], start, x, sigma, keep
                 )
 
-            offered["corrected"] = _constant(corrected)
+            offered["corrected"] = corrected
         if "rewarded" in asks:
 
             def rewarded(x0):
@@ -267,7 +279,7 @@ def learn_step(
             offered["rewarded"] = rewarded
 
         def objective(params):
-            current = predictor(params, part, videos, grads)
+            current = predictor(params, part, videos, learns=True)
             x0 = current(at["visited"], level[0])
             before = jax.lax.stop_gradient(x0 if predicted is None else predicted)
             episode = Episode(
@@ -299,18 +311,19 @@ def learn_step(
         x0 = predictor(net.params, part, videos)(at["visited"], level[0])
         return {}, {"predicted": rearrange(x0, "(p n) ... -> p n ...", n=own.group)}
 
-    if epochs > 1:  # with one update the policy that is asked is the one that made the episode
+    if epochs > 1:  # else the policy that is asked is the one that made the episode, or was when staleness began
         examples |= accumulate(behaviour, examples, keys, microbatches, keeps=True)[1]
 
-    def epoch(_, carried):
+    def epoch(i, carried):
         params, opt_state, _ = carried
+        own_keys = keys if epochs == 1 else jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
 
         def gradients(part, keys):
             predicted = part.get("predicted")
             predicted = None if predicted is None else rearrange(predicted, "p n ... -> (p n) ...")
             return value_and_gradients(objective_of(part, keys, predicted), params)
 
-        (loss, found), grads = accumulate(gradients, examples, keys, microbatches)
+        (loss, found), grads = accumulate(gradients, examples, own_keys, microbatches)
         params, opt_state = update.params(params, opt_state, grads)
         return params, opt_state, (loss, found, norms(grads, params))
 
@@ -324,19 +337,19 @@ def learn_step(
     state = settle(state, "student", update, params, opt_state)
     if "old" in state.nets:
         old = state.nets["old"]
-        follow = functools.partial(jax.tree.map, lambda old, new: old_decay * old + (1.0 - old_decay) * new)
+        follow = functools.partial(jax.tree.map, lambda old, new: old + (1.0 - old_decay) * (new - old))
         state = state._replace(nets={**state.nets, "old": old._replace(params=follow(old.params, params))})
     return state, {"loss": loss, **logged(found), **metrics, **sizes}, carry
 
 
-def _constant(call: Callable) -> Callable:
-    return lambda x, sigma: jax.lax.stop_gradient(call(jax.lax.stop_gradient(x), sigma))
+def _sound(made: Mapping[str, jax.Array], streams: int) -> tuple[dict[str, jax.Array], jax.Array]:
+    """(the streams' arrays, zeros for a stream that is not finite somewhere; which streams count).
 
-
-def _sound(made: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
-    """(the streams' arrays, zeros for a stream that is not finite somewhere; which streams are)."""
+    The past of a group is read from its first stream: with that one the whole group goes.
+    """
     finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in made.values()]
     sound_B = functools.reduce(jnp.logical_and, finite)
+    sound_B = sound_B & jnp.repeat(sound_B[::streams], streams)
     return {name: jnp.where(sound_B.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0) for name, x in made.items()}, sound_B
 
 

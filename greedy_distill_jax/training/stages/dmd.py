@@ -98,7 +98,7 @@ class Dmd(StageKind):
         _check_gradient(settings, d)
         _check_rollout(settings, d)
         _check_scores(settings, d)
-        _check_motion(settings, d)
+        check_motion(settings)
 
     def terms(self, settings: Settings) -> tuple[Term, ...]:
         """The student's losses; one that asks a bidirectional teacher for scores keeps one noise level per video."""
@@ -259,6 +259,17 @@ def check_critic(settings: Settings) -> None:
             f"config.critic_from is empty, and the critic cannot start from a teacher of size {d.teacher_size!r}; name "
             f"the run of a teacher with the architecture of config.model."
         )
+    if d.skip >= settings.data.frames:
+        raise UserError(
+            f"config.distill.skip is {d.skip}, which leaves none of the {settings.data.frames} frames that the scores "
+            f"see; use less."
+        )
+    if d.exit == "random_but_first" and len(settings.plan.sigmas) == 1:
+        raise UserError(
+            f"config.distill.exit is 'random_but_first', but config.sample.steps = {settings.sample.steps!r} is one "
+            f"list, which the first chunk shares with all others; give the first a list of its own, such as "
+            f"diagonal-4322222."
+        )
     if d.critic_warmup >= settings.steps:
         raise UserError(
             f"config.distill.critic_warmup is {d.critic_warmup}, config.steps {settings.steps}: the student would "
@@ -300,16 +311,6 @@ def _check_rollout(settings: Settings, d: Distill) -> None:
             f"config.distill.frames is {frames}, beyond config.data.frames = {of_data}: only real 'joint' and fake "
             f"'critic' can judge a window without what came before it."
         )
-    if d.skip >= of_data:
-        raise UserError(
-            f"config.distill.skip is {d.skip}, which leaves none of the {of_data} frames that the scores see; use less."
-        )
-    if d.exit == "random_but_first" and len(settings.plan.sigmas) == 1:
-        raise UserError(
-            f"config.distill.exit is 'random_but_first', but config.sample.steps = {settings.sample.steps!r} is one "
-            f"list, which the first chunk shares with all others; give the first a list of its own, such as "
-            f"diagonal-4322222."
-        )
     if len(settings.plan.sigmas) > frames // chunk:
         raise UserError(
             f"config.sample.steps has {len(settings.plan.sigmas)} different lists, but a rollout of {frames} frames "
@@ -327,7 +328,9 @@ def _on_scores(loss: Callable) -> bool:
     return any(name != "samples" for name in asked(loss))
 
 
-def _check_motion(settings: Settings, d: Distill) -> None:
+def check_motion(settings: Settings) -> None:
+    """Raises UserError for a loss that compares motions where a batch has none to compare."""
+    d: Distill = settings.own["distill"]
     each = max(settings.data.frames - d.skip - 1, 0)  # between frames that losses count
     compared = any(term.loss in (motion, motion_head_loss) for term in settings.terms)
     if (compared and not each) or (asks_for("head", settings) and settings.data.batch * each < 2):

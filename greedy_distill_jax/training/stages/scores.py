@@ -48,13 +48,10 @@ def critic_terms(settings: Settings) -> tuple[Term, ...]:
 def self_rollout(
     settings: Settings, student: StreamingModel, latent_shape, frames: int = 0
 ) -> policy_gradient.SelfRollout:
-    """How the student makes its own videos, of ``frames`` where they are given; context "fused" is rolled out as
-    "clean", whose numbers are the same."""
+    """How the student makes its own videos, of ``frames`` where they are given."""
     d = settings.own["distill"]
-    fused = student.cfg.context == "fused"
-    rolled = make_student(dataclasses.replace(student.cfg, context="clean")) if fused else student
     return policy_gradient.SelfRollout(
-        make_streamer(rolled, settings.plan),
+        make_streamer(unfused(student), settings.plan),
         tuple(latent_shape),
         frames or d.frames or latent_shape[0],
         d.exit,
@@ -64,6 +61,12 @@ def self_rollout(
         d.epochs,
         d.anchor,
     )
+
+
+def unfused(student: StreamingModel) -> StreamingModel:
+    """The student that is rolled out: context "fused" as "clean", whose numbers are the same."""
+    fused = student.cfg.context == "fused"
+    return make_student(dataclasses.replace(student.cfg, context="clean")) if fused else student
 
 
 def critic_of(settings: Settings, student: StreamingModel):
