@@ -36,6 +36,17 @@ def _stream_shapes(cfg, context_sigma=0.0):
     )
 
 
+def _episode_shapes():
+    """What the parts of stage rl hand on."""
+    config = tiny.train_config("rl", student_from="a run", text_dropout=0.0, student__context="last_step_kv")
+    with config.unlocked():
+        del config.losses["flow_matching"]
+        config.losses.nft = dict(loss="nft", weight=1.0, options={})
+        config.rl.rewards.still = dict(reward="flicker", weight=1.0)
+    stage, _ = tiny.stage_of(config, (4, 4, 4, 16))
+    return dict(stage.parts[-1].takes)
+
+
 def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
     trees = [_state_shapes(tiny.train_config(optimizer__name=name)) for name in ("adamw", "muon")]
     trees += [_state_shapes(tiny.train_config("teacher_forcing", student__fusion=f)) for f in FUSIONS]
@@ -47,6 +58,7 @@ def test_every_leaf_matches_exactly_one_row_and_no_row_is_dead():
     trees.append({"latents": jnp.zeros((1,) * 5), "states": jnp.zeros((1,) * 6), "text": jnp.zeros((1, 1, 1))})
     trees += [_stream_shapes(cfg) for cfg in (tiny.student_config(context="fused"), tiny.causal_config(recache=True))]
     trees.append(_stream_shapes(tiny.student_config(etm_input="clean"), 0.357))
+    trees.append(_episode_shapes())
     seen = set()
     for tree in trees:
         for path, leaf in leaf_paths(tree):
