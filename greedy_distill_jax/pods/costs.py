@@ -5,7 +5,7 @@ from greedy_distill_jax.losses import flow_matching, ode
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.ops.attention.backends.record import FLASH_BACKWARD
 from greedy_distill_jax.training.cost import OF_PAIR, Cost, Meter
-from greedy_distill_jax.training.stages import rl
+from greedy_distill_jax.training.stages import rl_keys
 from greedy_distill_jax.training.stages.base import Stage
 
 
@@ -16,7 +16,7 @@ def tokens_per_frame(latent_shape: tuple[int, int, int, int], wan: WanConfig) ->
 
 def assumed(settings: Settings) -> list[str]:
     """Terms whose loss is not the library's: they are taken to call every network they ask for once."""
-    known = (*OF_PAIR, flow_matching, ode, *rl.LOSSES)
+    known = (*OF_PAIR, flow_matching, ode, *rl_keys.LOSSES)
     return sorted({term.name for term in settings.kind.all_terms(settings) if term.loss not in known})
 
 

@@ -11,7 +11,7 @@ from greedy_distill_jax.diffusion import guidance
 from greedy_distill_jax.distribution.mesh import batch_parts
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.pods.jobs import STREAM, Job
-from greedy_distill_jax.training.stages import rl
+from greedy_distill_jax.training.stages import rl_keys
 
 
 def facts(job: Job) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def cfg_branches(settings: Settings) -> int:
         asked.append(batch)
         return x
 
-    if settings.stage != "dmd" and not (settings.stage == "rl" and "pair" in rl.asks_of(settings)):
+    if settings.stage != "dmd" and not (settings.stage == "rl" and "pair" in rl_keys.asks_of(settings)):
         return 1
     net, one = guidance.guided_score(score, jnp.zeros((1, 1)), settings.own["distill"].guidance), jnp.zeros(1)
     with jax.disable_jit():

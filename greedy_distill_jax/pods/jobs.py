@@ -33,7 +33,7 @@ from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.training.cost import Cost
 from greedy_distill_jax.training.job import check_mesh, jit_parts, one_line, state_shapes
 from greedy_distill_jax.training.sources import frozen_runs
-from greedy_distill_jax.training.stages import rl
+from greedy_distill_jax.training.stages import rl, rl_keys
 from greedy_distill_jax.training.stages.base import Inputs, Stage
 
 GRID = {"480p": (60, 104), "720p": (90, 160)}  # rows and columns of Wan's latents
@@ -244,7 +244,7 @@ def loop_trips(settings: Settings, stage: Stage, latent_shape: tuple[int, int, i
             )
         plan = rl.episode_plan(settings, stage.model, Inputs({}, None, latent_shape))
         start = (plan.lowest + plan.highest) / 2
-        critic = rollout_trips(settings, chunk, rl.stream_frames(settings))
+        critic = rollout_trips(settings, chunk, rl_keys.stream_frames(settings))
         return {"rollout": start - plan.own.given // chunk, "rl": start, "critic": critic}
     if settings.stage == "dmd":
         trips = rollout_trips(settings, chunk, latent_shape[0])

@@ -54,8 +54,9 @@ def cm_grpo(
       ValueError: another step weight.
 
     Returns:
-      loss [B], and metrics: the mean ratio and the largest deviation of one from 1, the share of clipped ratios (with
-      ``clip``), and the mean squared gap between the predictions of the student and of the episode's policy.
+      loss [B], and metrics: the mean ratio and the largest deviation of one from 1 (of several microbatches their
+      mean), the share of clipped ratios (with ``clip``), and the mean squared gap between the predictions of the
+      student and of the episode's policy.
 
     References:
       RAVEN, arXiv 2605.15190: the policy and the regression, which it scales by 100 (the term's weight).

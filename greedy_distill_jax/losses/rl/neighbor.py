@@ -43,8 +43,9 @@ def neighbor(
       clip: range of the ratio.
 
     Returns:
-      loss [B], 0 for a centre, and metrics: the mean ratio and the largest deviation of one from 1, the share of
-      clipped ratios, and the mean squared gap between the predictions of the student and of the episode's policy.
+      loss [B], 0 for a centre, and metrics: the mean ratio and the largest deviation of one from 1 (of several
+      microbatches their mean), the share of clipped ratios, and the mean squared gap between the predictions of the
+      student and of the episode's policy.
 
     References:
       Neighbor GRPO, arXiv 2511.16955. AR-CoPO, arXiv 2603.17461: a group forks at one chunk of a stream. KVPO, arXiv

@@ -42,7 +42,7 @@ def re_dmd(
       pair: of the videos.
       beta: how much a reward counts; the paper's exp(r / beta) with 1/2.
       low, high: range of w, around 1.
-      baseline: b, "none" (0, as published) or "batch", the mean reward.
+      baseline: b, "none" (0, as published) or "batch", the mean reward of the videos that are computed together.
       normalizer, weighting: of ``dmd``.
 
     Raises:
