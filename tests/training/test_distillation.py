@@ -26,7 +26,7 @@ from greedy_distill_jax.train import train
 from greedy_distill_jax.training import loop, nets, policy_gradient
 from greedy_distill_jax.training.job import prepare_job
 from greedy_distill_jax.training.metrics import read_scalars
-from greedy_distill_jax.training.stages import dmd as stage2
+from greedy_distill_jax.training.stages import dmd as stage2, scores as of_scores
 from greedy_distill_jax.training.stages.teacher_forcing import looking_back
 from greedy_distill_jax.training.state import Net, TrainState
 
@@ -139,7 +139,7 @@ def test_every_fake_is_the_reverse_kl_gradient_at_a_perfect_score(fake, monkeypa
     monkeypatch.setattr(nets, "student_net", lambda student, params: net_of(params)())
     config = config_of(distill__fake=fake, own=fake == "self_fm")
     settings = read_settings(config)
-    make_scores = stage2.score_nets(settings, settings.kind.model(settings), jnp.zeros((6, 8)))
+    make_scores = of_scores.score_nets(settings, settings.kind.model(settings), jnp.zeros((6, 8)))
     state = TrainState(0, {"student": Net("params", "ema", None), "critic": Net("critic", None, None)})
     scores = make_scores(state, {"teacher": "teacher", "stage1": "stage1"})
     expected = {"critic": "fake", "self_ema": "ema", "stage1": "stage1"}.get(fake, "params")
@@ -206,9 +206,11 @@ def test_equal_scores_agree_whatever_they_look_back_on(real, context, noise):
     @jax.jit
     def gap(params, videos, key):
         state = TrainState(0, {"student": Net(params, params, None), "critic": Net(params, None, None)})
-        scores = stage2.score_nets(settings, student, jnp.zeros((6, 8)))(state, {"teacher": params, "stage1": params})
+        scores = of_scores.score_nets(settings, student, jnp.zeros((6, 8)))(
+            state, {"teacher": params, "stage1": params}
+        )
         videos = looking_back(settings, student)(videos, key)
-        pair = draw_pair(key, videos["latents"], **scores, batch=videos, group=stage2.score_group(settings))
+        pair = draw_pair(key, videos["latents"], **scores, batch=videos, group=of_scores.score_group(settings))
         return jnp.abs(pair.x0_real - pair.x0_fake).max() / jnp.abs(pair.x0_real).max()
 
     assert gap(params, batch_of(), jax.random.key(1)) < 1e-5
@@ -295,14 +297,14 @@ def test_generator_and_critic_draw_their_own_prompts(sources, tmp_path):
     config = run_config(sources, distill__critic_warmup=1, data__threads=0)
     job = prepare_job(read_settings(config), tmp_path, make_mesh({"data": -1}))
     feed = loop.Feed(job, 0)
-    seen = [{order: np.asarray(batch["text"]) for order, batch in feed(step).items()} for step in range(1, 7)]
+    seen = [{order: np.asarray(batch.arrays["text"]) for order, batch in feed(step).items()} for step in range(1, 7)]
     assert [set(batches) - {""} for batches in seen] == [set(), {"generator"}] * 3
     critics, generators = ([b[order] for b in seen if order in b] for order in ("", "generator"))
     assert not any(np.array_equal(a, b) for a in critics for b in generators)
     for first in range(6):  # a resumed run goes on with what comes next in either order
         resumed = loop.Feed(job, first)(first + 1)
         for order, text in seen[first].items():
-            np.testing.assert_array_equal(resumed[order]["text"], text)
+            np.testing.assert_array_equal(resumed[order].arrays["text"], text)
 
 
 def test_long_rollouts_need_latents_that_are_all_alike(sources, tmp_path, monkeypatch):
@@ -434,7 +436,7 @@ def test_long_rollouts_are_scored_in_random_windows():
     config.losses.dmd.loss = "sees"
     settings = read_settings(config)
     stage, first = tiny.stage_of(config, LATENT)
-    own, params = stage2.self_rollout(settings, stage.model, LATENT), first["student"]
+    own, params = of_scores.self_rollout(settings, stage.model, LATENT), first["student"]
     text = jnp.zeros((2, 6, 8))
     draw = jax.jit(lambda key: own.draw(params, text, key, own.exits(key)))
     starts = set()
