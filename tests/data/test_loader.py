@@ -45,7 +45,7 @@ class Grey:
     def decode(self, *args):
         raise AssertionError("a loader never decodes")
 
-    open_decoder = decode_next = decode
+    open_decoder = decode_next = pixels = decode
 
     def encode(self, video):
         return video[..., ::4, ::4, :1].astype(np.float32)
@@ -68,7 +68,7 @@ def shapes():
 def test_batches_have_the_contract(shapes):
     source, codec = shapes
     batch = next(make_loader(source, codec=codec, text_encoder=HashWordEncoder(), global_batch=4, seed=0))
-    assert set(batch) == {"latents", "text"}
+    assert set(batch) == {"latents", "text", "captions"} and len(batch["captions"]) == 4
     assert batch["latents"].shape == (4, 8, 4, 4, 16) and batch["latents"].dtype == np.float32
     assert batch["text"].shape == (4, 16, 32) and batch["text"].dtype == np.float32
 
@@ -188,7 +188,7 @@ def test_a_batch_holds_what_its_source_holds():
             }
 
     batch = next(_loader(Ways(50), codec=None))
-    assert set(batch) == {"latents", "states", "text"}
+    assert set(batch) == {"latents", "states", "text", "captions"}
     assert batch["latents"].shape == (6, 2, 1, 1, 3) and batch["states"].shape == (6, 2, 2, 1, 1, 3)
     np.testing.assert_array_equal(batch["states"][:, 1], batch["latents"] + 2)
     np.testing.assert_array_equal(batch["text"][:, 0, 0], batch["latents"][:, 0, 0, 0, 0])
@@ -207,7 +207,7 @@ def test_prompts_are_enough_for_a_batch(tmp_path):
     with pytest.raises(IndexError):
         source[2]
     batch = next(_loader(source, codec=None, shuffle=False))
-    assert set(batch) == {"text"}
+    assert set(batch) == {"text", "captions"}
     np.testing.assert_array_equal(batch["text"], HashWordEncoder()(["a red square", "a blue circle"] * 3))
     with pytest.raises(UserError, match="nowhere.txt cannot be read") as error:
         load_source(f"prompts:{tmp_path / 'nowhere.txt'}")
