@@ -360,9 +360,8 @@ def test_a_stream_that_does_not_count_is_as_if_it_were_not_there(loss):
     """Its NaN reach neither the loss nor the gradient; the stage keeps them from the student's inputs."""
     mask = jnp.asarray([1.0, 1, 1, 1, 0, 1])
     clean = episode_of(counts_B=mask, judged_B=mask)
-    arrays = [
-        name for name in clean._fields if name.endswith(("_BTHWC", "_B")) and name not in ("counts_B", "judged_B")
-    ]
+    kept = ("x_BTHWC", "counts_B", "judged_B")
+    arrays = [name for name in clean._fields if name.endswith(("_BTHWC", "_B")) and name not in kept]
     broken = clean._replace(**{name: getattr(clean, name).at[4].set(jnp.nan) for name in arrays})
 
     def of(episode):

@@ -111,4 +111,7 @@ def test_names_stay_in_their_files():
     root = Path(greedy_distill_jax.__file__).parent
     for path in root.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert not [name for name in ("mosaic_tpu", "cudnn", "reference") if f'"{name}"' in text and path.stem != name]
+        names = ["mosaic_tpu", "cudnn", "reference"]
+        if "training" in path.parts:
+            names.remove("reference")  # there it is the student that stage rl started from
+        assert not [name for name in names if f'"{name}"' in text and path.stem != name], path

@@ -59,7 +59,7 @@ LATENT = (4, 4, 4, 16)
 CODEC = PatchCodec.fit(np.random.default_rng(0).integers(0, 255, (2, 4, 16, 16, 3), np.uint8))
 
 
-@rewards.register("bright", kind="host")
+@rewards.reward(kind="host")
 def bright(view, *, of: float = 255.0):
     """Mean brightness; a caption's own length breaks ties between devices."""
     assert view.video_BTHWC.dtype == np.uint8 and view.first_BSHWC.shape[1] == 4
@@ -150,7 +150,7 @@ def test_it_is_the_same_on_many_devices(student, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_rewards_on_the_host_judge_what_was_made(staleness, student, tmp_path):
-    judged = {"bright": {"reward": "bright", "weight": 1.0}, "colour": {"reward": "colour_kept", "weight": 0.1}}
+    judged = {"bright": {"reward": f"{__file__}:bright", "weight": 1.0}, "colour": {"reward": "colour_kept", "weight": 0.1}}
     config = config_of({"nft": "nft"}, judged, student_from=student, rl__staleness=staleness, steps=3, log__every=1)
     train(config, tmp_path / "run", show_progress=False)
     lines = read_scalars(tmp_path / "run")
