@@ -44,7 +44,7 @@ def test_values_of_an_annotation(hint, allowed, refused):
 
 # --- every numeric key of a configuration -----------------------------------------------------------------------------
 
-STAGE_OF = {"distill": "dmd", "critic": "dmd"}
+STAGE_OF = {"distill": "dmd", "critic": "dmd", "rl": "rl"}
 
 
 def numeric_keys(group: type, path: str = ""):

@@ -150,7 +150,8 @@ def test_it_is_the_same_on_many_devices(student, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_rewards_on_the_host_judge_what_was_made(staleness, student, tmp_path):
-    judged = {"bright": {"reward": f"{__file__}:bright", "weight": 1.0}, "colour": {"reward": "colour_kept", "weight": 0.1}}
+    judged = {"bright": {"reward": f"{__file__}:bright", "weight": 1.0}}
+    judged["colour"] = {"reward": "colour_kept", "weight": 0.1}
     config = config_of({"nft": "nft"}, judged, student_from=student, rl__staleness=staleness, steps=3, log__every=1)
     train(config, tmp_path / "run", show_progress=False)
     lines = read_scalars(tmp_path / "run")

@@ -23,7 +23,7 @@ from greedy_distill_jax.losses import (
     self_teacher,
 )
 from greedy_distill_jax.losses.rl.advantage import COMBINATIONS, MODES
-from greedy_distill_jax.ranges import Count, FrameRate, Momentum, Natural, NoiseLevel, Positive, one_of
+from greedy_distill_jax.ranges import Count, FrameRate, Momentum, Natural, NoiseLevel, Positive, between, one_of
 from greedy_distill_jax.rewards import FAILED, RewardTerm
 from greedy_distill_jax.training import reinforce
 from greedy_distill_jax.training.stages import dmd
@@ -63,7 +63,7 @@ class Rl:
     failed: Annotated[str, one_of(*FAILED)] = "mask"  # a video that cannot be judged: mask (left out) | stop
     # Rewards on the host: 1 = an update learns from the episode before, whose judgement meanwhile ran beside the next
     # rollout; 0 = from the newest.
-    staleness: Annotated[int, one_of(0, 1)] = 0
+    staleness: Annotated[int, between(0, 1)] = 0
 
 
 def check(settings: Settings) -> None:
