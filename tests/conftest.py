@@ -18,7 +18,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # The suite compiles much and computes little.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Twice as fast again, a tenth, an eighth; later versions do not know the first.
+    # They compile faster still; later versions do not know the first.
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     FAST_COMPILE += " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
@@ -45,7 +45,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.join(ROOT, ".pytest_cache", "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-jax.config.update("jax_traceback_in_locations_limit", 0)  # which line made an instruction: a twentieth of compiling
+jax.config.update("jax_traceback_in_locations_limit", 0)  # no lines of source in the programs
 
 # Tracing makes many containers and few cycles: at 700 of them, as Python has it, a quarter of its time is the search.
 gc.set_threshold(100_000, 20, 50)

@@ -119,7 +119,8 @@ def _read_term(cls: type, term: ConfigDict, path: str, check: bool) -> Any:
         raise UserError(f"{path} is {term!r}; it must be a group of the keys {', '.join(most)} and {last}.")
     given = term.to_dict() if isinstance(term, ConfigDict) else dict(term)
     if set(given) - set(fields) or not set(most[:2]) <= set(given):
-        raise UserError(f"{path} needs the keys {', '.join(most)} and {last}; it has {sorted(given)}.")
+        more = ", ".join([*most[2:], last])
+        raise UserError(f"{path} needs the keys {' and '.join(most[:2])}, {more} may join; it has {sorted(given)}.")
     hints = typing.get_type_hints(cls, include_extras=True)
     if check:
         for name, value in given.items():

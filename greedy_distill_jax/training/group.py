@@ -20,7 +20,9 @@ from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
 from greedy_distill_jax.streaming.loop import Exit, Near, PerList, fork
-from greedy_distill_jax.training.rollout import Transitions
+from greedy_distill_jax.training.rollout import Transitions, by_frame, in_time
+
+CONSTANT = ContextGrad("none", "none")  # of a pass that nobody learns by
 
 
 class Videos(NamedTuple):
@@ -112,8 +114,7 @@ def record(
         at = fork(at[0], apart), _of_members(own, at[1])
         at, made = jax.lax.scan(lambda at, _: _made(own, params, at, step), at, length=own.clip // own.chunk)
         at = jax.lax.fori_loop(0, own.after // own.chunk, lambda _, at: _made(own, params, at)[0], at)
-        steps = (_in_time(x) if x.ndim == 6 else jnp.repeat(x, own.chunk) for x in made.transition)
-        return at[1], Transitions(*steps)
+        return at[1], Transitions(*by_frame(made.transition, own.chunk))
 
     args = jax.lax.stop_gradient((params, text_PMC, past, apart, start, step, real_PTHWC))
     return parallel.split_videos(call, *args, whole=1)
@@ -152,7 +153,7 @@ def predict(
             return own.streamer.replay(params, state, exit, keys, noise, grads, False, x0)
 
         _, out = jax.lax.scan(chunk, state, (jnp.arange(own.clip // own.chunk), _exits(own, x, sigma)))
-        return _in_time(out)
+        return in_time(out)
 
     return parallel.split_videos(call, params, text_PMC, videos, start, x_BTHWC, sigma_T, whole=1)
 
@@ -187,11 +188,11 @@ def predict_corrected(
             for k in range(keep):
                 seen = _retraced(own, params, seen, videos, start + i - keep + k)
             x0, keys, noise = _kept(own, videos, start + i)
-            _, out = own.streamer.replay(params, seen, exit, keys, noise, ContextGrad("none", "none"), False, x0)
+            _, out = own.streamer.replay(params, seen, exit, keys, noise, CONSTANT, False, x0)
             return _retraced(own, params, state, truth, start + i - keep), out
 
         _, out = jax.lax.scan(chunk, state, (jnp.arange(own.clip // own.chunk), _exits(own, x, sigma)))
-        return _in_time(out)
+        return in_time(out)
 
     args = jax.lax.stop_gradient((params, text_PMC, videos, real_PTHWC, start, x_BTHWC, sigma_T))
     return parallel.split_videos(call, *args, whole=1)
@@ -285,7 +286,3 @@ def _with_frames(videos: Videos, frames) -> Videos:
 
 def _exits(own: Group, x, sigma_T) -> Exit:
     return Exit(rearrange(x, "b (n g) h w c -> n b g h w c", g=own.chunk), sigma_T[:: own.chunk])
-
-
-def _in_time(x):
-    return rearrange(x, "n b g h w c -> b (n g) h w c")

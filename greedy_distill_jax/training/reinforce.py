@@ -24,7 +24,7 @@ from greedy_distill_jax.losses.rl.episode import Episode
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.rewards import RewardTerm, View
 from greedy_distill_jax.training import group
-from greedy_distill_jax.training.group import Group, Videos
+from greedy_distill_jax.training.group import CONSTANT, Group, Videos
 from greedy_distill_jax.training.metrics import UNKNOWN
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.training.update import (
@@ -38,7 +38,6 @@ from greedy_distill_jax.training.update import (
 )
 
 LEAD = 4  # latent frames decoded before a window, for a decoder that looks back; then its frames are those of the whole
-CONSTANT = ContextGrad("none", "none")
 REWARD = "rewards/"  # before a reward's name in what parts hand on
 STEPS = ("random", "stochastic", "last")
 
@@ -73,9 +72,9 @@ class Plan:
 
     def views(self, codec_params: Any, frames_BFHWC: Float32[Array, "B F H W C"], start: Int32[Array, ""]) -> View:
         """Pixels of the window of every stream, and of its first frames."""
-        end = start * self.own.chunk + self.own.clip + self.own.after
-        stride = self.codec.temporal_stride
-        lead = min(LEAD, self.lowest * self.own.chunk + self.own.clip + self.own.after - self.window) * (stride > 1)
+        apart, stride = self.own.clip + self.own.after, self.codec.temporal_stride
+        end = start * self.own.chunk + apart
+        lead = min(LEAD, self.lowest * self.own.chunk + apart - self.window) * (stride > 1)
         count = self.window + lead
         late = jax.lax.dynamic_slice_in_dim(frames_BFHWC, end - count, count, axis=1)
         video = self.codec.pixels(codec_params, late)[:, (1 + stride * (lead - 1)) if lead else 0 :]
@@ -212,7 +211,7 @@ def learn_step(
       old_decay: of the average "old".
 
     Returns:
-      (state, metrics, carry).
+      (state, metrics, an empty carry: nothing behind the update needs the episode).
     """
     del batch
     own, net = plan.own, state.nets["student"]
@@ -339,7 +338,7 @@ def learn_step(
         old = state.nets["old"]
         follow = functools.partial(jax.tree.map, lambda old, new: old + (1.0 - old_decay) * (new - old))
         state = state._replace(nets={**state.nets, "old": old._replace(params=follow(old.params, params))})
-    return state, {"loss": loss, **logged(found), **metrics, **sizes}, carry
+    return state, {"loss": loss, **logged(found), **metrics, **sizes}, {}
 
 
 def _sound(made: Mapping[str, jax.Array], streams: int) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -175,22 +175,24 @@ def _recorded(streamer, first: Int32[Array, ""], state, out):
     """(state, rollout) from what a scan over chunks has put out, the first of them number ``first``."""
     made, last = out
     g, chunks = streamer.cfg.chunk, len(last)
-
-    def by_frame(record):
-        return [_in_time(x) if x.ndim == 6 else jnp.repeat(x, g) for x in record]
-
-    x0, kept_at = _in_time(made.x0), jnp.repeat(streamer.plan.context_sigma(first + jnp.arange(chunks)), g)
+    x0, kept_at = in_time(made.x0), jnp.repeat(streamer.plan.context_sigma(first + jnp.arange(chunks)), g)
     return state, Rollout(
         x0,
-        *by_frame(made.exit),
-        x0 if streamer.plan.keeps_clean else _in_time(last),
+        *by_frame(made.exit, g),
+        x0 if streamer.plan.keeps_clean else in_time(last),
         kept_at,
-        made.keys and Keys(*by_frame(made.keys)),
-        made.transition and Transitions(*by_frame(made.transition)),
+        made.keys and Keys(*by_frame(made.keys, g)),
+        made.transition and Transitions(*by_frame(made.transition, g)),
     )
 
 
-def _in_time(x):
+def by_frame(record, chunk: int) -> list[jax.Array]:
+    """What a scan over chunks put out of every field: chunks in time, and numbers of chunks once per frame."""
+    return [in_time(x) if x.ndim == 6 else jnp.repeat(x, chunk) for x in record]
+
+
+def in_time(x: Float[Array, "n B g H W C"]) -> Float[Array, "B T H W C"]:
+    """Chunks one behind the other."""
     return rearrange(x, "n b g h w c -> b (n g) h w c")
 
 

@@ -61,7 +61,7 @@ CODEC = PatchCodec.fit(np.random.default_rng(0).integers(0, 255, (2, 4, 16, 16, 
 
 @rewards.reward(kind="host")
 def bright(view, *, of: float = 255.0):
-    """Mean brightness; a caption's own length breaks ties between devices."""
+    """Mean brightness; what it is given is checked here."""
     assert view.video_BTHWC.dtype == np.uint8 and view.first_BSHWC.shape[1] == 4
     assert len(view.captions) == len(view.video_BTHWC) and set(map(type, view.captions)) == {str}
     return (view.video_BTHWC.astype(np.float32).mean((1, 2, 3, 4)) / of).astype(np.float32)
@@ -114,11 +114,13 @@ def test_what_losses_ask_for_is_there(losses, changes):
     batch = {"text": rng.standard_normal((8, 6, 8)).astype(np.float32)}
     if "rl__given" in changes:
         batch["latents"] = rng.standard_normal((8, 8, *LATENT[1:])).astype(np.float32)
-    state, carry, told = jax.eval_shape(stage.state, params), {}, {}
+    state, carry, told, handed_on = jax.eval_shape(stage.state, params), {}, {}, []
     for part in stage.parts:
         state, metrics, carry = jax.eval_shape(part.call, state, stage.frozen, batch, carry)
         told |= metrics
-    assert set(losses) <= set(told) and carry["frames"].shape == (16, 8, *LATENT[1:])
+        handed_on.append(carry)
+    assert set(losses) <= set(told) and handed_on[0]["frames"].shape == (16, 8, *LATENT[1:])
+    assert not handed_on[1]  # the episode is not kept for the critic
 
 
 @pytest.mark.slow
@@ -256,7 +258,10 @@ def test_keys_that_exclude_each_other(losses, changes, said):
         ({"a": {"reward": "jpeg_size", "weight": 1.0}}, r"config\.rl\.rewards\.a: 'jpeg_size' has no gradient"),
         ({"a": {"reward": "nice", "weight": 1.0}}, r"config\.rl\.rewards\.a\.reward: reward 'nice' is not known"),
         ({"a": {"reward": "seam", "weight": 1.0, "options": {"x": 1}}}, r"rewards\.a\.options: reward 'seam' has no"),
-        ({"a": {"reward": "seam"}}, r"config\.rl\.rewards\.a needs the keys reward, weight, options, judge, low and"),
+        (
+            {"a": {"reward": "seam"}},
+            r"config\.rl\.rewards\.a needs the keys reward and weight, options, judge, low, high may join; it has",
+        ),
         ({"a": {"reward": "seam", "weight": 1.0, "low": 2.0, "high": 1.0}}, r"rewards\.a\.low: .*no value is between"),
         ({"a": {"reward": "seam", "weight": "much"}}, r"rewards\.a\.weight is 'much'; it must be a number"),
     ],

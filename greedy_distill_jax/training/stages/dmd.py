@@ -311,12 +311,7 @@ def _check_rollout(settings: Settings, d: Distill) -> None:
             f"config.distill.frames is {frames}, beyond config.data.frames = {of_data}: only real 'joint' and fake "
             f"'critic' can judge a window without what came before it."
         )
-    if len(settings.plan.sigmas) > frames // chunk:
-        raise UserError(
-            f"config.sample.steps has {len(settings.plan.sigmas)} different lists, but a rollout of {frames} frames "
-            f"has {frames // chunk} chunks of {chunk}: the last lists would never be trained; give one per chunk, or "
-            f"roll out more frames."
-        )
+    scores.check_lists(settings, frames)
     if d.segment and frames // chunk % d.segment:
         raise UserError(
             f"config.distill.segment is {d.segment}, which does not divide the {frames // chunk} chunks of a video."

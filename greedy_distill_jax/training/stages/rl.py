@@ -16,12 +16,7 @@ from greedy_distill_jax import cli, rewards
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config.settings import Settings, terms_of
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.losses import (
-    Term,
-    asked,
-    dpo_chunk,
-    nft,
-)
+from greedy_distill_jax.losses import Term, asked, dpo_chunk, nft
 from greedy_distill_jax.losses.rl.nft import check_gap
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import ContextGrad
@@ -30,7 +25,7 @@ from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import reinforce
 from greedy_distill_jax.training.cost import Cost, Meter
 from greedy_distill_jax.training.group import Group
-from greedy_distill_jax.training.scoring import Scorer
+from greedy_distill_jax.training.host_rewards import HostRewards
 from greedy_distill_jax.training.sources import Wanted
 from greedy_distill_jax.training.stages import dmd, scores
 from greedy_distill_jax.training.stages.base import (
@@ -194,11 +189,10 @@ class Reinforcement(StageKind):
         parts = [Part("rollout", due, functools.partial(reinforce.rollout_step, **shared))]
         shapes = episode_shapes(settings, plan)
         if plan.on_host:
-            terms = tuple(term for term in plan.terms if term.reward.kind != "jax")
-            rewards.start(terms)
-            gives = {name: x for name, x in shapes.items() if name.startswith("rewards/")}
-            scorer = Scorer(terms, o.group, o.failed, float(o.fps), o.staleness)
-            parts.append(Part("rewards", due, scorer, host=True, gives=gives))
+            rewards.start(plan.terms)
+            gives = {name: x for name, x in shapes.items() if name.startswith(reinforce.REWARD)}
+            ask = HostRewards(plan.terms, o.group, o.failed, float(o.fps), o.staleness)
+            parts.append(Part("rewards", due, ask, host=True, gives=gives))
         parts.append(Part("rl", due, learn, takes=shapes))
         if "pair" in asks:
             networks["critic"], critic = scores.critic_part(settings, student, inputs, stream_frames(settings))
@@ -262,7 +256,7 @@ def episode_shapes(settings: Settings, plan: reinforce.Plan) -> dict[str, jax.Sh
         shapes["noise"] = video(own.frames)
     if own.streamer.cfg.context == "last_step_kv":
         shapes |= {"kept_input": video(own.frames), "kept_sigma": numbers(own.frames)}
-    return shapes | {f"rewards/{term.name}": numbers(streams) for term in plan.terms}
+    return shapes | {f"{reinforce.REWARD}{term.name}": numbers(streams) for term in plan.terms}
 
 
 def _due(settings: Settings):

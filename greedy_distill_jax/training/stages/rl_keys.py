@@ -1,11 +1,11 @@
 """Keys of stage "rl": what they are, what follows from them, and what they exclude."""
 
 import dataclasses
-import inspect
 import math
 from typing import Annotated
 
 from greedy_distill_jax import cli, rewards
+from greedy_distill_jax.cli import extensions
 from greedy_distill_jax.config.keys import Rewards
 from greedy_distill_jax.config.settings import Settings, check_student
 from greedy_distill_jax.errors import UserError
@@ -26,7 +26,7 @@ from greedy_distill_jax.losses.rl.advantage import COMBINATIONS, MODES
 from greedy_distill_jax.ranges import Count, FrameRate, Momentum, Natural, NoiseLevel, Positive, between, one_of
 from greedy_distill_jax.rewards import FAILED, RewardTerm
 from greedy_distill_jax.training import reinforce
-from greedy_distill_jax.training.stages import dmd
+from greedy_distill_jax.training.stages import dmd, scores
 
 COMPARING = (cm_grpo, dpo_chunk, neighbor, nft)  # the streams of a group with one another
 RANDOM = (cm_grpo,)  # losses that need the recorded step to be a random draw
@@ -153,11 +153,7 @@ def _check_lengths(settings: Settings) -> None:
             f"config.rl.clip = {clip}, config.rl.after = {o.after} and config.rl.window = {o.window}; make it longer, "
             f"or these shorter."
         )
-    if len(settings.plan.sigmas) > frames // chunk:
-        raise UserError(
-            f"config.sample.steps has {len(settings.plan.sigmas)} different lists, but a stream of {frames} frames has "
-            f"{frames // chunk} chunks of {chunk}; give one per chunk, or make longer streams."
-        )
+    scores.check_lists(settings, frames)
 
 
 def _check_losses(settings: Settings) -> None:
@@ -175,11 +171,7 @@ def _check_losses(settings: Settings) -> None:
                 f"{term.place} takes a denoising step for a random draw; set config.sample.sampler=renoise and "
                 f"config.rl.step=stochastic (they are {settings.sample.sampler!r} and {o.step!r})."
             )
-        ratio = (
-            term.options.get("clip", inspect.signature(term.loss).parameters["clip"].default)
-            if term.loss in OF_RATIO
-            else 0
-        )
+        ratio = term.loss in OF_RATIO and (extensions.defaults(term.loss) | term.options)["clip"]
         if ratio and o.staleness:
             raise UserError(
                 f"config.rl.staleness is 1, but {term.place} takes the student for the policy that made its episode; "

@@ -168,6 +168,16 @@ def critic_cost(settings: Settings, student: StreamingModel, meter: Meter, rolle
     return meter.cost(total(learnt), rolled)
 
 
+def check_lists(settings: Settings, frames: int) -> None:
+    """Raises UserError for step lists that no chunk of so many latent frames reaches."""
+    lists, chunk = len(settings.plan.sigmas), settings.student.chunk
+    if lists > frames // chunk:
+        raise UserError(
+            f"config.sample.steps has {lists} different lists, but a rollout of {frames} frames has {frames // chunk} "
+            f"chunks of {chunk}: the last lists would never be trained; give one per chunk, or roll out more frames."
+        )
+
+
 def check_windows(codec: VideoCodec, key: str, frames: int, of_data: int) -> None:
     """A window of a longer stream is a video like any other only where all latent frames are alike."""
     if frames > of_data and codec.temporal_stride > 1:

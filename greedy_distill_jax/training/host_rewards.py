@@ -12,7 +12,7 @@ from greedy_distill_jax.rewards import HostView, RewardTerm
 from greedy_distill_jax.training.reinforce import REWARD
 
 
-class Scorer:
+class HostRewards:
     """Judges what a rollout hands on, each process its own streams; the ``call`` of a host part.
 
     With staleness 1 the judgement runs in a thread: what is handed on is the episode before, with what it was worth,
