@@ -94,7 +94,7 @@ def test_it_leaves_a_report_with_every_number(finished):
     streaming, growing = (row["bytes"] for row in metrics["tables"]["cache_bytes"])
     assert 0 < streaming < growing
     assert metrics["versions"]["jax"] and metrics["device"] and metrics["cpu"] and "commit" in metrics
-    assert metrics["training_frames"] == 8 and len(metrics["gates"]) == 8
+    assert metrics["training_frames"] == 8 and len(metrics["gates"]) == 11
     assert metrics["config"]["student"]["teacher_from"] == str(finished / "teacher")
 
 
