@@ -7,6 +7,7 @@ import numpy as np
 
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import architecture_json, describe
+from greedy_distill_jax.weights.files import listed
 from greedy_distill_jax.weights.source import Source
 
 
@@ -16,8 +17,15 @@ def tensor_count(source: Source) -> int:
 
 
 def title(source: Source) -> str:
-    """Returns the format, and the part of a `.pt`, in a few words."""
-    return source.format + (f", part {source.meta['part']}" if source.meta.get("part") else "")
+    """Returns the format, the part and what wraps its names, in a few words."""
+    part, wrapper = source.meta.get("part"), source.meta.get("wrapper")
+    return source.format + (f", part {part}" if part else "") + (f", names behind {wrapper}" if wrapper else "")
+
+
+def besides(source: Source) -> str:
+    """Returns what the file holds that is no part of the model, "" for nothing."""
+    found = source.meta.get("besides") or {}
+    return listed(f"{name} ({count} tensors)" for name, count in found.items())
 
 
 def report(source: Source, *, tensors: bool = False) -> Iterator[str]:
@@ -28,6 +36,8 @@ def report(source: Source, *, tensors: bool = False) -> Iterator[str]:
       tensors: also a line for every leaf.
     """
     yield f"format        {title(source)}"
+    if more := besides(source):
+        yield f"besides       {more}, not read"
     yield f"architecture  {describe(source.cfg)}"
     for name, value in architecture_json(source.cfg).items():
         yield f"  {name} = {value}"

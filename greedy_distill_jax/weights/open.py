@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import as_config
-from greedy_distill_jax.weights.files import TensorFiles
+from greedy_distill_jax.weights.files import TensorFiles, listed
 from greedy_distill_jax.weights.safetensors_files import safetensors_in
 from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, ForeignSource, OurSource, Source
 from greedy_distill_jax.weights.tensor_files import read_config, tensor_files
@@ -24,7 +25,8 @@ def open_source(
     Args:
       path: a safetensors file or its index.json, a `.pt` / `.pth` file, a folder with one of them, the folder of a
         diffusers pipeline, an exported student, a converted folder or a training run.
-      part: dictionary of a `.pt` (`files.PARTS`), or "ema" / "params" of a run; "" for the default.
+      part: dictionary of a `.pt`, or which of several models in one file (see `tensor_files`), or "ema" / "params" of a
+        run; "" for the default.
       step: of a training run; None for the newest.
       heads, text_len: where no config.json tells (heads are otherwise assumed to be of 128 channels).
 
@@ -43,11 +45,13 @@ def open_source(
     files = tensor_files(path, part)
     folder = path if path.is_dir() else path.parent
     config = read_config(folder / "config.json")
+    if any("lora" in name for name in files.entries):
+        raise UserError(f"{path} holds LoRA weights, not a model; merge them into their base model first.", "path")
     naming = names.naming_of(files.entries)
     if naming is None:
-        some = ", ".join(sorted(files.entries)[:2]) or "none"
+        some = listed(sorted(files.entries), 2) or "none"
         raise UserError(
-            f"{path}: its tensors ({some}, ...) are not those of a Wan text-to-video DiT or of a student.", "path"
+            f"{path}: its tensors ({some}) are not those of a Wan text-to-video DiT or of a student.", "path"
         )
     if naming == "student":
         if config.get("format") != STUDENT_FORMAT:
@@ -60,10 +64,15 @@ def open_source(
             raise UserError(
                 f"{folder / 'config.json'} describes no student ({error!r}); export it again.", "path"
             ) from error
-        return ForeignSource(path, "torch-student", files, cfg, "original", config)
+        return ForeignSource(path, "torch-student", files, cfg, "original", config | _found(files))
     form = "causal-pt" if isinstance(files, TorchFile) else naming
     cfg = _wan_config(path, files, naming, config, heads, text_len)
-    return ForeignSource(path, form, files, cfg, naming, {"part": files.part, "naming": naming})
+    return ForeignSource(path, form, files, cfg, naming, _found(files) | {"naming": naming})
+
+
+def _found(files: TensorFiles) -> dict[str, Any]:
+    """Where in the file or files the model was."""
+    return {"part": files.part, "wrapper": files.wrapper, "besides": files.besides}
 
 
 # config.json of Wan's repository and of diffusers -> ours.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.weights.files import AGAIN, Entry, add_entry
+from greedy_distill_jax.weights.files import AGAIN, Entry, named
 from greedy_distill_jax.weights.names import Index
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -17,16 +17,19 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.b
 class SafetensorsFiles:
     """Tensors of one or several safetensors files. Reads with pread: what was read does not stay resident.
 
+    Args:
+      path: what the user named.
+      files: that hold one model, or several.
+      part: of several models the one to take, see `files.named`.
+
     Raises:
       UserError: a file that is missing, truncated or no safetensors file, or a tensor that is not of floating point.
     """
 
-    part = ""
-
-    def __init__(self, files: list[Path]):
+    def __init__(self, path: Path, files: list[Path], part: str = ""):
         from safetensors import SafetensorError, safe_open
 
-        self.entries, self.metadata, self._open = {}, {}, {}
+        self.metadata, self._open, stored = {}, {}, []
         for file in files:
             try:
                 handle = safe_open(file, framework="np", backend="pread")
@@ -44,7 +47,9 @@ class SafetensorsFiles:
                         f"{', '.join(DTYPES)} (not quantised).",
                         "path",
                     )
-                add_entry(self.entries, Entry(name, tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]), file))
+                stored.append(Entry(name, tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]), file))
+        found = named(path, stored, part)
+        self.entries, self.part, self.wrapper, self.besides = found.entries, found.part, found.wrapper, found.besides
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """See `TensorFiles`."""

@@ -35,7 +35,8 @@ class Source(abc.ABC):
       format: one of `FORMATS`.
       cfg: architecture.
       dtypes: leaf path -> dtype in which it is stored.
-      meta: what came along: "part" of a `.pt`, the JSON of a checkpoint or of an exported student.
+      meta: what came along: the "part", "wrapper" and "besides" of `TensorFiles`, the JSON of a checkpoint or of an
+        exported student.
     """
 
     path: Path

@@ -13,13 +13,15 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def tensor_files(path: Path, part: str = "") -> TensorFiles:
-    """The tensors of a file, of an index.json or of the one model in a folder; ``part`` of a `.pt` (`files.PARTS`)."""
-    is_torch = path.suffix in TORCH_SUFFIXES or (path.is_dir() and not safetensors_in(path))
-    if part and not is_torch:
-        raise UserError(f"{part!r} is not in {path}: safetensors have no parts; leave it out.", "part")
+    """The tensors of a file, of an index.json or of the one model in a folder.
+
+    Args:
+      path: file or folder.
+      part: which dictionary of a `.pt`, or which of several models in one file; "" for the first of `files.PARTS`.
+    """
     if path.is_dir():
         if found := safetensors_in(path):
-            return SafetensorsFiles(found)
+            return SafetensorsFiles(path, found, part)
         found = sorted(p for p in path.iterdir() if p.suffix in TORCH_SUFFIXES)
         if len(found) == 1:
             return TorchFile(found[0], part)
@@ -28,9 +30,9 @@ def tensor_files(path: Path, part: str = "") -> TensorFiles:
             f"{path} holds {several or 'no safetensors, .pt or checkpoints; name a folder with weights'}.", "path"
         )
     if path.name.endswith(".index.json"):
-        return SafetensorsFiles(files_of_index(path))
+        return SafetensorsFiles(path, files_of_index(path), part)
     if path.suffix == ".safetensors":
-        return SafetensorsFiles([path])
+        return SafetensorsFiles(path, [path], part)
     if path.suffix in TORCH_SUFFIXES:
         return TorchFile(path, part)
     raise UserError(

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.weights.files import AGAIN, Entry, add_entry
+from greedy_distill_jax.weights import names
+from greedy_distill_jax.weights.files import AGAIN, PARTS, Entry, listed, named
 from greedy_distill_jax.weights.names import Index
 
-PARTS = ("generator_ema", "generator", "model", "critic")  # of a `.pt`, in the order in which one is chosen
+_DEPTH = 4  # of dictionaries in dictionaries that are searched
 
 
 def import_torch(why: str):
@@ -36,35 +38,30 @@ class TorchFile:
 
     Args:
       file: path.
-      part: which dictionary of the top level; "" chooses the first of `PARTS` there is, or the file itself.
+      part: which dictionary, "outer.inner" of one in another; "" chooses the first of `PARTS` there is, or else the
+        only one with a model, which may be the file itself.
 
     Raises:
-      UserError: no torch, a damaged file, anything but tensors inside, no such part.
+      UserError: no torch, a damaged file, anything but tensors inside, no such part, or several and no choice.
     """
 
     def __init__(self, file: Path, part: str = ""):
         self.file = file
         top = self._load()
         self.metadata = {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, str)}
-        present = [name for name in PARTS if isinstance(top.get(name), dict)]
-        if any(str(name).endswith("_lora") for name in top):
-            raise UserError(
-                f"{file} holds LoRA weights ({', '.join(top)}); merge them into their base model first.", "path"
-            )
-        bare = not present and any(self._is_tensor(value) for value in top.values())
-        if part and part not in present:
-            raise UserError(
-                f"{file} has no part {part!r}; it has {', '.join(map(str, present or list(top)[:5]))}.", "part"
-            )
-        if not bare and not present:
-            raise UserError(
-                f"{file} holds none of {', '.join(PARTS)}; it holds {', '.join(map(str, list(top)[:5]))}.", "path"
-            )
-        self.part = part or ("" if bare else present[0])
-        state = top[self.part] if self.part else {k: v for k, v in top.items() if not isinstance(v, str)}
-        self.entries, self._tensors = {}, {}
-        for name, tensor in state.items():
+        found = dict(self._dictionaries(top))
+        if not found:
+            raise UserError(f"{file} holds no tensors; it holds {listed(top) or 'nothing'}.", "path")
+        if part in found or "" not in found:
+            self.part, part = self._choose(found, part), ""
+        else:
+            self.part = ""  # a bare dictionary, of several models perhaps
+        state, stored, tensors = found[self.part], [], {}
+        for key, tensor in state.items():
+            name = str(key)
             if not self._is_tensor(tensor):
+                if not self.part:
+                    continue  # beside the tensors of a bare dictionary: a step, settings
                 raise UserError(
                     f"{file}: {name} is a {type(tensor).__name__}, not a tensor; save a plain state dict of tensors.",
                     "path",
@@ -74,8 +71,33 @@ class TorchFile:
                     f"{file}: tensor {name} has dtype {tensor.dtype}; use weights that are not quantised.", "path"
                 )
             dtype = np.dtype(_TORCH_DTYPES[str(tensor.dtype).removeprefix("torch.")])
-            add_entry(self.entries, Entry(name, tuple(tensor.shape), dtype, file))
-            self._tensors[name] = tensor.detach()
+            stored.append(Entry(name, tuple(tensor.shape), dtype, file))
+            tensors[name] = tensor.detach()
+        model = named(file, stored, part)
+        self.entries, self._tensors = model.entries, tensors
+        self.part, self.wrapper, self.besides = self.part or model.part, model.wrapper, model.besides
+
+    def _dictionaries(self, value: dict, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, dictionary) of all that hold tensors under names, those of dictionaries inside joined by dots."""
+        if any(isinstance(key, str) and self._is_tensor(inner) for key, inner in value.items()):
+            yield name, value
+        for key, inner in value.items():
+            if isinstance(key, str) and isinstance(inner, dict) and depth < _DEPTH:
+                yield from self._dictionaries(inner, f"{name}.{key}" if name else key, depth + 1)
+
+    def _choose(self, found: dict[str, dict], part: str) -> str:
+        """The name of the dictionary to take."""
+        if part in found and part:
+            return part
+        has = listed(f"{name or 'tensors without a part'} ({len(state)})" for name, state in found.items())
+        if part:
+            raise UserError(f"{self.file} has no part {part!r}; it has {has}.", "part")
+        models = [name for name, state in found.items() if names.wrappers(names.plain(str(key)) for key in state)]
+        models = models or list(found)
+        known = [name for wanted in PARTS for name in models if name.rpartition(".")[2] == wanted]
+        if known or len(models) == 1 or "" in models:
+            return known[0] if known else "" if "" in models else models[0]
+        raise UserError(f"{self.file} holds several dictionaries of tensors: {has}; choose one.", "part")
 
     def _is_tensor(self, value: Any) -> bool:
         return isinstance(value, self._torch.Tensor)

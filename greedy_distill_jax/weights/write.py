@@ -16,10 +16,11 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import architecture_json, wan_of
+from greedy_distill_jax.weights.files import PARTS
 from greedy_distill_jax.weights.load import stored_dtype
 from greedy_distill_jax.weights.replacing import replacing
 from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, Source
-from greedy_distill_jax.weights.torch_files import PARTS, import_torch, save_torch, to_torch
+from greedy_distill_jax.weights.torch_files import import_torch, save_torch, to_torch
 
 WRITABLE = ("original", "diffusers", "causal-pt", "torch-student")
 SHARD_BYTES = 5 * 10**9
