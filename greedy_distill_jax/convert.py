@@ -24,7 +24,8 @@ from greedy_distill_jax.runs.conversion import export_weights, import_weights
 from greedy_distill_jax.weights.adapter import ADAPTERS
 from greedy_distill_jax.weights.architecture import describe, wan_of
 from greedy_distill_jax.weights.files import PARTS
-from greedy_distill_jax.weights.inspect import besides, report, title
+from greedy_distill_jax.weights.inspect import besides, kind_of, report, title
+from greedy_distill_jax.weights.kind import KINDS, Asked
 from greedy_distill_jax.weights.load import DTYPES
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.source import Source
@@ -38,9 +39,10 @@ def _places(**more: str):
 
 def _open(args: argparse.Namespace, path: str, place: str = "SRC") -> Source:
     with _places(path=place):
-        return open_source(
-            path, part=args.part, step=getattr(args, "step", None), heads=args.heads, text_len=args.text_len
-        )
+        given = {name: getattr(args, name, None) for name in ("kind", "chunk", "window", "sink")}
+        asked = Asked(**given | {"kind": given["kind"] or ""})
+        more = dict(step=getattr(args, "step", None), heads=args.heads, text_len=args.text_len)
+        return open_source(path, part=args.part, asked=asked, **more)
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -52,6 +54,8 @@ def _import(args: argparse.Namespace) -> None:
         import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, overwrite=args.overwrite)
     if more := besides(source):
         print(f"note: {args.src} also holds {more}, which are no part of the model.", file=sys.stderr)
+    if told := source.meta.get("told"):
+        print(f"kind: {kind_of(source)} ({told}; --kind chooses)")
     print(f"{args.dst}: {describe(source.cfg)} from {title(source)}")
 
 
@@ -89,7 +93,7 @@ COMMANDS = {"import": _import, "export": _export, "inspect": _inspect, "verify":
 
 
 def _parser() -> cli.Parser:
-    choices = dict(parts=PARTS, dtypes=DTYPES, formats=(*WRITABLE, *ADAPTERS), shard_gb=SHARD_BYTES / 1e9)
+    choices = dict(parts=PARTS, kinds=KINDS, dtypes=DTYPES, formats=(*WRITABLE, *ADAPTERS), shard_gb=SHARD_BYTES / 1e9)
     return options.parser(__doc__.split("\n\n")[0], COMMANDS, **choices)
 
 

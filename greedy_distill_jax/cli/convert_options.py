@@ -10,7 +10,11 @@ from greedy_distill_jax.ranges import Count, Natural, NotNegative, Positive
 # Argument of the library -> option, for `cli.places`.
 PLACES = {"path": "SRC", "target": "DST", "form": "--format", "shard_bytes": "--shard-gb"}
 PLACES |= {
-    name: f"--{name.replace('_', '-')}" for name in ("part", "step", "heads", "text_len", "dtype", "mesh", "overwrite")
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        *("part", "step", "heads", "text_len", "kind", "chunk", "window", "sink"),
+        *("dtype", "mesh", "overwrite"),
+    )
 }
 
 
@@ -34,6 +38,7 @@ def parser(
     run: Mapping[str, Callable],
     *,
     parts: Sequence[str],
+    kinds: Sequence[str],
     dtypes: Sequence[str],
     formats: Sequence[str],
     shard_gb: float,
@@ -44,7 +49,7 @@ def parser(
       description: of the command.
       run: name of each of its commands -> the function of its arguments, which stands in the result as ``run``.
       parts: of a `.pt`, in the order in which one is chosen.
-      dtypes, formats: to choose from.
+      kinds, dtypes, formats: to choose from.
       shard_gb: default of the option.
     """
     out = Parser(prog="python -m greedy_distill_jax.convert", description=description)
@@ -78,6 +83,15 @@ def parser(
     inspecting.add_argument("--tensors", action="store_true", help="list every leaf")
     for command in (exporting, inspecting):
         command.add_argument("--step", type=number(Natural), help="of a training run (default: the newest)")
+    for command in (importing, exporting, inspecting):
+        told = "of a Wan DiT, where the file cannot tell (default: what is printed)"
+        command.add_argument("--kind", default="", choices=kinds, help=told)
+        some = "latent frames of a causal student"
+        command.add_argument("--chunk", type=number(Count), help=f"{some} made together (config.json's, or 3)")
+        command.add_argument(
+            "--window", type=number(Natural), help=f"{some} that a chunk sees, 0 = all of 21 (config.json's, or 0)"
+        )
+        command.add_argument("--sink", type=number(Natural), help=f"first {some} always seen (config.json's, or 0)")
     verifying = add("verify", "compare tensor by tensor", ("a", "any source"), ("b", "any source"))
     verifying.add_argument(
         "--atol", type=number(NotNegative), help="allow this difference (default: identical bits and dtypes)"

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
+from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import architecture_json, describe
 from greedy_distill_jax.weights.files import listed
@@ -28,6 +30,12 @@ def besides(source: Source) -> str:
     return listed(f"{name} ({count} tensors)" for name, count in found.items())
 
 
+def kind_of(source: Source) -> str:
+    """Returns what a model was trained to be, in a word or two."""
+    kinds = {WanConfig: "teacher", StudentConfig: "student", CausalConfig: "causal student"}
+    return kinds[type(source.cfg)]
+
+
 def report(source: Source, *, tensors: bool = False) -> Iterator[str]:
     """Yields the lines of `convert inspect`: format, architecture, parameters, dtypes.
 
@@ -39,6 +47,8 @@ def report(source: Source, *, tensors: bool = False) -> Iterator[str]:
     if more := besides(source):
         yield f"besides       {more}, not read"
     yield f"architecture  {describe(source.cfg)}"
+    if told := source.meta.get("told"):
+        yield f"kind          {kind_of(source)} ({told})"
     for name, value in architecture_json(source.cfg).items():
         yield f"  {name} = {value}"
     parameters = sum(int(np.prod(shape)) for shape in source.shapes.values())

@@ -9,16 +9,23 @@ from typing import Any
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.weights import names
-from greedy_distill_jax.weights.architecture import as_config
+from greedy_distill_jax.weights.architecture import Config, as_config, wan_of
 from greedy_distill_jax.weights.files import TensorFiles, listed
+from greedy_distill_jax.weights.kind import Asked, check_asked, with_kind
 from greedy_distill_jax.weights.safetensors_files import safetensors_in
-from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, ForeignSource, OurSource, Source
+from greedy_distill_jax.weights.source import ENCODER, METADATA, STUDENT_FORMAT, TEXT, ForeignSource, OurSource, Source
 from greedy_distill_jax.weights.tensor_files import read_config, tensor_files
 from greedy_distill_jax.weights.torch_files import TorchFile
 
 
 def open_source(
-    path: str | Path, *, part: str = "", step: int | None = None, heads: int | None = None, text_len: int | None = None
+    path: str | Path,
+    *,
+    part: str = "",
+    step: int | None = None,
+    heads: int | None = None,
+    text_len: int | None = None,
+    asked: Asked = Asked(),  # noqa: B008
 ) -> Source:
     """Recognises and opens a model.
 
@@ -29,6 +36,7 @@ def open_source(
         run; "" for the default.
       step: of a training run; None for the newest.
       heads, text_len: where no config.json tells (heads are otherwise assumed to be of 128 channels).
+      asked: whether a Wan DiT is a teacher or a causal student, and of which frames.
 
     Raises:
       UserError: nothing that is known, or a model that cannot be used; names file, tensor and remedy.
@@ -37,7 +45,9 @@ def open_source(
     if not path.exists():
         raise UserError(f"{path} does not exist; name a file or a folder with weights.", "path")
     if path.is_dir() and (path / "checkpoints").is_dir():
-        return OurSource(path, part, step)
+        source = OurSource(path, part, step)
+        check_asked(path, asked, source.cfg)
+        return source
     if step is not None:
         raise UserError(f"{step} is asked for, but {path} is no training run, which has steps; leave it out.", "step")
     if path.is_dir() and (path / "transformer").is_dir() and not safetensors_in(path):
@@ -64,15 +74,22 @@ def open_source(
             raise UserError(
                 f"{folder / 'config.json'} describes no student ({error!r}); export it again.", "path"
             ) from error
+        check_asked(path, asked, cfg)
         return ForeignSource(path, "torch-student", files, cfg, "original", config | _found(files))
     form = "causal-pt" if isinstance(files, TorchFile) else naming
-    cfg = _wan_config(path, files, naming, config, heads, text_len)
-    return ForeignSource(path, form, files, cfg, naming, _found(files) | {"naming": naming})
+    cfg, told = _wan_config(path, files, naming, config, heads, text_len), "it says so itself"
+    if METADATA in files.metadata:
+        check_asked(path, asked, cfg)
+    else:
+        cfg, told = with_kind(path, cfg, asked, part=files.part, config=config)
+    return ForeignSource(path, form, files, cfg, naming, _found(files) | {"naming": naming, "told": told})
 
 
 def _found(files: TensorFiles) -> dict[str, Any]:
-    """Where in the file or files the model was."""
-    return {"part": files.part, "wrapper": files.wrapper, "besides": files.besides}
+    """Where in the file or files the model was, and what encodes its prompts: foreign weights know no hashed words."""
+    ours = files.metadata.keys() & {METADATA, TEXT}
+    text = files.metadata.get(TEXT, "") if ours else ENCODER
+    return {"part": files.part, "wrapper": files.wrapper, "besides": files.besides, "text": text}
 
 
 # config.json of Wan's repository and of diffusers -> ours.
@@ -89,7 +106,7 @@ _KEYS = {
 }
 
 
-def _wan_config(path: Path, files: TensorFiles, naming: str, config: Mapping, heads, text_len) -> WanConfig:
+def _wan_config(path: Path, files: TensorFiles, naming: str, config: Mapping, heads, text_len) -> Config:
     """What the file says of itself, then config.json, then the shapes of the tensors."""
     if METADATA in files.metadata:
         try:
@@ -98,7 +115,10 @@ def _wan_config(path: Path, files: TensorFiles, naming: str, config: Mapping, he
             raise UserError(
                 f"{path}: metadata {METADATA!r} describes no model ({error}); export it again.", "path"
             ) from error
-        for name, given, held in (("heads", heads, cfg.num_heads), ("text_len", text_len, cfg.text_len)):
+        for name, given, held in (
+            ("heads", heads, wan_of(cfg).num_heads),
+            ("text_len", text_len, wan_of(cfg).text_len),
+        ):
             if given not in (None, held):
                 raise UserError(f"{given} is given, but {path} itself says {held}; leave it out.", name)
         return cfg

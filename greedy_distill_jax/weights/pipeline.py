@@ -12,6 +12,7 @@ from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.storage.partial import whole
+from greedy_distill_jax.weights.architecture import describe
 from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.vae import load_vae_codec
@@ -125,6 +126,12 @@ def _open(folder: str | os.PathLike, dtype: str):
         )
     with about("folder"):
         source = open_source(folder / "transformer")
+    if not isinstance(source.cfg, WanConfig):
+        raise UserError(
+            f"model folder {folder} holds {describe(source.cfg)}, which makes no whole videos; import it with "
+            "`python -m greedy_distill_jax.convert import` and name what that wrote as a checkpoint",
+            "folder",
+        )
     return dataclasses.replace(source.cfg, dtype=dtype, remat="none"), source
 
 

@@ -6,6 +6,7 @@ Formats: "original" (Wan's names in safetensors), "diffusers", "causal-pt" (`.pt
 
 import abc
 import functools
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from greedy_distill_jax.weights.names import Index
 FORMATS = ("original", "diffusers", "causal-pt", "torch-student", "ours")
 STUDENT_FORMAT = "greedy_distill_jax/torch-student"  # "format" in the config.json of an exported student
 METADATA = "greedy_distill_jax"  # key of our architecture in the metadata of a file
+TEXT = "greedy_distill_jax.text"  # key of what encodes the prompts of a model, one of:
+HASHED, ENCODER = "hashed_words", "encoder"  # the words that this package embeds itself; a text encoder
 
 
 class Source(abc.ABC):
@@ -36,7 +39,8 @@ class Source(abc.ABC):
       cfg: architecture.
       dtypes: leaf path -> dtype in which it is stored.
       meta: what came along: the "part", "wrapper" and "besides" of `TensorFiles`, the JSON of a checkpoint or of an
-        exported student.
+        exported student; "text" is `HASHED` or `ENCODER`, "" where nothing says it; "told" says what a Wan DiT's kind
+        was chosen by.
     """
 
     path: Path
@@ -161,6 +165,7 @@ class OurSource(Source):
             raise UserError(f"{part!r} is no part of {path}, a run; choose ema or params.", "part")
         self._checkpoints = Checkpointer(path / "checkpoints", read_only=True)
         self.meta = self._checkpoints.meta(step)
+        self.meta.setdefault("text", _text_of(self.meta))
         if "network" not in self.meta:
             raise UserError(f"{path} does not say which network it holds; the step is damaged.", "path")
         self._tree = f"nets/{self.meta['network']}/{self._part}"
@@ -197,3 +202,12 @@ class OurSource(Source):
         tree = f"nets/{self.meta['network']}/opt_state/factors"
         read = self._checkpoints.restore_subtree(self._step, tree)
         return {path: np.asarray(leaf) for path, leaf in leaf_paths(read)}
+
+
+def _text_of(meta: Mapping[str, Any]) -> str:
+    """What encodes the prompts of a run or of converted weights."""
+    try:
+        known = meta.get("source", {}).get("text", "")
+        return known or (ENCODER if json.loads(meta["config"])["data"]["text"] else HASHED)
+    except (KeyError, TypeError, ValueError):
+        return ""

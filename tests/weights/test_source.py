@@ -357,7 +357,7 @@ def test_a_causal_student_with_two_sets_of_weights_is_no_dit_of_others():
     fields = {"kind": "causalstudent", **dataclasses.asdict(tiny.causal_config(context_weights="own"))}
     with pytest.raises(ValueError, match="weights of its own for the context pass; train one with 'shared'"):
         as_config(fields)
-    assert as_config({**fields, "context_weights": "shared"}) == tiny.BASE
+    assert as_config({**fields, "context_weights": "shared"}) == tiny.causal_config()
 
 
 def test_what_a_file_says_of_itself_is_not_ignored(tiny_teacher, tmp_path, capsys):
