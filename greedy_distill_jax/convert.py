@@ -1,6 +1,6 @@
 """Weights in and out. The format of a source is recognised, not asked for.
 
-    python -m greedy_distill_jax.convert import SRC DST
+    python -m greedy_distill_jax.convert import SRC DST [--lora FILE:0.8]
     python -m greedy_distill_jax.convert export SRC DST --format original|diffusers|causal-pt|torch-student
     python -m greedy_distill_jax.convert export SRC DST --format peft|diffusers-lora
     python -m greedy_distill_jax.convert inspect SRC
@@ -23,10 +23,11 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.conversion import export_weights, import_weights
 from greedy_distill_jax.weights.adapter import ADAPTERS
 from greedy_distill_jax.weights.architecture import describe, wan_of
-from greedy_distill_jax.weights.files import PARTS
+from greedy_distill_jax.weights.files import PARTS, listed
 from greedy_distill_jax.weights.inspect import besides, kind_of, report, title
 from greedy_distill_jax.weights.kind import KINDS, Asked
 from greedy_distill_jax.weights.load import DTYPES
+from greedy_distill_jax.weights.lora import Adapter, MergedSource, open_adapter, parse_lora
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.source import Source
 from greedy_distill_jax.weights.verify import verdict
@@ -47,11 +48,16 @@ def _open(args: argparse.Namespace, path: str, place: str = "SRC") -> Source:
 
 def _import(args: argparse.Namespace) -> None:
     source = _open(args, args.src)
+    with _places(path="--lora"):
+        adapters = [(Adapter(file), scale) for file, scale in map(parse_lora, args.lora)]
+        source = MergedSource(source, adapters) if adapters else source
     with _places():
-        sharding = (
-            functools.partial(shardings, mesh=make_mesh(options.parse_mesh(args.mesh, AXES))) if args.mesh else None
-        )
+        mesh = make_mesh(options.parse_mesh(args.mesh, AXES)) if args.mesh else None
+        sharding = functools.partial(shardings, mesh=mesh) if mesh else None
         import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, overwrite=args.overwrite)
+    for path, found, missing in source.merged if adapters else ():
+        more = f"; not in this model: {len(missing)} ({listed(missing, 4)})" if missing else ""
+        print(f"{path}: {found} of {found + len(missing)} modules merged{more}")
     if more := besides(source):
         print(f"note: {args.src} also holds {more}, which are no part of the model.", file=sys.stderr)
     if told := source.meta.get("told"):
@@ -78,7 +84,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    for line in report(_open(args, args.src), tensors=args.tensors):
+    with _places(lora="SRC"):
+        adapter = open_adapter(args.src, args.part)
+    for line in adapter.report() if adapter else report(_open(args, args.src), tensors=args.tensors):
         print(line)
 
 

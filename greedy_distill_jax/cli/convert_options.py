@@ -13,7 +13,7 @@ PLACES |= {
     name: f"--{name.replace('_', '-')}"
     for name in (
         *("part", "step", "heads", "text_len", "kind", "chunk", "window", "sink"),
-        *("dtype", "mesh", "overwrite"),
+        *("dtype", "mesh", "overwrite", "lora"),
     )
 }
 
@@ -69,8 +69,11 @@ def parser(
         return command
 
     source = ("src", "file or folder: safetensors, .pt, diffusers, an exported student, a run")
+    looking = ("src", f"{source[1]}, LoRA weights")
     importing = add("import", "make a folder of ours", source, ("dst", "folder to write"))
     importing.add_argument("--mesh", default="", help="where the weights lie meanwhile, such as fsdp=8")
+    merging = "LoRA weights to merge, scale times; may be given several times"
+    importing.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help=merging)
     exporting = add("export", "write another format", source, ("dst", "folder (causal-pt: file) to write"))
     exporting.add_argument("--format", required=True, choices=tuple(formats))
     exporting.add_argument(
@@ -79,7 +82,7 @@ def parser(
     for command in (importing, exporting):
         command.add_argument("--dtype", default="keep", choices=dtypes, help="default: as stored")
         command.add_argument("--overwrite", action="store_true", help="replace what is there")
-    inspecting = add("inspect", "say what it is", source)
+    inspecting = add("inspect", "say what it is", looking)
     inspecting.add_argument("--tensors", action="store_true", help="list every leaf")
     for command in (exporting, inspecting):
         command.add_argument("--step", type=number(Natural), help="of a training run (default: the newest)")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.errors import UserError
@@ -120,7 +121,17 @@ def _add(entries: dict[str, Entry], name: str, entry: Entry) -> None:
 
 
 def find_entry(path: Path, entries: Mapping[str, Entry], name: str) -> Entry:
-    """The tensor of a clean name; UserError, with the ``path`` that the user named, when it is missing."""
+    """The tensor of a name within a model.
+
+    Raises:
+      UserError: it is missing from ``path``, which the user named, or not of floating point.
+    """
+    if name in entries and not jnp.issubdtype(entries[name].dtype, jnp.floating):
+        raise UserError(
+            f"{entries[name].file}: tensor {entries[name].stored_name} has dtype {entries[name].dtype}; use weights of "
+            "floating point (not quantised).",
+            "path",
+        )
     if name not in entries:
         raise UserError(
             f"{path}: tensor {name} is missing ({len(entries)} tensors found); the file is incomplete or of another "

@@ -12,6 +12,7 @@ from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import Config, as_config, wan_of
 from greedy_distill_jax.weights.files import TensorFiles, listed
 from greedy_distill_jax.weights.kind import Asked, check_asked, with_kind
+from greedy_distill_jax.weights.lora import is_adapter
 from greedy_distill_jax.weights.safetensors_files import safetensors_in
 from greedy_distill_jax.weights.source import ENCODER, METADATA, STUDENT_FORMAT, TEXT, ForeignSource, OurSource, Source
 from greedy_distill_jax.weights.tensor_files import read_config, tensor_files
@@ -55,8 +56,11 @@ def open_source(
     files = tensor_files(path, part)
     folder = path if path.is_dir() else path.parent
     config = read_config(folder / "config.json")
-    if any("lora" in name for name in files.entries):
-        raise UserError(f"{path} holds LoRA weights, not a model; merge them into their base model first.", "path")
+    if is_adapter(files):
+        raise UserError(
+            f"{path} holds LoRA weights, not a model; name their base model, and these as what is merged into it.",
+            "path",
+        )
     naming = names.naming_of(files.entries)
     if naming is None:
         some = listed(sorted(files.entries), 2) or "none"

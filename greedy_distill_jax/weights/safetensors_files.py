@@ -12,6 +12,8 @@ from greedy_distill_jax.weights.files import AGAIN, Entry, named
 from greedy_distill_jax.weights.names import Index
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+# Beside the weights of a model, such as the alpha of an adapter.
+DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 
 
 class SafetensorsFiles:
@@ -23,7 +25,7 @@ class SafetensorsFiles:
       part: of several models the one to take, see `files.named`.
 
     Raises:
-      UserError: a file that is missing, truncated or no safetensors file, or a tensor that is not of floating point.
+      UserError: a file that is missing, truncated or no safetensors file, or a tensor of a dtype that is not known.
     """
 
     def __init__(self, path: Path, files: list[Path], part: str = ""):
@@ -44,7 +46,7 @@ class SafetensorsFiles:
                 if view.get_dtype() not in DTYPES:
                     raise UserError(
                         f"{file}: tensor {name} has dtype {view.get_dtype()}; use weights in one of "
-                        f"{', '.join(DTYPES)} (not quantised).",
+                        f"{', '.join(list(DTYPES)[:4])} (not quantised).",
                         "path",
                     )
                 stored.append(Entry(name, tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]), file))

@@ -66,7 +66,7 @@ class TorchFile:
                     f"{file}: {name} is a {type(tensor).__name__}, not a tensor; save a plain state dict of tensors.",
                     "path",
                 )
-            if not tensor.is_floating_point() or str(tensor.dtype).removeprefix("torch.") not in _TORCH_DTYPES:
+            if str(tensor.dtype).removeprefix("torch.") not in _TORCH_DTYPES:
                 raise UserError(
                     f"{file}: tensor {name} has dtype {tensor.dtype}; use weights that are not quantised.", "path"
                 )
@@ -137,6 +137,7 @@ class TorchFile:
 
 
 _TORCH_DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+_TORCH_DTYPES |= {name: getattr(np, name) for name in ("int64", "int32", "int16", "int8", "uint8")} | {"bool": np.bool_}
 
 
 def to_numpy(tensor) -> np.ndarray:

@@ -117,5 +117,5 @@ def test_several_dictionaries_of_a_pt_are_listed(bare, tmp_path, capsys):
 def test_an_adapter_is_no_model(tmp_path, capsys):
     factors = {"transformer.blocks.0.attn1.to_q.lora_A.weight": np.zeros((2, 24), np.float32)}
     save_file(factors, tmp_path / "lora.safetensors")
-    assert run("inspect", tmp_path / "lora.safetensors") == 2
+    assert run("import", tmp_path / "lora.safetensors", tmp_path / "no") == 2
     assert "holds LoRA weights, not a model" in capsys.readouterr().err

@@ -197,7 +197,7 @@ def _nothing(tmp_path):
         (_missing, ["bad.safetensors", NAME, "missing"]),
         (_unexpected, ["bad.safetensors", "k_img", "text-to-video"]),
         (_wrong_size, ["bad.safetensors", NAME, "[32, 23]", "[32, 24]"]),
-        (_quantised, ["bad.safetensors", NAME, "I8"]),
+        (_quantised, ["bad.safetensors", NAME, "int8"]),
         (_other_model, ["bad.safetensors", "encoder.conv1.weight"]),
         (_missing_shard, ["index.json", "x-00002-of-00002.safetensors"]),
         (_nothing, ["empty", "name a folder"]),
