@@ -54,12 +54,15 @@ def _import(args: argparse.Namespace) -> None:
     with _places():
         mesh = make_mesh(options.parse_mesh(args.mesh, AXES)) if args.mesh else None
         sharding = functools.partial(shardings, mesh=mesh) if mesh else None
-        import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, overwrite=args.overwrite)
+        more = dict(allow_nonfinite=args.allow_nonfinite, overwrite=args.overwrite)
+        import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, **more)
     for path, found, missing in source.merged if adapters else ():
         more = f"; not in this model: {len(missing)} ({listed(missing, 4)})" if missing else ""
         print(f"{path}: {found} of {found + len(missing)} modules merged{more}")
     if more := besides(source):
         print(f"note: {args.src} also holds {more}, which are no part of the model.", file=sys.stderr)
+    if precision := source.meta.get("precision"):
+        print(f"precision: {precision}")
     if told := source.meta.get("told"):
         print(f"kind: {kind_of(source)} ({told}; --kind chooses)")
     print(f"{args.dst}: {describe(source.cfg)} from {title(source)}")

@@ -13,7 +13,7 @@ PLACES |= {
     name: f"--{name.replace('_', '-')}"
     for name in (
         *("part", "step", "heads", "text_len", "kind", "chunk", "window", "sink"),
-        *("dtype", "mesh", "overwrite", "lora"),
+        *("dtype", "mesh", "overwrite", "lora", "allow_nonfinite"),
     )
 }
 
@@ -74,6 +74,7 @@ def parser(
     importing.add_argument("--mesh", default="", help="where the weights lie meanwhile, such as fsdp=8")
     merging = "LoRA weights to merge, scale times; may be given several times"
     importing.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help=merging)
+    importing.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite weights as they are")
     exporting = add("export", "write another format", source, ("dst", "folder (causal-pt: file) to write"))
     exporting.add_argument("--format", required=True, choices=tuple(formats))
     exporting.add_argument(

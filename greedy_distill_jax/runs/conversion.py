@@ -21,6 +21,7 @@ from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
 from greedy_distill_jax.weights.adapter import ADAPTERS, write_adapter
 from greedy_distill_jax.weights.architecture import wan_of
+from greedy_distill_jax.weights.health import FiniteSource
 from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.pipeline import read_shift, saved_codec
 from greedy_distill_jax.weights.replacing import check_apart, replacing
@@ -34,7 +35,13 @@ FEW_STEPS = {"sampler": "renoise", "steps": 4, "shift": 5.0, "guidance": 1.0}
 
 
 def import_weights(
-    source: Source, target: str | Path, *, dtype: str = "keep", sharding: Any = None, overwrite: bool = False
+    source: Source,
+    target: str | Path,
+    *,
+    dtype: str = "keep",
+    sharding: Any = None,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Writes a source as a folder of ours: `checkpoints/0` with one network, and the JSON a run would have.
 
@@ -43,16 +50,18 @@ def import_weights(
       target: the folder.
       dtype: "keep" or a name of `weights.load.DTYPES`.
       sharding: as for `weights.load.load`; decides where the weights lie while they are written.
+      allow_nonfinite: take NaN and infinite values as they are.
       overwrite: replace the target.
 
     Raises:
-      UserError: a source that is ours already, a tensor that cannot be read, a place that cannot be written.
+      UserError: a source that is ours already, values that are not finite, a tensor that cannot be read, a place that
+        cannot be written.
     """
     if source.format == "ours":
         raise UserError(f"{source.path} is in our format already; use it as it is.", "path")
     check_apart(source.path, target)
     with replacing(target, overwrite=overwrite) as partial:
-        params = load(source, sharding=sharding, dtype=dtype)
+        params = load(source if allow_nonfinite else FiniteSource(source), sharding=sharding, dtype=dtype)
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
         limit = largest + 2**20  # writing one leaf at a time keeps the promise of streaming
         with Checkpointer(partial / "checkpoints", async_save=False, write_bytes=limit) as checkpointer:

@@ -1,6 +1,7 @@
 """What a model in any format is, in words."""
 
 import collections
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import architecture_json, describe
 from greedy_distill_jax.weights.files import listed
+from greedy_distill_jax.weights.health import findings
 from greedy_distill_jax.weights.source import Source
 
 
@@ -37,13 +39,19 @@ def kind_of(source: Source) -> str:
 
 
 def report(source: Source, *, tensors: bool = False) -> Iterator[str]:
-    """Yields the lines of `convert inspect`: format, architecture, parameters, dtypes.
+    """Yields the lines of `convert inspect`: format, files, architecture, parameters, dtypes, odd values.
 
     Args:
       source: from `open_source`.
       tensors: also a line for every leaf.
     """
     yield f"format        {title(source)}"
+    for file in source.files:
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        yield f"file          {file.name}, {file.stat().st_size:,} bytes, sha256 {digest}"
+    if precision := source.meta.get("precision"):
+        yield f"precision     {precision}"
     if more := besides(source):
         yield f"besides       {more}, not read"
     yield f"architecture  {describe(source.cfg)}"
@@ -55,6 +63,7 @@ def report(source: Source, *, tensors: bool = False) -> Iterator[str]:
     yield f"parameters    {parameters:,} in {tensor_count(source):,} tensors ({len(source.shapes)} stacked)"
     counts = collections.Counter(str(dtype) for dtype in source.dtypes.values())
     yield f"dtypes        {', '.join(f'{name} ({count} stacked)' for name, count in counts.items())}"
+    yield from findings(source)
     if tensors:
         for path, shape in source.shapes.items():
             first = names.foreign_names(path, shape, "original")[0]

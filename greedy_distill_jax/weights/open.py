@@ -10,9 +10,10 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import Config, as_config, wan_of
-from greedy_distill_jax.weights.files import TensorFiles, listed
+from greedy_distill_jax.weights.files import TensorFiles
 from greedy_distill_jax.weights.kind import Asked, check_asked, with_kind
 from greedy_distill_jax.weights.lora import is_adapter
+from greedy_distill_jax.weights.others import check_model, unknown
 from greedy_distill_jax.weights.safetensors_files import safetensors_in
 from greedy_distill_jax.weights.source import ENCODER, METADATA, STUDENT_FORMAT, TEXT, ForeignSource, OurSource, Source
 from greedy_distill_jax.weights.tensor_files import read_config, tensor_files
@@ -63,10 +64,7 @@ def open_source(
         )
     naming = names.naming_of(files.entries)
     if naming is None:
-        some = listed(sorted(files.entries), 2) or "none"
-        raise UserError(
-            f"{path}: its tensors ({some}) are not those of a Wan text-to-video DiT or of a student.", "path"
-        )
+        raise unknown(path, files.entries)
     if naming == "student":
         if config.get("format") != STUDENT_FORMAT:
             raise UserError(
@@ -81,6 +79,7 @@ def open_source(
         check_asked(path, asked, cfg)
         return ForeignSource(path, "torch-student", files, cfg, "original", config | _found(files))
     form = "causal-pt" if isinstance(files, TorchFile) else naming
+    check_model(path, files.entries)
     cfg, told = _wan_config(path, files, naming, config, heads, text_len), "it says so itself"
     if METADATA in files.metadata:
         check_asked(path, asked, cfg)
@@ -93,7 +92,8 @@ def _found(files: TensorFiles) -> dict[str, Any]:
     """Where in the file or files the model was, and what encodes its prompts: foreign weights know no hashed words."""
     ours = files.metadata.keys() & {METADATA, TEXT}
     text = files.metadata.get(TEXT, "") if ours else ENCODER
-    return {"part": files.part, "wrapper": files.wrapper, "besides": files.besides, "text": text}
+    precision = getattr(files, "precision", "")
+    return dict(part=files.part, wrapper=files.wrapper, besides=files.besides, text=text, precision=precision)
 
 
 # config.json of Wan's repository and of diffusers -> ours.

@@ -120,10 +120,6 @@ def _open(folder: str | os.PathLike, dtype: str):
     folder = Path(folder).expanduser()
     if not (folder / "transformer").is_dir():
         raise UserError(f"model folder {folder} has no transformer/; give one in the layout of diffusers", "folder")
-    if (folder / "transformer_2").is_dir():
-        raise UserError(
-            f"model folder {folder} has two transformers (Wan2.2); give a Wan2.1 text-to-video model", "folder"
-        )
     with about("folder"):
         source = open_source(folder / "transformer")
     if not isinstance(source.cfg, WanConfig):

@@ -10,8 +10,10 @@ import numpy as np
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.weights.files import AGAIN, Entry, named
 from greedy_distill_jax.weights.names import Index
+from greedy_distill_jax.weights.others import check_file
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+DTYPES |= {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}  # as stored; `fp8` makes numbers of them
 # Beside the weights of a model, such as the alpha of an adapter.
 DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 
@@ -56,10 +58,21 @@ class SafetensorsFiles:
     def read(self, name: str, index: Index) -> np.ndarray:
         """See `TensorFiles`."""
         entry = self.entries[name]
+        if entry.dtype.itemsize == 1 and jnp.issubdtype(entry.dtype, jnp.floating):
+            return _read_bytes(entry)[index]  # numpy, and so safetensors' reader, has no FP8
         handle = self._open[entry.file]
         if all(s == slice(None) for s in index):
             return handle.get_tensor(entry.stored_name)
         return handle.get_slice(entry.stored_name)[tuple(slice(*s.indices(n)) for s, n in zip(index, entry.shape))]
+
+
+def _read_bytes(entry: Entry) -> np.ndarray:
+    """A whole tensor, one byte to a number, past the reader of the library."""
+    with open(entry.file, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[entry.stored_name]["data_offsets"]
+        file.seek(8 + length + begin)
+        return np.frombuffer(file.read(end - begin), np.uint8).view(entry.dtype).reshape(entry.shape)
 
 
 def safetensors_in(folder: Path) -> list[Path]:
@@ -88,6 +101,7 @@ def _several(folder: Path, files: list[Path]) -> UserError:
 
 def files_of_index(index: Path) -> list[Path]:
     """The files an index.json names; UserError when one is missing."""
+    check_file(index)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or not all(isinstance(name, str) for name in names):

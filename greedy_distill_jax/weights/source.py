@@ -7,7 +7,6 @@ Formats: "original" (Wan's names in safetensors), "diffusers", "causal-pt" (`.pt
 import abc
 import functools
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -40,7 +39,8 @@ class Source(abc.ABC):
       dtypes: leaf path -> dtype in which it is stored.
       meta: what came along: the "part", "wrapper" and "besides" of `TensorFiles`, the JSON of a checkpoint or of an
         exported student; "text" is `HASHED` or `ENCODER`, "" where nothing says it; "told" says what a Wan DiT's kind
-        was chosen by.
+        was chosen by, "precision" how FP8 weights are read.
+      files: that the tensors are in; none for a run, whose checkpoints keep sums of their own.
     """
 
     path: Path
@@ -48,6 +48,7 @@ class Source(abc.ABC):
     cfg: Config
     dtypes: dict[str, np.dtype]
     meta: dict[str, Any]
+    files: tuple[Path, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,6 +88,7 @@ class ForeignSource(Source):
 
     def __init__(self, path: Path, form: str, files: TensorFiles, cfg: Config, naming: str, meta: dict[str, Any]):
         self.path, self.format, self.cfg, self.meta, self._files = path, form, cfg, meta, files
+        self.files = tuple(dict.fromkeys(entry.file for entry in files.entries.values()))
         self._names = {leaf: names.foreign_names(leaf, shape, naming) for leaf, shape in self.shapes.items()}
         self.dtypes, expected = {}, set()
         for leaf, shape in self.shapes.items():
@@ -106,10 +108,8 @@ class ForeignSource(Source):
         unexpected = sorted(set(files.entries) - expected)
         if unexpected:
             entry = files.entries[unexpected[0]]
-            image = any(re.search(r"k_img|v_img|img_emb|add_k_proj|image_embedder", name) for name in unexpected)
-            remedy = "these are image-to-video weights; use a text-to-video model" if image else "use another file"
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-            raise UserError(f"{entry.file}: unexpected tensor {entry.stored_name}{more}; {remedy}.", "path")
+            raise UserError(f"{entry.file}: unexpected tensor {entry.stored_name}{more}; use another file.", "path")
 
     def read_layer(self, path: str, layer: int, index: Index) -> np.ndarray:
         """See `Source`."""

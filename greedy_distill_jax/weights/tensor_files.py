@@ -6,6 +6,8 @@ from typing import Any
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.weights.files import TensorFiles
+from greedy_distill_jax.weights.fp8 import dequantised
+from greedy_distill_jax.weights.others import check_file, check_folder
 from greedy_distill_jax.weights.safetensors_files import SafetensorsFiles, files_of_index, safetensors_in
 from greedy_distill_jax.weights.torch_files import TorchFile
 
@@ -19,18 +21,27 @@ def tensor_files(path: Path, part: str = "") -> TensorFiles:
       path: file or folder.
       part: which dictionary of a `.pt`, or which of several models in one file; "" for the first of `files.PARTS`.
     """
+    return dequantised(path, _stored(path, part))
+
+
+def _stored(path: Path, part: str) -> TensorFiles:
     if path.is_dir():
+        check_folder(path)
         if found := safetensors_in(path):
-            return SafetensorsFiles(path, found, part)
+            return _safetensors(path, found, part)
         found = sorted(p for p in path.iterdir() if p.suffix in TORCH_SUFFIXES)
         if len(found) == 1:
+            check_file(found[0])
             return TorchFile(found[0], part)
+        for file in sorted(path.glob("*.gguf")) if not found else ():
+            check_file(file)
         several = f"several files ({', '.join(p.name for p in found[:4])}); name one of them" if found else ""
         raise UserError(
             f"{path} holds {several or 'no safetensors, .pt or checkpoints; name a folder with weights'}.", "path"
         )
+    check_file(path)
     if path.name.endswith(".index.json"):
-        return SafetensorsFiles(path, files_of_index(path), part)
+        return _safetensors(path, files_of_index(path), part)
     if path.suffix == ".safetensors":
         return SafetensorsFiles(path, [path], part)
     if path.suffix in TORCH_SUFFIXES:
@@ -40,8 +51,16 @@ def tensor_files(path: Path, part: str = "") -> TensorFiles:
     )
 
 
+def _safetensors(path: Path, files: list[Path], part: str) -> TensorFiles:
+    for file in files:
+        check_file(file)
+    return SafetensorsFiles(path, files, part)
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """The dictionary in a config.json, {} if there is none; UserError when it is another thing."""
+    if file.is_file():
+        check_file(file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

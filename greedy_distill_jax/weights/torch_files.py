@@ -113,7 +113,7 @@ class TorchFile:
                     raise
                 top = torch.load(self.file, **options)  # the format before torch 1.6 cannot be mapped
         except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"class ['\"]?([\w.]+)", str(error))
             if not found:
                 raise UserError(
                     f"{self.file} is damaged or no PyTorch file ({_first(error)}); {AGAIN}.", "path"
@@ -137,13 +137,16 @@ class TorchFile:
 
 
 _TORCH_DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+_TORCH_DTYPES |= {"float8_e4m3fn": jnp.float8_e4m3fn, "float8_e5m2": jnp.float8_e5m2}
 _TORCH_DTYPES |= {name: getattr(np, name) for name in ("int64", "int32", "int16", "int8", "uint8")} | {"bool": np.bool_}
 
 
 def to_numpy(tensor) -> np.ndarray:
-    """A torch tensor as numpy, bit by bit (numpy has no bfloat16 of its own)."""
-    if str(tensor.dtype) == "torch.bfloat16":
-        return tensor.contiguous().view(import_torch("bfloat16").uint16).numpy().view(jnp.bfloat16)
+    """A torch tensor as numpy, bit by bit (numpy has no bfloat16 and no FP8 of its own)."""
+    torch, name = import_torch("reading a .pt file"), str(tensor.dtype).removeprefix("torch.")
+    if name == "bfloat16" or name.startswith("float8"):
+        bits = torch.uint8 if name.startswith("float8") else torch.uint16
+        return tensor.contiguous().view(bits).numpy().view(_TORCH_DTYPES[name])
     return tensor.numpy()
 
 
@@ -156,4 +159,7 @@ def to_torch(array: np.ndarray):
 
 
 def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The reason in one line; never torch's advice to load a file without ``weights_only``."""
+    lines = str(error).replace("WeightsUnpickler error:", "\n").splitlines()
+    useful = [line.strip() for line in lines if not re.search(r"weights_only|[Ww]eights only|trust", line)]
+    return next((line for line in useful if line), type(error).__name__)[:200]
