@@ -29,7 +29,7 @@ from greedy_distill_jax.weights.source import ENCODER, Source
 from greedy_distill_jax.weights.write import write
 
 WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832 pixels
-WAN_SAMPLING = {"sampler": "unipc", "steps": 50, "guidance": 5.0}  # of a teacher, as Wan's own program has it
+WAN_SAMPLING = {"sampler": "unipc", "steps": 50, "guidance": 5.0}  # of a teacher, in Wan's pipeline of diffusers
 # Of Self-Forcing and LongLive: 1000, 750, 500, 250 under this shift.
 FEW_STEPS = {"sampler": "renoise", "steps": 4, "shift": 5.0, "guidance": 1.0}
 
@@ -90,6 +90,8 @@ def _meta(source: Source) -> dict[str, Any]:
         config.sample.update(FEW_STEPS)
     elif isinstance(cfg, WanConfig) and wan.prediction == "velocity":
         config.sample.update(WAN_SAMPLING, shift=_shift(source))
+        if source.meta.get("naming") != "diffusers":
+            config.sample.sampler = "unipc_wan"
         config.data.negative_prompt = WAN_NEGATIVE_PROMPT if text == ENCODER else ""
     elif isinstance(cfg, StudentConfig):
         config.stage = "teacher_forcing"

@@ -156,15 +156,17 @@ def test_a_teacher_is_sampled_as_wan_is(tmp_path):
     assert run("import", tmp_path / "in.safetensors", tmp_path / "wan", *SIZES) == 0
     settings = Run.load(tmp_path / "wan", needs_codec=False).settings
     own = settings.sample
-    assert (own.sampler, own.steps, own.shift, own.guidance) == ("unipc", 50, 5.0, 5.0)
+    assert (own.sampler, own.steps, own.shift, own.guidance) == ("unipc_wan", 50, 5.0, 5.0)
     assert settings.data.negative_prompt == WAN_NEGATIVE_PROMPT
     folder = tmp_path / "pipeline"
     (folder / "transformer").mkdir(parents=True)
     (folder / "scheduler").mkdir()
-    (tmp_path / "in.safetensors").rename(folder / "transformer" / "x.safetensors")
+    write(TreeSource(BASE, tiny.random_params(Teacher(BASE))), tmp_path / "made", "diffusers")
+    (tmp_path / "made" / "diffusion_pytorch_model.safetensors").rename(folder / "transformer" / "x.safetensors")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"flow_shift": 3.0}))
     assert run("import", folder, tmp_path / "other", *SIZES) == 0
-    assert Run.load(tmp_path / "other", needs_codec=False).settings.sample.shift == 3.0
+    own = Run.load(tmp_path / "other", needs_codec=False).settings.sample
+    assert (own.sampler, own.steps, own.shift, own.guidance) == ("unipc", 50, 3.0, 5.0)
 
 
 def test_words_are_not_embedded_for_weights_of_a_text_encoder(published, tmp_path, capsys):
