@@ -57,7 +57,7 @@ def import_weights(
       UserError: a source that is ours already, values that are not finite, a tensor that cannot be read, a place that
         cannot be written.
     """
-    if source.format == "ours":
+    if source.format == "ours" and "loras" not in source.meta:
         raise UserError(f"{source.path} is in our format already; use it as it is.", "path")
     check_apart(source.path, target)
     with replacing(target, overwrite=overwrite) as partial:
@@ -72,9 +72,13 @@ def import_weights(
 
 
 def _meta(source: Source) -> dict[str, Any]:
-    """What a run writes beside its weights, for weights that no run of ours made."""
+    """What a run writes beside its weights, for weights that no run of ours made; of a run, what it wrote itself."""
+    name, part = source.path.name, source.meta.get("part", "")
+    origin = dict(format=source.format, name=name, part=part, text=source.meta.get("text", ""))
+    origin["loras"] = source.meta.get("loras", [])
+    if source.format == "ours":
+        return {key: value for key, value in source.meta.items() if key not in ("text", "loras")} | {"source": origin}
     cfg, wan, config = source.cfg, wan_of(source.cfg), base()
-    text = source.meta.get("text", "")
     sizes = {k: v for k, v in dataclasses.asdict(wan).items() if k in ("dim", "ffn_dim", "num_heads", "num_layers")}
     config.model.size = next((n for n, size in WAN_SIZES.items() if size.items() >= sizes.items()), "wan1_3b")
     for field in dataclasses.fields(WanConfig):
@@ -92,7 +96,7 @@ def _meta(source: Source) -> dict[str, Any]:
         config.sample.update(WAN_SAMPLING, shift=_shift(source))
         if source.meta.get("naming") != "diffusers":
             config.sample.sampler = "unipc_wan"
-        config.data.negative_prompt = WAN_NEGATIVE_PROMPT if text == ENCODER else ""
+        config.data.negative_prompt = WAN_NEGATIVE_PROMPT if origin["text"] == ENCODER else ""
     elif isinstance(cfg, StudentConfig):
         config.stage = "teacher_forcing"
         config.student.split = "/".join(",".join(map(str, layers)) for layers in (cfg.etm_layers, cfg.sdd_layers))
@@ -110,7 +114,7 @@ def _meta(source: Source) -> dict[str, Any]:
         architecture=architecture(model),
         latent_shape=list(latent_shape),
         steps=0,
-        source=dict(format=source.format, name=source.path.name, part=source.meta.get("part", ""), text=text),
+        source=origin,
     )
 
 

@@ -207,7 +207,8 @@ class OurSource(Source):
 def _text_of(meta: Mapping[str, Any]) -> str:
     """What encodes the prompts of a run or of converted weights."""
     try:
-        known = meta.get("source", {}).get("text", "")
-        return known or (ENCODER if json.loads(meta["config"])["data"]["text"] else HASHED)
+        if "source" in meta:  # converted; by a version that did not say it, perhaps
+            return meta["source"].get("text", "")
+        return ENCODER if json.loads(meta["config"])["data"]["text"] else HASHED
     except (KeyError, TypeError, ValueError):
         return ""

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from greedy_distill_jax import convert
+from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.weights.lora import parse_lora
 from tests.conftest import exit_code
 from tests.weights.test_source import SIZES, tensors
@@ -213,6 +214,20 @@ def without(part):
 
 def adding(name, *shape):
     return lambda state: {**state, f"blocks.0.self_attn.{name}": np.ones(shape, np.float32)}
+
+
+def test_a_base_that_was_imported_before(base, tmp_path, capsys):
+    save_file(named("lora_A", "lora_B", ""), tmp_path / "lora.safetensors")
+    assert run("import", base, tmp_path / "ours", *SIZES) == 0
+    assert run("import", tmp_path / "ours", tmp_path / "no") == 2
+    assert "in our format already" in capsys.readouterr().err
+    assert run("import", tmp_path / "ours", tmp_path / "merged", "--lora", tmp_path / "lora.safetensors") == 0
+    assert run("export", tmp_path / "merged", tmp_path / "out", "--format", "original") == 0
+    close(load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"), merged(1.0))
+    before, after = (Run.load(tmp_path / name, needs_codec=False) for name in ("ours", "merged"))
+    assert after.settings == before.settings and after.latent_shape == before.latent_shape
+    assert after.meta["source"]["text"] == before.meta["source"]["text"] == "encoder"
+    assert after.meta["source"]["loras"] == [{"name": "lora.safetensors", "scale": 1.0}]
 
 
 @pytest.mark.parametrize(
