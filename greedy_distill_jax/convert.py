@@ -56,9 +56,9 @@ def _import(args: argparse.Namespace) -> None:
         sharding = functools.partial(shardings, mesh=mesh) if mesh else None
         more = dict(allow_nonfinite=args.allow_nonfinite, overwrite=args.overwrite)
         import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, **more)
-    for path, found, missing in source.merged if adapters else ():
-        more = f"; not in this model: {len(missing)} ({listed(missing, 4)})" if missing else ""
-        print(f"{path}: {found} of {found + len(missing)} modules merged{more}")
+    for path, found, count, missing in source.merged if adapters else ():
+        more = f"; not in this model: {listed(missing, 4)}" if missing else ""
+        print(f"{path}: {found} of {count} modules merged{more}")
     if more := besides(source):
         print(f"note: {args.src} also holds {more}, which are no part of the model.", file=sys.stderr)
     if precision := source.meta.get("precision"):

@@ -47,10 +47,12 @@ class FiniteSource(Source):
         """See `Source`."""
         with np.errstate(over="ignore"):
             out = super().read(path, index, dtype)
-        if not finite(out):
-            layers = out if names.split_path(path)[1].stacked else out[None]
-            layer = next(i for i, one in enumerate(layers) if not finite(one))
-            raise self._error(path, layer, layers[layer], f"choose another dtype than {np.dtype(dtype)}, or allow them")
+        if np.dtype(dtype) != self.dtypes[path]:  # which may hold less than the stored one
+            stacked = names.split_path(path)[1].stacked
+            layers = range(*index[0].indices(self.shapes[path][0])) if stacked else [0]
+            for layer, value in zip(layers, out if stacked else out[None], strict=True):
+                if not finite(value):
+                    raise self._error(path, layer, value, f"choose another dtype than {np.dtype(dtype)}, or allow them")
         return out
 
     def _error(self, path: str, layer: int, value: np.ndarray, remedy: str) -> UserError:

@@ -47,7 +47,9 @@ _METADATA = "lora_adapter_metadata"  # key of diffusers in the metadata of a fil
 
 def is_adapter(files: TensorFiles) -> bool:
     """Whether tensors are those of an adapter, of LoRA or its kin, rather than of a model."""
-    return any(_role(name) or any(other in name for other in _OTHERS) for name in files.entries)
+    return not names.wrappers(files.entries) and any(
+        _role(name) or any(other in name for other in _OTHERS) for name in files.entries
+    )
 
 
 def _role(name: str) -> tuple[str, str] | None:
@@ -108,12 +110,17 @@ class Adapter:
                     f"{path}: tensor {name} is neither a factor of LoRA nor a difference; name a file of LoRA weights.",
                     "lora",
                 )
-            grouped[found[0]][found[1]] = name
+            if found[1] in (group := grouped[found[0]]):
+                raise UserError(
+                    f"{path}: tensors {group[found[1]]} and {name} are the same; remove one of them.", "lora"
+                )
+            group[found[1]] = name
         self.modules = {module: self._module(path, module, tensors, config) for module, tensors in grouped.items()}
 
     def _config(self, path: Path) -> Mapping[str, Any]:
         """What PEFT's adapter_config.json or diffusers' metadata says, {} without either."""
-        config = read_config(path.parent / PEFT_FILES[1]) if path.name.startswith("adapter_model") else {}
+        folder = path if path.is_dir() else path.parent
+        config = read_config(folder / PEFT_FILES[1]) if path.is_dir() or path.name.startswith("adapter_model") else {}
         try:
             for key, value in json.loads(self.files.metadata.get(_METADATA, "{}")).items():
                 config.setdefault(key.rpartition(".")[2], value)
@@ -149,7 +156,7 @@ class Adapter:
         for name, module in self.modules.items():
             ranks[module.rank or "whole differences"] += 1
             alphas["not said (taken as the rank)" if module.alpha is None else f"{module.alpha:g}"] += bool(module.rank)
-            targets[re.sub(r"(^|[._])(?:\S*[._])?blocks[._]\d+[._]", "", name)] += 1
+            targets[re.sub(r"(^|[._])(?:\S*[._])?blocks[._]\d+([._]|$)", "", name) or "modulation"] += 1
         yield f"format        LoRA weights{f', part {self.files.part}' if self.files.part else ''}"
         yield f"modules       {len(self.modules)} ({len(self.files.entries)} tensors)"
         for title, found in (("rank", ranks), ("alpha", alphas)):
@@ -192,10 +199,10 @@ class MergedSource(Source):
       adapters: each with the scale that is asked for, 1 for its own.
 
     Attributes:
-      merged: for every adapter (path, modules that were found, names of those that were not).
+      merged: for every adapter (path, modules that were found whole, modules, names of what was not found).
 
     Raises:
-      UserError: an adapter of which nothing is found, or of another size.
+      UserError: an adapter of which nothing is found, of another size, or that changes one parameter twice.
     """
 
     def __init__(self, source: Source, adapters: Iterable[tuple[Adapter, float]]):
@@ -205,44 +212,48 @@ class MergedSource(Source):
         self._changes: dict[tuple[str, int], list[_Change]] = collections.defaultdict(list)
         places = _places(source)
         for adapter, scale in adapters:
-            missing = []
+            missing, found, taken = [], 0, {}
             for name, module in adapter.modules.items():
-                changes = list(self._changes_of(adapter, name, module, scale, places))
-                for place, change in changes:
-                    self._changes[place].append(change)
-                if not changes:
-                    missing.append(name)
-            found = len(adapter.modules) - len(missing)
-            if not found:
+                lost = len(missing)
+                for kind, factor, tensors in _parts(module):
+                    place = _find(places, name, kind)
+                    if place is None:
+                        missing.append(name if kind == "weight" else f"{name}, its {kind}")
+                    elif place in taken:
+                        raise UserError(
+                            f"{adapter.path}: modules {taken[place]} and {name} change one parameter of this model; it "
+                            "is of a model of several parts (Wan2.2's two experts), save those of one of them alone.",
+                            "lora",
+                        )
+                    else:
+                        taken[place] = name
+                        self._check(adapter, name, tensors, place)
+                        self._changes[place].append(_Change(adapter.files, scale * factor, tensors))
+                found += len(missing) == lost
+            if not taken:
                 raise UserError(
                     f"{adapter.path} has {len(missing)} modules ({listed(missing, 2)}), none of which is in "
                     f"{describe(source.cfg)}; name the adapter of such a model.",
                     "lora",
                 )
-            self.merged.append((adapter.path, found, missing))
+            self.merged.append((adapter.path, found, len(adapter.modules), missing))
             self.meta["loras"].append({"name": adapter.path.name, "scale": scale})
 
-    def _changes_of(self, adapter: Adapter, name: str, module: Module, scale: float, places):
-        """((leaf, layer), change) of everything that a module of an adapter changes here."""
-        roles = module.tensors
-        named = [("weight", module.factor, ("a", "b"))] if module.rank else []
-        named += [("bias", module.factor, ("scaled_bias",))] if "scaled_bias" in roles else []
-        named += [(role, 1.0, (role,)) for role in ("weight", "bias", "modulation") if role in roles]
-        for kind, factor, wanted in named:
-            place = _find(places, name, kind)
-            if place is None:
-                continue
-            tensors = tuple(roles[role] for role in wanted)
-            shape = names.foreign_shape(place[0], self.shapes[place[0]], patch=wan_of(self.cfg).patch)
-            held = [adapter.files.entries[tensor].shape for tensor in tensors]
-            fits = (held[0][1:], held[1][:1]) == (shape[1:], shape[:1]) if len(held) == 2 else held[0] == shape
-            if not fits or (len(held) == 2 and held[1][1] != held[0][0]):
-                raise UserError(
-                    f"{adapter.path}: module {name} has {' and '.join(str(list(one)) for one in held)}, which do not "
-                    f"change a parameter of {list(shape)} in {describe(self.cfg)}; it is of another model.",
-                    "lora",
-                )
-            yield place, _Change(adapter.files, scale * factor, tensors)
+    def _check(self, adapter: Adapter, name: str, tensors: tuple[str, ...], place: tuple[str, int]) -> None:
+        """Raises UserError where what an adapter has for a module is not of the size of the parameter."""
+        shape = names.foreign_shape(place[0], self.shapes[place[0]], patch=wan_of(self.cfg).patch)
+        held = [adapter.files.entries[tensor].shape for tensor in tensors]
+        if len(held) == 2:
+            a, b = held
+            fits = len(a) == len(b) == len(shape) and (b[0], *a[1:]) == shape and b[1:] == (a[0], *[1] * (len(b) - 2))
+        else:
+            fits = held[0] == shape
+        if not fits:
+            raise UserError(
+                f"{adapter.path}: module {name} has {' and '.join(str(list(one)) for one in held)}, which do not "
+                f"change a parameter of {list(shape)} in {describe(self.cfg)}; it is of another model.",
+                "lora",
+            )
 
     def read_layer(self, path: str, layer: int, index: Index) -> np.ndarray:
         """See `Source`."""
@@ -254,6 +265,18 @@ class MergedSource(Source):
                 total = total + names.from_foreign(path, change.foreign(where), index)
             value = total.astype(value.dtype)
         return value
+
+
+def _parts(module: Module) -> Iterator[tuple[str, float, tuple[str, ...]]]:
+    """(kind of the parameter, factor, tensors) of everything that there is for a module."""
+    roles = module.tensors
+    if module.rank:
+        yield "weight", module.factor, (roles["a"], roles["b"])
+    if "scaled_bias" in roles:
+        yield "bias", module.factor, (roles["scaled_bias"],)
+    for kind in ("weight", "bias", "modulation"):
+        if kind in roles:
+            yield kind, 1.0, (roles[kind],)
 
 
 def _places(source: Source) -> dict[str, tuple[str, int]]:

@@ -79,7 +79,7 @@ def check_model(path: Path, entries: Mapping[str, Entry]) -> None:
                 "path",
             )
     if found := next((piece for piece in path.resolve().parts[-2:] if _EXPERT.search(piece)), ""):
-        raise _two_experts(f"{path} is, by its name {found}, one of the two experts of a Wan2.2 model")
+        raise _two_experts(f"{path} is, by its name {found} (rename it if it is not), one of two experts of Wan2.2")
 
 
 def _two_experts(told: str) -> UserError:

@@ -27,7 +27,7 @@ from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
 from greedy_distill_jax.training.sources import load_sources
 from greedy_distill_jax.weights.open import open_source
-from greedy_distill_jax.weights.pipeline import save_codec
+from greedy_distill_jax.weights.pipeline import save_codec, transformer_config
 from greedy_distill_jax.weights.source import HASHED, TreeSource
 from greedy_distill_jax.weights.verify import compare
 from greedy_distill_jax.weights.write import tensors_of, write
@@ -167,6 +167,13 @@ def test_a_teacher_is_sampled_as_wan_is(tmp_path):
     assert run("import", folder, tmp_path / "other", *SIZES) == 0
     own = Run.load(tmp_path / "other", needs_codec=False).settings.sample
     assert (own.sampler, own.steps, own.shift, own.guidance) == ("unipc", 50, 3.0, 5.0)
+
+
+def test_a_causal_transformer_makes_no_whole_videos(tmp_path):
+    source = TreeSource(CausalConfig(BASE), tiny.random_params(Teacher(BASE)))
+    write(source, tmp_path / "folder" / "transformer", "diffusers")
+    with pytest.raises(UserError, match="a causal student .* makes no whole videos"):
+        transformer_config(tmp_path / "folder")
 
 
 def test_words_are_not_embedded_for_weights_of_a_text_encoder(published, tmp_path, capsys):

@@ -250,7 +250,7 @@ REFUSED = {
     "SkyReels-V2": (extra("fps_embedding.weight"), [], "holds SkyReels-V2"),
     "Wan2.2 in two experts": (several("high_noise_model", "low_noise_model"), [], "holds the two experts"),
     "Wan2.2 of diffusers": (several("transformer", "transformer_2"), [], "holds the two experts of a Wan2.2 model"),
-    "one expert": (expert, [], "is, by its name wan2.2_t2v_high_noise_14B.safetensors, one of the two experts"),
+    "one expert": (expert, [], r"is, by its name wan2.2_t2v_high_noise_14B.safetensors \(.*, one of two experts"),
     "Wan2.2 TI2V-5B": (channels(48, 48), [], r"holds Wan2.2 TI2V-5B weights \(48 latent channels"),
     "video autoencoder": (
         lambda path: folder(path, {"decoder.middle.0.residual.0.gamma": np.ones(2, np.float32)}),

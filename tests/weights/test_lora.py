@@ -134,6 +134,15 @@ def test_the_scale_of_pefts_configuration(config, scale, base, tmp_path, capsys)
     close(after(base, tmp_path, capsys, folder)[0], merged(scale))
 
 
+def test_pefts_folder_of_pickles(base, tmp_path, capsys):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
+    (tmp_path / "peft").mkdir()
+    state = {name: torch.from_numpy(x) for name, x in named("lora_A", "lora_B", "base_model.model.").items()}
+    torch.save(state, tmp_path / "peft" / "adapter_model.bin")
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6}))
+    close(after(base, tmp_path, capsys, tmp_path / "peft")[0], merged(3.0))
+
+
 def test_the_scale_of_diffusers_metadata(base, tmp_path, capsys):
     told = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 5})}
     folder = tmp_path / "diffusers"
@@ -181,6 +190,7 @@ def test_factors_of_the_patch_embedding_and_biases_of_peft(base, tmp_path, capsy
 def test_several_adapters_and_what_is_not_here(base, tmp_path, capsys):
     image = "diffusion_model.blocks.0.cross_attn.k_img"
     extra = {f"{image}.lora_{name}.weight": np.ones((2, 2), np.float32) for name in "AB"}
+    extra[f"{image.replace('k_img', 'norm_q')}.diff_b"] = np.ones(24, np.float32)  # a norm that has no bias
     save_file(named("lora_A", "lora_B", "diffusion_model.") | extra, tmp_path / "a.safetensors")
     save_file(named("lora_A", "lora_B", "diffusion_model.", seed=1), tmp_path / "b.safetensors")
     found, said = after(base, tmp_path, capsys, tmp_path / "a.safetensors", f"{tmp_path / 'b.safetensors'}:2")
@@ -188,7 +198,8 @@ def test_several_adapters_and_what_is_not_here(base, tmp_path, capsys):
     for module, (a, b) in other.items():
         wanted[f"{module}.weight"] = wanted[f"{module}.weight"] + 2 * (b @ a)
     close(found, wanted)
-    assert f"a.safetensors: 5 of 6 modules merged; not in this model: 1 ({image})" in said
+    norm = image.replace("k_img", "norm_q")
+    assert f"a.safetensors: 5 of 7 modules merged; not in this model: {image}, {norm}, its bias\n" in said
     assert "b.safetensors: 5 of 5 modules merged\n" in said
 
 
@@ -236,6 +247,9 @@ def test_a_base_that_was_imported_before(base, tmp_path, capsys):
         (lambda s: {elsewhere(name): x for name, x in s.items()}, ["none of which is in a Wan DiT", "5 modules"]),
         (without("lora_B"), ["has A and no B"]),
         (adding("q.lora_A.weight", 3, 24), ["blocks.0.self_attn.q has [3, 24] and [24, 2]"]),
+        (adding("q.lora_B.weight", 24, 3), ["blocks.0.self_attn.q has [2, 24] and [24, 3]"]),
+        (adding("q.lora_A.default.weight", 2, 24), ["q.lora_A.weight", "q.lora_A.default.weight", "are the same"]),
+        (lambda s: s | {f"transformer_2.{name}": x for name, x in s.items()}, ["change one parameter", "two experts"]),
         (adding("q.dora_scale", 3), ["DoRA"]),
         (adding("k.lokr_w1", 3), ["LoKr"]),
         (adding("k.weight", 3), ["blocks.0.self_attn.k.weight is neither a factor of LoRA nor a difference"]),
