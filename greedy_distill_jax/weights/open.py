@@ -14,10 +14,9 @@ from greedy_distill_jax.weights.files import TensorFiles
 from greedy_distill_jax.weights.kind import Asked, check_asked, with_kind
 from greedy_distill_jax.weights.lora import is_adapter
 from greedy_distill_jax.weights.others import check_model, unknown
-from greedy_distill_jax.weights.safetensors_files import safetensors_in
+from greedy_distill_jax.weights.shards import TORCH_SUFFIXES, safetensors_in
 from greedy_distill_jax.weights.source import ENCODER, METADATA, STUDENT_FORMAT, TEXT, ForeignSource, OurSource, Source
 from greedy_distill_jax.weights.tensor_files import read_config, tensor_files
-from greedy_distill_jax.weights.torch_files import TorchFile
 
 
 def open_source(
@@ -78,7 +77,7 @@ def open_source(
             ) from error
         check_asked(path, asked, cfg)
         return ForeignSource(path, "torch-student", files, cfg, "original", config | _found(files))
-    form = "causal-pt" if isinstance(files, TorchFile) else naming
+    form = "causal-pt" if next(iter(files.entries.values())).file.suffix in TORCH_SUFFIXES else naming
     check_model(path, files.entries)
     cfg, told = _wan_config(path, files, naming, config, heads, text_len), "it says so itself"
     if METADATA in files.metadata:

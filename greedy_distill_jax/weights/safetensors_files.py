@@ -1,7 +1,6 @@
 """Safetensors, read slice by slice: one file, or shards with an index."""
 
 import json
-import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import numpy as np
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.weights.files import AGAIN, Entry, named
 from greedy_distill_jax.weights.names import Index
-from greedy_distill_jax.weights.others import check_file
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 DTYPES |= {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}  # as stored; `fp8` makes numbers of them
@@ -73,42 +71,3 @@ def _read_bytes(entry: Entry) -> np.ndarray:
         begin, end = json.loads(file.read(length))[entry.stored_name]["data_offsets"]
         file.seek(8 + length + begin)
         return np.frombuffer(file.read(end - begin), np.uint8).view(entry.dtype).reshape(entry.shape)
-
-
-def safetensors_in(folder: Path) -> list[Path]:
-    """The safetensors files of one model in a folder, checked against its index.json; [] if there are none."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if len(indices) > 1:
-        raise _several(folder, indices)
-    if indices:
-        return files_of_index(indices[0])
-    parts = [re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", file.name) for file in files]
-    if files and all(parts) and len({(p[1], p[3]) for p in parts}) == 1:
-        if len(files) != int(parts[0][3]):
-            raise UserError(f"{folder} holds {len(files)} of {int(parts[0][3])} shards; {AGAIN}.", "path")
-        return files
-    if len(files) > 1:
-        raise _several(folder, files)
-    return files
-
-
-def _several(folder: Path, files: list[Path]) -> UserError:
-    return UserError(
-        f"{folder} holds several models ({', '.join(f.name for f in files)}); name one of these files.", "path"
-    )
-
-
-def files_of_index(index: Path) -> list[Path]:
-    """The files an index.json names; UserError when one is missing."""
-    check_file(index)
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("it names no files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is no index of safetensors shards ({error!r}); {AGAIN}.", "path") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise UserError(f"{index} names {missing[0]}, which is missing; {AGAIN}.", "path")
-    return [index.parent / name for name in names]

@@ -8,10 +8,16 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.weights.files import TensorFiles
 from greedy_distill_jax.weights.fp8 import dequantised
 from greedy_distill_jax.weights.others import check_file, check_folder
-from greedy_distill_jax.weights.safetensors_files import SafetensorsFiles, files_of_index, safetensors_in
-from greedy_distill_jax.weights.torch_files import TorchFile
-
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+from greedy_distill_jax.weights.safetensors_files import SafetensorsFiles
+from greedy_distill_jax.weights.shards import (
+    SAFETENSORS,
+    TORCH_SUFFIXES,
+    check_whole,
+    files_in,
+    files_of_index,
+    safetensors_in,
+)
+from greedy_distill_jax.weights.torch_files import TorchFiles
 
 
 def tensor_files(path: Path, part: str = "") -> TensorFiles:
@@ -28,33 +34,27 @@ def _stored(path: Path, part: str) -> TensorFiles:
     if path.is_dir():
         check_folder(path)
         if found := safetensors_in(path):
-            return _safetensors(path, found, part)
-        found = sorted(p for p in path.iterdir() if p.suffix in TORCH_SUFFIXES)
-        if len(found) == 1:
-            check_file(found[0])
-            return TorchFile(found[0], part)
-        for file in sorted(path.glob("*.gguf")) if not found else ():
+            return _read(path, found, part)
+        if found := files_in(path, TORCH_SUFFIXES):
+            return _read(path, found, part)
+        for file in sorted(path.glob("*.gguf")):
             check_file(file)
-        several = f"several files ({', '.join(p.name for p in found[:4])}); name one of them" if found else ""
-        raise UserError(
-            f"{path} holds {several or 'no safetensors, .pt or checkpoints; name a folder with weights'}.", "path"
-        )
-    check_file(path)
+        raise UserError(f"{path} holds no safetensors, .pt or checkpoints; name a folder with weights.", "path")
     if path.name.endswith(".index.json"):
-        return _safetensors(path, files_of_index(path), part)
-    if path.suffix == ".safetensors":
-        return SafetensorsFiles(path, [path], part)
-    if path.suffix in TORCH_SUFFIXES:
-        return TorchFile(path, part)
+        return _read(path, files_of_index(path), part)
+    check_file(path)
+    if path.suffix in (SAFETENSORS, *TORCH_SUFFIXES):
+        check_whole(path)
+        return _read(path, [path], part)
     raise UserError(
         f"{path} is neither .safetensors nor one of {', '.join(TORCH_SUFFIXES)}; name a file with weights.", "path"
     )
 
 
-def _safetensors(path: Path, files: list[Path], part: str) -> TensorFiles:
+def _read(path: Path, files: list[Path], part: str) -> TensorFiles:
     for file in files:
         check_file(file)
-    return SafetensorsFiles(path, files, part)
+    return (SafetensorsFiles if files[0].suffix == SAFETENSORS else TorchFiles)(path, files, part)
 
 
 def read_config(file: Path) -> dict[str, Any]:

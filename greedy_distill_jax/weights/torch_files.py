@@ -33,11 +33,12 @@ def save_torch(value: Any, file: Path) -> None:
         torch.save(value, opened)
 
 
-class TorchFile:
-    """One state dict of a `.pt` / `.pth` file, mapped into memory.
+class TorchFiles:
+    """One state dict of a `.pt` / `.pth` file, or of shards of one, mapped into memory.
 
     Args:
-      file: path.
+      path: what the user named.
+      files: the file, or the shards.
       part: which dictionary, "outer.inner" of one in another; "" chooses the first of `PARTS` there is, or else the
         only one with a model, which may be the file itself.
 
@@ -45,22 +46,32 @@ class TorchFile:
       UserError: no torch, a damaged file, anything but tensors inside, no such part, or several and no choice.
     """
 
-    def __init__(self, file: Path, part: str = ""):
-        self.file = file
-        top = self._load()
-        self.metadata = {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, str)}
-        found = dict(self._dictionaries(top))
-        if not found:
-            raise UserError(f"{file} holds no tensors; it holds {listed(top) or 'nothing'}.", "path")
-        if part in found or "" not in found:
-            self.part, part = self._choose(found, part), ""
-        else:
-            self.part = ""  # a bare dictionary, of several models perhaps
-        state, stored, tensors = found[self.part], [], {}
+    def __init__(self, path: Path, files: list[Path], part: str = ""):
+        self.metadata, self._tensors, stored, chosen = {}, {}, [], None
+        for file in files:
+            top = self._load(file)
+            self.metadata |= {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, str)}
+            found = dict(self._dictionaries(top))
+            if not found:
+                raise UserError(f"{file} holds no tensors under names; it holds {listed(top) or 'nothing'}.", "path")
+            if chosen is None:  # the first shard chooses for the others
+                bare = part not in found and "" in found  # of several models perhaps
+                chosen = "" if bare else self._choose(file, found, part)
+            for entry, tensor in self._state(file, found.get(chosen, {}), chosen):
+                if entry.stored_name in self._tensors:
+                    raise UserError(f"{file} holds {entry.stored_name}, as another shard does; {AGAIN}.", "path")
+                stored.append(entry)
+                self._tensors[entry.stored_name] = tensor
+        model = named(path, stored, part if bare else "")
+        self.entries, self.wrapper, self.besides = model.entries, model.wrapper, model.besides
+        self.part = chosen or model.part
+
+    def _state(self, file: Path, state: dict[str, Any], part: str) -> Iterator[tuple[Entry, Any]]:
+        """(what is stored, tensor) of the chosen dictionary of a file."""
         for key, tensor in state.items():
             name = str(key)
             if not self._is_tensor(tensor):
-                if not self.part:
+                if not part:
                     continue  # beside the tensors of a bare dictionary: a step, settings
                 raise UserError(
                     f"{file}: {name} is a {type(tensor).__name__}, not a tensor; save a plain state dict of tensors.",
@@ -71,11 +82,7 @@ class TorchFile:
                     f"{file}: tensor {name} has dtype {tensor.dtype}; use weights that are not quantised.", "path"
                 )
             dtype = np.dtype(_TORCH_DTYPES[str(tensor.dtype).removeprefix("torch.")])
-            stored.append(Entry(name, tuple(tensor.shape), dtype, file))
-            tensors[name] = tensor.detach()
-        model = named(file, stored, part)
-        self.entries, self._tensors = model.entries, tensors
-        self.part, self.wrapper, self.besides = self.part or model.part, model.wrapper, model.besides
+            yield Entry(name, tuple(tensor.shape), dtype, file), tensor.detach()
 
     def _dictionaries(self, value: dict, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, dictionary) of all that hold tensors under names, those of dictionaries inside joined by dots."""
@@ -85,50 +92,46 @@ class TorchFile:
             if isinstance(key, str) and isinstance(inner, dict) and depth < _DEPTH:
                 yield from self._dictionaries(inner, f"{name}.{key}" if name else key, depth + 1)
 
-    def _choose(self, found: dict[str, dict], part: str) -> str:
+    def _choose(self, file: Path, found: dict[str, dict], part: str) -> str:
         """The name of the dictionary to take."""
         if part in found and part:
             return part
         has = listed(f"{name or 'tensors without a part'} ({len(state)})" for name, state in found.items())
         if part:
-            raise UserError(f"{self.file} has no part {part!r}; it has {has}.", "part")
+            raise UserError(f"{file} has no part {part!r}; it has {has}.", "part")
         models = [name for name, state in found.items() if names.wrappers(names.plain(str(key)) for key in state)]
         models = models or list(found)
         known = [name for wanted in PARTS for name in models if name.rpartition(".")[2] == wanted]
         if known or len(models) == 1 or "" in models:
             return known[0] if known else "" if "" in models else models[0]
-        raise UserError(f"{self.file} holds several dictionaries of tensors: {has}; choose one.", "part")
+        raise UserError(f"{file} holds several dictionaries of tensors: {has}; choose one.", "part")
 
     def _is_tensor(self, value: Any) -> bool:
         return isinstance(value, self._torch.Tensor)
 
-    def _load(self) -> dict:
-        self._torch = torch = import_torch(f"reading {self.file}")
+    def _load(self, file: Path) -> dict:
+        self._torch = torch = import_torch(f"reading {file}")
         options = dict(map_location="cpu", weights_only=True)
         try:
             try:
-                top = torch.load(self.file, mmap=True, **options)
+                top = torch.load(file, mmap=True, **options)
             except RuntimeError as error:
                 if "_use_new_zipfile_serialization" not in str(error):
                     raise
-                top = torch.load(self.file, **options)  # the format before torch 1.6 cannot be mapped
+                top = torch.load(file, **options)  # the format before torch 1.6 cannot be mapped
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"class ['\"]?([\w.]+)", str(error))
             if not found:
-                raise UserError(
-                    f"{self.file} is damaged or no PyTorch file ({_first(error)}); {AGAIN}.", "path"
-                ) from error
+                raise UserError(f"{file} is damaged or no PyTorch file ({_first(error)}); {AGAIN}.", "path") from error
             raise UserError(
-                f"{self.file} holds a {found[1]} object besides tensors; loading it could run code and is refused. "
+                f"{file} holds a {found[1]} object besides tensors; loading it could run code and is refused. "
                 "Where you trust the file, save its tensors alone: torch.save({'generator': state_dict}, 'clean.pt').",
                 "path",
             ) from error
         except Exception as error:  # torch's reader of pickles takes bytes as they come and trips anywhere
-            raise UserError(
-                f"{self.file} is truncated or no PyTorch file ({_first(error)}); {AGAIN}.", "path"
-            ) from error
+            raise UserError(f"{file} is truncated or no PyTorch file ({_first(error)}); {AGAIN}.", "path") from error
         if not isinstance(top, dict):
-            raise UserError(f"{self.file} holds a {type(top).__name__}, not a dictionary of tensors.", "path")
+            raise UserError(f"{file} holds a {type(top).__name__}, not a dictionary of tensors.", "path")
         return top
 
     def read(self, name: str, index: Index) -> np.ndarray:

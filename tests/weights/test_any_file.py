@@ -21,12 +21,14 @@ from greedy_distill_jax.weights.source import TreeSource
 from greedy_distill_jax.weights.torch_files import to_torch
 from greedy_distill_jax.weights.write import tensors_of, write
 
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
+
 BASE = dataclasses.replace(tiny.BASE, num_layers=2)
 SOURCE = TreeSource(BASE, tiny.random_params(Teacher(BASE)))
 STATES = {naming: dict(tensors_of(SOURCE, naming, "keep")) for naming in ("original", "diffusers")}
 DTYPES = (np.float32, np.float16, jnp.bfloat16, np.float64)
 ADDED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")  # by FSDP, checkpointing, torch.compile
-CONTAINERS = ("file", "shards", "index", "bare.pt", "part.pt", "nested.pt", "old.pt")
+CONTAINERS = ("file", "shards", "index", "shards.bin", "index.bin", "bare.pt", "part.pt", "nested.pt", "old.pt")
 FAULTS = ("", "", "", "missing", "unexpected", "shape", "int8", "twice")
 SIZING = ("patch_embedding", "text_embed", "time_embed", "ffn.0", "ffn.net.0", "head.head", "proj_out")
 
@@ -93,31 +95,38 @@ def _plain(name):
 def put(folder, container, state):
     """Writes a state dict; returns what is to be opened."""
     items = list(state.items())
+    if container == "file":
+        save_file(state, folder / "x.safetensors")
+        return folder / "x.safetensors"
     if container.endswith(".pt"):
-        import torch
-
-        tensors = {name: torch.from_numpy(x) if x.dtype == np.int8 else to_torch(x) for name, x in items}
+        tensors = dict(as_torch(items))
         top = {"bare.pt": tensors, "nested.pt": {"a": {"weights": tensors, "step": 3}}}.get(container)
         top = {"state_dict": tensors, "step": 3} if top is None else top
         torch.save(top, folder / "x.pt", _use_new_zipfile_serialization=container != "old.pt")
         return folder / "x.pt"
-    if container == "file":
-        save_file(state, folder / "x.safetensors")
-        return folder / "x.safetensors"
+    kind, _, suffix = container.partition(".")
+    suffix = suffix or "safetensors"
     cut = [items[:7], items[7:40], items[40:]]
-    places = [f"x-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    places = [f"x-{number:05d}-of-00003.{suffix}" for number in (1, 2, 3)]
     for place, part in zip(places, cut, strict=True):
-        save_file(dict(part), folder / place)
-    if container == "index":
+        if suffix == "bin":
+            torch.save(dict(as_torch(part)), folder / place)
+        else:
+            save_file(dict(part), folder / place)
+    if kind == "index":
         weight_map = {name: place for place, part in zip(places, cut, strict=True) for name, _ in part}
-        (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / f"x.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 
-@hypothesis.settings(max_examples=60)
+def as_torch(items):
+    """The same bits as torch tensors, by name."""
+    return ((name, torch.from_numpy(x) if x.dtype == np.int8 else to_torch(x)) for name, x in items)
+
+
+@hypothesis.settings(max_examples=80)
 @hypothesis.given(files())
 def test_out_bit_for_bit_or_refused_for_its_cause(made):
-    pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
     naming, wrapper, state, added, container, fault, target = made
     content, said = faulty(fault, target, wrapper, stored(wrapper, state, added))
     with tempfile.TemporaryDirectory() as folder:

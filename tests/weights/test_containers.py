@@ -119,3 +119,13 @@ def test_an_adapter_is_no_model(tmp_path, capsys):
     save_file(factors, tmp_path / "lora.safetensors")
     assert run("import", tmp_path / "lora.safetensors", tmp_path / "no") == 2
     assert "holds LoRA weights, not a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_shard_by_itself_is_no_model(suffix, tmp_path, capsys):
+    file = tmp_path / f"diffusion_pytorch_model-00002-of-00007.{suffix}"
+    file.write_bytes(b"x" * 300)
+    assert run("inspect", file) == 2
+    assert "is one of 7 shards of a model; name their folder or their index" in capsys.readouterr().err
+    assert run("inspect", tmp_path) == 2
+    assert "holds 1 of 7 shards" in capsys.readouterr().err
