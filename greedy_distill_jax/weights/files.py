@@ -37,6 +37,7 @@ class TensorFiles(Protocol):
       part: the chosen dictionary of a `.pt`, or the chosen model of several in one file; "" where there is no choice.
       wrapper: what stands in front of the names, such as "model.diffusion_model.".
       besides: what else is stored, outside of the wrapper: first part of the names -> tensors.
+      parts: what there is to choose from, in words; empty where there is no choice.
     """
 
     entries: dict[str, Entry]
@@ -44,6 +45,7 @@ class TensorFiles(Protocol):
     part: str
     wrapper: str
     besides: dict[str, int]
+    parts: tuple[str, ...]
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a tensor; ``index`` has one slice per axis."""
@@ -58,6 +60,7 @@ class Named:
     part: str
     wrapper: str
     besides: dict[str, int]
+    parts: tuple[str, ...]
 
 
 def named(path: Path, stored: Iterable[Entry], part: str = "") -> Named:
@@ -72,7 +75,8 @@ def named(path: Path, stored: Iterable[Entry], part: str = "") -> Named:
       UserError: several models and no choice, no such part, or two tensors that are the same parameter.
     """
     tensors = [(names.plain(entry.stored_name), entry) for entry in stored]
-    wrapper, part = _choose(path, names.wrappers(name for name, _ in tensors), part)
+    found = names.wrappers(name for name, _ in tensors)
+    wrapper, part = _choose(path, found, part)
     entries: dict[str, Entry] = {}
     besides: collections.Counter[str] = collections.Counter()
     for name, entry in tensors:
@@ -82,7 +86,8 @@ def named(path: Path, stored: Iterable[Entry], part: str = "") -> Named:
             besides[name.partition(".")[0]] += 1
             continue
         _add(entries, name.removeprefix(wrapper or ""), entry)
-    return Named(entries, part, wrapper or "", dict(besides))
+    parts = tuple(one.rstrip(".") for one in found) if len(found) > 1 and "" not in found else ()
+    return Named(entries, part, wrapper or "", dict(besides), parts)
 
 
 def _choose(path: Path, found: list[str], part: str) -> tuple[str | None, str]:

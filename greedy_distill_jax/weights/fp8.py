@@ -31,7 +31,7 @@ class Dequantised:
 
     def __init__(self, path: Path, files: TensorFiles):
         self._files, self.metadata, self.part = files, files.metadata, files.part
-        self.wrapper, self.besides = files.wrapper, files.besides
+        self.wrapper, self.besides, self.parts = files.wrapper, files.besides, files.parts
         self._scales: dict[str, str] = {}
         counts: collections.Counter[tuple[str, str]] = collections.Counter()
         for name, entry in files.entries.items():

@@ -46,6 +46,8 @@ def report(source: Source, *, tensors: bool = False) -> Iterator[str]:
       tensors: also a line for every leaf.
     """
     yield f"format        {title(source)}"
+    if parts := source.meta.get("parts"):
+        yield f"parts         {listed(parts)}"
     for file in source.files:
         with open(file, "rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()

@@ -92,7 +92,8 @@ def _found(files: TensorFiles) -> dict[str, Any]:
     ours = files.metadata.keys() & {METADATA, TEXT}
     text = files.metadata.get(TEXT, "") if ours else ENCODER
     precision = getattr(files, "precision", "")
-    return dict(part=files.part, wrapper=files.wrapper, besides=files.besides, text=text, precision=precision)
+    where = dict(part=files.part, parts=files.parts, wrapper=files.wrapper, besides=files.besides)
+    return where | {"text": text, "precision": precision}
 
 
 # config.json of Wan's repository and of diffusers -> ours.

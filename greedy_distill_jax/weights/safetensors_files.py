@@ -51,7 +51,8 @@ class SafetensorsFiles:
                     )
                 stored.append(Entry(name, tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]), file))
         found = named(path, stored, part)
-        self.entries, self.part, self.wrapper, self.besides = found.entries, found.part, found.wrapper, found.besides
+        self.entries, self.part, self.parts = found.entries, found.part, found.parts
+        self.wrapper, self.besides = found.wrapper, found.besides
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """See `TensorFiles`."""

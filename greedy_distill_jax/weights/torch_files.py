@@ -57,6 +57,7 @@ class TorchFiles:
             if chosen is None:  # the first shard chooses for the others
                 bare = part not in found and "" in found  # of several models perhaps
                 chosen = "" if bare else self._choose(file, found, part)
+                self.parts = _told(found) if len(found) > 1 else ()
             for entry, tensor in self._state(file, found.get(chosen, {}), chosen):
                 if entry.stored_name in self._tensors:
                     raise UserError(f"{file} holds {entry.stored_name}, as another shard does; {AGAIN}.", "path")
@@ -64,7 +65,7 @@ class TorchFiles:
                 self._tensors[entry.stored_name] = tensor
         model = named(path, stored, part if bare else "")
         self.entries, self.wrapper, self.besides = model.entries, model.wrapper, model.besides
-        self.part = chosen or model.part
+        self.part, self.parts = chosen or model.part, self.parts or model.parts
 
     def _state(self, file: Path, state: dict[str, Any], part: str) -> Iterator[tuple[Entry, Any]]:
         """(what is stored, tensor) of the chosen dictionary of a file."""
@@ -96,7 +97,7 @@ class TorchFiles:
         """The name of the dictionary to take."""
         if part in found and part:
             return part
-        has = listed(f"{name or 'tensors without a part'} ({len(state)})" for name, state in found.items())
+        has = listed(_told(found))
         if part:
             raise UserError(f"{file} has no part {part!r}; it has {has}.", "part")
         models = [name for name, state in found.items() if names.wrappers(names.plain(str(key)) for key in state)]
@@ -159,6 +160,11 @@ def to_torch(array: np.ndarray):
     if array.dtype == jnp.bfloat16:
         return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
+
+
+def _told(found: dict[str, dict]) -> tuple[str, ...]:
+    """The dictionaries of a file in words."""
+    return tuple(f"{name or 'tensors without a part'} ({len(state)})" for name, state in found.items())
 
 
 def _first(error: Exception) -> str:

@@ -68,6 +68,8 @@ def test_several_models_in_one_file(bare, tmp_path, capsys):
     save_file({**behind("generator.model."), **behind("critic.model.", seed=1)}, path)
     assert compare(opened(path), opened(bare)) == []  # the generator comes first
     assert opened(path).meta["part"] == "generator.model"
+    assert run("inspect", path, *SIZES) == 0
+    assert "\nparts         critic.model, generator.model\n" in capsys.readouterr().out
     assert len(compare(opened(path, "critic"), opened(bare))) == 96
     save_file({**behind("a."), **behind("b.", seed=1)}, path)
     for part, said in (("", "holds several models: a, b; choose one"), ("c", "'c' is not in")):

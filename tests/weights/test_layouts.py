@@ -186,7 +186,8 @@ READ = {
     "Self-Forcing": (
         pt(lambda s: {"generator": model(s), "critic": model(s), "generator_ema": fsdp(s), "step": 600}),
         [],
-        f"part generator_ema, names behind model.\n.*{CAUSAL}.*kind          causal student",
+        r"part generator_ema, names behind model.\nparts         generator \(96\), critic \(96\), generator_ema \(96\)"
+        f".*{CAUSAL}.*kind          causal student",
     ),
     "CausVid": (pt(lambda s: {"generator": model(s)}), [], f"part generator, names behind model.\n.*{CAUSAL}"),
     "LongLive": (
