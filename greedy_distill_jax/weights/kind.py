@@ -16,6 +16,12 @@ CAUSAL_KEYS = {"num_frame_per_block": "chunk", "local_attn_size": "window", "sin
 _CHUNK, _WINDOW, _SINK, _FRAMES = 3, 0, 0, 21
 
 
+def causal_json(cfg: CausalConfig) -> dict[str, int]:
+    """What a causal model's config.json says besides the sizes."""
+    said = {theirs: getattr(cfg, ours) for theirs, ours in CAUSAL_KEYS.items()}
+    return said | {"local_attn_size": cfg.window or -1}
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What the user says of a model where its file cannot; None, or "", for what the file says or is usual.

@@ -38,8 +38,8 @@ class Source(abc.ABC):
       cfg: architecture.
       dtypes: leaf path -> dtype in which it is stored.
       meta: what came along: the "part", "parts", "wrapper" and "besides" of `TensorFiles`, the JSON of a checkpoint or
-        of an exported student; "text" is `HASHED` or `ENCODER`, "" where nothing says it; "told" says what a Wan DiT's kind
-        was chosen by, "precision" how FP8 weights are read.
+        of an exported student; "text" is `HASHED` or `ENCODER`, "" where nothing says it; "told" says what a Wan DiT's
+        kind was chosen by, "precision" how FP8 weights are read.
       files: that the tensors are in; none for a run, whose checkpoints keep sums of their own.
     """
 

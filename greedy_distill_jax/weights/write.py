@@ -17,7 +17,7 @@ from greedy_distill_jax.models.students.config import CausalConfig, StudentConfi
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import architecture_json, wan_of
 from greedy_distill_jax.weights.files import PARTS
-from greedy_distill_jax.weights.kind import CAUSAL_KEYS
+from greedy_distill_jax.weights.kind import causal_json
 from greedy_distill_jax.weights.load import stored_dtype
 from greedy_distill_jax.weights.replacing import replacing
 from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, TEXT, Source
@@ -157,7 +157,7 @@ def _wan_config(source: Source, form: str) -> dict[str, Any]:
             out_dim=cfg.channels,
             text_len=cfg.text_len,
             eps=cfg.eps,
-            **({theirs: getattr(source.cfg, ours) for theirs, ours in CAUSAL_KEYS.items()} if causal else {}),
+            **(causal_json(source.cfg) if causal else {}),
         )
     return dict(
         _class_name="WanTransformer3DModel",

@@ -90,6 +90,9 @@ def test_a_published_causal_student(published, benchmarks, tmp_path, capsys):
         back = open_source(tmp_path / target)
         assert back.cfg == open_source(tmp_path / "ll").cfg
         assert compare(back, open_source(tmp_path / "ll")) == []
+    assert run("export", tmp_path / "sf", tmp_path / "whole", "--format", "original") == 0
+    said = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (said["local_attn_size"], said["sink_size"], said["num_frame_per_block"]) == (-1, 0, 3)
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["_class_name"] == "CausalWanModel" and (said["local_attn_size"], said["sink_size"]) == (12, 3)
     assert run("import", tmp_path / "out.pt", tmp_path / "again", "--kind", "teacher") == 2
