@@ -137,7 +137,8 @@ def run_phase(phase: str, cfg: WanConfig, folder: Path, dtype: str) -> dict:
     if phase == "import":
         return measured(lambda: import_weights(open_source(source), folder / "ours"), total, stacked)
     if phase == "import_fp8":
-        return measured(lambda: import_weights(open_source(folder / "fp8"), folder / "a", dtype=dtype), total, stacked)
+        fp8 = open_source(folder / "fp8", heads=cfg.num_heads, text_len=cfg.text_len)
+        return measured(lambda: import_weights(fp8, folder / "a", dtype=dtype), total, stacked)
     if phase == "import_lora":
         merged = MergedSource(open_source(source), [(Adapter(folder / "lora.safetensors"), 1.0)])
         return measured(lambda: import_weights(merged, folder / "b"), total, stacked)
