@@ -4,7 +4,8 @@
 
 Every step runs in a process of its own. "Beyond the device copy" is the peak of resident memory minus what the process
 held before and minus the bytes of the parameters; on a CPU the device copy lies in the same memory. It is compared with
-the largest shard of a stacked parameter, the unit in which weights are streamed. Needs twice the weights in disk space.
+the largest shard of a stacked parameter, the unit in which weights are streamed. Needs five times the weights in disk
+space.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.convert import export_weights, import_weights
@@ -27,12 +29,14 @@ from greedy_distill_jax.distribution.sharding import leaf_paths, shardings
 from greedy_distill_jax.measure import environment, record
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import parameter_shapes
 from greedy_distill_jax.weights.load import load
+from greedy_distill_jax.weights.lora import Adapter, MergedSource
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.source import Source
 from greedy_distill_jax.weights.verify import compare
-from greedy_distill_jax.weights.write import write
+from greedy_distill_jax.weights.write import tensors_of, write
 
 LIMIT = 1.5  # of the largest stacked shard
 
@@ -51,6 +55,32 @@ class Generated(Source):
         shape = self.shapes[path][1:] if path.startswith("blocks/") else self.shapes[path]
         rng = np.random.default_rng([layer, *path.encode()])
         return rng.standard_normal(shape, np.float32)[index].astype(self.dtypes[path])
+
+
+def generate_fp8(cfg: WanConfig, folder: Path) -> None:
+    """The matrices of the blocks in FP8 with a scale each, in one file, and the rest in bfloat16."""
+    state, source = {}, Generated(cfg, "bfloat16")
+    for name, value in tensors_of(source, "original", "keep"):
+        if name.startswith("blocks.") and value.ndim == 2:
+            state[name.replace("weight", "scale_weight")] = np.ones((), np.float32)
+            value = value.astype(jax.numpy.float8_e4m3fn)
+        state[name] = value
+    folder.mkdir()
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+
+
+def generate_lora(cfg: WanConfig, file: Path) -> None:
+    """Factors of every linear of the blocks, of rank 64, or less where that would be no compression."""
+    state, rng = {}, np.random.default_rng(0)
+    for path, shape in parameter_shapes(cfg).items():
+        if not path.startswith("blocks/") or not path.endswith("/kernel"):
+            continue
+        rank = min(64, *shape[1:])
+        for name in names.foreign_names(path, shape, "original"):
+            module = f"diffusion_model.{name.removesuffix('.weight')}"
+            for letter, size in (("A", (rank, shape[1])), ("B", (shape[2], rank))):
+                state[f"{module}.lora_{letter}.weight"] = rng.standard_normal(size, np.float32)
+    save_file(state, file)
 
 
 def resident() -> int:
@@ -92,6 +122,8 @@ def run_phase(phase: str, cfg: WanConfig, folder: Path, dtype: str) -> dict:
     """One measurement, or the preparation of one."""
     if phase == "generate":
         write(Generated(cfg, dtype), folder / "source", "original", shard_bytes=2 * 10**9)
+        generate_fp8(cfg, folder / "fp8")
+        generate_lora(cfg, folder / "lora.safetensors")
         return {}
     shapes, width = parameter_shapes(cfg), np.dtype(jax.numpy.dtype(dtype)).itemsize
     total, stacked = (f(int(np.prod(s)) for s in shapes.values()) * width for f in (sum, max))
@@ -104,6 +136,12 @@ def run_phase(phase: str, cfg: WanConfig, folder: Path, dtype: str) -> dict:
         return measured(lambda: kept.append(load(open_source(source), sharding=where)), total, stacked)
     if phase == "import":
         return measured(lambda: import_weights(open_source(source), folder / "ours"), total, stacked)
+    if phase == "import_fp8":
+        fp8 = open_source(folder / "fp8", heads=cfg.num_heads, text_len=cfg.text_len)
+        return measured(lambda: import_weights(fp8, folder / "a", dtype=dtype), total, stacked)
+    if phase == "import_lora":
+        merged = MergedSource(open_source(source), [(Adapter(folder / "lora.safetensors"), 1.0)])
+        return measured(lambda: import_weights(merged, folder / "b"), total, stacked)
     if phase == "restore_fsdp4":
         mesh, kept = make_mesh({"fsdp": 4}), []
 
@@ -124,7 +162,10 @@ def run_phase(phase: str, cfg: WanConfig, folder: Path, dtype: str) -> dict:
     return measured(lambda: export_weights(open_source(folder / "ours"), target, form, **options), 0, stacked)
 
 
-PHASES = ("generate", "load", "load_fsdp4", "import", "restore_fsdp4", "export_diffusers", "export_original", "verify")
+PHASES = (
+    *("generate", "load", "load_fsdp4", "import", "import_fp8", "import_lora", "restore_fsdp4"),
+    *("export_diffusers", "export_original", "verify"),
+)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Weights in and out. The format of a source is recognised, not asked for.
 
-    python -m greedy_distill_jax.convert import SRC DST
+    python -m greedy_distill_jax.convert import SRC DST [--lora FILE:0.8]
     python -m greedy_distill_jax.convert export SRC DST --format original|diffusers|causal-pt|torch-student
     python -m greedy_distill_jax.convert export SRC DST --format peft|diffusers-lora
     python -m greedy_distill_jax.convert inspect SRC
@@ -16,55 +16,55 @@ import functools
 import sys
 
 from greedy_distill_jax import cli
+from greedy_distill_jax.cli import convert_options as options
 from greedy_distill_jax.distribution.mesh import AXES, make_mesh
 from greedy_distill_jax.distribution.sharding import shardings
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ranges import Count, Natural, NotNegative, Positive
 from greedy_distill_jax.runs.conversion import export_weights, import_weights
 from greedy_distill_jax.weights.adapter import ADAPTERS
 from greedy_distill_jax.weights.architecture import describe, wan_of
-from greedy_distill_jax.weights.inspect import report, title
+from greedy_distill_jax.weights.files import PARTS, listed
+from greedy_distill_jax.weights.inspect import besides, kind_of, report, title
+from greedy_distill_jax.weights.kind import KINDS, Asked
 from greedy_distill_jax.weights.load import DTYPES
+from greedy_distill_jax.weights.lora import Adapter, MergedSource, open_adapter, parse_lora
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.source import Source
-from greedy_distill_jax.weights.torch_files import PARTS
 from greedy_distill_jax.weights.verify import verdict
 from greedy_distill_jax.weights.write import SHARD_BYTES, WRITABLE
 
-_PLACES = {"path": "SRC", "target": "DST", "form": "--format", "shard_bytes": "--shard-gb"}
-_OPTIONS = ("part", "step", "heads", "text_len", "dtype", "mesh", "overwrite")
-
 
 def _places(**more: str):
-    return cli.places(**_PLACES | {name: f"--{name.replace('_', '-')}" for name in _OPTIONS} | more)
+    return cli.places(**options.PLACES | more)
 
 
 def _open(args: argparse.Namespace, path: str, place: str = "SRC") -> Source:
     with _places(path=place):
-        return open_source(
-            path, part=args.part, step=getattr(args, "step", None), heads=args.heads, text_len=args.text_len
-        )
-
-
-def _parse_mesh(value: str) -> dict[str, int]:
-    try:
-        parts = [(axis, int(size)) for axis, size in (part.split("=") for part in value.split(","))]
-    except ValueError as error:
-        raise UserError(f"{value!r} is not of the form AXIS=SIZE,..., such as fsdp=8.", "mesh") from error
-    named = [axis for axis, _ in parts]
-    for axis in named:
-        if axis not in AXES:
-            raise UserError(f"{axis!r} in {value!r} is not an axis; choose from {', '.join(AXES)}.", "mesh")
-        if named.count(axis) > 1:
-            raise UserError(f"{value!r} gives {axis} twice; give it once.", "mesh")
-    return dict(parts)
+        given = {name: getattr(args, name, None) for name in ("kind", "chunk", "window", "sink")}
+        asked = Asked(**given | {"kind": given["kind"] or ""})
+        more = dict(step=getattr(args, "step", None), heads=args.heads, text_len=args.text_len)
+        return open_source(path, part=args.part, asked=asked, **more)
 
 
 def _import(args: argparse.Namespace) -> None:
     source = _open(args, args.src)
+    with _places(path="--lora"):
+        adapters = [(Adapter(file), scale) for file, scale in map(parse_lora, args.lora)]
+        source = MergedSource(source, adapters) if adapters else source
     with _places():
-        sharding = functools.partial(shardings, mesh=make_mesh(_parse_mesh(args.mesh))) if args.mesh else None
-        import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, overwrite=args.overwrite)
+        mesh = make_mesh(options.parse_mesh(args.mesh, AXES)) if args.mesh else None
+        sharding = functools.partial(shardings, mesh=mesh) if mesh else None
+        more = dict(allow_nonfinite=args.allow_nonfinite, overwrite=args.overwrite)
+        import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, **more)
+    for path, found, count, missing in source.merged if adapters else ():
+        more = f"; not in this model: {listed(missing, 4)}" if missing else ""
+        print(f"{path}: {found} of {count} modules merged{more}")
+    if more := besides(source):
+        print(f"note: {args.src} also holds {more}, which are no part of the model.", file=sys.stderr)
+    if precision := source.meta.get("precision"):
+        print(f"precision: {precision}")
+    if told := source.meta.get("told"):
+        print(f"kind: {kind_of(source)} ({told}; --kind chooses)")
     print(f"{args.dst}: {describe(source.cfg)} from {title(source)}")
 
 
@@ -74,8 +74,8 @@ def _export(args: argparse.Namespace) -> None:
         raise UserError(f"--part: an adapter is not averaged, so {args.format} has no part ema; leave it out.")
     source = _open(args, args.src)
     with _places():
-        options = {} if adapter else {"shard_bytes": int(args.shard_gb * 10**9)}
-        export_weights(source, args.dst, args.format, dtype=args.dtype, overwrite=args.overwrite, **options)
+        size = {} if adapter else {"shard_bytes": int(args.shard_gb * 10**9)}
+        export_weights(source, args.dst, args.format, dtype=args.dtype, overwrite=args.overwrite, **size)
     if adapter:
         print("note: the adapter is of the last update, as --part params is; it is not averaged.", file=sys.stderr)
     elif args.format != "torch-student" and wan_of(source.cfg).prediction != "velocity":
@@ -87,7 +87,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    for line in report(_open(args, args.src), tensors=args.tensors):
+    with _places(lora="SRC"):
+        adapter = open_adapter(args.src, args.part)
+    for line in adapter.report() if adapter else report(_open(args, args.src), tensors=args.tensors):
         print(line)
 
 
@@ -98,42 +100,12 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+COMMANDS = {"import": _import, "export": _export, "inspect": _inspect, "verify": _verify}
+
+
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m greedy_distill_jax.convert", description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-
-    def add(name, run, help_, *positional):
-        command = commands.add_parser(name, help=help_)
-        for argument, text in positional:
-            command.add_argument(argument, help=text)
-        command.add_argument("--part", default="", help=f"of a .pt: {', '.join(PARTS)}; of a run: ema, params")
-        command.add_argument("--heads", type=cli.number(Count), help="attention heads, where no config.json says it")
-        command.add_argument(
-            "--text-len", type=cli.number(Count), help="text rows, where no config.json says it (default: 512)"
-        )
-        command.set_defaults(run=run)
-        return command
-
-    source = ("src", "file or folder: safetensors, .pt, diffusers, an exported student, a run")
-    importing = add("import", _import, "make a folder of ours", source, ("dst", "folder to write"))
-    importing.add_argument("--mesh", default="", help="where the weights lie meanwhile, such as fsdp=8")
-    exporting = add("export", _export, "write another format", source, ("dst", "folder (causal-pt: file) to write"))
-    exporting.add_argument("--format", required=True, choices=(*WRITABLE, *ADAPTERS))
-    exporting.add_argument(
-        "--shard-gb", type=cli.number(Positive), default=SHARD_BYTES / 1e9, help="largest file (default: %(default)g)"
-    )
-    for command in (importing, exporting):
-        command.add_argument("--dtype", default="keep", choices=DTYPES, help="default: as stored")
-        command.add_argument("--overwrite", action="store_true", help="replace what is there")
-    inspecting = add("inspect", _inspect, "say what it is", source)
-    inspecting.add_argument("--tensors", action="store_true", help="list every leaf")
-    for command in (exporting, inspecting):
-        command.add_argument("--step", type=cli.number(Natural), help="of a training run (default: the newest)")
-    verifying = add("verify", _verify, "compare tensor by tensor", ("a", "any source"), ("b", "any source"))
-    verifying.add_argument(
-        "--atol", type=cli.number(NotNegative), help="allow this difference (default: identical bits and dtypes)"
-    )
-    return parser
+    choices = dict(parts=PARTS, kinds=KINDS, dtypes=DTYPES, formats=(*WRITABLE, *ADAPTERS), shard_gb=SHARD_BYTES / 1e9)
+    return options.parser(__doc__.split("\n\n")[0], COMMANDS, **choices)
 
 
 def main(argv: list[str]) -> int | None:

@@ -64,7 +64,7 @@ def parser(description: str) -> Parser:
     student.add_argument("--switch", **more, help="new prompt from a frame on")
     teacher = out.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
     teacher.add_argument("--negative-prompt", type=text, metavar="TEXT", help="unconditional branch (Wan2.1's own)")
-    teacher.add_argument("--solver", choices=("euler", "unipc"), help="(unipc)")
+    teacher.add_argument("--solver", choices=("euler", "unipc", "unipc_wan"), help="(unipc)")
     teacher.add_argument("--shift", type=number(Positive), help="of the noise levels (what scheduler/ says, else 5)")
     teacher.add_argument("--guidance", type=number(NotNegative), help="scale of classifier-free guidance, 1 = off (5)")
     model = out.add_argument_group("model folders")

@@ -197,7 +197,8 @@ class Sample:
     # clean, unless there is one level per chunk, of which the last repeats.
     context_sigma: Any = 0.0
     shift: Positive | None = None  # empty = config.shift
-    sampler: str = "euler"  # euler | unipc (teachers; Wan's default) | renoise (students)
+    # euler | unipc (teachers; Wan's default, levels as in diffusers) | unipc_wan (as in Wan's own) | renoise (students)
+    sampler: str = "euler"
     guidance: NotNegative = 2.0  # CFG scale of the teacher; 1 = off
 
 

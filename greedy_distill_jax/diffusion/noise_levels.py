@@ -36,10 +36,19 @@ def _shifted(sigma: float, shift: float) -> float:
 
 
 def wan_steps(steps: int, shift: float) -> tuple[float, ...]:
-    """``steps`` shifted levels from 1 as Wan's own sampler has them: equally spaced towards .001 before the shift."""
+    """``steps`` shifted levels as Wan's own program has them: equally spaced from .999 towards 0 before the shift."""
+    return _spaced(1.0 - 1.0 / TABLE_SIZE, 0.0, steps, shift)
+
+
+def diffusers_steps(steps: int, shift: float) -> tuple[float, ...]:
+    """``steps`` shifted levels as diffusers' UniPC has them for Wan: equally spaced from 1 towards .001 before it."""
+    return _spaced(1.0, 1.0 / TABLE_SIZE, steps, shift)
+
+
+def _spaced(first: float, end: float, steps: int, shift: float) -> tuple[float, ...]:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    raw = np.linspace(1.0, 1.0 / TABLE_SIZE, steps + 1)[:-1]
+    raw = np.linspace(first, end, steps + 1)[:-1]
     return tuple(float(sigma) for sigma in shift_sigma(raw, shift))
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32
 
 from greedy_distill_jax.diffusion import noise_levels
 
-SOLVERS = ("euler", "unipc")
+SOLVERS = ("euler", "unipc", "unipc_wan")
 _ONE = 1e-6  # distance to sigma 1, where the signal-to-noise ratio has no logarithm, that UniPC keeps
 
 
@@ -20,7 +20,8 @@ def solve(
     """Noise to data with a named solver at its own noise levels; ``steps`` network evaluations.
 
     Args:
-      name: "euler", or "unipc" (Wan's default, better at the same number of steps).
+      name: "euler"; "unipc", second order, at the levels of Wan's pipeline in diffusers (``diffusers_steps``); or
+        "unipc_wan", the same at those of Wan's own program (``wan_steps``).
       velocity: ``v = velocity(x, sigma [B, 1])``, guidance included.
       noise: standard normal, [B, ...].
       steps: network evaluations (twice that with guidance).
@@ -32,6 +33,8 @@ def solve(
     if name == "euler":
         return euler(velocity, noise, noise_levels.uniform_steps(steps, shift))
     if name == "unipc":
+        return unipc(velocity, noise, noise_levels.diffusers_steps(steps, shift))
+    if name == "unipc_wan":
         return unipc(velocity, noise, noise_levels.wan_steps(steps, shift))
     raise ValueError(f"solver {name!r} is unknown; choose from {', '.join(SOLVERS)}.")
 
@@ -91,8 +94,8 @@ def unipc(
       corrector  y_n = p . (x_n, y_{n-1}, m_n, m_{n-1}, m_{n-2})
       predictor  x_{n+1} = q . (y_n, m_n, m_{n-1})
     and the coefficients depend on the levels alone. The same numbers as diffusers' ``UniPCMultistepScheduler`` with
-    ``use_flow_sigmas``, which Wan's pipeline uses, two habits of it included: sigma 1 is 1 - 1e-6, and the network is
-    told the level in whole thousandths, rounded down.
+    ``use_flow_sigmas``, which Wan's pipeline uses and Wan's own program has a copy of, two habits included: sigma 1 is
+    1 - 1e-6, and the network is told the level in whole thousandths, rounded down.
 
     Args:
       velocity: ``v = velocity(x, sigma [B, 1])``.

@@ -11,26 +11,37 @@ import jax
 
 from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.diffusion.step_plan import StepPlan
-from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.models.students.config import StudentConfig
-from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.errors import UserError, about
+from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
+from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
 from greedy_distill_jax.weights.adapter import ADAPTERS, write_adapter
 from greedy_distill_jax.weights.architecture import wan_of
+from greedy_distill_jax.weights.health import FiniteSource
 from greedy_distill_jax.weights.load import load
-from greedy_distill_jax.weights.pipeline import saved_codec
+from greedy_distill_jax.weights.pipeline import read_shift, saved_codec
 from greedy_distill_jax.weights.replacing import check_apart, replacing
-from greedy_distill_jax.weights.source import Source
+from greedy_distill_jax.weights.source import ENCODER, Source
 from greedy_distill_jax.weights.write import write
 
 WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832 pixels
+WAN_SAMPLING = {"sampler": "unipc", "steps": 50, "guidance": 5.0}  # of a teacher, in Wan's pipeline of diffusers
+# Of Self-Forcing and LongLive: 1000, 750, 500, 250 under this shift.
+FEW_STEPS = {"sampler": "renoise", "steps": 4, "shift": 5.0, "guidance": 1.0}
 
 
 def import_weights(
-    source: Source, target: str | Path, *, dtype: str = "keep", sharding: Any = None, overwrite: bool = False
+    source: Source,
+    target: str | Path,
+    *,
+    dtype: str = "keep",
+    sharding: Any = None,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Writes a source as a folder of ours: `checkpoints/0` with one network, and the JSON a run would have.
 
@@ -39,16 +50,18 @@ def import_weights(
       target: the folder.
       dtype: "keep" or a name of `weights.load.DTYPES`.
       sharding: as for `weights.load.load`; decides where the weights lie while they are written.
+      allow_nonfinite: take NaN and infinite values as they are.
       overwrite: replace the target.
 
     Raises:
-      UserError: a source that is ours already, a tensor that cannot be read, a place that cannot be written.
+      UserError: a source that is ours already, values that are not finite, a tensor that cannot be read, a place that
+        cannot be written.
     """
-    if source.format == "ours":
+    if source.format == "ours" and "loras" not in source.meta:
         raise UserError(f"{source.path} is in our format already; use it as it is.", "path")
     check_apart(source.path, target)
     with replacing(target, overwrite=overwrite) as partial:
-        params = load(source, sharding=sharding, dtype=dtype)
+        params = load(source if allow_nonfinite else FiniteSource(source), sharding=sharding, dtype=dtype)
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
         limit = largest + 2**20  # writing one leaf at a time keeps the promise of streaming
         with Checkpointer(partial / "checkpoints", async_save=False, write_bytes=limit) as checkpointer:
@@ -59,7 +72,12 @@ def import_weights(
 
 
 def _meta(source: Source) -> dict[str, Any]:
-    """What a run writes beside its weights, for weights that no run of ours made."""
+    """What a run writes beside its weights, for weights that no run of ours made; of a run, what it wrote itself."""
+    name, part = source.path.name, source.meta.get("part", "")
+    origin = dict(format=source.format, name=name, part=part, text=source.meta.get("text", ""))
+    origin["loras"] = source.meta.get("loras", [])
+    if source.format == "ours":
+        return {key: value for key, value in source.meta.items() if key not in ("text", "loras")} | {"source": origin}
     cfg, wan, config = source.cfg, wan_of(source.cfg), base()
     sizes = {k: v for k, v in dataclasses.asdict(wan).items() if k in ("dim", "ffn_dim", "num_heads", "num_layers")}
     config.model.size = next((n for n, size in WAN_SIZES.items() if size.items() >= sizes.items()), "wan1_3b")
@@ -67,7 +85,19 @@ def _meta(source: Source) -> dict[str, Any]:
         config.model[field.name] = getattr(wan, field.name)
     latent_shape = source.meta.get("latent_shape") or (*WAN_LATENT, wan.channels)
     config.data.frames = latent_shape[0]
-    if isinstance(cfg, StudentConfig):
+    if isinstance(cfg, CausalConfig):
+        config.stage, config.student.kind = "teacher_forcing", "causal"
+        for name in ("chunk", "context", "context_weights"):
+            config.student[name] = getattr(cfg, name)
+        for name in config.student.causal:
+            config.student.causal[name] = getattr(cfg, name)
+        config.sample.update(FEW_STEPS)
+    elif isinstance(cfg, WanConfig) and wan.prediction == "velocity":
+        config.sample.update(WAN_SAMPLING, shift=_shift(source))
+        if source.meta.get("naming") != "diffusers":
+            config.sample.sampler = "unipc_wan"
+        config.data.negative_prompt = WAN_NEGATIVE_PROMPT if origin["text"] == ENCODER else ""
+    elif isinstance(cfg, StudentConfig):
         config.stage = "teacher_forcing"
         config.student.split = "/".join(",".join(map(str, layers)) for layers in (cfg.etm_layers, cfg.sdd_layers))
         for name in config.student:
@@ -75,17 +105,24 @@ def _meta(source: Source) -> dict[str, Any]:
                 config.student[name] = getattr(cfg, name)
         if plan := source.meta.get("plan"):
             config.sample.update(_sample_keys({"shift": config.shift, **plan}))
-    model = Student(cfg) if isinstance(cfg, StudentConfig) else Teacher(cfg)
+    model = Teacher(cfg) if isinstance(cfg, WanConfig) else make_student(cfg)
     return dict(
         stage=config.stage,
-        network="student" if isinstance(cfg, StudentConfig) else "teacher",
+        network="teacher" if isinstance(cfg, WanConfig) else "student",
         data_position=0,
         config=config.to_json_best_effort(),
         architecture=architecture(model),
         latent_shape=list(latent_shape),
         steps=0,
-        source=dict(format=source.format, name=source.path.name, part=source.meta.get("part", "")),
+        source=origin,
     )
+
+
+def _shift(source: Source) -> float:
+    """The noise shift of a diffusers folder's scheduler, else Wan's."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    with about("path"):
+        return read_shift(folder.parent if folder.name == "transformer" else folder)
 
 
 def export_weights(source: Source, target: str | Path, form: str, **options: Any) -> None:

@@ -33,6 +33,7 @@ from greedy_distill_jax.text.load import load_text_encoder
 from greedy_distill_jax.text.protocol import TextEncoder
 from greedy_distill_jax.text.vocabulary import never_seen, unknown_words
 from greedy_distill_jax.weights import pipeline
+from greedy_distill_jax.weights.source import ENCODER
 
 NOT_ARCHITECTURE = ("dtype", "gradient_dtype", "remat", "gate_init", "text_init", "time_init")
 
@@ -105,7 +106,8 @@ class Run:
           sharding: of the parameters, as for ``Checkpointer.restore_subtree``; None for the default device.
 
         Raises:
-          UserError: no run, no finished checkpoint, or a codec that is missing; its field is the argument's name.
+          UserError: no run, no finished checkpoint, or a codec or a text encoder that is missing; its field is the
+            argument's name.
         """
         directory = Path(directory).expanduser()
         if not (directory / "checkpoints").is_dir():
@@ -127,7 +129,14 @@ class Run:
         wan = settings.wan
         model = make_student(settings.student_config) if settings.is_student else Teacher(wan)
         spec, encoder = settings.data.text if text is None else text, None
-        if needs_codec or not spec:
+        foreign = not spec and meta.get("source", {}).get("text") == ENCODER
+        if foreign and needs_codec:
+            raise UserError(
+                f"{directory} holds weights that were trained with a text encoder, and no words are embedded for them; "
+                "name a text store or a model folder with text_encoder/ for the prompts.",
+                "text",
+            )
+        if needs_codec or not (spec or foreign):
             with about("directory" if text is None else "text"):
                 encoder = load_text_encoder(spec, text_len=wan.text_len, text_dim=wan.text_dim)
         if codec is not None:

@@ -85,16 +85,29 @@ ROWS: tuple[Row, ...] = (
 BY_PATH = {row.ours: row for row in ROWS}
 STUDENT_PARTS = ("etm", "sdd", "sdd_context")
 
-_WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.)")
+_PARALLEL = re.compile(r"(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.)")
+# What every model here has once, and what stands in front of it; the second where a file lacks the first.
+_OF_A_MODEL = tuple(
+    re.compile(rf"((?:[^.]+\.)*?)(?:(?:{'|'.join(STUDENT_PARTS)})\.)?{name}\.weight")
+    for name in (r"patch_embedding", r"blocks\.0\.(?:self_attn\.q|attn1\.to_q)")
+)
 
 
-def clean(name: str) -> str:
-    """The name without what FSDP, checkpointing, `torch.compile` and the wrapper's `model.` attribute add to it.
+def plain(name: str) -> str:
+    """The name without what FSDP, checkpointing and `torch.compile` add to it, anywhere."""
+    return _PARALLEL.sub("", name).lstrip(".")
 
-    Wan's own names have no part called "model", so it is dropped wherever it stands.
+
+def wrappers(names: Iterable[str]) -> list[str]:
+    """What stands in front of the models that plain names belong to, such as "model.diffusion_model."; "" is nothing.
+
+    Empty for names of something else than a Wan DiT or a student.
     """
-    name = _WRAPPERS.sub("", name).lstrip(".")
-    return ".".join(part for part in name.split(".") if part != "model")
+    names = list(names)
+    for pattern in _OF_A_MODEL:
+        if found := dict.fromkeys(match[1] for name in names if (match := pattern.fullmatch(name))):
+            return list(found)
+    return []
 
 
 def naming_of(names: Iterable[str]) -> str | None:

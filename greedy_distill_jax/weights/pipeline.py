@@ -12,6 +12,7 @@ from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.storage.partial import whole
+from greedy_distill_jax.weights.architecture import describe
 from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.vae import load_vae_codec
@@ -119,12 +120,14 @@ def _open(folder: str | os.PathLike, dtype: str):
     folder = Path(folder).expanduser()
     if not (folder / "transformer").is_dir():
         raise UserError(f"model folder {folder} has no transformer/; give one in the layout of diffusers", "folder")
-    if (folder / "transformer_2").is_dir():
-        raise UserError(
-            f"model folder {folder} has two transformers (Wan2.2); give a Wan2.1 text-to-video model", "folder"
-        )
     with about("folder"):
         source = open_source(folder / "transformer")
+    if not isinstance(source.cfg, WanConfig):
+        raise UserError(
+            f"model folder {folder} holds {describe(source.cfg)}, which makes no whole videos; import it with "
+            "`python -m greedy_distill_jax.convert import` and name what that wrote as a checkpoint",
+            "folder",
+        )
     return dataclasses.replace(source.cfg, dtype=dtype, remat="none"), source
 
 

@@ -1,32 +1,37 @@
 """Safetensors, read slice by slice: one file, or shards with an index."""
 
 import json
-import re
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.weights.files import AGAIN, Entry, add_entry
+from greedy_distill_jax.weights.files import AGAIN, Entry, named
 from greedy_distill_jax.weights.names import Index
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+DTYPES |= {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}  # as stored; `fp8` makes numbers of them
+# Beside the weights of a model, such as the alpha of an adapter.
+DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 
 
 class SafetensorsFiles:
     """Tensors of one or several safetensors files. Reads with pread: what was read does not stay resident.
 
+    Args:
+      path: what the user named.
+      files: that hold one model, or several.
+      part: of several models the one to take, see `files.named`.
+
     Raises:
-      UserError: a file that is missing, truncated or no safetensors file, or a tensor that is not of floating point.
+      UserError: a file that is missing, truncated or no safetensors file, or a tensor of a dtype that is not known.
     """
 
-    part = ""
-
-    def __init__(self, files: list[Path]):
+    def __init__(self, path: Path, files: list[Path], part: str = ""):
         from safetensors import SafetensorError, safe_open
 
-        self.entries, self.metadata, self._open = {}, {}, {}
+        self.metadata, self._open, stored = {}, {}, []
         for file in files:
             try:
                 handle = safe_open(file, framework="np", backend="pread")
@@ -41,53 +46,29 @@ class SafetensorsFiles:
                 if view.get_dtype() not in DTYPES:
                     raise UserError(
                         f"{file}: tensor {name} has dtype {view.get_dtype()}; use weights in one of "
-                        f"{', '.join(DTYPES)} (not quantised).",
+                        f"{', '.join(list(DTYPES)[:4])} (not quantised).",
                         "path",
                     )
-                add_entry(self.entries, Entry(name, tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]), file))
+                stored.append(Entry(name, tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]), file))
+        found = named(path, stored, part)
+        self.entries, self.part, self.parts = found.entries, found.part, found.parts
+        self.wrapper, self.besides = found.wrapper, found.besides
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """See `TensorFiles`."""
         entry = self.entries[name]
+        if entry.dtype.itemsize == 1 and jnp.issubdtype(entry.dtype, jnp.floating):
+            return _read_bytes(entry)[index]  # numpy, and so safetensors' reader, has no FP8
         handle = self._open[entry.file]
         if all(s == slice(None) for s in index):
             return handle.get_tensor(entry.stored_name)
         return handle.get_slice(entry.stored_name)[tuple(slice(*s.indices(n)) for s, n in zip(index, entry.shape))]
 
 
-def safetensors_in(folder: Path) -> list[Path]:
-    """The safetensors files of one model in a folder, checked against its index.json; [] if there are none."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if len(indices) > 1:
-        raise _several(folder, indices)
-    if indices:
-        return files_of_index(indices[0])
-    parts = [re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", file.name) for file in files]
-    if files and all(parts) and len({(p[1], p[3]) for p in parts}) == 1:
-        if len(files) != int(parts[0][3]):
-            raise UserError(f"{folder} holds {len(files)} of {int(parts[0][3])} shards; {AGAIN}.", "path")
-        return files
-    if len(files) > 1:
-        raise _several(folder, files)
-    return files
-
-
-def _several(folder: Path, files: list[Path]) -> UserError:
-    return UserError(
-        f"{folder} holds several models ({', '.join(f.name for f in files)}); name one of these files.", "path"
-    )
-
-
-def files_of_index(index: Path) -> list[Path]:
-    """The files an index.json names; UserError when one is missing."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("it names no files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is no index of safetensors shards ({error!r}); {AGAIN}.", "path") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise UserError(f"{index} names {missing[0]}, which is missing; {AGAIN}.", "path")
-    return [index.parent / name for name in names]
+def _read_bytes(entry: Entry) -> np.ndarray:
+    """A whole tensor, one byte to a number, past the reader of the library."""
+    with open(entry.file, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[entry.stored_name]["data_offsets"]
+        file.seek(8 + length + begin)
+        return np.frombuffer(file.read(end - begin), np.uint8).view(entry.dtype).reshape(entry.shape)

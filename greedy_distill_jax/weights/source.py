@@ -6,7 +6,7 @@ Formats: "original" (Wan's names in safetensors), "diffusers", "causal-pt" (`.pt
 
 import abc
 import functools
-import re
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,8 @@ from greedy_distill_jax.weights.names import Index
 FORMATS = ("original", "diffusers", "causal-pt", "torch-student", "ours")
 STUDENT_FORMAT = "greedy_distill_jax/torch-student"  # "format" in the config.json of an exported student
 METADATA = "greedy_distill_jax"  # key of our architecture in the metadata of a file
+TEXT = "greedy_distill_jax.text"  # key of what encodes the prompts of a model, one of:
+HASHED, ENCODER = "hashed_words", "encoder"  # the words that this package embeds itself; a text encoder
 
 
 class Source(abc.ABC):
@@ -35,7 +37,10 @@ class Source(abc.ABC):
       format: one of `FORMATS`.
       cfg: architecture.
       dtypes: leaf path -> dtype in which it is stored.
-      meta: what came along: "part" of a `.pt`, the JSON of a checkpoint or of an exported student.
+      meta: what came along: the "part", "parts", "wrapper" and "besides" of `TensorFiles`, the JSON of a checkpoint or
+        of an exported student; "text" is `HASHED` or `ENCODER`, "" where nothing says it; "told" says what a Wan DiT's
+        kind was chosen by, "precision" how FP8 weights are read.
+      files: that the tensors are in; none for a run, whose checkpoints keep sums of their own.
     """
 
     path: Path
@@ -43,6 +48,7 @@ class Source(abc.ABC):
     cfg: Config
     dtypes: dict[str, np.dtype]
     meta: dict[str, Any]
+    files: tuple[Path, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -82,6 +88,7 @@ class ForeignSource(Source):
 
     def __init__(self, path: Path, form: str, files: TensorFiles, cfg: Config, naming: str, meta: dict[str, Any]):
         self.path, self.format, self.cfg, self.meta, self._files = path, form, cfg, meta, files
+        self.files = tuple(dict.fromkeys(entry.file for entry in files.entries.values()))
         self._names = {leaf: names.foreign_names(leaf, shape, naming) for leaf, shape in self.shapes.items()}
         self.dtypes, expected = {}, set()
         for leaf, shape in self.shapes.items():
@@ -101,10 +108,8 @@ class ForeignSource(Source):
         unexpected = sorted(set(files.entries) - expected)
         if unexpected:
             entry = files.entries[unexpected[0]]
-            image = any(re.search(r"k_img|v_img|img_emb|add_k_proj|image_embedder", name) for name in unexpected)
-            remedy = "these are image-to-video weights; use a text-to-video model" if image else "use another file"
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-            raise UserError(f"{entry.file}: unexpected tensor {entry.stored_name}{more}; {remedy}.", "path")
+            raise UserError(f"{entry.file}: unexpected tensor {entry.stored_name}{more}; use another file.", "path")
 
     def read_layer(self, path: str, layer: int, index: Index) -> np.ndarray:
         """See `Source`."""
@@ -160,6 +165,7 @@ class OurSource(Source):
             raise UserError(f"{part!r} is no part of {path}, a run; choose ema or params.", "part")
         self._checkpoints = Checkpointer(path / "checkpoints", read_only=True)
         self.meta = self._checkpoints.meta(step)
+        self.meta.setdefault("text", _text_of(self.meta))
         if "network" not in self.meta:
             raise UserError(f"{path} does not say which network it holds; the step is damaged.", "path")
         self._tree = f"nets/{self.meta['network']}/{self._part}"
@@ -196,3 +202,13 @@ class OurSource(Source):
         tree = f"nets/{self.meta['network']}/opt_state/factors"
         read = self._checkpoints.restore_subtree(self._step, tree)
         return {path: np.asarray(leaf) for path, leaf in leaf_paths(read)}
+
+
+def _text_of(meta: Mapping[str, Any]) -> str:
+    """What encodes the prompts of a run or of converted weights."""
+    try:
+        if "source" in meta:  # converted; by a version that did not say it, perhaps
+            return meta["source"].get("text", "")
+        return ENCODER if json.loads(meta["config"])["data"]["text"] else HASHED
+    except (KeyError, TypeError, ValueError):
+        return ""

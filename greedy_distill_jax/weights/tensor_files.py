@@ -6,40 +6,61 @@ from typing import Any
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.weights.files import TensorFiles
-from greedy_distill_jax.weights.safetensors_files import SafetensorsFiles, files_of_index, safetensors_in
-from greedy_distill_jax.weights.torch_files import TorchFile
-
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+from greedy_distill_jax.weights.fp8 import dequantised
+from greedy_distill_jax.weights.others import check_file, check_folder
+from greedy_distill_jax.weights.safetensors_files import SafetensorsFiles
+from greedy_distill_jax.weights.shards import (
+    SAFETENSORS,
+    TORCH_SUFFIXES,
+    check_whole,
+    files_in,
+    files_of_index,
+    safetensors_in,
+)
+from greedy_distill_jax.weights.torch_files import TorchFiles
 
 
 def tensor_files(path: Path, part: str = "") -> TensorFiles:
-    """The tensors of a file, of an index.json or of the one model in a folder; ``part`` of a `.pt` (`files.PARTS`)."""
-    is_torch = path.suffix in TORCH_SUFFIXES or (path.is_dir() and not safetensors_in(path))
-    if part and not is_torch:
-        raise UserError(f"{part!r} is not in {path}: safetensors have no parts; leave it out.", "part")
+    """The tensors of a file, of an index.json or of the one model in a folder.
+
+    Args:
+      path: file or folder.
+      part: which dictionary of a `.pt`, or which of several models in one file; "" for the first of `files.PARTS`.
+    """
+    return dequantised(path, _stored(path, part))
+
+
+def _stored(path: Path, part: str) -> TensorFiles:
     if path.is_dir():
+        check_folder(path)
         if found := safetensors_in(path):
-            return SafetensorsFiles(found)
-        found = sorted(p for p in path.iterdir() if p.suffix in TORCH_SUFFIXES)
-        if len(found) == 1:
-            return TorchFile(found[0], part)
-        several = f"several files ({', '.join(p.name for p in found[:4])}); name one of them" if found else ""
-        raise UserError(
-            f"{path} holds {several or 'no safetensors, .pt or checkpoints; name a folder with weights'}.", "path"
-        )
+            return _read(path, found, part)
+        if found := files_in(path, TORCH_SUFFIXES):
+            return _read(path, found, part)
+        for file in sorted(path.glob("*.gguf")):
+            check_file(file)
+        raise UserError(f"{path} holds no safetensors, .pt or checkpoints; name a folder with weights.", "path")
     if path.name.endswith(".index.json"):
-        return SafetensorsFiles(files_of_index(path))
-    if path.suffix == ".safetensors":
-        return SafetensorsFiles([path])
-    if path.suffix in TORCH_SUFFIXES:
-        return TorchFile(path, part)
+        return _read(path, files_of_index(path), part)
+    check_file(path)
+    if path.suffix in (SAFETENSORS, *TORCH_SUFFIXES):
+        check_whole(path)
+        return _read(path, [path], part)
     raise UserError(
         f"{path} is neither .safetensors nor one of {', '.join(TORCH_SUFFIXES)}; name a file with weights.", "path"
     )
 
 
+def _read(path: Path, files: list[Path], part: str) -> TensorFiles:
+    for file in files:
+        check_file(file)
+    return (SafetensorsFiles if files[0].suffix == SAFETENSORS else TorchFiles)(path, files, part)
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """The dictionary in a config.json, {} if there is none; UserError when it is another thing."""
+    if file.is_file():
+        check_file(file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.weights.files import AGAIN, Entry, add_entry
+from greedy_distill_jax.weights import names
+from greedy_distill_jax.weights.files import AGAIN, PARTS, Entry, listed, named
 from greedy_distill_jax.weights.names import Index
 
-PARTS = ("generator_ema", "generator", "model", "critic")  # of a `.pt`, in the order in which one is chosen
+_DEPTH = 4  # of dictionaries in dictionaries that are searched
 
 
 def import_torch(why: str):
@@ -31,82 +33,106 @@ def save_torch(value: Any, file: Path) -> None:
         torch.save(value, opened)
 
 
-class TorchFile:
-    """One state dict of a `.pt` / `.pth` file, mapped into memory.
+class TorchFiles:
+    """One state dict of a `.pt` / `.pth` file, or of shards of one, mapped into memory.
 
     Args:
-      file: path.
-      part: which dictionary of the top level; "" chooses the first of `PARTS` there is, or the file itself.
+      path: what the user named.
+      files: the file, or the shards.
+      part: which dictionary, "outer.inner" of one in another; "" chooses the first of `PARTS` there is, or else the
+        only one with a model, which may be the file itself.
 
     Raises:
-      UserError: no torch, a damaged file, anything but tensors inside, no such part.
+      UserError: no torch, a damaged file, anything but tensors inside, no such part, or several and no choice.
     """
 
-    def __init__(self, file: Path, part: str = ""):
-        self.file = file
-        top = self._load()
-        self.metadata = {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, str)}
-        present = [name for name in PARTS if isinstance(top.get(name), dict)]
-        if any(str(name).endswith("_lora") for name in top):
-            raise UserError(
-                f"{file} holds LoRA weights ({', '.join(top)}); merge them into their base model first.", "path"
-            )
-        bare = not present and any(self._is_tensor(value) for value in top.values())
-        if part and part not in present:
-            raise UserError(
-                f"{file} has no part {part!r}; it has {', '.join(map(str, present or list(top)[:5]))}.", "part"
-            )
-        if not bare and not present:
-            raise UserError(
-                f"{file} holds none of {', '.join(PARTS)}; it holds {', '.join(map(str, list(top)[:5]))}.", "path"
-            )
-        self.part = part or ("" if bare else present[0])
-        state = top[self.part] if self.part else {k: v for k, v in top.items() if not isinstance(v, str)}
-        self.entries, self._tensors = {}, {}
-        for name, tensor in state.items():
+    def __init__(self, path: Path, files: list[Path], part: str = ""):
+        self.metadata, self._tensors, stored, chosen = {}, {}, [], None
+        for file in files:
+            top = self._load(file)
+            self.metadata |= {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, str)}
+            found = dict(self._dictionaries(top))
+            if not found:
+                raise UserError(f"{file} holds no tensors under names; it holds {listed(top) or 'nothing'}.", "path")
+            if chosen is None:  # the first shard chooses for the others
+                bare = part not in found and "" in found  # of several models perhaps
+                chosen = "" if bare else self._choose(file, found, part)
+                self.parts = _told(found) if len(found) > 1 else ()
+            for entry, tensor in self._state(file, found.get(chosen, {}), chosen):
+                if entry.stored_name in self._tensors:
+                    raise UserError(f"{file} holds {entry.stored_name}, as another shard does; {AGAIN}.", "path")
+                stored.append(entry)
+                self._tensors[entry.stored_name] = tensor
+        model = named(path, stored, part if bare else "")
+        self.entries, self.wrapper, self.besides = model.entries, model.wrapper, model.besides
+        self.part, self.parts = chosen or model.part, self.parts or model.parts
+
+    def _state(self, file: Path, state: dict[str, Any], part: str) -> Iterator[tuple[Entry, Any]]:
+        """(what is stored, tensor) of the chosen dictionary of a file."""
+        for key, tensor in state.items():
+            name = str(key)
             if not self._is_tensor(tensor):
+                if not part:
+                    continue  # beside the tensors of a bare dictionary: a step, settings
                 raise UserError(
                     f"{file}: {name} is a {type(tensor).__name__}, not a tensor; save a plain state dict of tensors.",
                     "path",
                 )
-            if not tensor.is_floating_point() or str(tensor.dtype).removeprefix("torch.") not in _TORCH_DTYPES:
+            if str(tensor.dtype).removeprefix("torch.") not in _TORCH_DTYPES:
                 raise UserError(
                     f"{file}: tensor {name} has dtype {tensor.dtype}; use weights that are not quantised.", "path"
                 )
             dtype = np.dtype(_TORCH_DTYPES[str(tensor.dtype).removeprefix("torch.")])
-            add_entry(self.entries, Entry(name, tuple(tensor.shape), dtype, file))
-            self._tensors[name] = tensor.detach()
+            yield Entry(name, tuple(tensor.shape), dtype, file), tensor.detach()
+
+    def _dictionaries(self, value: dict, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, dictionary) of all that hold tensors under names, those of dictionaries inside joined by dots."""
+        if any(isinstance(key, str) and self._is_tensor(inner) for key, inner in value.items()):
+            yield name, value
+        for key, inner in value.items():
+            if isinstance(key, str) and isinstance(inner, dict) and depth < _DEPTH:
+                yield from self._dictionaries(inner, f"{name}.{key}" if name else key, depth + 1)
+
+    def _choose(self, file: Path, found: dict[str, dict], part: str) -> str:
+        """The name of the dictionary to take."""
+        if part in found and part:
+            return part
+        has = listed(_told(found))
+        if part:
+            raise UserError(f"{file} has no part {part!r}; it has {has}.", "part")
+        models = [name for name, state in found.items() if names.wrappers(names.plain(str(key)) for key in state)]
+        models = models or list(found)
+        known = [name for wanted in PARTS for name in models if name.rpartition(".")[2] == wanted]
+        if known or len(models) == 1 or "" in models:
+            return known[0] if known else "" if "" in models else models[0]
+        raise UserError(f"{file} holds several dictionaries of tensors: {has}; choose one.", "part")
 
     def _is_tensor(self, value: Any) -> bool:
         return isinstance(value, self._torch.Tensor)
 
-    def _load(self) -> dict:
-        self._torch = torch = import_torch(f"reading {self.file}")
+    def _load(self, file: Path) -> dict:
+        self._torch = torch = import_torch(f"reading {file}")
         options = dict(map_location="cpu", weights_only=True)
         try:
             try:
-                top = torch.load(self.file, mmap=True, **options)
+                top = torch.load(file, mmap=True, **options)
             except RuntimeError as error:
                 if "_use_new_zipfile_serialization" not in str(error):
                     raise
-                top = torch.load(self.file, **options)  # the format before torch 1.6 cannot be mapped
+                top = torch.load(file, **options)  # the format before torch 1.6 cannot be mapped
         except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"class ['\"]?([\w.]+)", str(error))
             if not found:
-                raise UserError(
-                    f"{self.file} is damaged or no PyTorch file ({_first(error)}); {AGAIN}.", "path"
-                ) from error
+                raise UserError(f"{file} is damaged or no PyTorch file ({_first(error)}); {AGAIN}.", "path") from error
             raise UserError(
-                f"{self.file} holds a {found[1]} object besides tensors; loading it could run code and is refused. "
+                f"{file} holds a {found[1]} object besides tensors; loading it could run code and is refused. "
                 "Where you trust the file, save its tensors alone: torch.save({'generator': state_dict}, 'clean.pt').",
                 "path",
             ) from error
         except Exception as error:  # torch's reader of pickles takes bytes as they come and trips anywhere
-            raise UserError(
-                f"{self.file} is truncated or no PyTorch file ({_first(error)}); {AGAIN}.", "path"
-            ) from error
+            raise UserError(f"{file} is truncated or no PyTorch file ({_first(error)}); {AGAIN}.", "path") from error
         if not isinstance(top, dict):
-            raise UserError(f"{self.file} holds a {type(top).__name__}, not a dictionary of tensors.", "path")
+            raise UserError(f"{file} holds a {type(top).__name__}, not a dictionary of tensors.", "path")
         return top
 
     def read(self, name: str, index: Index) -> np.ndarray:
@@ -115,12 +141,16 @@ class TorchFile:
 
 
 _TORCH_DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+_TORCH_DTYPES |= {"float8_e4m3fn": jnp.float8_e4m3fn, "float8_e5m2": jnp.float8_e5m2}
+_TORCH_DTYPES |= {name: getattr(np, name) for name in ("int64", "int32", "int16", "int8", "uint8")} | {"bool": np.bool_}
 
 
 def to_numpy(tensor) -> np.ndarray:
-    """A torch tensor as numpy, bit by bit (numpy has no bfloat16 of its own)."""
-    if str(tensor.dtype) == "torch.bfloat16":
-        return tensor.contiguous().view(import_torch("bfloat16").uint16).numpy().view(jnp.bfloat16)
+    """A torch tensor as numpy, bit by bit (numpy has no bfloat16 and no FP8 of its own)."""
+    torch, name = import_torch("reading a .pt file"), str(tensor.dtype).removeprefix("torch.")
+    if name == "bfloat16" or name.startswith("float8"):
+        bits = torch.uint8 if name.startswith("float8") else torch.uint16
+        return tensor.contiguous().view(bits).numpy().view(_TORCH_DTYPES[name])
     return tensor.numpy()
 
 
@@ -132,5 +162,13 @@ def to_torch(array: np.ndarray):
     return torch.from_numpy(array.copy())
 
 
+def _told(found: dict[str, dict]) -> tuple[str, ...]:
+    """The dictionaries of a file in words."""
+    return tuple(f"{name or 'tensors without a part'} ({len(state)})" for name, state in found.items())
+
+
 def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The reason in one line; never torch's advice to load a file without ``weights_only``."""
+    lines = str(error).replace("WeightsUnpickler error:", "\n").splitlines()
+    useful = [line.strip() for line in lines if not re.search(r"weights_only|[Ww]eights only|trust", line)]
+    return next((line for line in useful if line), type(error).__name__)[:200]

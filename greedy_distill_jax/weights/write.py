@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.models.students.config import StudentConfig
+from greedy_distill_jax.models.students.config import CausalConfig, StudentConfig
 from greedy_distill_jax.weights import names
 from greedy_distill_jax.weights.architecture import architecture_json, wan_of
+from greedy_distill_jax.weights.files import PARTS
+from greedy_distill_jax.weights.kind import causal_json
 from greedy_distill_jax.weights.load import stored_dtype
 from greedy_distill_jax.weights.replacing import replacing
-from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, Source
-from greedy_distill_jax.weights.torch_files import PARTS, import_torch, save_torch, to_torch
+from greedy_distill_jax.weights.source import METADATA, STUDENT_FORMAT, TEXT, Source
+from greedy_distill_jax.weights.torch_files import import_torch, save_torch, to_torch
 
 WRITABLE = ("original", "diffusers", "causal-pt", "torch-student")
 SHARD_BYTES = 5 * 10**9
@@ -97,7 +99,7 @@ def write(
 def _write_safetensors(source: Source, folder: Path, stem: str, naming: str, dtype: str, shard_bytes: int) -> None:
     from safetensors.numpy import save_file
 
-    metadata = {"format": "pt", METADATA: json.dumps(architecture_json(source.cfg))}
+    metadata = {"format": "pt", **_of_itself(source)}
     shards, shard, size, total = [], {}, 0, 0  # names per written shard; the one being filled
 
     def flush():
@@ -129,15 +131,22 @@ def _write_pt(source: Source, file: Path, dtype: str) -> None:
     import_torch("writing a .pt file")  # before the tensors are read
     part = source.meta.get("part") or source.meta.get("source", {}).get("part") or PARTS[0]
     state = {f"model.{name}": to_torch(tensor) for name, tensor in tensors_of(source, "original", dtype)}
-    save_torch({part: state, METADATA: json.dumps(architecture_json(source.cfg))}, file)
+    save_torch({part: state, **_of_itself(source)}, file)
+
+
+def _of_itself(source: Source) -> dict[str, str]:
+    """What a file of ours says of the model in it."""
+    text = source.meta.get("text")
+    return {METADATA: json.dumps(architecture_json(source.cfg)), **({TEXT: text} if text else {})}
 
 
 def _wan_config(source: Source, form: str) -> dict[str, Any]:
     """config.json as Wan's repository and diffusers write it."""
     cfg = wan_of(source.cfg)
     if form == "original":
+        causal = isinstance(source.cfg, CausalConfig)
         return dict(
-            _class_name="WanModel",
+            _class_name="CausalWanModel" if causal else "WanModel",
             model_type="t2v",
             dim=cfg.dim,
             ffn_dim=cfg.ffn_dim,
@@ -148,6 +157,7 @@ def _wan_config(source: Source, form: str) -> dict[str, Any]:
             out_dim=cfg.channels,
             text_len=cfg.text_len,
             eps=cfg.eps,
+            **(causal_json(source.cfg) if causal else {}),
         )
     return dict(
         _class_name="WanTransformer3DModel",

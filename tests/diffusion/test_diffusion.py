@@ -205,7 +205,7 @@ def test_unipc_comes_closer_than_euler_with_the_same_number_of_calls():
         return float(jnp.abs(x - (mean + spread * noise)).max())
 
     assert error("unipc", 20) < 0.5 * error("euler", 20)
-    point = solvers.unipc(_gaussian_velocity(1.5, 0.0), noise, noise_levels.wan_steps(1, 5.0))
+    point = solvers.unipc(_gaussian_velocity(1.5, 0.0), noise, noise_levels.diffusers_steps(1, 5.0))
     np.testing.assert_allclose(point, noise - (1 - 1e-6) * (noise - 1.5) / 0.999, atol=1e-4)
 
 
@@ -222,10 +222,21 @@ def test_solvers_take_bfloat16_noise_and_tell_one_level_per_video(name):
 
 
 def test_unknown_solvers_and_bad_step_counts_name_themselves():
-    with pytest.raises(ValueError, match="'heun' is unknown; choose from euler, unipc"):
+    with pytest.raises(ValueError, match="'heun' is unknown; choose from euler, unipc, unipc_wan"):
         solvers.solve("heun", _gaussian_velocity(0.0, 1.0), jnp.zeros((1, 2)), steps=2, shift=1.0)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        noise_levels.wan_steps(0, 5.0)
+    for steps in (noise_levels.wan_steps, noise_levels.diffusers_steps):
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            steps(0, 5.0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_levels_of_wans_own_program_and_of_diffusers(shift):
+    def shifted(raw):
+        return [shift * x / (1 + (shift - 1) * x) for x in raw]
+
+    wans, theirs = shifted([0.999, 0.74925, 0.4995, 0.24975]), shifted([1.0, 0.75025, 0.5005, 0.25075])
+    np.testing.assert_allclose(noise_levels.wan_steps(4, shift), wans, rtol=1e-12)
+    np.testing.assert_allclose(noise_levels.diffusers_steps(4, shift), theirs, rtol=1e-12)
 
 
 def test_states_of_euler_are_those_it_passes():

@@ -142,7 +142,7 @@ def broken(model, tmp_path, what):
         ("", ["--frames", "9999999"], "--frames: 9999999 frames need more than"),
         ("text_encoder", [], "neither a folder made by prepare text nor a model folder"),
         ("tokenizer", [], "has no tokenizer/"),
-        ("two", [], "two transformers"),
+        ("two", [], "two experts"),
         ("scheduler", [], "prediction_type 'epsilon'"),
         ("", ["--height", "18"], "multiples of 4"),
         ("", ["--height", "20"], "--height: 20 x 24: both must be multiples of 8 pixels"),

@@ -63,8 +63,20 @@ def test_unipc(noise, steps, shift):
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
     scheduler.set_timesteps(steps)
-    np.testing.assert_allclose(noise_levels.wan_steps(steps, shift), scheduler.sigmas[:-1], atol=1.1e-6)
+    np.testing.assert_allclose(noise_levels.diffusers_steps(steps, shift), scheduler.sigmas[:-1], atol=1.1e-6)
     compare(ours("unipc", noise, steps, shift), theirs(scheduler, noise))
+
+
+@pytest.mark.parametrize("steps", [2, 10])
+def test_unipc_at_the_levels_of_wans_own_program(noise, steps):
+    """Wan's own program has a copy of this scheduler, with levels and thousandths of its own."""
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    scheduler.set_timesteps(steps)
+    levels = np.linspace(0.999, 0.0, steps + 1)[:-1]
+    levels = 5.0 * levels / (1 + 4.0 * levels)
+    scheduler.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
+    scheduler.timesteps = torch.tensor(levels * 1000, dtype=torch.int64)
+    compare(ours("unipc_wan", noise, steps, 5.0), theirs(scheduler, noise))
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])

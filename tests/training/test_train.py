@@ -234,7 +234,7 @@ def test_an_unknown_loss_names_itself(name):
         (dict(stage="teacher_forcing", student__chunk=3), "does not divide into chunks"),
         (dict(stage="teacher_forcing", student__split="thirds"), "split 'thirds'"),
         (dict(stage="teacher_forcing", sample__sampler="ddim"), "ddim"),
-        (dict(sample__sampler="renoise"), "a teacher.s are euler, unipc"),
+        (dict(sample__sampler="renoise"), "a teacher.s are euler, unipc, unipc_wan"),
         (dict(stage="teacher_forcing", teacher_from="/nowhere"), "/nowhere holds no run"),
     ],
 )

@@ -77,6 +77,15 @@ def test_a_teacher_for_peft_and_for_diffusers(tiny_teacher, lora_teacher, tmp_pa
     assert not read
     assert_same(model.state_dict(), load(tmp_path / "diffusers"))
 
+    for form, adapter in (("original", "peft"), ("diffusers", "diffusers-lora")):  # and our own reader, either base
+        base = {"original": "diffusers", "diffusers": "original"}[form]
+        for number, name in enumerate((form, base)):
+            merged = tmp_path / f"{adapter}-{number}"
+            assert run("import", tmp_path / f"{name}-base", merged, "--lora", tmp_path / adapter) == 0
+            assert "6 of 6 modules merged\n" in capsys.readouterr().out
+            assert run("export", merged, tmp_path / f"{adapter}-{number}-out", "--format", form) == 0
+            assert_same(load(tmp_path / f"{adapter}-{number}-out"), load(tmp_path / form))
+
 
 def test_a_student_for_peft(tiny_student, lora_student, tmp_path, capsys):
     for source, name in ((tiny_student, "base"), (lora_student, "trained")):

@@ -79,16 +79,22 @@ def test_there_and_back(path):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "wrapper"),
     [
-        "model.blocks.0.self_attn.q.weight",
-        "_fsdp_wrapped_module.model.blocks.0._fsdp_wrapped_module.self_attn.q.weight",
-        "model._orig_mod.blocks.0._checkpoint_wrapped_module._fsdp_wrapped_module.self_attn.q.weight",
-        "_orig_mod.model.model.blocks.0.self_attn.q._orig_mod.weight",
+        ("{}.weight", ""),
+        ("model.{}.weight", "model."),
+        ("_fsdp_wrapped_module.model._fsdp_wrapped_module.{}.weight", "model."),
+        ("model._orig_mod._checkpoint_wrapped_module._fsdp_wrapped_module.{}.weight", "model."),
+        ("_orig_mod.model.model.{}._orig_mod.weight", "model.model."),
+        ("etm.{}.weight", ""),
+        ("module.sdd.{}.weight", "module."),
+        ("vace_{}.weight", None),
     ],
 )
-def test_prefixes_are_stripped_anywhere(name):
-    assert names.clean(name) == "blocks.0.self_attn.q.weight"
+@pytest.mark.parametrize("module", ["patch_embedding", "blocks.0.self_attn.q", "blocks.0.attn1.to_q"])
+def test_what_wraps_a_model_is_found(name, wrapper, module):
+    found = names.wrappers([names.plain(name.format(module)), "decoder.conv1.weight"])
+    assert found == ([] if wrapper is None else [wrapper])
 
 
 def test_naming_is_recognised():
