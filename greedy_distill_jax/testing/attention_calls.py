@@ -17,7 +17,6 @@ class Recorded(NamedTuple):
     keys: int
     pairs: int  # of tokens
     lengths: bool  # lists are visible in part, known at run time
-    gradient: bool
     dtype: str
 
 
@@ -27,16 +26,16 @@ def recorded_calls() -> Iterator[list[Recorded]]:
     calls, before = [], backends.BACKENDS
 
     def watched(backend: Backend) -> Backend:
-        def note(form, gradient: bool):
+        def note(form):
             def call(q, k, v, lengths_Q, static):
                 pairs, hidden = static.pattern.pairs, lengths_Q is not None
-                calls.append(Recorded(backend.name, q.shape, k.shape[1], pairs, hidden, gradient, str(q.dtype)))
+                calls.append(Recorded(backend.name, q.shape, k.shape[1], pairs, hidden, str(q.dtype)))
                 return form(q, k, v, lengths_Q, static)
 
             return call
 
-        forward = backend.forward and note(backend.forward, True)
-        return dataclasses.replace(backend, attend=note(backend.attend, False), forward=forward)
+        forward = backend.forward and note(backend.forward)
+        return dataclasses.replace(backend, attend=note(backend.attend), forward=forward)
 
     backends.BACKENDS = tuple(map(watched, before))
     try:
