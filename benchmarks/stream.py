@@ -83,7 +83,7 @@ class Stream:
         filling, steady = (
             Step(
                 step.make.lower(self.params, state).compile(),
-                step.finish.lower(self.params, jax.eval_shape(step.make, self.params, state)[0]).compile(),
+                step.finish.lower(self.params, *jax.eval_shape(step.make, self.params, state)).compile(),
             )
             for step in (self.programs.filling, self.programs.steady)
         )
@@ -95,12 +95,12 @@ class Stream:
         return At(0, self.programs.init(self.params, self.text, jax.random.key(seed), self.shape))
 
     def make(self, at: At):
-        """(the stream before the pass that later chunks need, the next chunk's latents)."""
+        """(the state before the pass that later chunks need, the next chunk), see ``session.Step``."""
         return self.programs.step(at.made).make(self.params, at.state)
 
     def first(self):
         """The first chunk of a new stream."""
-        return self.make(self.open())[1]
+        return self.make(self.open())[1].x0
 
     def at(self, frame: int) -> At:
         """A stream that has made ``frame`` frames or up to a chunk more."""
@@ -109,15 +109,15 @@ class Stream:
             at, _ = self.chunk_of(at)
         return jax.block_until_ready(at)
 
-    def finish(self, at: At, unfinished) -> At:
-        """The stream after the chunk that ``make`` has begun."""
-        return At(at.made + 1, self.programs.step(at.made).finish(self.params, unfinished))
+    def finish(self, at: At, made) -> At:
+        """The stream after what ``make`` has made."""
+        return At(at.made + 1, self.programs.step(at.made).finish(self.params, *made))
 
     def chunk_of(self, at: At, decode=None):
         """(the stream after one chunk, its latents or what ``decode`` makes of them)."""
-        unfinished, out = self.make(at)
-        out = decode(out) if decode else out
-        return self.finish(at, unfinished), out
+        made = self.make(at)
+        out = decode(made[1].x0) if decode else made[1].x0
+        return self.finish(at, made), out
 
 
 class Decoder:
@@ -212,8 +212,8 @@ def measure(run: Run, plan: StepPlan, decoders: dict[str, Decoder], ceiling: flo
         for _ in range(SPAN):
             state, _ = laps.time(name, stream.chunk_of, state, per=stream.chunk)
             late, x = laps.time(LATE, stream.chunk_of, late, per=stream.chunk)
-            unfinished, _ = laps.time(HANDED, stream.make, state, per=stream.chunk)
-            state = jax.block_until_ready(stream.finish(state, unfinished))
+            made = laps.time(HANDED, stream.make, state, per=stream.chunk)
+            state = jax.block_until_ready(stream.finish(state, made))
         first["latents"] = clock.median_ms(stream.first, repeats)
     if not np.isfinite(x).all():
         raise RuntimeError(f"frame {frames} of a stream is not finite; random weights of scale one should not do that")

@@ -24,6 +24,7 @@ from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.ops.attention import select
 from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.pods import costs
@@ -171,6 +172,7 @@ def build_job(
         steps.append(Step(part.name, part.call, arguments, cost[part.name], dynamic_trips=trips.get(part.name)))
     if isinstance(stage.model, StreamingModel):
         params, of_params = (tree.nets[stage.name].params for tree in (state, of_state))
+        params = compute_precision(params, settings.wan.dtype)  # as a session holds them
         step, shapes, of_stream = _stream(settings, stage.model, mesh, latent_shape, params, of_params)
         trees[STREAM], trees["params"] = (shapes, of_stream), (params, of_params)
         steps.append(step)

@@ -60,7 +60,6 @@ class CausalState(NamedTuple):
 class Unfinished(NamedTuple):
     """As ``etm_sdd.Unfinished``."""
 
-    state: CausalState
     x0: Float32[Array, "B g H W C"]
     keys: KeyValue | None
     noise: Float32[Array, "B g H W C"] | None
@@ -166,17 +165,17 @@ class CausalStreamer:
 
     def step(self, params: Any, state: CausalState) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
-        unfinished, x0 = self.make(params, state)
-        return self.finish(params, unfinished), x0
+        state, chunk = self.make(params, state)
+        return self.finish(params, state, chunk), chunk.x0
 
-    def make(self, params: Any, state: CausalState) -> tuple[Unfinished, Float32[Array, "B g H W C"]]:
+    def make(self, params: Any, state: CausalState) -> tuple[CausalState, Unfinished]:
         """As ``Streamer.make``."""
-        unfinished, made = self._make(params, state, None, None)
-        return unfinished, made.x0
+        state, chunk, _ = self._make(params, state, None, None)
+        return state, chunk
 
-    def finish(self, params: Any, unfinished: Unfinished) -> CausalState:
+    def finish(self, params: Any, state: CausalState, chunk: Unfinished) -> CausalState:
         """As ``Streamer.finish``."""
-        state, x, own, noise = unfinished
+        x, own, noise = chunk
         return self._conclude(self._context_call(params, state), state, x, own, noise)
 
     def step_to(
@@ -187,16 +186,16 @@ class CausalStreamer:
         record: PerList | None = None,
     ) -> tuple[CausalState, Made]:
         """As ``Streamer.step_to``."""
-        unfinished, made = self._make(params, state, exits, record)
-        return self.finish(params, unfinished), made
+        state, chunk, made = self._make(params, state, exits, record)
+        return self.finish(params, state, chunk), made
 
-    def _make(self, params, state: CausalState, exits, record) -> tuple[Unfinished, Made]:
+    def _make(self, params, state: CausalState, exits, record) -> tuple[CausalState, Unfinished, Made]:
         key, key_sample = split_key(state.key)
         call, shape = self._caller(self.student.network(params), state.text, state), state.last.shape
         own = self._empty(state.last, 1) if self._keeps_last(state) else None
         made, own = make_chunk(self.plan, call, self._list(state), shape, own, key_sample, exits, record)
         noise = context_noise(self.plan, state.index, key_sample, shape)
-        return Unfinished(state._replace(key=key), made.x0, own, noise), made
+        return state._replace(key=key), Unfinished(made.x0, own, noise), made
 
     def observe(
         self, params: Any, state: CausalState, x0_BTHWC: Float32[Array, "B g H W C"]

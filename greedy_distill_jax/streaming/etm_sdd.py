@@ -76,9 +76,8 @@ class StreamState(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """A stream between the making of a chunk and the pass that later chunks need of it."""
+    """A chunk before the pass that later ones need of it."""
 
-    state: StreamState
     x0: Float32[Array, "B g H W C"]
     keys: KeyValue | None  # context "last_step_kv": the chunk's, which make that pass superfluous
     noise: Float32[Array, "B g H W C"] | None  # its ``context_noise``
@@ -152,23 +151,23 @@ class Streamer:
 
     def step(self, params: Any, state: StreamState) -> tuple[StreamState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
-        unfinished, x0 = self.make(params, state)
-        return self.finish(params, unfinished), x0
+        state, chunk = self.make(params, state)
+        return self.finish(params, state, chunk), chunk.x0
 
-    def make(self, params: Any, state: StreamState) -> tuple[Unfinished, Float32[Array, "B g H W C"]]:
-        """The first part of ``step``: (what ``finish`` takes, clean latents). Nobody who waits for these needs more."""
+    def make(self, params: Any, state: StreamState) -> tuple[StreamState, Unfinished]:
+        """The first part of ``step``: what ``finish`` takes. Nobody who waits for ``Unfinished.x0`` needs more."""
         if self.cfg.context != "fused":
-            unfinished, made = self._make(params, state, None, None)
-            return unfinished, made.x0
+            state, chunk, _ = self._make(params, state, None, None)
+            return state, chunk
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
         x, state = self._denoise_fused(params, state, z, key_sample)
         noise = context_noise(self.plan, state.index, key_sample, x.shape)
-        return Unfinished(state, x, None, noise, z, None), x
+        return state, Unfinished(x, None, noise, z, None)
 
-    def finish(self, params: Any, unfinished: Unfinished) -> StreamState:
+    def finish(self, params: Any, state: StreamState, chunk: Unfinished) -> StreamState:
         """The second part of ``step``: the pass over the finished chunk, whose keys later ones look at."""
-        state, x, own, noise, z, z_kv = unfinished
+        x, own, noise, z, z_kv = chunk
         if self.cfg.context == "fused":  # it is left to the next chunk's first call
             last, _ = kept(self.plan, state.index, x, noise)
             return self._next(state._replace(z=z), last, x)
@@ -196,10 +195,10 @@ class Streamer:
                 "step_to: context 'fused' leaves the pass over the last chunk to the next `step`; make the student "
                 "with context 'clean', whose numbers are the same."
             )
-        unfinished, made = self._make(params, state, exits, record)
-        return self.finish(params, unfinished), made
+        state, chunk, made = self._make(params, state, exits, record)
+        return self.finish(params, state, chunk), made
 
-    def _make(self, params, state: StreamState, exits, record) -> tuple[Unfinished, Made]:
+    def _make(self, params, state: StreamState, exits, record) -> tuple[StreamState, Unfinished, Made]:
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
         z_kv = self._project_z(params["sdd"], state, z)
@@ -209,7 +208,7 @@ class Streamer:
             own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache)
         made, own = make_chunk(self.plan, call, self._list(state), state.last.shape, own, key_sample, exits, record)
         noise = context_noise(self.plan, state.index, key_sample, state.last.shape)
-        return Unfinished(state, made.x0, own, noise, z, z_kv), made
+        return state, Unfinished(made.x0, own, noise, z, z_kv), made
 
     def observe(
         self, params: Any, state: StreamState, x0_BTHWC: Float32[Array, "B g H W C"]

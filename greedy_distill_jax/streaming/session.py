@@ -28,8 +28,8 @@ class Step(NamedTuple):
     """A chunk in two programs: whoever waits for the chunk need not wait for what later ones need of it.
 
     Attributes:
-      make: ``(params, state) -> (unfinished, latents [B, g, H, W, C])``.
-      finish: ``(params, unfinished) -> state``.
+      make: ``(params, state) -> (state, chunk)``, of which ``chunk.x0`` are the latents [B, g, H, W, C].
+      finish: ``(params, state, chunk) -> state``.
     """
 
     make: Callable[..., Any]
@@ -37,8 +37,8 @@ class Step(NamedTuple):
 
     def __call__(self, params: Any, state: Any) -> tuple[Any, Float32[Array, "B g H W C"]]:
         """Both: (state, latents)."""
-        unfinished, latents = self.make(params, state)
-        return self.finish(params, unfinished), latents
+        state, chunk = self.make(params, state)
+        return self.finish(params, state, chunk), chunk.x0
 
 
 class Programs(NamedTuple):
@@ -151,11 +151,11 @@ class Session:
     def _next(self, use: Callable[[Array], Any]) -> Any:
         """What ``use`` makes of the next chunk's latents, which the device does before the pass for later chunks."""
         step = self._programs.step(self._made)
-        unfinished, latents = step.make(self._params, self.state)
+        state, chunk = step.make(self._params, self.state)
         try:
-            return use(latents)
+            return use(chunk.x0)
         finally:
-            self.state = step.finish(self._params, unfinished)
+            self.state = step.finish(self._params, state, chunk)
             self._made += 1
 
     def next_frames(self) -> UInt8[np.ndarray, "B T H W 3"]:

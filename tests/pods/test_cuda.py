@@ -44,11 +44,11 @@ def test_streams_attend_by_cudnn_alone(lower, size, student):
     params = jax.eval_shape(lambda: model.init(key, (1, *size.latent_shape)))
     text = jax.ShapeDtypeStruct((1, base.text_len, base.text_dim), jnp.float32)
     state = jax.eval_shape(lambda p, t: streamer.init(p, t, key, size.latent_shape), params, text)
-    unfinished, _ = jax.eval_shape(streamer.make, params, state)
+    made = jax.eval_shape(streamer.make, params, state)
     for filling in (True, False):
         own = streamer if filling else streamer.steady()
-        for program, inputs in ((own.make, state), (own.finish, unfinished)):
-            found, calls = lower(lambda f=program, x=inputs: (jax.jit(lambda *args: f(*args)), params, x))
+        for program, inputs in ((own.make, (state,)), (own.finish, made)):
+            found, calls = lower(lambda f=program, x=inputs: (jax.jit(lambda *args: f(*args)), params, *x))
             assert {call.backend for call in calls} == {"cudnn"} and found.count(CUDNN) >= 2
             assert {call.lengths for call in calls if call.keys != base.text_len} == {filling}
 
