@@ -28,6 +28,7 @@ from greedy_distill_jax.eval.videos import held_out_videos, sampled
 from greedy_distill_jax.measure import clock
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import load_meta
+from greedy_distill_jax.streaming.session import programs
 
 SECOND, SHORT = 8, 21  # frames of the first second (config.log.fps), and of the gate
 LIMITS = {"quality": 0.95, "validity": 0.95, "time": 0.65}  # of uniform 4's, the first two at least, the last at most
@@ -163,15 +164,13 @@ class Rows(Bench):
             laps, lengths = clock.Laps(), 2 * SHORT
             calls = {}
             for row, run in runs.items():
-                streamer = run.streamer()
-                made = jax.jit(streamer.init, static_argnums=3), jax.jit(streamer.step, donate_argnums=1)
-                calls[row] = *made, run.text(["a red square moving left"])
+                calls[row] = programs(run.streamer()), run.text(["a red square moving left"])
             for turn in range(repeats + 1):
                 for row, run in runs.items():
-                    init, step, text = calls[row]
-                    state = init(run.params, text, jax.random.key(0), run.latent_shape[1:])
+                    own, text = calls[row]
+                    state = own.init(run.params, text, jax.random.key(0), run.latent_shape[1:])
                     for frame in range(lengths):
-                        state, _ = laps.time((row, frame), step, run.params, state, per=1, counts=turn > 0)
+                        state, _ = laps.time((row, frame), own.step(frame), run.params, state, per=1, counts=turn > 0)
             frames = {row: np.asarray([laps.median_ms((row, n)) for n in range(lengths)]) for row in rows}
             return {
                 row: {

@@ -10,6 +10,7 @@ depend on the weights. Columns of the table, from the text's rows on the device 
   text      a new stream: the students' own projection of the text rows, and empty caches. The text encoder (UMT5) runs
             before, in PyTorch (`prepare text`), and is not in any figure here
   first     the first chunk of a new stream, text included: latents, pixels by the tiny VAE, pixels by Wan's
+  handed    ms per latent frame until a chunk's latents are handed out, its clean pass not yet made
   model     ms per latent frame of the denoising calls alone: keys for later frames come from the last of them (context
             "last_step_kv")
   + clean   with the pass that writes clean keys (context "clean", the default); "fused" is the same numbers by one
@@ -27,6 +28,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.streaming.loop import cache_bytes
 from greedy_distill_jax.streaming.make import make_streamer
-from greedy_distill_jax.streaming.session import programs
+from greedy_distill_jax.streaming.session import WEIGHTS, Step, programs
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.rollout import recompute, roll_out
 
@@ -58,42 +60,64 @@ SCHEDULES = {
 CONTEXTS = {"model": "last_step_kv", "clean": "clean", "fused": "fused"}
 EARLY = 20  # frame from which the steady state is timed
 SPAN = 16  # chunks timed there, and at the end
-LATE = "late"  # name of those at the end
+LATE, HANDED = "late", "handed"  # names of the laps at the end, and of those without the pass for later chunks
 TOLERANCE = 1e-4  # of streamed against parallel frames in float32, relative to their standard deviation
 
 
+class At(NamedTuple):
+    """Where a stream is."""
+
+    made: int  # chunks
+    state: Any
+
+
 class Stream:
-    """One student, context mode and schedule, compiled."""
+    """One student, context mode and schedule, compiled: for the first chunks, and for those after them."""
 
     def __init__(self, run: Run, context: str, plan: StepPlan, text):
         cfg = dataclasses.replace(run.model.cfg, context=context)
         self.params, self.text, self.shape = run.params, text, run.latent_shape[1:]
         self.streamer, self.chunk = make_streamer(make_student(cfg), plan), cfg.chunk
         self.programs = programs(self.streamer)
-        state = self.open()
-        start = clock.now()
-        self.step = self.programs.step.lower(self.params, state).compile()
+        state, start = self.open().state, clock.now()
+        filling, steady = (
+            Step(
+                step.make.lower(self.params, state).compile(),
+                step.finish.lower(self.params, *jax.eval_shape(step.make, self.params, state)).compile(),
+            )
+            for step in (self.programs.filling, self.programs.steady)
+        )
         self.compile_s, self.cache_bytes = clock.now() - start, cache_bytes(state)
+        self.programs = self.programs._replace(filling=filling, steady=steady)
 
-    def open(self, seed: int = 0):
-        """The state of a new stream."""
-        return self.programs.init(self.params, self.text, jax.random.key(seed), self.shape)
+    def open(self, seed: int = 0) -> At:
+        """A new stream."""
+        return At(0, self.programs.init(self.params, self.text, jax.random.key(seed), self.shape))
+
+    def make(self, at: At):
+        """(the state before the pass that later chunks need, the next chunk), see ``session.Step``."""
+        return self.programs.step(at.made).make(self.params, at.state)
 
     def first(self):
         """The first chunk of a new stream."""
-        return self.step(self.params, self.open())[1]
+        return self.make(self.open())[1].x0
 
-    def at(self, frame: int):
-        """The state of a stream that has made ``frame`` frames or up to a chunk more."""
-        state = self.open()
+    def at(self, frame: int) -> At:
+        """A stream that has made ``frame`` frames or up to a chunk more."""
+        at = self.open()
         for _ in range(-(-frame // self.chunk)):
-            state, _ = self.step(self.params, state)
-        return jax.block_until_ready(state)
+            at, _ = self.chunk_of(at)
+        return jax.block_until_ready(at)
 
-    def chunk_of(self, state, decode=None):
-        """(state after one chunk, its latents or what ``decode`` makes of them)."""
-        state, out = self.step(self.params, state)
-        return state, decode(out) if decode else out
+    def finish(self, at: At, made) -> At:
+        """The stream after what ``make`` has made."""
+        return At(at.made + 1, self.programs.step(at.made).finish(self.params, *made))
+
+    def chunk_of(self, at: At, decode=None):
+        """(the stream after one chunk, its latents or what ``decode`` makes of them)."""
+        made = self.make(at)
+        out = decode(made[1].x0) if decode else made[1].x0
+        return self.finish(at, made), out
 
 
 class Decoder:
@@ -146,11 +170,11 @@ def check(name: str, students: Sequence[str]) -> dict[str, float]:
             shape = (frames, *run.latent_shape[1:])
             drawn = jax.jit(lambda p, s=streamer, t=text, k=key, d=shape: roll_out(s, p, t, k, d, "last"))(run.params)
             again = jax.jit(lambda p, m=run.model, t=text, d=drawn: recompute(m, p, t, d, ContextGrad()))(run.params)
-            init, step, _ = programs(streamer)
-            state = init(run.params, text, jax.random.split(key)[1], shape[1:])
+            own = programs(streamer)
+            state = own.init(run.params, text, jax.random.split(key)[1], shape[1:])
             streamed = []
-            for _ in range(frames // chunk):
-                state, x = step(run.params, state)
+            for made in range(frames // chunk):
+                state, x = own.step(made)(run.params, state)
                 streamed.append(np.asarray(x))
             expected = np.asarray(drawn.x0_BTHWC)
             for form, got in (("streamed", np.concatenate(streamed, axis=1)), ("parallel", np.asarray(again))):
@@ -176,8 +200,10 @@ def measure(run: Run, plan: StepPlan, decoders: dict[str, Decoder], ceiling: flo
     first, compile_s, needed, laps = {}, {}, {}, clock.Laps()
     for name in names:
         stream = Stream(run, CONTEXTS[name], plan, text)
-        compile_s[name], needed[name] = stream.compile_s, memory.program_bytes(stream.step)
+        compile_s[name], needed[name] = stream.compile_s, memory.program_bytes(stream.programs.steady.make)
         state = stream.at(EARLY)
+        if state.made < stream.programs.warm_up:
+            raise RuntimeError(f"slots are still empty after {EARLY} frames; nothing steady is timed")
         if name != "clean":
             for _ in range(SPAN):
                 state, _ = laps.time(name, stream.chunk_of, state, per=stream.chunk)
@@ -186,6 +212,8 @@ def measure(run: Run, plan: StepPlan, decoders: dict[str, Decoder], ceiling: flo
         for _ in range(SPAN):
             state, _ = laps.time(name, stream.chunk_of, state, per=stream.chunk)
             late, x = laps.time(LATE, stream.chunk_of, late, per=stream.chunk)
+            made = laps.time(HANDED, stream.make, state, per=stream.chunk)
+            state = jax.block_until_ready(stream.finish(state, made))
         first["latents"] = clock.median_ms(stream.first, repeats)
     if not np.isfinite(x).all():
         raise RuntimeError(f"frame {frames} of a stream is not finite; random weights of scale one should not do that")
@@ -196,7 +224,7 @@ def measure(run: Run, plan: StepPlan, decoders: dict[str, Decoder], ceiling: flo
             state, _ = laps.time(name, kept.chunk_of, state, decode, per=kept.chunk)
         first[name] = clock.median_ms(lambda d=decoder: d.open()(kept.first()), repeats)
     per_frame = laps.medians_ms()
-    late_ms = per_frame.pop(LATE)
+    late_ms, handed_ms = per_frame.pop(LATE), per_frame.pop(HANDED)
     switch = jax.jit(kept.streamer.switch_prompt)
     stride, patch = next(iter(decoders.values())).codec.temporal_stride, run.model.cfg.base.patch
     tokens = run.latent_shape[1] * run.latent_shape[2] // patch**2
@@ -205,8 +233,9 @@ def measure(run: Run, plan: StepPlan, decoders: dict[str, Decoder], ceiling: flo
         "chunk": kept.chunk,
         "steps": [len(row) for row in plan.sigmas],
         "text_ms": clock.median_ms(kept.open, repeats),
-        "switch_ms": clock.median_ms(lambda: switch(kept.params, state, text), repeats),
+        "switch_ms": clock.median_ms(lambda: switch(kept.params, state.state, text), repeats),
         "first_chunk_ms": first,
+        "handed_out_ms_per_latent_frame": handed_ms,
         "ms_per_latent_frame": per_frame,
         "model_flops_per_latent_frame": work,
         "mfu": 1e3 * work / per_frame["clean"] / ceiling,
@@ -228,7 +257,8 @@ def show(rows: list[dict]) -> str:
         "first: latents",
         "tiny VAE",
         "Wan VAE",
-        "ms/frame: model",
+        "ms/frame: handed",
+        "model",
         "+ clean",
         "fused",
         "+ tiny VAE",
@@ -251,6 +281,7 @@ def show(rows: list[dict]) -> str:
                 first["latents"],
                 first["tiny VAE"],
                 first["Wan VAE"],
+                row["handed_out_ms_per_latent_frame"],
                 ms["model"],
                 ms["clean"],
                 ms.get("fused"),
@@ -276,9 +307,9 @@ def _parser() -> cli.Parser:
     parser.add_argument("--repeats", type=int, default=7, help="first chunks that are timed (7)")
     parser.add_argument(
         "--weights",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="how kernels are stored (float32, as `sample` holds a run's)",
+        choices=WEIGHTS,
+        default=WEIGHTS[0],
+        help="how kernels are held (compute: in the dtype that they are used in, as `sample` holds them)",
     )
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     return parser
@@ -314,7 +345,8 @@ def main(argv: list[str]) -> None:
         name: memory.program_bytes(decoder.programs[1]) for name, decoder in decoders.items()
     }
     for student in args.student:
-        run = size.run(student, args.weights)
+        run = size.run(student)
+        run = run.computing() if args.weights == "compute" else run
         result["models"] = result.get("models", {}) | {student: dataclasses.asdict(run.model.cfg)}
         for name in args.steps:
             row = measure(run, StepPlan(SCHEDULES[name], "renoise"), decoders, ceiling, args.frames, args.repeats)

@@ -40,11 +40,11 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 def _ours(size: Size, student: str, plan: StepPlan):
-    """(run, text rows, state and step of a stream); kernels are stored in the dtype that they are used in."""
+    """(run, text rows, state and programs of a stream); kernels are stored in the dtype that they are used in."""
     run = size.run(student, read_settings(size.config(student), imagine_runs=True).wan.dtype)
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    init, step, _ = programs(make_streamer(run.model, plan))
-    return run, text, init(run.params, text, jax.random.key(2), run.latent_shape[1:]), step
+    own = programs(make_streamer(run.model, plan))
+    return run, text, own.init(run.params, text, jax.random.key(2), run.latent_shape[1:]), own
 
 
 def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: str) -> dict:
@@ -61,8 +61,8 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
       RuntimeError: the frames of a peer are not ours.
     """
     plan = StepPlan((noise_levels.uniform_steps(steps, 5.0),), "renoise")
-    run, text, state, step = _ours(size, "causal", plan)
-    etm_run, _, etm_state, etm_step = _ours(size, "etm_sdd", plan)
+    run, text, state, own = _ours(size, "causal", plan)
+    etm_run, _, etm_state, etm = _ours(size, "etm_sdd", plan)
     cfg = run.model.cfg
     options = dict(device=device, dtype=cfg.base.dtype)
     inputs = run.params, cfg, np.asarray(text, np.float32), plan.sigmas[0], run.latent_shape[1:3]
@@ -70,12 +70,12 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
     etm_chunk = etm_run.model.cfg.chunk
     laps, worst = clock.Laps(), 0.0
     # Chunks until every slot is filled, and one more with the shapes that stay, which compiles.
-    warm = cfg.sink_chunks + cfg.ring_chunks + 2
+    warm = max(own.warm_up, etm.warm_up) + 2
 
     for number in range(warm + repeats):
         noise = step_noise(state, steps)
         counts = number >= warm
-        state, ours = laps.time(CAUSAL, step, run.params, state, per=cfg.chunk, counts=counts)
+        state, ours = laps.time(CAUSAL, own.step(number), run.params, state, per=cfg.chunk, counts=counts)
         ours = np.asarray(ours, np.float32)
         for name, peer in others.items():
             theirs = laps.time(name, peer.step, [peer.tensor(x) for x in noise], per=cfg.chunk, counts=counts)
@@ -84,7 +84,7 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
             if not difference < TOLERANCE[cfg.base.dtype]:  # not a number is no pass either
                 raise RuntimeError(f"chunk {number}: {name} differs by {difference:.1e}; no times of unlike work")
             worst = max(worst, difference)
-        etm_state, _ = laps.time(ETM_SDD, etm_step, etm_run.params, etm_state, per=etm_chunk, counts=counts)
+        etm_state, _ = laps.time(ETM_SDD, etm.step(number), etm_run.params, etm_state, per=etm_chunk, counts=counts)
     ms = {name: laps.median_ms(name) for name in (*peers, CAUSAL, ETM_SDD)}
     return {
         "ms_per_latent_frame": ms,

@@ -18,7 +18,7 @@ from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 
 # What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
 
-OPTIONS = ("frames", "steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output")
+OPTIONS = ("frames", "steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output", "weights")
 PLACES = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
 PLACES |= {"switches": "--switch", "path": "--output", "directory": "--checkpoint", "folder": "--model"}
 OF_A_STUDENT, OF_A_TEACHER = ("switch",), ("negative_prompt", "solver", "shift", "guidance")
@@ -31,6 +31,7 @@ def _check(args: argparse.Namespace) -> None:
         field, folder, remedy = "directory", args.checkpoint, "give the --workdir of a training command"
     else:
         _refuse(args, OF_A_STUDENT, "needs a streaming student (--checkpoint); --model makes whole videos")
+        _refuse(args, ("weights",), "belongs to --checkpoint; the weights of a model folder are held in its --dtype")
         field, folder, remedy = "folder", args.model, "give a model folder in the layout of diffusers"
     if not Path(folder).expanduser().is_dir():
         raise UserError(f"{folder}: no such folder; {remedy}", field)
@@ -61,7 +62,7 @@ def _load(args: argparse.Namespace):
     run = Run.load(args.checkpoint, text=args.text, codec=args.codec)
     foreign = OF_A_TEACHER if run.is_student else OF_A_STUDENT
     _refuse(args, foreign, "needs a teacher" if run.is_student else "needs a streaming student")
-    return run
+    return run if args.weights == "float32" else run.computing()
 
 
 def _videos(run, args: argparse.Namespace) -> Iterator:
@@ -73,7 +74,8 @@ def _videos(run, args: argparse.Namespace) -> Iterator:
 
     if run.is_student:
         args.frames = args.frames or Timeline(run.codec.temporal_stride, run.model.cfg.chunk).fill(options.FRAMES)
-        sessions = [run.session([prompt], seed=args.seed, steps=args.steps) for prompt in args.prompt]
+        more = dict(seed=args.seed, steps=args.steps, weights=args.weights or "compute")
+        sessions = [run.session([prompt], **more) for prompt in args.prompt]
         playing = [session.play(args.frames, args.switches) for session in sessions]
         return (np.concatenate(frames) for frames in zip(*playing, strict=True))
     trained = (

@@ -6,12 +6,9 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from greedy_distill_jax.ops.attention import Pattern, backends
-from greedy_distill_jax.ops.attention.backends.record import Call
-from greedy_distill_jax.testing.attention import dense_attention, relative_error
+from greedy_distill_jax.ops.attention import backends
 from tests.conftest import ROOT
 
 ITEMS = ("ceilings", "correctness", "streaming", "torch_peer", "attention", "training", "trace")
@@ -33,7 +30,7 @@ def run(output, env, *arguments):
 @pytest.mark.slow
 @pytest.mark.subprocesses
 def test_items_from_end_to_end(tmp_path, subprocess_env):
-    """Ceilings, and streams by the library and by both probes; all items take minutes."""
+    """Ceilings, and streams; all items take minutes."""
     only = ("--only", *ITEMS_RUN, "--commit=abc")
     done = run(tmp_path, subprocess_env, "--minutes=60", *only)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,9 +50,9 @@ def test_items_from_end_to_end(tmp_path, subprocess_env):
             assert row["figures"] and all(math.isfinite(x) for x in row["figures"].values()), label
             assert all(value < limit for value, limit in row.get("checks", {}).values()), label
     assert {label for (_, label), row in rows.items() if "not built yet" in row.get("why", "")} == NOT_BUILT
-    assert rows["streaming", "as it is, 4 steps"]["status"] == "ok"
-    checked = rows["streaming", "prefix, 4 steps"]["checks"].keys()
-    assert checked > {"frame 0 against as it is", "frame 2 against as it is"}
+    assert rows["streaming", "4 steps, XLA scan"]["status"] == "ok"
+    checked = rows["streaming", "4 steps"]["checks"].keys()
+    assert checked > {"frame 0 against XLA scan", "frame 2 against XLA scan"}
     table = (tmp_path / "table.md").read_text()
     assert done.stdout.endswith(table) and all(f"| {item} | {label} |" in table for item, label in rows)
     # Again: nothing is left to do, and figures of another commit are not mixed with these.
@@ -84,7 +81,11 @@ def chosen(items, tmp_path, monkeypatch):
 
 
 def test_rows_of_the_attention_item(chosen):
-    measured = ("stream SDD tiny: prefix", "stream ETM tiny: cuDNN, no mask", "train ETM tiny: ours, XLA scan")
+    measured = (
+        "stream SDD tiny: ours, key lengths",
+        "stream ETM tiny: cuDNN, no mask",
+        "train ETM tiny: ours, XLA scan",
+    )
     rows = chosen("attention", (*measured, "block sizes"))
     kinds = {name.partition(":")[0] for name in rows} - {"block sizes"}
     assert kinds == {f"{kind} {part} tiny" for kind in ("stream", "train") for part in ("SDD", "ETM", "causal")}
@@ -95,7 +96,7 @@ def test_rows_of_the_attention_item(chosen):
 
 @pytest.mark.subprocesses  # the item starts one for the clips, which ends with it
 def test_rows_of_the_correctness_item(chosen):
-    measured = {f"{name}, float32" for name in ("xla", "mask at run time, prefix", "decode, xla")}
+    measured = {f"{name}, float32" for name in ("xla", "lengths at run time, xla")}
     rows = chosen("correctness", measured)
     assert {rows[name]["status"] for name in measured} == {"ok"}, rows
     assert rows.keys() >= {"cudnn, bfloat16", "clip, etm_sdd, tiny", "pixels, Wan VAE, tiny"}
@@ -104,9 +105,9 @@ def test_rows_of_the_correctness_item(chosen):
 @pytest.mark.parametrize(
     "item, rows",
     [
-        ("torch_peer", {"float32, tiny", "eager", "compiled", "ours, causal, as it is"}),
-        ("training", {"stage 1", "critic, prefix", "generator, prefix", "rollout gradient, prefix"}),
-        ("trace", {"stage 1", "frame, prefix, 4 steps", "frame, as it is, 4 steps"}),
+        ("torch_peer", {"float32, tiny", "eager", "compiled"}),
+        ("training", {"stage 1", "critic", "generator", "rollout gradient"}),
+        ("trace", {"stage 1", "frame, 4 steps"}),
     ],
 )
 def test_rows_of_an_item(chosen, item, rows):
@@ -168,20 +169,10 @@ def test_rows_are_written_judged_and_kept(items, tmp_path, capsys):
     assert "some: failed: failed: RuntimeError: no such kernel" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("visible", [((1, 0, 1, 1), (1, 1, 0, 1)), ((0, 0, 0, 1), (0, 0, 0, 0))])
-def test_visible_chunks_first_is_the_same_attention(items, visible):
-    prefix, rng = items("prefix"), np.random.default_rng(0)
-    table, visible = Pattern.from_table([(3, 1, 0), (0, 2, 3)], q_chunk=6, num_k_chunks=4), np.asarray(visible, bool)
-    q, k, v = (rng.standard_normal((2, n, 2, 8)).astype(np.float32) for n in (12, 24, 24))
-    found = prefix.attend(*map(jnp.asarray, (q, k, v, visible)), Call(table, 8**-0.5))
-    mask = table.dense_mask() & visible.repeat(6, 0).repeat(6, 1)
-    assert relative_error(found, dense_attention(q, k, v, mask, 8**-0.5)) < 1e-6
-
-
-def test_a_probe_that_computed_nothing(items):
-    prefix, before = items("prefix"), backends.BACKENDS
-    with pytest.raises(RuntimeError, match="the probe 'prefix' was not used"), prefix.streams_by():
-        assert backends.names()[0] == "prefix"
+def test_the_scan_is_what_is_traced_meanwhile(items):
+    scan, before = items("scan"), backends.BACKENDS
+    with scan.by_scan():
+        assert backends.names() == ("xla", "reference")
     assert backends.BACKENDS is before
 
 

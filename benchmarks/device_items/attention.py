@@ -1,7 +1,7 @@
 """The attention op at the shapes that the models have, ours next to cuDNN and PyTorch.
 
-Two kinds of rows. "stream": one chunk of queries against a cache of which everything is filled, forward only; the rows
-without a mask, and with the number of keys as a length, are what streams could run. "train": the tables of the parallel
+Two kinds of rows. "stream": one chunk of queries against a cache of which everything is filled, forward only, as such,
+and with the number of keys as a length, as streams run until their slots are full. "train": the tables of the parallel
 form, forward and backward. TFLOP/s count unmasked pairs only, two matmuls forward and five backward. Every output, and
 every gradient, is compared with dense attention in float32 over a part of the table.
 """
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from sizes import SIZES, Size
 
-from device_items import ceilings, prefix, torch_attention
+from device_items import ceilings, torch_attention
 from device_items.correctness import needs
 from device_items.record import NotHere, Record
 from device_items.timing import UNTUNED, error, median_ms
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.models.students import patterns
-from greedy_distill_jax.ops.attention import Pattern, chunk_attention, decode_attention
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention
 from greedy_distill_jax.ops.attention.backends import reference
 from greedy_distill_jax.ops.attention.backends.record import Call
 
@@ -100,7 +100,8 @@ def run(record: Record) -> None:
         for work in works:
             row(work, "cuDNN, no mask", functools.partial(by_jax, attend=cudnn), 5)
             row(work, "cuDNN, key lengths", functools.partial(by_jax, attend=cudnn_lengths, partly=True), 5)
-            row(work, "prefix", functools.partial(by_jax, attend=visible_first), 4)
+            row(work, "ours", functools.partial(by_jax, attend=ours(None)), 4)
+            row(work, "ours, key lengths", functools.partial(by_jax, attend=filling), 4)
             row(work, "torch SDPA", functools.partial(by_torch, make=torch_attention.sdpa), 4)
 
     def measure_tables(works):
@@ -118,8 +119,7 @@ def run(record: Record) -> None:
         row(work, "torch FlexAttention", functools.partial(by_torch, make=torch_attention.flex), 25)
         row(work, "tokamax", functools.partial(by_jax, attend=tokamax, sets=1), 10)
     for work in streams[:small]:
-        row(work, "ours as it is (XLA scan)", functools.partial(by_jax, attend=hidden, sets=1), 6)
-        row(work, "ours, decode (XLA)", functools.partial(by_jax, attend=by_decode, sets=1), 6)
+        row(work, "ours, XLA scan", functools.partial(by_jax, attend=ours("xla"), sets=1), 6)
     measure_streams(streams[small:])
     measure_tables(tables[small:])
     record.leave_out("block sizes", "not built yet: there is no GPU kernel of our own to tune")
@@ -142,34 +142,18 @@ def cudnn_lengths(work: Work, q, k, v, length=None):
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length[None], implementation="cudnn")
 
 
-def _all(work: Work):
-    return jnp.ones((work.table.num_q_chunks, work.table.num_k_chunks), bool)
+def filling(work: Work, q, k, v):
+    """What streams run while slots are empty, of which here none is."""
+    lengths = jnp.full((work.table.num_q_chunks,), work.table.num_k_chunks, jnp.int32)
+    return chunk_attention(q, k, v, work.table, lengths_Q=jax.lax.optimization_barrier(lengths))
 
 
-def visible_first(work: Work, q, k, v):
-    """The probe of streaming, copies included."""
-    if jax.default_backend() != "cpu":
-        needs("cudnn", q)
-    visible = jax.lax.optimization_barrier(_all(work))
-    return prefix.attend(q, k, v, visible, Call(work.table, q.shape[-1] ** -0.5))
-
-
-def hidden(work: Work, q, k, v):
-    """What streams run."""
-    return chunk_attention(q, k, v, work.table, visible_QS=jax.lax.optimization_barrier(_all(work)))
-
-
-def by_decode(work: Work, q, k, v):
-    """The form of the op for a cache that is filled from the front."""
-    del work
-    return decode_attention(q, k, v, jax.lax.optimization_barrier(jnp.int32(k.shape[1])))
-
-
-def ours(implementation: str) -> Callable:
-    """The op by one implementation."""
+def ours(implementation: str | None) -> Callable:
+    """The op by one implementation, None for the best."""
 
     def attend(work: Work, q, k, v):
-        needs(implementation, q)
+        if implementation is not None:
+            needs(implementation, q)
         return chunk_attention(q, k, v, work.table, implementation=implementation)
 
     return attend

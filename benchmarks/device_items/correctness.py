@@ -12,15 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from sizes import SIZES
 
-from device_items import prefix
 from device_items.record import NotHere, Record
 from device_items.timing import UNTUNED, error
 from greedy_distill_jax.diffusion.noise_levels import uniform_steps
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students import patterns
-from greedy_distill_jax.ops.attention import Pattern, chunk_attention, decode_attention, select
-from greedy_distill_jax.ops.attention.backends.record import Call
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
@@ -29,7 +27,6 @@ from greedy_distill_jax.testing.attention import dense_attention
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 GRADIENT = {"float32": 5e-5, "bfloat16": 2e-2}
 STUDENTS, DECODERS, FRAMES, CLIP_TOLERANCE = ("etm_sdd", "causal"), ("tiny VAE", "Wan VAE"), 24, 1e-3
-PARTIAL = ((True, False, True, True), (True, True, False, True))  # slots that are filled, by query chunk
 
 
 def tables(chunk: int) -> dict[str, Pattern]:
@@ -64,12 +61,11 @@ def run(record: Record) -> None:
 
 
 def attention(record: Record, dtype: str, **shape) -> None:
-    """Rows of ``chunk_attention``, its form with a traced mask, and ``decode_attention``."""
+    """Rows of ``chunk_attention``, and of its form with lengths that are known at run time."""
     for name in ("cudnn", "xla"):
         record.row(f"{name}, {dtype}", lambda n=name: backend(n, dtype, **shape))
-    for name in ("xla", "prefix"):
-        record.row(f"mask at run time, {name}, {dtype}", lambda n=name: masked(n, dtype, **shape))
-    record.row(f"decode, xla, {dtype}", lambda: decode(dtype, **shape))
+    for name in ("cudnn", "xla"):
+        record.row(f"lengths at run time, {name}, {dtype}", lambda n=name: partly(n, dtype, **shape))
 
 
 def needs(name: str, q_BLNK) -> None:
@@ -88,12 +84,10 @@ def arrays(table: Pattern, dtype: str, heads: int, dim: int) -> list[jax.Array]:
     return [jax.random.normal(key, (1, n, heads, dim), jnp.dtype(dtype)) for key, n in zip(keys, (q, k, k, q))]
 
 
-def compare(attend, inputs, mask, gradients: bool = True) -> dict[str, float]:
+def compare(attend, inputs, mask) -> dict[str, float]:
     """Relative error of the output, and of the worst gradient, against float64 in numpy."""
     q, k, v, g = inputs
-    exact = dense_attention(q, k, v, mask, q.shape[-1] ** -0.5, g if gradients else None)
-    if not gradients:
-        return {"output": error(jax.jit(attend, compiler_options=UNTUNED)(q, k, v), exact)}
+    exact = dense_attention(q, k, v, mask, q.shape[-1] ** -0.5, g)
 
     @functools.partial(jax.jit, compiler_options=UNTUNED)
     def both(q, k, v, g):
@@ -131,40 +125,20 @@ def backend(name: str, dtype: str, chunk: int, heads: int, dim: int) -> dict:
     return worst(found, dtype)
 
 
-def masked(name: str, dtype: str, chunk: int, heads: int, dim: int) -> dict:
-    """Two query chunks, of whose four key chunks each sees three, known at run time."""
-    if name == "prefix" and jax.default_backend() != "cpu" and dtype == "float32":
-        raise NotHere("cuDNN's fused attention takes bfloat16 or float16")
-    table = Pattern.from_table([range(4)] * 2, q_chunk=chunk, num_k_chunks=4)
-    visible = jnp.asarray(PARTIAL)
-
-    def attend(q, k, v):
-        if name == "prefix":
-            return prefix.attend(q, k, v, visible, Call(table, q.shape[-1] ** -0.5))
-        return chunk_attention(q, k, v, table, visible_QS=visible, implementation=name)
-
-    mask = np.asarray(PARTIAL).repeat(chunk, 0).repeat(chunk, 1)
+def partly(name: str, dtype: str, chunk: int, heads: int, dim: int) -> dict:
+    """A stream's chunk with half of its slots filled, and two query chunks that see other parts of other lists."""
+    needs(name, jnp.zeros((1, 1, heads, dim), jnp.dtype(dtype)))
+    cases, found = {"a stream": (((0, 1, 2, 3),), (2,)), "two lists": (((3, 1, 0, 2), (0, 2, 3, 1)), (3, 1))}, {}
     with jax.default_matmul_precision("highest"):
-        return worst({"three of four": compare(attend, arrays(table, dtype, heads, dim), mask)}, dtype)
-
-
-def decode(dtype: str, chunk: int, heads: int, dim: int) -> dict:
-    """A cache of five chunks, filled to the middle of the third."""
-    table = Pattern.from_table([range(5)], q_chunk=chunk, num_k_chunks=5)
-    length, inputs = 2 * chunk + chunk // 2, arrays(table, dtype, heads, dim)
-    mask = np.broadcast_to(np.arange(5 * chunk) < length, (chunk, 5 * chunk))
-    with jax.default_matmul_precision("highest"):
-        return worst(
-            {
-                "half filled": compare(
-                    lambda q, k, v: decode_attention(q, k, v, jnp.int32(length), implementation="xla"),
-                    inputs,
-                    mask,
-                    gradients=False,
-                )
-            },
-            dtype,
-        )
+        for label, (rows, lengths) in cases.items():
+            table = Pattern.from_table(rows, q_chunk=chunk, num_k_chunks=4)
+            visible = [row[:n] for row, n in zip(rows, lengths)]
+            mask = Pattern.from_table(visible, q_chunk=chunk, num_k_chunks=4).dense_mask()
+            attend = functools.partial(
+                chunk_attention, pattern=table, lengths_Q=jnp.asarray(lengths, jnp.int32), implementation=name
+            )
+            found[label] = compare(lambda q, k, v, a=attend: a(q, k, v), arrays(table, dtype, heads, dim), mask)
+    return worst(found, dtype)
 
 
 def frames_of(student: str) -> np.ndarray:
@@ -173,10 +147,10 @@ def frames_of(student: str) -> np.ndarray:
     text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
     plan = StepPlan((uniform_steps(2, 5.0),), "renoise")
     with jax.default_matmul_precision("highest"):
-        init, step, _ = programs(make_streamer(run.model, plan))
-        state, out = init(run.params, text, jax.random.key(2), run.latent_shape[1:]), []
-        for _ in range(FRAMES // run.model.cfg.chunk):
-            state, x = step(run.params, state)
+        own = programs(make_streamer(run.model, plan))
+        state, out = own.init(run.params, text, jax.random.key(2), run.latent_shape[1:]), []
+        for made in range(FRAMES // run.model.cfg.chunk):
+            state, x = own.step(made)(run.params, state)
             out.append(np.asarray(x))
     return np.concatenate(out, axis=1)
 

@@ -1,7 +1,7 @@
 """ETM + SDD as a stream with random weights: ms per latent frame by steps, context and decoder.
 
-"as it is" is what the library runs; "prefix" and "no mask" are what it could (``prefix.py``). The cost of a frame does
-not depend on which: every stream does the same work at every frame.
+Frames are checked against those that XLA's scan makes (``scan.py``). Every stream does the same work at every frame, so
+that the cost does not depend on which are timed.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 import stream
 from sizes import SIZES
 
-from device_items import ceilings, prefix
+from device_items import ceilings, scan
 from device_items.record import Record
 from device_items.timing import error
 from greedy_distill_jax.diffusion.step_plan import StepPlan
@@ -23,9 +23,9 @@ from greedy_distill_jax.models import flops
 from greedy_distill_jax.testing import tiny
 
 EARLY, LATE, SPAN = 20, 100, 16
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of a frame by the probe against one by the library, relative norm
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of a frame against one by the scan, relative norm
 VIDEO = 4  # frames of video per latent frame
-AS_IS, PREFIX, NO_MASK = "as it is", "prefix", "no mask"
+OURS, SCAN = "ours", "XLA scan"
 
 
 class Streams:
@@ -49,9 +49,9 @@ class Streams:
         """A stream by one way to attend."""
         text = tiny.text_rows(1, jax.random.key(1), self.run.model.cfg.base)
         make = functools.partial(stream.Stream, self.run, context, StepPlan(stream.SCHEDULES[str(steps)], "renoise"))
-        if way == AS_IS:
+        if way == OURS:
             return make(text)
-        with prefix.streams_by(prefix.PREFIX if way == PREFIX else prefix.NO_MASK):
+        with scan.by_scan():
             return make(text)
 
     @functools.cached_property
@@ -69,17 +69,14 @@ def run(record: Record) -> None:
     def row(name, work, needs=20.0, **options):
         record.row(name, functools.partial(work, streams, ceiling=ceiling, left=left, **options), needs)
 
-    row("as it is, 4 steps", steady, way=AS_IS, steps=4, share=0.1)
-    row("prefix, 4 steps", steady, way=PREFIX, steps=4, share=0.5, late=True)
-    row("prefix, 4 steps + tiny VAE", decoded, way=PREFIX, codec="tiny VAE")
-    row("prefix, 4 steps, no context pass", steady, way=PREFIX, steps=4, context="last_step_kv")
-    row("prefix, diagonal, no context pass", steady, way=PREFIX, steps="diagonal", context="last_step_kv", opening=True)
-    row("no mask, 4 steps", steady, way=NO_MASK, steps=4)
-    row("prefix, 2 steps", steady, way=PREFIX, steps=2)
-    row("prefix, 1 step", steady, way=PREFIX, steps=1)
-    row("prefix, 4 steps + Wan VAE", decoded, needs=40.0, way=PREFIX, codec="Wan VAE")
-    row("as it is, 2 steps", steady, needs=10.0, way=AS_IS, steps=2, share=0.1)
-    row("as it is, 1 step", steady, needs=10.0, way=AS_IS, steps=1, share=0.1)
+    row("4 steps", steady, steps=4, share=0.5, late=True)
+    row("4 steps + tiny VAE", decoded, codec="tiny VAE")
+    row("4 steps, no context pass", steady, steps=4, context="last_step_kv")
+    row("diagonal, no context pass", steady, steps="diagonal", context="last_step_kv", opening=True)
+    row("2 steps", steady, steps=2)
+    row("1 step", steady, steps=1)
+    row("4 steps + Wan VAE", decoded, needs=40.0, codec="Wan VAE")
+    row("4 steps, XLA scan", steady, needs=10.0, way=SCAN, steps=4, share=0.1)
     record.leave_out("saved executable", "not built yet: the library keeps no compiled programs")
 
 
@@ -106,17 +103,17 @@ def after(program: stream.Stream, frames: int, seconds: float):
     if 1e-3 * ms * frames > seconds:
         return None
     for _ in range(frames - 2):
-        state, _ = program.step(program.params, state)
+        state, _ = program.chunk_of(state)
     return jax.block_until_ready(state)
 
 
 def steady(
     streams: Streams,
     *,
-    way: str,
     steps: int | str,
     ceiling: float,
     left,
+    way: str = OURS,
     context: str = "clean",
     share: float = 0.3,
     late: bool = False,
@@ -125,8 +122,8 @@ def steady(
     """Figures of one program; see the head of this file. ``opening``: also of its first frames, which take longer."""
     program = streams.get(way, steps, context)
     budget, checks = share * left(), {}
-    if way != AS_IS:
-        checks |= against(streams, program, way, steps, context, 0.25 * left())
+    if way != SCAN:
+        checks |= against(streams, program, steps, context, 0.25 * left())
     state = after(program, EARLY, budget)
     where = EARLY if state is not None else 1
     if state is None:  # too slow to get there; the cost of a frame is the same anywhere
@@ -149,7 +146,7 @@ def steady(
         "latents": list(program.shape),
         "dtype": streams.dtype,
         "compile_s": program.compile_s,
-        "program_bytes": memory.program_bytes(program.step),
+        "program_bytes": memory.program_bytes(program.programs.steady.make),
         "cache_bytes": program.cache_bytes,
         "peak": memory.peak_bytes(),
     }
@@ -178,38 +175,38 @@ def _median(work, seconds: float) -> float:
 
 
 def against(
-    streams: Streams, program: stream.Stream, way: str, steps: int | str, context: str, seconds: float
+    streams: Streams, program: stream.Stream, steps: int | str, context: str, seconds: float
 ) -> dict[str, tuple[float, float]]:
     """{which frame: (its relative difference from a trusted program's, the limit)}, from the same states.
 
-    "prefix" is compared with the library at frame 0, where slots are empty, at frame 2, and, if ``seconds`` allow, at
-    the first frame that sees every slot; "no mask" with "prefix" at the last of these; a stream without its context
-    pass with the one that has it at frame 0, where both are the same.
+    A stream is compared with the scan's at frame 0, where slots are empty, at frame 2, and, if ``seconds`` allow, at
+    the first frame that sees every slot; a stream without its context pass with the one that has it at frame 0, where
+    both are the same.
     """
-    trusted = PREFIX if way == NO_MASK or context != "clean" else AS_IS
+    trusted = SCAN if context == "clean" else OURS
     known = streams.get(trusted, steps)
-    full = max(known.streamer.cfg.window + known.streamer.cfg.sink, 2)
-    compared = (0,) if context != "clean" else (full,) if way == NO_MASK else (0, 2, full)
+    full = known.programs.warm_up
+    compared = (0, 2, full) if context == "clean" else (0,)
     checks, state, begin = {}, known.open(), time.perf_counter()
     for index in range(compared[-1] + 1):
         mine = None
         if context != "clean":
             mine = program.open()
         elif index in compared:
-            mine = jax.tree.map(jnp.copy, state)
-        state, expected = known.step(known.params, state)
+            mine = state._replace(state=jax.tree.map(jnp.copy, state.state))
+        state, expected = known.chunk_of(state)
         if mine is not None:
-            _, found = program.step(program.params, mine)
+            _, found = program.chunk_of(mine)
             checks[f"frame {index} against {trusted}"] = (error(found, expected), TOLERANCE[streams.dtype])
         if checks and time.perf_counter() - begin > seconds:
             break
     return checks
 
 
-def decoded(streams: Streams, *, way: str, codec: str, ceiling: float, left, steps: int = 4) -> dict:
+def decoded(streams: Streams, *, codec: str, ceiling: float, left, steps: int = 4) -> dict:
     """A stream with its pixels on the host."""
     del ceiling
-    program, start = streams.get(way, steps), clock.now()
+    program, start = streams.get(OURS, steps), clock.now()
     decoder = stream.Decoder(streams.codecs[codec], streams.size)
     compile_s, decode, budget = clock.now() - start, decoder.open(), 0.3 * left()
     state, _, video = lap(program, program.open(), decode)

@@ -33,26 +33,25 @@ VIEWS = (
 
 
 def run(record: Record) -> None:
-    """The probe's frame, stage 1, and the library's frame."""
+    """A streamed frame and stage 1."""
     streams = streaming.Streams(record.data["size"])
-    record.row("frame, prefix, 4 steps", lambda: frame(streams, streaming.PREFIX), needs=20)
+    record.row("frame, 4 steps", lambda: frame(streams), needs=20)
     record.row("stage 1", lambda: stage1(record.data["size"]), needs=20)
-    record.row("frame, as it is, 4 steps", lambda: frame(streams, streaming.AS_IS, repeats=1), needs=20)
 
 
-def frame(streams: streaming.Streams, way: str, repeats: int = REPEATS) -> dict:
+def frame(streams: streaming.Streams) -> dict:
     """Frames of a stream."""
-    program = streams.get(way, 4)
+    program = streams.get(streaming.OURS, 4)
     state = program.open()
-    for _ in range(2):
-        state, _ = program.step(program.params, state)
+    for _ in range(program.programs.warm_up):
+        state, _ = program.chunk_of(state)
     kept = [jax.block_until_ready(state)]
 
     def work():
-        kept[0], x = program.step(program.params, kept[0])
+        kept[0], x = program.chunk_of(kept[0])
         return kept[0], x
 
-    return costliest(work, repeats)
+    return costliest(work, REPEATS)
 
 
 def stage1(name: str) -> dict:

@@ -54,6 +54,8 @@ def parser(description: str) -> Parser:
     steps = "evaluations per video, or per chunk of a student: 4,2 is four for the first chunk, two for all others"
     out.add_argument("--steps", type=parse_steps, help=f"{steps} (default: the run's, or 50)")
     out.add_argument("--seed", type=number(Seed), default=0)
+    held = "how a checkpoint's kernels are held: in the dtype that they are used in (compute: the default), or float32"
+    out.add_argument("--weights", choices=("compute", "float32"), help=f"{held}; the video is the same")
     out.add_argument("--fps", type=number(FrameRate), help="default: the run's, with --model 16")
     out.add_argument(
         "--upscale", type=number(Natural), default=0, help="pixels per pixel; 0 makes small videos about 128 wide"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,7 +14,7 @@ class VideoCodec(Protocol):
     """What stands between pixels and latents: `PatchCodec` here, `vae_codec.VAECodec` at full size.
 
     The first latent frame is one frame of video, every other one is `temporal_stride` frames. `encode` and `decode`
-    take whole videos; a stream is decoded by `stream_decoder`, or by `decode_next` where it is part of another program.
+    take whole videos; a stream is decoded by `StreamDecoder`, or by `decode_next` where it is part of another program.
 
     Attributes:
       temporal_stride: pixel frames per latent frame.
@@ -52,19 +51,30 @@ class VideoCodec(Protocol):
         ...
 
 
-def stream_decoder(codec: VideoCodec) -> Callable[..., UInt8[np.ndarray, "B T H W 3"]]:
-    """A function from the next latent frames [B, F, h, w, C] of one stream to the frames of video that they add.
+class StreamDecoder:
+    """From the next latent frames [B, F, h, w, C] of one stream to the frames of video that they add.
 
     It remembers what the stream needs, on the device; a new stream needs a new one.
     """
-    decode_next, state = jax.jit(codec.decode_next, donate_argnums=1), codec.open_decoder()
 
-    def decode(latents_BFhwC: Float32[Array | np.ndarray, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
-        nonlocal state
+    def __init__(self, codec: VideoCodec):
+        self._codec, self._state = codec, codec.open_decoder()
+        self._decode_next = jax.jit(codec.decode_next, donate_argnums=1)
+
+    def __call__(self, latents_BFhwC: Float32[Array | np.ndarray, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
+        """The frames of video, on the host."""
+        return on_host(self.start(latents_BFhwC))
+
+    def start(self, latents_BFhwC: Float32[Array | np.ndarray, "B F h w C"]) -> list[UInt8[Array, "B _t H W 3"]]:
+        """The same for ``on_host``: the device has been told, nobody has waited for it."""
         frames = []
         for i in range(latents_BFhwC.shape[1]):
-            state, more = decode_next(codec.params, state, latents_BFhwC[:, i])
-            frames.append(more)  # the device goes on while the host copies
-        return np.concatenate([np.asarray(more) for more in frames], axis=1)
+            self._state, more = self._decode_next(self._codec.params, self._state, latents_BFhwC[:, i])
+            more.copy_to_host_async()
+            frames.append(more)
+        return frames
 
-    return decode
+
+def on_host(frames: list[UInt8[Array, "B _t H W 3"]]) -> UInt8[np.ndarray, "B T H W 3"]:
+    """Waits for what ``StreamDecoder.start`` has begun."""
+    return np.concatenate([np.asarray(more) for more in frames], axis=1)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int32
 
 from greedy_distill_jax.distribution.sharding import RULES, specs
 from greedy_distill_jax.errors import UserError
@@ -222,14 +222,14 @@ def attention(
     v_BSNK: Float[Array, "B S N K"],
     pattern: Pattern,
     *,
-    visible_QS: Bool[Array, "Q C"] | None = None,
+    lengths_Q: Int32[Array, " Q"] | None = None,
     text: bool = False,
     derivative: str = "vjp",
 ) -> Float[Array, "B L N K"]:
     """Computes ``chunk_attention`` on the ambient mesh: batch and heads split, keys of whole frames gathered.
 
     Args:
-      q_BLNK, k_BSNK, v_BSNK, visible_QS: see ``chunk_attention``; inside ``split_videos`` this device's.
+      q_BLNK, k_BSNK, v_BSNK, lengths_Q: see ``chunk_attention``; inside ``split_videos`` this device's.
       pattern: who sees whom; inside ``split_videos`` with the tokens of a stripe as chunks.
       text: keys are text rows, which every device has whole.
       derivative: see ``chunk_attention``.
@@ -246,37 +246,36 @@ def attention(
         k_BSNK, v_BSNK = (_gather(x, pattern.k_chunk, axis) for x in (k_BSNK, v_BSNK))
         pattern = dataclasses.replace(pattern, k_chunk=pattern.k_chunk * parts)
     call = functools.partial(_local, pattern, derivative)
-    visible = () if visible_QS is None else (visible_QS,)
+    lengths = () if lengths_Q is None else (lengths_Q,)
     mesh = jax.sharding.get_abstract_mesh()
     free = _present(mesh, mesh.axis_names)
     if _parts(mesh, free) == 1:
-        return call(q_BLNK, k_BSNK, v_BSNK, *visible)
+        return call(q_BLNK, k_BSNK, v_BSNK, *lengths)
     check_heads(mesh, q_BLNK.shape[2])
-    backend = select.choose(None, q_BLNK, visible_QS=visible_QS, derivative=derivative, function="attention")
+    backend = select.choose(None, q_BLNK, derivative=derivative, function="attention")
     if backend.partitionable:
         q_BLNK, k_BSNK, v_BSNK = (constrain(x, "batch", None, "heads", None) for x in (q_BLNK, k_BSNK, v_BSNK))
-        return constrain(call(q_BLNK, k_BSNK, v_BSNK, *visible), "batch", None, "heads", None)
+        return constrain(call(q_BLNK, k_BSNK, v_BSNK, *lengths), "batch", None, "heads", None)
     # A kernel is opaque to the compiler, which would gather its inputs on every device; under shard_map each device
     # calls it on its own examples and heads. Parameters are made with one example, which is not split.
     batch = None if q_BLNK.shape[0] % _parts(mesh, RULES.batch) else _present(mesh, RULES.batch)
     spec = PartitionSpec(batch, None, _present(mesh, RULES.heads), None)
-    specs_in = (spec, spec, spec) + (PartitionSpec(),) * len(visible)
+    specs_in = (spec, spec, spec) + (PartitionSpec(),) * len(lengths)
     forward = jax.shard_map(call, in_specs=specs_in, out_specs=spec, axis_names=set(free))
     if parts == 1:
-        return forward(q_BLNK, k_BSNK, v_BSNK, *visible)
+        return forward(q_BLNK, k_BSNK, v_BSNK, *lengths)
     # Inside of stripes this shard_map is nested in that of ``split_videos``, see ``_nested``.
     backward = functools.partial(_local_gradient, call)
     backward = jax.shard_map(backward, in_specs=(spec, *specs_in), out_specs=(spec,) * 3, axis_names=set(free))
-    return _nested(forward, backward, q_BLNK, k_BSNK, v_BSNK, *visible)
+    return _nested(forward, backward, q_BLNK, k_BSNK, v_BSNK, *lengths)
 
 
-def _local(pattern: Pattern, derivative: str, q, k, v, *visible):
-    visible_QS = visible[0] if visible else None
-    return chunk_attention(q, k, v, pattern, visible_QS=visible_QS, derivative=derivative)
+def _local(pattern: Pattern, derivative: str, q, k, v, *lengths):
+    return chunk_attention(q, k, v, pattern, lengths_Q=lengths[0] if lengths else None, derivative=derivative)
 
 
-def _local_gradient(call, g, q, k, v, *visible):
-    return jax.vjp(lambda *qkv: call(*qkv, *visible), q, k, v)[1](g)
+def _local_gradient(call, g, q, k, v, *lengths):
+    return jax.vjp(lambda *qkv: call(*qkv, *lengths), q, k, v)[1](g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -294,7 +293,7 @@ def _nested_forward(forward, backward, *inputs):
 
 
 def _nested_backward(forward, backward, inputs, g):
-    return *backward(g, *inputs), *(None for _ in inputs[3:])  # a mask has no gradient
+    return *backward(g, *inputs), *(None for _ in inputs[3:])  # lengths have no gradient
 
 
 _nested.defvjp(_nested_forward, _nested_backward)

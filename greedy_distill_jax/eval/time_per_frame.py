@@ -27,6 +27,7 @@ from greedy_distill_jax.models.wan.layers import KeyValue, Layer, Layout
 from greedy_distill_jax.models.wan.rope import rope_table
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.streaming.etm_sdd import Streamer
+from greedy_distill_jax.streaming.session import programs
 
 GROWTH = 1.1  # time of a frame far into the stream over an early one
 STUDENTS = {"etm_sdd": "ETM + SDD", "causal": "causal student"}  # columns of which a comparison has one
@@ -105,8 +106,7 @@ def time_per_frame(
       Rows {frames, etm_sdd or causal, full_causal, teacher}, one per length.
     """
     key, laps = jax.random.key(0), clock.Laps()
-    init = jax.jit(streamer.init, static_argnums=3)
-    step = jax.jit(streamer.step, donate_argnums=1)
+    own = programs(streamer)
     sigmas, student, chunk = streamer.plan.sigmas[-1], kind_of(streamer), streamer.cfg.chunk
     noise = jax.random.normal(key, (1, 1, *latent_shape), jnp.float32)
     causal = {n: causal_frame(teacher, teacher_params, n, sigmas, latent_shape, text_BMC) for n in frames}
@@ -120,9 +120,9 @@ def time_per_frame(
 
     for turn in range(repeats + 1):
         counts = turn > 0  # the first one compiles
-        state = init(params, text_BMC, key, tuple(latent_shape))
+        state = own.init(params, text_BMC, key, tuple(latent_shape))
         for number in range(1, last + 1):
-            state, _ = laps.time(number, step, params, state, per=chunk, counts=counts)
+            state, _ = laps.time(number, own.step(number - 1), params, state, per=chunk, counts=counts)
         for n in frames:
             laps.time((n, "full_causal"), causal_frames, n, per=CALLS, counts=counts)
             laps.time((n, "teacher"), whole, teacher_params, videos[n], text_BMC, per=n, counts=counts)

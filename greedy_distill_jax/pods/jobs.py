@@ -1,9 +1,9 @@
 """A job on a TPU slice that is not there: its networks, mesh and steps, as shapes; nothing of real size is allocated.
 
 What ``train.py`` runs is built here from the same parts: the same stage, the same jitted functions, the same table of
-shardings. The step "stream" has no such twin: ``sample.py`` streams on one device; only here is the
-same ``Streamer.step`` laid out over a mesh, one stream per group of devices. On a mesh that leaves parameters and
-frames whole (configs/wan1_3b/sample.py) every device then runs what they run.
+shardings. The step "stream" has no such twin: ``sample.py`` streams on one device; only here is a stream whose slots
+are full (``Streamer.steady``) laid out over a mesh, one per group of devices. On a mesh that leaves parameters and
+frames whole (configs/wan1_3b/sample.py) every device then runs what they run, in one program instead of two.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.ops.attention import select
 from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.pods import costs
@@ -171,6 +172,7 @@ def build_job(
         steps.append(Step(part.name, part.call, arguments, cost[part.name], dynamic_trips=trips.get(part.name)))
     if isinstance(stage.model, StreamingModel):
         params, of_params = (tree.nets[stage.name].params for tree in (state, of_state))
+        params = compute_precision(params, settings.wan.dtype)  # as a session holds them
         step, shapes, of_stream = _stream(settings, stage.model, mesh, latent_shape, params, of_params)
         trees[STREAM], trees["params"] = (shapes, of_stream), (params, of_params)
         steps.append(step)
@@ -214,16 +216,15 @@ def _stream(settings: Settings, model: StreamingModel, mesh: Mesh, latent_shape,
         of_state = shardings(state, mesh)
     batch = NamedSharding(mesh, RULES.spec(("batch",)))
     call = jax.jit(
-        on_mesh(streamer.step, mesh),
+        on_mesh(streamer.steady().step, mesh),
         in_shardings=(of_params, of_state),
         out_shardings=(of_state, batch),
         donate_argnums=1,
     )
     calls = int(plan.lengths[-1])
     cost = flops.stream_step(model.cfg, tokens_per_frame(latent_shape, wan), calls) * count
-    looped = float(calls - (model.cfg.context == "fused"))  # there the first call is outside of the loop
     whole = Cost(cost, cost * mesh.shape[RULES.columns[0]])  # streams are not split into stripes: all do the same
-    return Step(STREAM, call, (params, state), whole, (STREAM, "params"), looped), state, of_state
+    return Step(STREAM, call, (params, state), whole, (STREAM, "params")), state, of_state
 
 
 def loop_trips(settings: Settings, stage: Stage, latent_shape: tuple[int, int, int, int]) -> dict[str, float]:

@@ -24,17 +24,15 @@ def _network(model: str, size: str, frames: int = FRAMES) -> Iterator[Spec]:
     wan, tokens = WanConfig(**WAN_SIZES[MODELS[model]]), FRAME[size]
     etm_sdd, causal = StudentConfig(base=wan), CausalConfig(base=wan)
     chunk = tokens * causal.chunk
-    step = patterns.causal_step(causal, chunk).pattern
     calls = {
         "teacher": Pattern.full(frames, tokens),
         "etm": patterns.etm_parallel(etm_sdd, frames, tokens).pattern,
         "sdd": patterns.sdd_parallel(etm_sdd, frames, tokens).pattern,
         "causal": patterns.causal_parallel(causal, frames // causal.chunk, chunk).pattern,
-        "causal step": step,
-        "causal decode": step,
+        "causal step": patterns.causal_step(causal, chunk).pattern,
     }
     for name, pattern in calls.items():
-        yield Spec(f"{model} {size} {name}", pattern, wan.num_heads, wan.head_dim, decode="decode" in name)
+        yield Spec(f"{model} {size} {name}", pattern, wan.num_heads, wan.head_dim)
 
 
 def _specs() -> Iterator[Spec]:
@@ -42,7 +40,7 @@ def _specs() -> Iterator[Spec]:
     yield Spec("tiny etm", tiny, heads=2, dim=64, dtype="float32")
     yield from _network("1.3b", "480p")
     for spec in _network("14b", "720p"):
-        if spec.name.endswith(("etm", "sdd", "decode")):
+        if spec.name.endswith(("etm", "sdd", "step")):
             # One of four chips that share the heads: SDD's pass over a video does not fit a v5e with all of them.
             yield dataclasses.replace(spec, heads=spec.heads // 4)
     wan = WanConfig()

@@ -22,6 +22,7 @@ from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.runs.teacher_sampler import TeacherSampler
 from greedy_distill_jax.storage.checkpoint import Checkpointer, read_run
 from greedy_distill_jax.streaming.causal import CausalStreamer
@@ -239,16 +240,28 @@ class Run:
             guidance=own.guidance if guidance is None else guidance,
         )
 
-    def session(self, prompts: Sequence[str], *, seed: int | Key[Array, "*B"] = 0, steps: Any = None) -> Session:
+    def computing(self) -> "Run":
+        """The same run with kernels in the dtype that they are used in, which changes nothing that is sampled."""
+        return dataclasses.replace(self, params=compute_precision(self.params, self.settings.wan.dtype))
+
+    def session(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int | Key[Array, "*B"] = 0,
+        steps: Any = None,
+        weights: str = "compute",
+    ) -> Session:
         """Opens a stream of the student, one video per prompt.
 
         Args:
           prompts: one for each video.
           seed: of the noise, as for ``Session``.
           steps: as for ``streamer``.
+          weights: as for ``Session``. Several sessions share them if they are opened on ``computing()``.
         """
-        streamer, shape = self.streamer(steps), self.latent_shape[1:]
-        return Session(streamer, self.params, self.codec, self.text, prompts, seed=seed, latent_shape=shape)
+        streamer, options = self.streamer(steps), dict(latent_shape=self.latent_shape[1:], weights=weights)
+        return Session(streamer, self.params, self.codec, self.text, prompts, seed=seed, **options)
 
     def sample_latents(
         self,

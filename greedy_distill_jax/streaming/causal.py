@@ -22,6 +22,7 @@ from greedy_distill_jax.models.wan.layers import KeyValue, Layer
 from greedy_distill_jax.streaming.loop import (
     Axes,
     Exit,
+    ListNumber,
     Made,
     Noise,
     PerList,
@@ -29,10 +30,12 @@ from greedy_distill_jax.streaming.loop import (
     given_chunk,
     kept,
     keys_of,
+    list_of,
     made_again,
     make_chunk,
     ring_slot,
     split_key,
+    warm_up,
     write_slot,
 )
 
@@ -54,12 +57,30 @@ class CausalState(NamedTuple):
     )
 
 
+class Unfinished(NamedTuple):
+    """As ``etm_sdd.Unfinished``."""
+
+    x0: Float32[Array, "B g H W C"]
+    keys: KeyValue | None
+    noise: Float32[Array, "B g H W C"] | None
+
+
 class CausalStreamer:
     """``init``, ``step``, ``observe`` and ``switch_prompt`` of a causal student and one step plan."""
 
-    def __init__(self, student: CausalStudent, plan: StepPlan):
+    def __init__(self, student: CausalStudent, plan: StepPlan, *, full: bool = False):
+        """``full``: streams have made ``warm_up`` chunks before; as for ``Streamer``."""
         plan.check_context(student.cfg.context)
-        self.student, self.plan, self.cfg = student, plan, student.cfg
+        self.student, self.plan, self.cfg, self.full = student, plan, student.cfg, full
+
+    @property
+    def warm_up(self) -> int:
+        """As ``Streamer.warm_up``."""
+        return warm_up(self.plan, self.cfg.sink_chunks + self.cfg.ring_chunks)
+
+    def steady(self) -> "CausalStreamer":
+        """As ``Streamer.steady``."""
+        return CausalStreamer(self.student, self.plan, full=True)
 
     def init(
         self,
@@ -117,8 +138,7 @@ class CausalStreamer:
     def _recached(self, params, state: CausalState) -> CausalState:
         cfg, grid, tokens = self.cfg, grid_of(state.last, self.cfg.base), self.student.chunk_tokens(state.last)
         layout, sink = patterns.causal_recache(cfg, tokens), cfg.sink_chunks
-        filled = state.slots >= 0
-        positions = jnp.where(filled, patterns.causal_positions(cfg, state.slots, state.index), 0)
+        positions = self._positions(state)
         before = jax.tree.map(lambda c: c[:, :, : sink * tokens], state.cache)
         own = (
             self.student.dit(layout, with_head=False, emit=("own",))
@@ -128,7 +148,7 @@ class CausalStreamer:
                 self._ring_sigma(state),
                 rope_q=self.student.rope(positions[sink:], grid),
                 rope_k=self.student.rope(positions, grid),
-                visible=jnp.broadcast_to(filled[None], (cfg.ring_chunks, len(filled))),
+                lengths=jnp.broadcast_to(self._filled(state), (cfg.ring_chunks,)),
                 layer=Layer(cache=before if sink else None, text=self._context_text(state)),
             )[1]
             .own
@@ -145,8 +165,18 @@ class CausalStreamer:
 
     def step(self, params: Any, state: CausalState) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
-        state, made = self.step_to(params, state)
-        return state, made.x0
+        state, chunk = self.make(params, state)
+        return self.finish(params, state, chunk), chunk.x0
+
+    def make(self, params: Any, state: CausalState) -> tuple[CausalState, Unfinished]:
+        """As ``Streamer.make``."""
+        state, chunk, _ = self._make(params, state, None, None)
+        return state, chunk
+
+    def finish(self, params: Any, state: CausalState, chunk: Unfinished) -> CausalState:
+        """As ``Streamer.finish``."""
+        x, own, noise = chunk
+        return self._conclude(self._context_call(params, state), state, x, own, noise)
 
     def step_to(
         self,
@@ -156,12 +186,16 @@ class CausalStreamer:
         record: PerList | None = None,
     ) -> tuple[CausalState, Made]:
         """As ``Streamer.step_to``."""
+        state, chunk, made = self._make(params, state, exits, record)
+        return self.finish(params, state, chunk), made
+
+    def _make(self, params, state: CausalState, exits, record) -> tuple[CausalState, Unfinished, Made]:
         key, key_sample = split_key(state.key)
-        (call, context), shape = self._callers(params, state), state.last.shape
+        call, shape = self._caller(self.student.network(params), state.text, state), state.last.shape
         own = self._empty(state.last, 1) if self._keeps_last(state) else None
-        made, own = make_chunk(self.plan, call, state.index, shape, own, key_sample, exits, record)
+        made, own = make_chunk(self.plan, call, self._list(state), shape, own, key_sample, exits, record)
         noise = context_noise(self.plan, state.index, key_sample, shape)
-        return self._conclude(context, state._replace(key=key), made.x0, own, noise), made
+        return state._replace(key=key), Unfinished(made.x0, own, noise), made
 
     def observe(
         self, params: Any, state: CausalState, x0_BTHWC: Float32[Array, "B g H W C"]
@@ -169,7 +203,7 @@ class CausalStreamer:
         """As ``Streamer.observe``."""
         key, key_sample = split_key(state.key)
         (call, context), last_kv = self._callers(params, state), self._keeps_last(state)
-        made, own = given_chunk(self.plan, call, state.index, x0_BTHWC, key_sample, last_kv=last_kv)
+        made, own = given_chunk(self.plan, call, self._list(state), x0_BTHWC, key_sample, last_kv=last_kv)
         noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
         return self._conclude(context, state._replace(key=key), x0_BTHWC, own, noise), made
 
@@ -205,27 +239,42 @@ class CausalStreamer:
         own = keys_of(call, keys) if self._keeps_last(state) else None
         return self._conclude(context, state, x0, own, noise)
 
+    def _list(self, state: CausalState) -> ListNumber:
+        return list_of(self.plan, state.index, full=self.full)
+
+    def _filled(self, state: CausalState) -> Int32[Array, ""]:
+        """How many slots hold a chunk; they fill from the first one on."""
+        return jnp.minimum(state.index, len(state.slots))
+
+    def _positions(self, state: CausalState) -> Int32[Array, " slots"]:
+        """Positions at which the next chunk sees the slots; 0 for those that hold nothing yet."""
+        return jnp.where(state.slots >= 0, patterns.causal_positions(self.cfg, state.slots, state.index), 0)
+
     def _context_text(self, state: CausalState) -> KeyValue:
         return state.context_text if self.student.own_context else state.text
 
     def _callers(self, params, state: CausalState):
         """The calls for the next chunk, that of denoising and that of the clean pass; one with shared weights."""
         call = self._caller(self.student.network(params), state.text, state)
-        if not self.student.own_context:
-            return call, call
-        return call, self._caller(self.student.network(params, context=True), state.context_text, state)
+        return call, self._context_call(params, state) if self.student.own_context else call
+
+    def _context_call(self, params, state: CausalState):
+        return self._caller(self.student.network(params, context=True), self._context_text(state), state)
 
     def _caller(self, weights, text: KeyValue, state: CausalState):
-        """A call for the next chunk with these weights: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
+        """A call for the next chunk with these weights: ``call(x, sigma, **module) -> (velocity, Emitted)``.
+
+        What does not change between the calls of a chunk is made here.
+        """
         cfg, student, i = self.cfg, self.student, state.index
         grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
-        layout, chunks = patterns.causal_step(cfg, tokens), jnp.append(state.slots, i)
-        positions = jnp.where(chunks >= 0, patterns.causal_positions(cfg, chunks, i), 0)
+        layout, cache = patterns.causal_step(cfg, tokens), state.cache
+        if layout.rotate_at_use and cache is not None:
+            cache = cache.rotated(student.rope(self._positions(state), grid))
         shared = dict(
-            rope_q=student.rope(positions[-1:], grid),
-            rope_k=student.rope(positions, grid),
-            visible=(chunks >= 0)[None],
-            layer=Layer(cache=state.cache, text=text),
+            rope_q=student.rope(patterns.causal_positions(cfg, i[None], i), grid),
+            lengths=None if self.full else 1 + self._filled(state)[None],
+            layer=Layer(text=text, ready=() if cache is None else (cache,)),
         )
 
         def call(x, sigma, **module):

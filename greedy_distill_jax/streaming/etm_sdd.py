@@ -8,6 +8,7 @@ look at. What ETM reads and what that pass sees is the finished chunk at its con
 a fixed size, so does the cost: neither depends on how many frames came before.
 """
 
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,13 +20,13 @@ from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.models.students.base import ContextGrad
-from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import grid_of
 from greedy_distill_jax.models.wan.layers import KeyValue, Layer
 from greedy_distill_jax.streaming.loop import (
     Axes,
     Exit,
+    ListNumber,
     Made,
     Noise,
     PerList,
@@ -35,10 +36,12 @@ from greedy_distill_jax.streaming.loop import (
     kept,
     keys_of,
     last_sigma,
+    list_of,
     made_again,
     make_chunk,
     ring_slot,
     split_key,
+    warm_up,
     write_slot,
 )
 
@@ -52,7 +55,7 @@ class StreamState(NamedTuple):
     etm_cache: KeyValue | None  # [layers, B, (sink + window - 1) * tokens, N, K]
     etm_slots: Int32[Array, " slots"]  # [sink + window - 1]: which slot each cache chunk holds, -1 for none
     etm_text: KeyValue  # [layers, B, M, N, K]
-    sdd_cache: KeyValue  # [layers, B, 2 * tokens, N, K]: frame 0, previous frame
+    sdd_cache: KeyValue  # [layers, B, 2 * tokens, N, K]: frame 0, previous frame; without an anchor the latter alone
     sdd_text: KeyValue | None
     z: Float[Array, "B tokens D"] | None  # context "fused": ETM's of the last chunk, whose clean pass is pending
     clean: Float32[Array, "B g H W C"] | None = None  # the last chunk as ETM reads it, where that is not as it is kept
@@ -72,17 +75,34 @@ class StreamState(NamedTuple):
     )
 
 
-def _past(cfg: StudentConfig, i):
-    """Whether chunk ``i`` sees frame 0 and, where that is another one, the previous chunk."""
-    return (i >= 1) if cfg.anchor else (i == 1), i >= 2
+class Unfinished(NamedTuple):
+    """A chunk before the pass that later ones need of it."""
+
+    x0: Float32[Array, "B g H W C"]
+    keys: KeyValue | None  # context "last_step_kv": the chunk's, which make that pass superfluous
+    noise: Float32[Array, "B g H W C"] | None  # its ``context_noise``
+    z: Float[Array, "B tokens D"]
+    z_kv: KeyValue | None  # z's, for SDD's weights
 
 
 class Streamer:
     """``init``, ``step``, ``observe`` and ``switch_prompt`` of ETM + SDD and one step plan."""
 
-    def __init__(self, student: Student, plan: StepPlan):
+    def __init__(self, student: Student, plan: StepPlan, *, full: bool = False):
+        """``full``: streams have made ``warm_up`` chunks before; see ``steady``."""
         plan.check_context(student.cfg.context)
-        self.student, self.plan, self.cfg = student, plan, student.cfg
+        self.student, self.plan, self.cfg, self.full = student, plan, student.cfg, full
+
+    @property
+    def warm_up(self) -> int:
+        """Chunks after which a stream's slots are full and its step list stays the same."""
+        cfg = self.cfg
+        # A pending clean pass is that of the chunk before, which has seen one chunk less.
+        return warm_up(self.plan, max(cfg.sink + cfg.window - 1, 1 + cfg.anchor + (cfg.context == "fused")))
+
+    def steady(self) -> "Streamer":
+        """The same functions for streams that have made ``warm_up`` chunks: nothing is hidden, nothing checked."""
+        return Streamer(self.student, self.plan, full=True)
 
     def init(
         self,
@@ -107,7 +127,7 @@ class Streamer:
             last=last,
             etm_cache=empty(len(cfg.etm_layers), slots) if slots else None,
             etm_slots=jnp.full((slots,), -1, jnp.int32),
-            sdd_cache=empty(len(cfg.sdd_layers), 2),
+            sdd_cache=empty(len(cfg.sdd_layers), 1 + cfg.anchor),
             **self._project_text(params, text_BMC),
             z=parallel.varying(jnp.zeros((batch, tokens, base.dim), jnp.float32)) if cfg.context == "fused" else None,
             clean=None if self.student.keeps_for_etm or self.plan.keeps_clean else last,
@@ -131,14 +151,27 @@ class Streamer:
 
     def step(self, params: Any, state: StreamState) -> tuple[StreamState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
+        state, chunk = self.make(params, state)
+        return self.finish(params, state, chunk), chunk.x0
+
+    def make(self, params: Any, state: StreamState) -> tuple[StreamState, Unfinished]:
+        """The first part of ``step``: what ``finish`` takes. Nobody who waits for ``Unfinished.x0`` needs more."""
         if self.cfg.context != "fused":
-            state, made = self.step_to(params, state)
-            return state, made.x0
+            state, chunk, _ = self._make(params, state, None, None)
+            return state, chunk
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
         x, state = self._denoise_fused(params, state, z, key_sample)
-        last, _ = kept(self.plan, state.index, x, context_noise(self.plan, state.index, key_sample, x.shape))
-        return self._next(state._replace(z=z), last, x), x
+        noise = context_noise(self.plan, state.index, key_sample, x.shape)
+        return state, Unfinished(x, None, noise, z, None)
+
+    def finish(self, params: Any, state: StreamState, chunk: Unfinished) -> StreamState:
+        """The second part of ``step``: the pass over the finished chunk, whose keys later ones look at."""
+        x, own, noise, z, z_kv = chunk
+        if self.cfg.context == "fused":  # it is left to the next chunk's first call
+            last, _ = kept(self.plan, state.index, x, noise)
+            return self._next(state._replace(z=z), last, x)
+        return self._conclude(self._context_call(params, state, z, z_kv), state, x, own, noise)
 
     def step_to(
         self,
@@ -162,15 +195,20 @@ class Streamer:
                 "step_to: context 'fused' leaves the pass over the last chunk to the next `step`; make the student "
                 "with context 'clean', whose numbers are the same."
             )
+        state, chunk, made = self._make(params, state, exits, record)
+        return self.finish(params, state, chunk), made
+
+    def _make(self, params, state: StreamState, exits, record) -> tuple[StreamState, Unfinished, Made]:
         key, key_sample = split_key(state.key)
         z, state = self._etm(params, state._replace(key=key))
-        call, context = self._callers(params, state, z)
+        z_kv = self._project_z(params["sdd"], state, z)
+        call = self._call(params["sdd"], state.sdd_text, state, z, z_kv)
         tokens, own = self.student.chunk_tokens(state.last), None
         if self.cfg.context == "last_step_kv":
             own = jax.tree.map(lambda c: jnp.zeros_like(c[:, :, :tokens]), state.sdd_cache)
-        made, own = make_chunk(self.plan, call, state.index, state.last.shape, own, key_sample, exits, record)
+        made, own = make_chunk(self.plan, call, self._list(state), state.last.shape, own, key_sample, exits, record)
         noise = context_noise(self.plan, state.index, key_sample, state.last.shape)
-        return self._conclude(context, state, made.x0, own, noise), made
+        return state, Unfinished(made.x0, own, noise, z, z_kv), made
 
     def observe(
         self, params: Any, state: StreamState, x0_BTHWC: Float32[Array, "B g H W C"]
@@ -187,7 +225,7 @@ class Streamer:
         z, state = self._etm(params, state)
         noise = context_noise(self.plan, state.index, key_sample, x0_BTHWC.shape)
         (call, context), last_kv = self._callers(params, state, z), self.cfg.context == "last_step_kv"
-        made, own = given_chunk(self.plan, call, state.index, x0_BTHWC, key_sample, last_kv=last_kv)
+        made, own = given_chunk(self.plan, call, self._list(state), x0_BTHWC, key_sample, last_kv=last_kv)
         if self.cfg.context == "fused":
             last, _ = kept(self.plan, state.index, x0_BTHWC, noise)
             return self._next(state._replace(z=z), last, x0_BTHWC), made
@@ -268,20 +306,24 @@ class Streamer:
         """The state once chunk ``x`` is finished and kept as ``last``."""
         return state._replace(index=state.index + 1, last=last, clean=None if state.clean is None else x)
 
+    def _lengths(self, *filled) -> Int32[Array, " Q"] | None:
+        """How many chunks every query chunk of a call sees; None once they are all."""
+        return None if self.full else jnp.stack(filled)
+
+    def _list(self, state: StreamState) -> ListNumber:
+        return list_of(self.plan, state.index, full=self.full)
+
     def _etm(self, params, state: StreamState):
         """z of the next chunk; the ring takes the new slot's keys and values."""
         cfg, j = self.cfg, state.index
         grid, tokens = grid_of(state.last, cfg.base), self.student.chunk_tokens(state.last)
-        layout, ids = patterns.etm_step(cfg, tokens), state.etm_slots
-        visible = jnp.concatenate([ids >= 0, jnp.ones(1, bool)])[None]
+        layout, ids, own, cache = patterns.etm_step(cfg, tokens), state.etm_slots, j, state.etm_cache
         if layout.rotate_at_use:
             # Only differences matter: the new slot sits at the end, a sink no further away than just before the ring.
             own = jnp.int32(cfg.sink + cfg.window - 1)
             distance = jnp.where(ids < cfg.sink, jnp.minimum(j - ids, own - ids), j - ids)
-            key_position = jnp.concatenate([jnp.where(ids >= 0, own - distance, 0), own[None]])
-            ropes = dict(rope_q=self.student.rope(own[None], grid), rope_k=self.student.rope(key_position, grid))
-        else:
-            ropes = dict(rope_q=self.student.rope(j[None], grid))
+            position = jnp.where(ids >= 0, own - distance, 0)
+            cache = None if cache is None else cache.rotated(self.student.rope(position, grid))
         previous, level = state.last, last_sigma(self.plan, j)
         if state.clean is not None:
             previous, level = state.clean, jnp.float32(0.0)
@@ -291,9 +333,9 @@ class Streamer:
             previous,
             (j == 0)[None],
             sigma,
-            visible=visible,
-            layer=Layer(cache=state.etm_cache, text=state.etm_text),
-            **ropes,
+            rope_q=self.student.rope(own[None], grid),
+            lengths=self._lengths(1 + jnp.minimum(j, len(ids))),
+            layer=Layer(text=state.etm_text, ready=() if cache is None else (cache,)),
         )
         if state.etm_cache is None:
             return z, state
@@ -301,112 +343,116 @@ class Streamer:
         cache = jax.tree.map(lambda c, own: write_slot(c, own, slot, keep, axis=2), state.etm_cache, emitted.own)
         return z, state._replace(etm_cache=cache, etm_slots=write_slot(ids, j[None], slot, keep, axis=0))
 
-    def _project_z(self, weights, z, rope_z):
-        sdd = self.student.sdd(project_only=True)
+    def _project_z(self, weights, state: StreamState, z) -> KeyValue | None:
+        """Keys and values of the next chunk's z, for the fusions that attend to it."""
+        _, current = patterns.sdd_positions(self.cfg, state.index)
+        ropes = self.student.z_ropes(1, 1, current[None], grid_of(state.last, self.cfg.base), ready=True)
+        return self._project(weights, z, ropes)
+
+    def _project(self, weights, z, ropes) -> KeyValue | None:
         if self.cfg.fusion not in ("selfkv", "xattn2", "replace"):
             return None
-        return sdd.apply({"params": weights}, z_BSD=z, rope_z=rope_z, method="project").z
+        sdd = self.student.sdd(project_only=True)
+        return sdd.apply({"params": weights}, z_BSD=z, rope_z=ropes.get("rope_z"), method="project").z
+
+    def _past(self, cache: KeyValue, index, grid) -> KeyValue:
+        """The cache as chunk ``index`` sees it: rotated once for all calls of the chunk."""
+        if self.cfg.rope_mode == "absolute":
+            return cache
+        previous, _ = patterns.sdd_positions(self.cfg, index)
+        positions = [jnp.zeros_like(previous), previous] if self.cfg.anchor else [previous]
+        return cache.rotated(self.student.rope(jnp.stack(positions), grid))
 
     def _callers(self, params, state: StreamState, z):
         """SDD's calls for the next chunk, that of denoising and that of the clean pass; one with shared weights."""
-        call = self._caller(params["sdd"], state.sdd_text, state, z)
-        if not self.student.own_context:
-            return call, call
-        return call, self._caller(params["sdd_context"], state.sdd_context_text, state, z)
+        z_kv = self._project_z(params["sdd"], state, z)
+        call = self._call(params["sdd"], state.sdd_text, state, z, z_kv)
+        return call, self._context_call(params, state, z, z_kv) if self.student.own_context else call
 
-    def _caller(self, weights, text: KeyValue | None, state: StreamState, z):
-        """A call for the next chunk with SDD's weights: ``call(x, sigma, **module) -> (velocity, Emitted)``."""
+    def _context_call(self, params, state: StreamState, z, z_kv: KeyValue | None):
+        """The call of the clean pass; ``z_kv``: of the denoising weights, which are its own unless it has others."""
+        if not self.student.own_context:
+            return self._call(params["sdd"], state.sdd_text, state, z, z_kv)
+        weights = params["sdd_context"]
+        return self._call(weights, state.sdd_context_text, state, z, self._project_z(weights, state, z))
+
+    def _call(self, weights, text: KeyValue | None, state: StreamState, z, z_kv: KeyValue | None):
+        """A call for the next chunk with SDD's weights: ``call(x, sigma, **module) -> (velocity, Emitted)``.
+
+        What does not change between the calls of a chunk is made here.
+        """
         cfg, student, i = self.cfg, self.student, state.index
         grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
-        layout = patterns.sdd_step(cfg, tokens)
-        previous, current = patterns.sdd_positions(cfg, i)
-        keys = jnp.stack([jnp.zeros_like(i), previous] + [current] * (len(layout.source) - 2))
-        visible = jnp.stack([*_past(cfg, i)] + [i >= 0] * (len(layout.source) - 2))[None]
-        ropes = student.z_ropes(1, 1, current[None], grid)
-        layer = Layer(state.sdd_cache, text, self._project_z(weights, z, ropes.get("rope_z")))
+        _, current = patterns.sdd_positions(cfg, i)
         call_args = dict(
             rope_q=student.rope(current[None], grid),
-            rope_k=student.rope(keys, grid),
-            visible=visible,
-            z_BSD=z,
-            layer=layer,
-            **ropes,
+            rope_zq=student.z_ropes(1, 1, current[None], grid).get("rope_zq"),
+            lengths=self._lengths(patterns.sdd_filled(cfg, i)),
+            **self._conditions(z, z_kv, text, self._past(state.sdd_cache, i, grid)),
         )
 
         def call(x, sigma, **module):
             sigma = jnp.broadcast_to(sigma, (x.shape[0], 1))
+            layout = patterns.sdd_step(cfg, tokens)
             return student.sdd(layout, **module).apply({"params": weights}, x, sigma, **call_args)
 
         return call
+
+    def _conditions(self, z, z_kv: KeyValue | None, text: KeyValue | None, past: KeyValue) -> dict[str, Any]:
+        """What a call of SDD sees of z, of the text and of earlier chunks."""
+        if self.cfg.fusion == "selfkv":
+            return dict(layer=Layer(text=text, ready=(z_kv, past)))
+        return dict(z_BSD=z, layer=Layer(text=text, z=z_kv, ready=(past,)))
 
     def _remember(self, cache: KeyValue, own: KeyValue, is_first) -> KeyValue:
         """Cache [frame 0 | previous] after the clean pass of a chunk."""
 
         def write(cache, own):
-            tokens = own.shape[2]
-            first = jnp.where(is_first, own, cache[:, :, :tokens])
-            return jnp.concatenate([first, own], axis=2)
+            if not self.cfg.anchor:
+                return own
+            if not self.full:
+                cache = write_slot(cache, own, 0, ~is_first, axis=2)
+            return write_slot(cache, own, 1, axis=2)
 
-        return KeyValue(*(write(c, o) for c, o in zip(cache, own, strict=True)))
+        return jax.tree.map(write, cache, own)
 
     def _denoise_fused(self, params, state: StreamState, z, key):
         """As ``denoise``, the pending clean pass of the last chunk riding along in the first call."""
         cfg, student, i = self.cfg, self.student, state.index
         grid, tokens = grid_of(state.last, cfg.base), student.chunk_tokens(state.last)
-        layout = patterns.sdd_fused(cfg, tokens)
-        before, last = patterns.sdd_positions(cfg, jnp.maximum(i - 1, 0))
-        previous, current = patterns.sdd_positions(cfg, i)
-        selfkv = cfg.fusion == "selfkv"
-        zero, yes, no = jnp.zeros_like(i), i >= 0, i < 0
-        keys = jnp.stack([zero, before, last, previous, current] + ([last, current] if selfkv else []))
-        visible = jnp.stack(
-            [
-                jnp.stack([*_past(cfg, i - 1), yes, no, no] + ([yes, no] if selfkv else [])),
-                jnp.stack([(i >= 2) & cfg.anchor, no, no, i >= 1, yes] + ([no, yes] if selfkv else [])),
-            ]
-        )
+        before = jnp.maximum(i - 1, 0)
+        (_, last), (previous, current) = patterns.sdd_positions(cfg, before), patterns.sdd_positions(cfg, i)
         own_position = jnp.stack([last, current])
-        ropes = student.z_ropes(2, 2, own_position, grid)
+        ropes = student.z_ropes(2, 2, own_position, grid, ready=True)
         both_z = jnp.concatenate([state.z, z], axis=1)
-        both_kv = self._project_z(params["sdd"], both_z, ropes.get("rope_z"))
-        fresh: list[KeyValue] = []
+        both_kv = self._project(params["sdd"], both_z, ropes)
+        fresh: list[tuple[KeyValue, Callable]] = []  # the cache that the first call leaves, the calls that follow
 
         def first(x, sigma):
             own = jnp.concatenate([state.last, x], axis=1)
             levels = jnp.repeat(jnp.stack([last_sigma(self.plan, i), sigma]), cfg.chunk)
-            v, emitted = student.sdd(layout, emit=("own",)).apply(
+            v, emitted = student.sdd(patterns.sdd_fused(cfg, tokens), emit=("own",)).apply(
                 {"params": params["sdd"]},
                 own,
                 jnp.broadcast_to(levels[None], own.shape[:2]),
                 rope_q=student.rope(own_position, grid),
-                rope_k=student.rope(keys, grid),
-                visible=visible,
-                z_BSD=both_z,
-                layer=Layer(state.sdd_cache, state.sdd_text, both_kv),
-                **ropes,
+                rope_k=student.rope(jnp.stack([last, previous, current]), grid),
+                rope_zq=ropes.get("rope_zq"),
+                lengths=self._lengths(*(patterns.sdd_filled(cfg, n) for n in (before, i))),
+                **self._conditions(both_z, both_kv, state.sdd_text, self._past(state.sdd_cache, before, grid)),
             )
             clean = jax.tree.map(lambda y: y[:, :, :tokens], emitted.own)
             cache = self._remember(state.sdd_cache, clean, i == 1)
-            fresh.append(jax.tree.map(lambda new, old: jnp.where(i >= 1, new, old), cache, state.sdd_cache))
+            if not self.full:
+                cache = jax.tree.map(lambda new, old: jnp.where(i >= 1, new, old), cache, state.sdd_cache)
+            z_kv = None if both_kv is None else jax.tree.map(lambda y: y[:, :, tokens:], both_kv)
+            then = self._call(params["sdd"], state.sdd_text, state._replace(sdd_cache=cache), z, z_kv)
+            fresh.append((cache, then))
             return v[:, cfg.chunk :]
 
-        step_layout = patterns.sdd_step(cfg, tokens)
-        extra = len(step_layout.source) - 2
-        z_ropes = student.z_ropes(1, 1, current[None], grid)
-        z_kv = None if both_kv is None else jax.tree.map(lambda y: y[:, :, tokens:], both_kv)
-
         def velocity(x, sigma):
-            return student.sdd(step_layout).apply(
-                {"params": params["sdd"]},
-                x,
-                jnp.broadcast_to(sigma, (x.shape[0], 1)),
-                rope_q=student.rope(current[None], grid),
-                rope_k=student.rope(jnp.stack([zero, previous] + [current] * extra), grid),
-                visible=jnp.stack([*_past(cfg, i)] + [yes] * extra)[None],
-                z_BSD=z,
-                layer=Layer(fresh[0], state.sdd_text, z_kv),
-                **z_ropes,
-            )
+            return fresh[0][1](x, sigma)
 
-        made, _ = denoise(self.plan, velocity, i, state.last.shape, None, key, self.plan.ends, first=first)
-        return made.x0, state._replace(sdd_cache=fresh[0])
+        row, shape = self._list(state), state.last.shape
+        made, _ = denoise(self.plan, velocity, row, shape, None, key, self.plan.ends, first=first)
+        return made.x0, state._replace(sdd_cache=fresh[0][0])

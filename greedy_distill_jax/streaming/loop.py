@@ -145,10 +145,27 @@ def initial_noise(key: Noise, shape: tuple[int, ...]) -> Float32[Array, "B g H W
     return draw_noise(key, 0, shape)
 
 
+ListNumber = Int32[Array, ""] | int  # of a plan's lists
+
+
+def list_of(plan: StepPlan, index: Int32[Array, ""], *, full: bool = False) -> ListNumber:
+    """Number of the step list that chunk ``index`` takes; an int where it is the same for all chunks.
+
+    ``full``: they are behind all others than the last one.
+    """
+    last = len(plan.sigmas) - 1
+    return last if full or not last else jnp.minimum(index, last)
+
+
+def warm_up(plan: StepPlan, slots: int) -> int:
+    """Chunks after which a stream with so many cache slots is full: all hold a chunk, and the last list has come."""
+    return max(slots, len(plan.sigmas) - 1)
+
+
 def denoise(
     plan: StepPlan,
     velocity: Callable,
-    index: Int32[Array, ""],
+    row: ListNumber,
     shape: tuple[int, ...],
     own: KeyValue | None,
     key: Noise,
@@ -157,12 +174,12 @@ def denoise(
     first: Callable | None = None,
     record: PerList | None = None,
 ) -> tuple[Made, KeyValue | None]:
-    """Runs the step list of chunk ``index`` up to its exit, the loop of every student.
+    """Runs a chunk's step list up to its exit, the loop of every student; its length is static where ``row`` is.
 
     Args:
       plan: step lists and sampler.
       velocity: ``velocity(x, sigma) -> (v, Emitted)``.
-      index: int32, which chunk this is.
+      row: ``list_of`` the chunk.
       shape: of the chunk, [B, g, H, W, C].
       own: keys and values of the right shapes, replaced by those that the last call emits; None to drop them.
       key: of the chunk's noise.
@@ -173,9 +190,9 @@ def denoise(
     Returns:
       (the chunk, own).
     """
-    table = plan.table
-    row = jnp.minimum(index, len(table) - 1)
-    sigmas, last = jnp.asarray(table)[row], jnp.asarray(exits, jnp.int32)[row]
+    sigmas, last = jnp.asarray(plan.table)[row], jnp.asarray(exits, jnp.int32)[row]
+    if isinstance(row, int) and isinstance(exits, np.ndarray):
+        last = int(exits[row])
     x = initial_noise(key, shape)
     recorded = None if record is None else jnp.asarray(record, jnp.int32)[row]
 
@@ -216,7 +233,7 @@ def keys_of(call: Callable, exit: Exit) -> KeyValue:
 def make_chunk(
     plan: StepPlan,
     call: Callable,
-    index: Int32[Array, ""],
+    row: ListNumber,
     shape: tuple[int, ...],
     own: KeyValue | None,
     key: Noise,
@@ -227,24 +244,24 @@ def make_chunk(
 
     Args:
       own: arrays of their shapes; None in the other modes.
-      plan, index, shape, key, record: as for ``denoise``.
+      plan, row, shape, key, record: as for ``denoise``.
       call: ``call(x, sigma, **module) -> (velocity, Emitted)``.
       exits: as for ``denoise``; None runs the lists to their ends.
     """
     if exits is None:
         velocity = functools.partial(call, emit=("own",) if own is not None else ())
-        return denoise(plan, velocity, index, shape, own, key, plan.ends, record=record)
-    made, _ = denoise(plan, call, index, shape, None, key, exits, record=record)
+        return denoise(plan, velocity, row, shape, own, key, plan.ends, record=record)
+    made, _ = denoise(plan, call, row, shape, None, key, exits, record=record)
     if own is None:
         return made, None
-    made = made._replace(keys=kept_call(plan, index, made, exits, key))
+    made = made._replace(keys=kept_call(plan, row, made, exits, key))
     return made, keys_of(call, made.keys)
 
 
 def given_chunk(
     plan: StepPlan,
     call: Callable,
-    index: Int32[Array, ""],
+    row: ListNumber,
     x0: Float32[Array, "B g H W C"],
     key: Noise,
     *,
@@ -254,7 +271,7 @@ def given_chunk(
     made = Made(x0, Exit(x0, jnp.float32(0.0)))
     if not last_kv:
         return made, None
-    made = made._replace(keys=as_last_input(plan, index, x0, key))
+    made = made._replace(keys=as_last_input(plan, row, x0, key))
     return made, keys_of(call, made.keys)
 
 
@@ -282,15 +299,14 @@ def made_again(
     return x, seen, emitted.own if keys is None else keys_of(call, kept_call_again(exit, keys, seen))
 
 
-def kept_call(plan: StepPlan, index: Int32[Array, ""], made: Made, exits: PerList, key: Noise) -> Exit:
-    """The call whose keys stay in context mode "last_step_kv" when chunk ``index`` may have left its list early.
+def kept_call(plan: StepPlan, row: ListNumber, made: Made, exits: PerList, key: Noise) -> Exit:
+    """The call whose keys stay in context mode "last_step_kv" when a chunk may have left its list early.
 
     At inference later chunks see keys of the last step's level. A chunk that left at a higher one is noised to that
     level again, for training not to look back on what inference never has.
     """
-    row = jnp.minimum(index, len(plan.sigmas) - 1)
     early = jnp.asarray(exits, jnp.int32)[row] < jnp.asarray(plan.ends)[row]
-    again = as_last_input(plan, index, made.x0, key)
+    again = as_last_input(plan, row, made.x0, key)
     return Exit(jnp.where(early, again.x, made.exit.x), again.sigma)
 
 
@@ -300,12 +316,11 @@ def kept_call_again(exit: Exit, keys: Exit, x0: Float32[Array, "B g H W C"]) -> 
     return Exit(keys.x + jnp.where(exit.sigma > keys.sigma, moves, 0.0), keys.sigma)
 
 
-def as_last_input(plan: StepPlan, index: Int32[Array, ""], x: Float32[Array, "B g H W C"], key: Noise) -> Exit:
+def as_last_input(plan: StepPlan, row: ListNumber, x: Float32[Array, "B g H W C"], key: Noise) -> Exit:
     """A given chunk as the input of its list's last step.
 
     Its noise is what "renoise" would have added before that step; with "euler" it is fresh.
     """
-    row = jnp.minimum(index, len(plan.sigmas) - 1)
     last = jnp.asarray(plan.ends)[row]
     sigma = jnp.asarray(plan.table)[row, last]
     return Exit((1.0 - sigma) * x + sigma * draw_noise(key, last, x.shape), sigma)
@@ -347,21 +362,30 @@ def last_sigma(plan: StepPlan, index: Int32[Array, ""]) -> Float32[Array, ""]:
     return jnp.where(index > 0, plan.context_sigma(index - 1), 0.0)
 
 
-def ring_slot(index: Int32[Array, ""], sink: int, ring: int) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
-    """(slot chunk ``index`` goes to, whether to leave it as it is): the sink's slots first, then the oldest's."""
+def ring_slot(index: Int32[Array, ""], sink: int, ring: int) -> tuple[Int32[Array, ""], Bool[Array, ""] | None]:
+    """(slot chunk ``index`` goes to, whether to leave it as it is): the sink's slots first, then the oldest's.
+
+    None in place of the latter: never.
+    """
     behind_sink = index - sink
-    keep = (behind_sink >= 0) & (ring == 0)  # a full sink without a ring: nothing to write
-    slot = jnp.where(behind_sink < 0, index, sink + behind_sink % max(ring, 1))
-    return jnp.where(keep, 0, slot), keep
+    if not ring:  # once the sink is full there is nothing to write
+        return jnp.minimum(index, sink - 1), behind_sink >= 0
+    return jnp.where(behind_sink < 0, index, sink + behind_sink % ring), None
 
 
 def write_slot(
-    buffer: Shaped[Array, "..."], new: Shaped[Array, "..."], slot: Int32[Array, ""], keep: Bool[Array, ""], *, axis: int
+    buffer: Shaped[Array, "..."],
+    new: Shaped[Array, "..."],
+    slot: Int32[Array, ""] | int,
+    keep: Bool[Array, ""] | None = None,
+    *,
+    axis: int,
 ) -> Shaped[Array, "..."]:
     """``buffer`` with its ``slot``-th stretch of the size of ``new`` replaced along ``axis``, unless ``keep``."""
     size = new.shape[axis]
-    old = jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(keep, old, new), slot * size, axis)
+    if keep is not None:
+        new = jnp.where(keep, jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis), new)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new, slot * size, axis)
 
 
 def cache_bytes(state: State) -> int:

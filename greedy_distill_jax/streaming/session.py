@@ -8,9 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from greedy_distill_jax.codecs.protocol import VideoCodec, stream_decoder
+from greedy_distill_jax.codecs.protocol import StreamDecoder, VideoCodec, on_host
 from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.ops.attention import backends
 from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.streaming.causal import CausalStreamer
@@ -19,19 +21,46 @@ from greedy_distill_jax.streaming.loop import noise_keys
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 
+WEIGHTS = ("compute", "float32")  # dtypes of a stream's kernels
+
+
+class Step(NamedTuple):
+    """A chunk in two programs: whoever waits for the chunk need not wait for what later ones need of it.
+
+    Attributes:
+      make: ``(params, state) -> (state, chunk)``, of which ``chunk.x0`` are the latents [B, g, H, W, C].
+      finish: ``(params, state, chunk) -> state``.
+    """
+
+    make: Callable[..., Any]
+    finish: Callable[..., Any]
+
+    def __call__(self, params: Any, state: Any) -> tuple[Any, Float32[Array, "B g H W C"]]:
+        """Both: (state, latents)."""
+        state, chunk = self.make(params, state)
+        return self.finish(params, state, chunk), chunk.x0
+
 
 class Programs(NamedTuple):
     """The compiled functions of a streamer; states are donated, so that a stream exists once in memory.
 
     Attributes:
       init: ``(params, text [B, M, D], key, latent shape (H, W, C)) -> state``.
-      step: ``(params, state) -> (state, latents [B, g, H, W, C])``.
+      filling: the step of a stream's first ``warm_up`` chunks. It serves all others, too, only slower.
+      steady: the step of all others: no slot is empty, nothing is hidden, and the number of denoising calls is fixed.
       switch_prompt: ``(params, state, text [B, M, D]) -> state``.
+      warm_up: see ``Streamer.warm_up``.
     """
 
     init: Callable[..., Any]
-    step: Callable[..., Any]
+    filling: Step
+    steady: Step
     switch_prompt: Callable[..., Any]
+    warm_up: int
+
+    def step(self, made: int) -> Step:
+        """The step of a stream that has made so many chunks."""
+        return self.filling if made < self.warm_up else self.steady
 
 
 def programs(streamer: Streamer | CausalStreamer) -> Programs:
@@ -47,19 +76,21 @@ def programs(streamer: Streamer | CausalStreamer) -> Programs:
 def _programs(student_config, plan: StepPlan, chosen_from: tuple[Backend, ...]) -> Programs:
     del chosen_from  # of the key only
     streamer = make_streamer(make_student(student_config), plan)
-    return Programs(
-        jax.jit(streamer.init, static_argnums=3),
-        jax.jit(streamer.step, donate_argnums=1),
-        jax.jit(streamer.switch_prompt, donate_argnums=1),
+    filling, steady = (
+        Step(jax.jit(s.make, donate_argnums=1), jax.jit(s.finish, donate_argnums=1))
+        for s in (streamer, streamer.steady())
     )
+    init, switch = jax.jit(streamer.init, static_argnums=3), jax.jit(streamer.switch_prompt, donate_argnums=1)
+    return Programs(init, filling, steady, switch, streamer.warm_up)
 
 
 class Session:
     """One stream of videos, a video per prompt, made chunk by chunk for as long as somebody asks.
 
-    Memory and the cost of a chunk do not depend on how many were made. Nothing is computed ahead: a new prompt holds
-    from the next chunk on. A session is read either as latents or as frames of video, because the decoder of a video
-    has to see every chunk. It belongs to one thread.
+    Memory and the cost of a chunk do not depend on how many were made. ``next_latents`` and ``next_frames`` compute
+    nothing ahead: a new prompt holds from the next chunk on. They hand a chunk out before the pass that later ones need
+    of it; the device does that pass while the chunk is looked at. A session is read either as latents or as frames of
+    video, because the decoder of a video has to see every chunk. It belongs to one thread.
 
     Attributes:
       state: what the stream remembers; every chunk and every new prompt replaces it, the old one is donated.
@@ -75,6 +106,7 @@ class Session:
         *,
         seed: int | Key[Array, "*B"] = 0,
         latent_shape: tuple[int, int, int],
+        weights: str = "compute",
     ):
         """Opens the stream.
 
@@ -88,9 +120,17 @@ class Session:
             another number of videos adds in another order), equal prompts the same one; for others see
             ``loop.noise_keys``.
           latent_shape: (H, W, C) of a latent frame.
+          weights: how kernels are held while the stream is open, of ``WEIGHTS``: in the dtype that they are used in,
+            which changes no frame, or as ``params`` has them.
+
+        Raises:
+          UserError: unknown ``weights``.
         """
+        if weights not in WEIGHTS:
+            raise UserError(f"weights {weights!r} are unknown; choose from {', '.join(WEIGHTS)}", "weights")
+        params = compute_precision(params, streamer.cfg.base.dtype) if weights == "compute" else params
         self._programs, self._params, self._codec, self._text = programs(streamer), params, codec, text
-        self._videos, self._chunk, self._decode, self._made = len(prompts), streamer.cfg.chunk, None, 0
+        self._videos, self._chunk, self._decoder, self._made = len(prompts), streamer.cfg.chunk, None, 0
         keys = noise_keys(seed, len(prompts))
         self.state = self._programs.init(params, text(prompts), keys, tuple(latent_shape))
 
@@ -106,9 +146,17 @@ class Session:
 
     def next_latents(self) -> Float32[Array, "B g H W C"]:
         """Makes the next chunk and returns its latents."""
-        self.state, latents = self._programs.step(self._params, self.state)
-        self._made += 1
-        return latents
+        return self._next(lambda latents: latents)
+
+    def _next(self, use: Callable[[Array], Any]) -> Any:
+        """What ``use`` makes of the next chunk's latents, which the device does before the pass for later chunks."""
+        step = self._programs.step(self._made)
+        state, chunk = step.make(self._params, self.state)
+        try:
+            return use(chunk.x0)
+        finally:
+            self.state = step.finish(self._params, state, chunk)
+            self._made += 1
 
     def next_frames(self) -> UInt8[np.ndarray, "B T H W 3"]:
         """Makes the next chunk and returns its frames of video.
@@ -116,14 +164,20 @@ class Session:
         Raises:
           RuntimeError: chunks were read as latents before, which the decoder has not seen.
         """
-        if self._decode is None:
+        return on_host(self._start_frames())
+
+    def _start_frames(self) -> list[Array]:
+        if self._decoder is None:
             if self._made:
                 raise RuntimeError("next_frames after next_latents: the decoder missed chunks; read one or the other.")
-            self._decode = stream_decoder(self._codec)
-        return self._decode(self.next_latents())
+            self._decoder = StreamDecoder(self._codec)
+        return self._next(self._decoder.start)
 
     def play(self, frames: int, switches: Mapping[int, str] | None = None) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
         """Returns an iterator over the frames of a video, chunk by chunk.
+
+        While one chunk is looked at the device makes the next one: prompts that are switched by hand meanwhile hold
+        from the chunk after that on.
 
         Args:
           frames: of video, that fill whole chunks.
@@ -140,7 +194,12 @@ class Session:
         return self._play(chunks, prompts)
 
     def _play(self, chunks: int, prompts: Mapping[int, str]) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
+        before = None
         for chunk in range(chunks):
             if chunk in prompts:
                 self.switch_prompts(prompts[chunk])
-            yield self.next_frames()
+            frames = self._start_frames()
+            if before is not None:
+                yield on_host(before)
+            before = frames
+        yield on_host(before)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax.codecs.patch import PatchCodec
-from greedy_distill_jax.codecs.protocol import VideoCodec, stream_decoder
+from greedy_distill_jax.codecs.protocol import StreamDecoder, VideoCodec
 from greedy_distill_jax.codecs.tiles import Tiles, tiled
 from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
 from greedy_distill_jax.codecs.vae_codec import VAECodec, to_pixels, whole
@@ -115,7 +115,7 @@ def test_a_codec_encodes_decodes_and_streams(given):
     back = codec.decode(latents)
     assert back.shape == video.shape and back.dtype == np.uint8
     assert np.array_equal(codec.decode(latents[0, 0]), back[0, 0])
-    decode = stream_decoder(codec)
+    decode = StreamDecoder(codec)
     frames = [decode(jnp.asarray(latents[:, 0, chunk])) for chunk in (slice(0, 2), slice(2, 3))]
     levels = np.abs(np.concatenate(frames, 1).astype(int) - back[:, 0].astype(int))
     assert levels.max() <= 1 and levels.mean() < 1e-3  # a rounding may fall the other way
@@ -132,7 +132,7 @@ def test_the_patch_codec_streams_as_it_decodes():
     codec = PatchCodec.fit(rng.integers(0, 256, (4, 3, 8, 8, 3), dtype=np.uint8))
     assert isinstance(codec, VideoCodec)
     latents = codec.encode(rng.integers(0, 256, (2, 3, 8, 12, 3), dtype=np.uint8))
-    levels = np.abs(stream_decoder(codec)(jnp.asarray(latents)).astype(int) - codec.decode(latents).astype(int))
+    levels = np.abs(StreamDecoder(codec)(jnp.asarray(latents)).astype(int) - codec.decode(latents).astype(int))
     assert levels.max() <= 1 and levels.mean() < 1e-2
 
 
@@ -226,7 +226,7 @@ def test_tiles_stream_and_encode(given):
     video = videos(vae, 2, grid=(6, 5), batch=(1,))
     latents = codec.encode(video)
     assert latents.shape == (1, 2, 6, 5, vae.cfg.channels)
-    levels = np.abs(stream_decoder(codec)(jnp.asarray(latents)).astype(int) - codec.decode(latents).astype(int))
+    levels = np.abs(StreamDecoder(codec)(jnp.asarray(latents)).astype(int) - codec.decode(latents).astype(int))
     assert levels.max() <= 1 and levels.mean() < 1e-3
 
 

@@ -14,7 +14,7 @@ from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.parallel import attention, on_mesh
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.make import make_student
-from greedy_distill_jax.ops.attention import Pattern, backends, chunk_attention, decode_attention, select
+from greedy_distill_jax.ops.attention import Pattern, backends, chunk_attention, select
 from greedy_distill_jax.ops.attention.backends import reference
 from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.streaming.make import make_streamer
@@ -28,14 +28,14 @@ def why_not(request):
     return None if request.head_dim == 8 else f"the head dim is {request.head_dim}, not 8"
 
 
-def forward(q, k, v, visible_QS, call):
-    return reference.attend(q, k, v, visible_QS, call), (q, k, v, visible_QS)
+def forward(q, k, v, lengths_Q, call):
+    return reference.attend(q, k, v, lengths_Q, call), (q, k, v, lengths_Q)
 
 
 def backward(residual, g, call):
     """Twice the gradient, so that it is told from the one of another backend."""
-    *qkv, visible_QS = residual
-    return tuple(2 * d for d in jax.vjp(lambda *x: reference.attend(*x, visible_QS, call), *qkv)[1](g))
+    *qkv, lengths_Q = residual
+    return tuple(2 * d for d in jax.vjp(lambda *x: reference.attend(*x, lengths_Q, call), *qkv)[1](g))
 
 
 MINE = Backend("mine", why_not, reference.attend, forward, backward, partitionable=False)
@@ -72,9 +72,7 @@ def test_what_it_does_not_have_is_refused():
     q, k, v = _arrays()
     with pytest.raises(UserError, match="'mine' cannot run here: it has gradients only"):
         chunk_attention(q, k, v, PATTERN, implementation="mine", derivative="jvp")
-    with pytest.raises(UserError, match="'mine' cannot run here: it has no form for a cache"):
-        decode_attention(q, k, v, 4, implementation="mine")
-    assert chunk_attention(q, k, v, PATTERN, derivative="jvp").shape == decode_attention(q, k, v, 4).shape
+    assert chunk_attention(q, k, v, PATTERN, derivative="jvp").shape == q.shape
 
 
 def test_a_mesh_hands_it_parts_of_batch_and_heads():

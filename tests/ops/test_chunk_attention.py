@@ -1,5 +1,6 @@
 """Chunk attention in every implementation that a CPU can run, against a float64 oracle."""
 
+import dataclasses
 import functools
 
 import jax
@@ -26,28 +27,31 @@ def _inputs(pattern, seed=0, batch=2, heads=2, dim=8, dtype=jnp.float32):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("blocks", "interpret", "form"))
-def _run(pattern, implementation, visible, q, k, v, g, form=None, **options):
+def _run(pattern, implementation, lengths, q, k, v, g, form=None, **options):
     """``form`` does nothing here: what was traced for one form is not taken for another."""
 
     def f(q, k, v):
         return chunk_attention(
-            q, k, v, pattern, visible_QS=visible, implementation=implementation, scale=SCALE, **options
+            q, k, v, pattern, lengths_Q=lengths, implementation=implementation, scale=SCALE, **options
         )
 
     out, pull = jax.vjp(f, q, k, v)
     return out, *pull(g)
 
 
-def _exact(pattern, visible, q, k, v, g):
-    mask = pattern.chunk_mask() if visible is None else pattern.chunk_mask() & np.asarray(visible)
+def _exact(pattern, lengths, q, k, v, g):
+    if lengths is not None:
+        table = [row[:n] for row, n in zip(pattern.table, np.asarray(lengths).tolist(), strict=True)]
+        pattern = dataclasses.replace(pattern, table=tuple(table))
+    mask = pattern.chunk_mask()
     mask = mask.repeat(pattern.q_chunk, 0).repeat(pattern.k_chunk, 1)
     return dense_attention(q, k, v, mask, SCALE, g)
 
 
-def _check(pattern, implementation, visible=None, *, tolerance=2e-5, heads=2, batch=2, dim=8, **options):
+def _check(pattern, implementation, lengths=None, *, tolerance=2e-5, heads=2, batch=2, dim=8, **options):
     inputs = _inputs(pattern, batch=batch, heads=heads, dim=dim)
-    got = _run(pattern, implementation, visible, *inputs, **options)
-    for name, ours, exact in zip(("out", "dq", "dk", "dv"), got, _exact(pattern, visible, *inputs), strict=True):
+    got = _run(pattern, implementation, lengths, *inputs, **options)
+    for name, ours, exact in zip(("out", "dq", "dk", "dv"), got, _exact(pattern, lengths, *inputs), strict=True):
         assert relative_error(ours, exact) < tolerance, name
 
 
@@ -68,21 +72,24 @@ def patterns(draw, longest=3):
     num_k = draw(st.integers(1, 4))
     rows = draw(st.lists(st.sets(st.integers(0, num_k - 1)), min_size=1, max_size=4))
     k_chunk = draw(st.integers(1, longest))
-    return Pattern.from_table([sorted(r) for r in rows], q_chunk=tokens, k_chunk=k_chunk, num_k_chunks=num_k)
+    rows = [draw(st.permutations(sorted(row))) for row in rows]
+    return Pattern.from_table(rows, q_chunk=tokens, k_chunk=k_chunk, num_k_chunks=num_k)
 
 
-def _mask(pattern):
-    return jnp.asarray(np.random.default_rng(1).random((pattern.num_q_chunks, pattern.num_k_chunks)) < 0.7)
+def _lengths(pattern):
+    """Of every list a part, from none to all of it."""
+    listed = np.array([len(row) for row in pattern.table])
+    return jnp.asarray(np.random.default_rng(1).integers(0, listed + 1), jnp.int32)
 
 
 @settings(max_examples=6)
 @given(patterns(), st.booleans())
 @pytest.mark.parametrize("form", ["gathered", "scanned"])
-def test_xla_equals_dense(form, pattern, masked):
+def test_xla_equals_dense(form, pattern, partly):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "GATHER_AREA", 0 if form == "scanned" else 1 << 10)
         patch.setattr(xla, "BLOCK", 2)
-        _check(pattern, "xla", _mask(pattern) if masked else None, form=form)
+        _check(pattern, "xla", _lengths(pattern) if partly else None, form=form)
 
 
 @settings(max_examples=8)
@@ -94,26 +101,48 @@ def test_xla_equals_dense(form, pattern, masked):
     st.integers(1, 2),
     st.booleans(),
 )
-def test_mosaic_tpu_equals_dense(pattern, pair, dim, heads, batch, masked):
+def test_mosaic_tpu_equals_dense(pattern, pair, dim, heads, batch, partly):
     """Ragged chunks included: blocks that hang over the end of a chunk read NaN in interpret mode."""
     pair = tuple(min(block, chunk) for block, chunk in zip(pair, (pattern.q_chunk, pattern.k_chunk), strict=True))
-    visible = _mask(pattern) if masked else None
+    lengths = _lengths(pattern) if partly else None
     options = dict(blocks=Blocks(pair, pair, pair), interpret=True)
-    _check(pattern, "mosaic_tpu", visible, heads=heads, batch=batch, dim=dim, **options)
+    _check(pattern, "mosaic_tpu", lengths, heads=heads, batch=batch, dim=dim, **options)
 
 
 def test_reference_equals_the_oracle():
-    pattern = Pattern.from_table([(1,), (), (0, 2)], q_chunk=2, k_chunk=3, num_k_chunks=3)
-    _check(pattern, "reference", _mask(pattern))
+    pattern = Pattern.from_table([(1,), (), (2, 0)], q_chunk=2, k_chunk=3, num_k_chunks=3)
+    for lengths in (_lengths(pattern), jnp.asarray([0, 0, 1], jnp.int32)):
+        _check(pattern, "reference", lengths)
 
 
-def test_slices_for_cudnn_equal_dense():
+@pytest.mark.parametrize("lengths", [None, (1, 0, 2, 0), (0, 0, 1, 1)])
+@pytest.mark.parametrize("rows", [[(1,), (), (2, 0), (2,)], [(2, 0, 1)], [(0, 1, 2)]], ids=len)
+def test_slices_for_cudnn_equal_dense(rows, lengths):
     """The slicing is checked with XLA's attention in cuDNN's place."""
-    pattern = Pattern.from_table([(1,), (), (0, 2), (2,)], q_chunk=2, k_chunk=3, num_k_chunks=3)
+    pattern = Pattern.from_table(rows, q_chunk=2, k_chunk=3, num_k_chunks=3)
+    lengths = None if lengths is None else jnp.asarray(lengths[-len(rows) :], jnp.int32)
     *qkv, g = _inputs(pattern)
-    out, pull = jax.vjp(lambda *x: cudnn.attend(*x, None, Call(pattern, SCALE), inner="xla"), *qkv)
-    for ours, exact in zip((out, *pull(g)), _exact(pattern, None, *qkv, g), strict=True):
+    out, pull = jax.vjp(lambda *x: cudnn.attend(*x, lengths, Call(pattern, SCALE), inner="xla"), *qkv)
+    for ours, exact in zip((out, *pull(g)), _exact(pattern, lengths, *qkv, g), strict=True):
         assert relative_error(ours, exact) < 2e-5
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", "cudnn", "mosaic_tpu"])
+def test_what_lies_in_free_slots_does_not_matter(implementation):
+    """A stream's cache: itself first, then slots that fill from the front."""
+    pattern = Pattern.full(1, 8, 4)
+    q, k, v, _ = _inputs(pattern, dim=64)
+    kernels = dict(blocks=Blocks(*[(8, 8)] * 3), interpret=True) if implementation == "mosaic_tpu" else {}
+    for length in (1, 3, 4):
+        free = jnp.arange(k.shape[1])[None, :, None, None] >= length * pattern.k_chunk
+        junk, lengths = jnp.where(free, 1e9, 0.0).astype(k.dtype), jnp.asarray([length], jnp.int32)
+        if implementation == "cudnn":
+            out = cudnn.attend(q, k + junk, v + junk, lengths, Call(pattern, SCALE), inner="xla")
+        else:
+            options = dict(implementation=implementation, scale=SCALE, lengths_Q=lengths, **kernels)
+            out = chunk_attention(q, k + junk, v + junk, pattern, **options)
+        mask = np.arange(k.shape[1])[None] < length * pattern.k_chunk
+        assert relative_error(out, dense_attention(q, k, v, mask, SCALE)) < 2e-5, length
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
@@ -187,17 +216,16 @@ def test_the_best_implementation_depends_on_the_platform(monkeypatch):
     from greedy_distill_jax.ops.attention import select
 
     q = jnp.zeros((1, 2, 1, 128), jnp.bfloat16)
-    mask = jnp.ones((1, 1), bool)
-    for platform, dtype, visible, expected in (
-        ("cpu", jnp.bfloat16, None, "xla"),
-        ("tpu", jnp.bfloat16, mask, "mosaic_tpu"),
-        ("gpu", jnp.bfloat16, None, "cudnn"),
-        ("cuda", jnp.bfloat16, mask, "xla"),
-        ("gpu", jnp.float32, None, "xla"),
-        ("METAL", jnp.float32, None, "xla"),
+    for platform, dtype, expected in (
+        ("cpu", jnp.bfloat16, "xla"),
+        ("tpu", jnp.bfloat16, "mosaic_tpu"),
+        ("gpu", jnp.bfloat16, "cudnn"),
+        ("cuda", jnp.bfloat16, "cudnn"),
+        ("gpu", jnp.float32, "xla"),
+        ("METAL", jnp.float32, "xla"),
     ):
         monkeypatch.setattr(select, "device", lambda platform=platform: (platform, "some device"))
-        assert select.choose(None, q.astype(dtype), visible_QS=visible, function="f").name == expected
+        assert select.choose(None, q.astype(dtype), function="f").name == expected
     monkeypatch.setattr(select, "device", lambda: ("tpu", "some device"))
     assert select.choose(None, q[..., :96], function="f").name == "xla"
 

@@ -56,6 +56,14 @@ def test_block_lists_cover_exactly_the_table(pattern, block_q, block_k):
 
 
 @given(patterns())
+def test_ranks_are_places_in_the_lists(pattern):
+    ranks = pattern.ranks()
+    for i, row in enumerate(pattern.table):
+        assert [j for j in np.argsort(ranks[i], kind="stable") if ranks[i, j] < len(row)] == list(row)
+    assert ((ranks < pattern.num_k_chunks) == pattern.chunk_mask()).all()
+
+
+@given(patterns())
 def test_counted_pairs_are_those_of_the_mask(pattern):
     assert pattern.pairs == pattern.dense_mask().sum()
     merged = pattern.merged()

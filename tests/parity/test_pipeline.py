@@ -149,6 +149,7 @@ def broken(model, tmp_path, what):
         ("", ["--frames", "0"], "--frames: it is 0; it must be at least 1"),
         ("", ["--shift", "0"], "--shift: it is 0; it must be above 0"),
         ("", ["--switch", "4:a"], "needs a streaming student"),
+        ("", ["--weights", "float32"], "--weights belongs to --checkpoint; the weights of a model folder are held"),
         ("", ["--solver", "heun"], "invalid choice: 'heun'"),
         ("", ["--text", "/nowhere"], "neither a folder made by prepare text"),
         ("", ["--output", "x.txt"], "extension '.txt' is unknown"),

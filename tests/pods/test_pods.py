@@ -374,7 +374,7 @@ def test_stage_3_is_compiled_around_its_rewards(published_sizes, tmp_path):
     settings = read_settings(config, imagine_runs=True)
     job = jobs.build_job(settings, topologies.devices("v5p:2x2x4"))
     assert [part.name for part in job.stage.parts] == ["rollout", "rewards", "rl"]
-    assert {step.name: step.dynamic_trips for step in job.steps} == {"rollout": 31.5, "rl": 31.5, "stream": 4.0}
+    assert {step.name: step.dynamic_trips for step in job.steps} == {"rollout": 31.5, "rl": 31.5, "stream": None}
     record = {"facts": facts.facts(job), "only": ""}
     record["steps"] = [{"step": step.name, "collectives": {}, "attention": ""} for step in job.steps]
     assert not published_sizes.differences(record, stage="rl", size="wan1_3b", batch=16)

@@ -1,9 +1,12 @@
 """Sessions: prompts in, frames out; lengths through codec and chunk; recordings that are whole or not there."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from greedy_distill_jax.codecs.protocol import StreamDecoder, on_host
 from greedy_distill_jax.codecs.vae_codec import VAECodec
 from greedy_distill_jax.data.video_io import read_frames
 from greedy_distill_jax.diffusion.step_plan import StepPlan
@@ -13,7 +16,7 @@ from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.streaming.loop import noise_keys
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.recording import Recording, output_paths
-from greedy_distill_jax.streaming.session import Session, programs
+from greedy_distill_jax.streaming.session import Session, Step, programs
 from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.vae import TINY, random_params
@@ -60,14 +63,14 @@ def test_a_video_does_not_depend_on_its_place_nor_on_its_company(model):
 def test_a_session_is_its_programs_called_by_hand():
     stream = session()
     model = Student(tiny.student_config(chunk=1))
-    init, step, switch_prompt = programs(make_streamer(model, StepPlan(((1.0, 0.5),))))
+    own = programs(make_streamer(model, StepPlan(((1.0, 0.5),))))
     params = tiny.random_params(model)
-    state = init(params, text("ab"), noise_keys(0, 2), SHAPE)
-    for number in range(3):
+    state = own.init(params, text("ab"), noise_keys(0, 2), SHAPE)
+    for number in range(own.warm_up + 2):
         if number == 2:
             stream.switch_prompts(["c", "d"])
-            state = switch_prompt(params, state, text("cd"))
-        state, expected = step(params, state)
+            state = own.switch_prompt(params, state, text("cd"))
+        state, expected = own.step(number)(params, state)
         np.testing.assert_array_equal(stream.next_latents(), expected)
 
 
@@ -76,9 +79,10 @@ def test_a_second_session_compiles_nothing(model):
     shared, sizes = programs(make_streamer(model, StepPlan(((1.0, 0.5),)))), []
     for seed in range(2):
         stream = session(model=model, seed=seed)
-        stream.next_latents()
+        latents(stream, shared.warm_up + 1)
         stream.switch_prompts("c")
-        sizes.append([jitted._cache_size() for jitted in shared])
+        jitted = shared.init, *shared.filling, *shared.steady, shared.switch_prompt
+        sizes.append([call._cache_size() for call in jitted])
     assert sizes[0] == sizes[1]
 
 
@@ -87,6 +91,44 @@ def test_frames_are_decoded_as_one_stream(codec):
     video = list(session(codec=codec).play(9))
     assert [chunk.shape[1] for chunk in video] == [1, 4, 4] and video[0].dtype == np.uint8
     np.testing.assert_allclose(np.concatenate(video, axis=1).astype(int), whole, atol=1)
+
+
+def test_a_chunk_is_handed_out_before_the_pass_for_later_ones(codec):
+    stream, order = session(codec=codec), []
+
+    def watched(name, call):
+        return lambda *args: (order.append(name), call(*args))[1]
+
+    def both(step):
+        return Step(watched("make", step.make), watched("finish", step.finish))
+
+    own = stream._programs
+    stream._programs = own._replace(filling=both(own.filling), steady=both(own.steady))
+    start = StreamDecoder.start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamDecoder, "start", watched("decode", start))
+        patch.setattr("greedy_distill_jax.streaming.session.on_host", watched("copy", on_host))
+        video = list(stream.play(9))
+    chunk = ["make", "decode", "finish"]
+    assert order == [*chunk, *chunk, "copy", *chunk, "copy", "copy"]  # the device is told of the next one before
+    one_by_one = session(codec=codec)
+    again = [one_by_one.next_frames() for _ in video]
+    np.testing.assert_array_equal(np.concatenate(video, axis=1), np.concatenate(again, axis=1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_in_the_dtype_of_the_matmuls_are_the_same_stream(causal):
+    base = dataclasses.replace(tiny.BASE, dtype="bfloat16")
+    model = CausalStudent(tiny.causal_config(base=base)) if causal else Student(tiny.student_config(base=base))
+    params, streams = tiny.random_params(model), []
+    for weights in ("compute", "float32"):
+        streamer, options = make_streamer(model, StepPlan(((1.0, 0.5),))), dict(latent_shape=SHAPE, weights=weights)
+        streams.append(Session(streamer, params, None, text, ["a"], **options))
+    np.testing.assert_array_equal(*(latents(stream, 3) for stream in streams))
+    held = [sum(x.nbytes for x in jax.tree.leaves(stream._params)) for stream in streams]
+    assert 0.5 < held[0] / held[1] < 0.7
+    with pytest.raises(UserError, match="weights 'half' are unknown; choose from compute, float32"):
+        Session(streamer, params, None, text, ["a"], latent_shape=SHAPE, weights="half")
 
 
 def test_a_prompt_changes_what_follows_and_nothing_before(codec):

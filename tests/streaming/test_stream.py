@@ -17,6 +17,10 @@ from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.students.etm_sdd import Student
+from greedy_distill_jax.models.students.make import make_student
+from greedy_distill_jax.ops.attention import backends
+from greedy_distill_jax.ops.attention.backends import reference
+from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.streaming.etm_sdd import Streamer
 from greedy_distill_jax.streaming.loop import cache_bytes, initial_noise
 from greedy_distill_jax.streaming.make import make_streamer
@@ -208,6 +212,43 @@ def test_first_chunk_takes_its_own_step_list():
         outs.append(jax.jit(streamer.step)(params, state)[1])
     np.testing.assert_allclose(outs[0], outs[1], atol=1e-6)
     assert float(jnp.abs(outs[0] - outs[2]).max()) > 1e-3
+
+
+STEADY = {
+    "etm_sdd": tiny.student_config(window=2, sink=1, rope_frames=4),
+    "no history": tiny.student_config(window=1, anchor=False, rope_mode="absolute", fusion="add"),
+    "fused": tiny.student_config(window=2, context="fused"),
+    "fused, no anchor": tiny.student_config(window=1, context="fused", anchor=False, fusion="xattn2"),
+    "last_step_kv": tiny.student_config(window=2, context="last_step_kv", etm_input="clean"),
+    "causal": tiny.causal_config(window=4, sink=1, rope_mode="relative"),
+    "a sink alone": tiny.causal_config(window=3, sink=2),
+}
+
+
+@pytest.mark.parametrize("case", STEADY)
+def test_a_stream_whose_slots_are_full_needs_no_mask(case, monkeypatch):
+    config, masks = STEADY[case], []
+    plan = StepPlan(((1.0, 0.7, 0.4), (1.0, 0.5)), "renoise")
+
+    def attend(q, k, v, lengths_Q, call):
+        masks.append(lengths_Q)
+        return reference.attend(q, k, v, lengths_Q, call)
+
+    monkeypatch.setattr(backends, "BACKENDS", (Backend("watched", lambda request: None, attend),))
+    streamer = make_streamer(make_student(config), plan)
+    params, text = _params(streamer.student), tiny.text_rows(1, jax.random.key(3))
+    state, step = streamer.init(params, text, jax.random.key(7), LATENT), jax.jit(streamer.step)
+    for _ in range(streamer.warm_up):
+        state, _ = step(params, state)
+    assert any(lengths is not None for lengths in masks)
+    masks.clear()
+    steady, full = jax.jit(streamer.steady().step), state
+    for _ in range(3):
+        (state, expected), (full, found) = step(params, state), steady(params, full)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert masks and all(lengths is None for lengths in masks)
+    for a, b in zip(jax.tree.leaves(state._replace(key=None)), jax.tree.leaves(full._replace(key=None)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_switch_prompt_changes_the_future_only_through_text():

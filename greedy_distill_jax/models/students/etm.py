@@ -7,7 +7,7 @@ sink. Its time position is j.
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.wan.dit import grid_of
@@ -41,7 +41,7 @@ class ETM(nn.Module):
         *,
         rope_q: Rope,
         rope_k: Rope | None = None,
-        visible: Bool[Array, "Q keys"] | None = None,
+        lengths: Int32[Array, " Q"] | None = None,
         layer: Layer = Layer(),  # noqa: B008 (an immutable NamedTuple)
     ) -> tuple[Float32[Array, "B S D"], Emitted]:
         """z [B, slots * tokens, D] float32 for the given slots.
@@ -50,14 +50,14 @@ class ETM(nn.Module):
           previous_BTHWC: the chunk before each slot's chunk (ignored where ``is_first_Q``).
           is_first_Q: bool per slot: this is slot 0.
           sigma_BT: noise level of the history, [B, 1] or per frame; 0 for clean.
-          text_BMC, rope_q, rope_k, visible, layer: as for ``dit.Dit``.
+          text_BMC, rope_q, rope_k, lengths, layer: as for ``dit.Dit``.
         """
         grid_of(previous_BTHWC, self.cfg.base)
         x = rearrange(self.embed.tokens(previous_BTHWC), "b (q l) d -> b q l d", l=self.layout.tokens)
         x = jnp.where(is_first_Q[None, :, None, None], self.bos[None, None, None], x)
         _, e0 = self.embed.time(sigma_BT)
         text = None if text_BMC is None else self.embed.text(text_BMC)
-        shared = Shared(modulation=e0, rope_q=rope_q, rope_k=rope_k, visible=visible, text=text)
+        shared = Shared(modulation=e0, rope_q=rope_q, rope_k=rope_k, lengths=lengths, text=text)
         x, emitted = self.blocks(rearrange(x, "b q l d -> b (q l) d"), shared, layer)
         return self.norm(x), emitted
 

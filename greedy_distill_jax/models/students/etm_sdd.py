@@ -45,12 +45,21 @@ class Student(StreamingModel):
         return self.rope(np.zeros(chunks, np.int32), grid)
 
     def z_ropes(
-        self, own: int, z_chunks: int, z_position_Q: Int[Array | np.ndarray, " Q"], grid: tuple[int, int]
+        self,
+        own: int,
+        z_chunks: int,
+        z_position_Q: Int[Array | np.ndarray, " Q"],
+        grid: tuple[int, int],
+        *,
+        ready: bool = False,
     ) -> dict[str, Rope | None]:
-        """``rope_z`` and ``rope_zq`` of a call with ``own`` chunks conditioned by ``z_chunks``."""
+        """``rope_z`` and ``rope_zq`` of a call with ``own`` chunks conditioned by ``z_chunks``.
+
+        ``ready``: the keys of z are rotated where they are projected, for ``Layer.ready``, in every ``rope_mode``.
+        """
         if self.cfg.fusion == "xattn2":
             return dict(rope_z=self.spatial_rope(z_chunks, grid), rope_zq=self.spatial_rope(own, grid))
-        if self.cfg.fusion == "selfkv" and self.cfg.rope_mode == "absolute":
+        if self.cfg.fusion == "selfkv" and (ready or self.cfg.rope_mode == "absolute"):
             return dict(rope_z=self.rope(z_position_Q, grid))
         return {}
 

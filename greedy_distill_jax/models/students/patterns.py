@@ -94,28 +94,40 @@ def sdd_parallel(
     return _build(rows[half], own_position[half], tokens, z_of[half], absolute=absolute, frozen=stopped)
 
 
+def _step(tokens: int, ready: int, *, absolute: bool, z_of=()) -> Layout:
+    """One chunk of a stream against [itself | ready]: what is always there first, what fills behind it."""
+    return Layout(Pattern.full(1, tokens, 1 + ready), source=(0,), z_of=z_of, rotate_at_use=not absolute)
+
+
 def sdd_step(cfg: StudentConfig, tokens: int) -> Layout:
-    """One chunk against [frame 0 | previous | itself | z]: denoising and the clean pass."""
-    keys = 4 if cfg.fusion == "selfkv" else 3
-    return Layout.full(1, tokens, keys, z_of=(0,), rotate_at_use=cfg.rope_mode != "absolute")
+    """One chunk against [itself | z | frame 0 | previous]: denoising and the clean pass."""
+    return _step(tokens, sdd_filled(cfg, 2) - 1, absolute=cfg.rope_mode == "absolute", z_of=(0,))
+
+
+def sdd_filled(cfg: StudentConfig, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """How many chunks of ``sdd_step``'s list are there at chunk ``index`` (int or traced)."""
+    always, past = 1 + (cfg.fusion == "selfkv"), 1 + cfg.anchor
+    return always + (min(index, past) if isinstance(index, int) else jnp.minimum(index, past))
 
 
 def sdd_fused(cfg: StudentConfig, tokens: int) -> Layout:
-    """Own = [clean previous | noisy current] against [frame 0 | before-previous | own | z of both].
+    """Own = [clean previous | noisy current], a list each: [itself | its z | frame 0 | before-previous] and
+    [itself | its z | previous | frame 0].
 
-    The clean chunk is picked twice, as itself and as the previous chunk of the noisy one.
+    The clean chunk is picked twice, as itself and as the previous chunk of the noisy one; ready are
+    [z of both | frame 0 | before-previous]. Without an anchor there is no frame 0.
     """
-    source = (0, 1, 2, 2, 3) + ((4, 5) if cfg.fusion == "selfkv" else ())
-    rows = ((0, 1, 2), (0, 3, 4))
-    if cfg.fusion == "selfkv":
-        rows = ((*rows[0], 5), (*rows[1], 6))
-    pattern = Pattern.from_table(rows, q_chunk=tokens, num_k_chunks=len(source))
-    return Layout(pattern, source, z_of=(0, 1), rotate_at_use=cfg.rope_mode != "absolute")
+    z, past = (((3,), (4,)), 5) if cfg.fusion == "selfkv" else (((), ()), 3)
+    rows = (0, *z[0], past, past + 1), (2, *z[1], 1, past)
+    if not cfg.anchor:
+        rows = (0, *z[0], past), (2, *z[1], 1)
+    pattern = Pattern.from_table(rows, q_chunk=tokens, num_k_chunks=past + 1 + cfg.anchor)
+    return Layout(pattern, source=(0, 0, 1), z_of=(0, 1), rotate_at_use=cfg.rope_mode != "absolute")
 
 
 def etm_step(cfg: StudentConfig, tokens: int) -> Layout:
-    """One slot against [sink | ring | itself]."""
-    return Layout.full(1, tokens, cfg.sink + cfg.window, rotate_at_use=cfg.rope_mode != "absolute")
+    """One slot against [itself | sink | ring]."""
+    return _step(tokens, cfg.sink + cfg.window - 1, absolute=cfg.rope_mode == "absolute")
 
 
 def causal_positions(
@@ -151,9 +163,8 @@ def causal_parallel(
 
 
 def causal_step(cfg: CausalConfig, tokens: int) -> Layout:
-    """One chunk against [sink | ring | itself]."""
-    keys = cfg.sink_chunks + cfg.ring_chunks + 1
-    return Layout.full(1, tokens, keys, rotate_at_use=cfg.rope_mode != "absolute")
+    """One chunk against [itself | sink | ring]."""
+    return _step(tokens, cfg.sink_chunks + cfg.ring_chunks, absolute=cfg.rope_mode == "absolute")
 
 
 def causal_recache(cfg: CausalConfig, tokens: int) -> Layout:

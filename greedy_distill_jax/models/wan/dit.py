@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from greedy_distill_jax.distribution import parallel
 from greedy_distill_jax.models.wan.config import WanConfig
@@ -78,7 +78,7 @@ class Dit(nn.Module):
         *,
         rope_q: Rope,
         rope_k: Rope | None = None,
-        visible: Bool[Array, "Q keys"] | None = None,
+        lengths: Int32[Array, " Q"] | None = None,
         z_BSD: Float[Array, "B S D"] | None = None,
         rope_z: Rope | None = None,
         rope_zq: Rope | None = None,
@@ -90,7 +90,7 @@ class Dit(nn.Module):
           x_BTHWC: latents of the own chunks.
           sigma_BT: noise level per frame, or [B, 1] for one per video.
           text_BMC: encoder rows [B, M, text_dim]; None when ``layer.text`` carries projected text.
-          rope_q, rope_k, rope_z, rope_zq, visible: see ``layers.Shared``.
+          rope_q, rope_k, rope_z, rope_zq, lengths: see ``layers.Shared``.
           z_BSD: ETM output chunks (``layout.z_of`` says which conditions which own chunk).
           layer: per-layer caches and projections.
 
@@ -120,7 +120,7 @@ class Dit(nn.Module):
             modulation=e0,
             rope_q=rope_q,
             rope_k=rope_k,
-            visible=visible,
+            lengths=lengths,
             text=text,
             z=z_BSD if uses_z_kv and layer.z is None else None,
             rope_z=rope_z,

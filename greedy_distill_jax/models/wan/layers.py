@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from greedy_distill_jax.distribution.parallel import attention, constrain, settled, settled_on_megacore
 from greedy_distill_jax.models.wan.config import WanConfig
@@ -30,15 +30,18 @@ TIMESTEPS = 1000.0  # t = 1000 sigma
 class Layout:
     """One self-attention call: which key chunks there are, who sees them, and at which positions; all of it static.
 
-    The candidates for keys are the chunks [cache | own | z] in this order, z only with fusion "selfkv".
+    The candidates for keys are the chunks [cache | own | z] in this order, z only with fusion "selfkv". Behind those
+    that are picked come the chunks of ``Layer.ready``: what a stream has rotated once for all calls of a chunk.
 
     Attributes:
-      pattern: which picked chunks every own chunk sees.
+      pattern: which chunks of [picked | ready] every own chunk sees; with ``Shared.lengths``, from the first of its
+        list on.
       source: the candidates that are picked, in the order of the pattern's keys. One candidate can be picked twice, to
         be seen at two time positions.
       z_of: for every own chunk the ETM chunk that conditions it.
-      rotate_at_use: cached keys are un-rotated and every picked chunk is rotated at the positions of ``Shared.rope_k``;
-        otherwise keys are rotated by ``Shared.rope_q`` once, before they are cached.
+      rotate_at_use: cached keys are un-rotated and every picked chunk is rotated at the positions of ``Shared.rope_k``
+        (those of ``rope_q`` where there are none); otherwise keys are rotated by ``rope_q`` once, before they are
+        cached.
       frozen: keys and values of so many own chunks, from the first, pass no gradient.
       own_position: time position of every own chunk, in chunks; () where it is known only at run time.
       key_position: the same of every picked chunk.
@@ -72,7 +75,7 @@ class Shared(NamedTuple):
     modulation: Float32[Array, "B _ 6 D"]  # one per frame, or one for all
     rope_q: Rope
     rope_k: Rope | None = None
-    visible: Bool[Array, "Q keys"] | None = None  # own chunks, picked key chunks
+    lengths: Int32[Array, " Q"] | None = None  # how many chunks of every own chunk's list are visible; None for all
     text: Float[Array, "B M D"] | None = None  # None when Layer.text is given
     z: Float[Array, "B S D"] | None = None  # S = z chunks * tokens
     rope_z: Rope | None = None  # selfkv with rotated cache: positions of z; xattn2: 2-D positions of z
@@ -85,6 +88,10 @@ class KeyValue(NamedTuple):
     k: Float[Array, "... S N K"]
     v: Float[Array, "... S N K"]
 
+    def rotated(self, rope: Rope) -> "KeyValue":
+        """The same with rotated keys."""
+        return self._replace(k=apply_rope(self.k, rope))
+
 
 class Layer(NamedTuple):
     """Traced inputs with a leading layers axis."""
@@ -92,6 +99,7 @@ class Layer(NamedTuple):
     cache: KeyValue | None = None
     text: KeyValue | None = None
     z: KeyValue | None = None
+    ready: tuple[KeyValue, ...] = ()  # keys as they are seen, rotated, and their values
 
 
 class Emitted(NamedTuple):
@@ -229,16 +237,16 @@ class Block(nn.Module):
             return self.cross_attn.key_value(z_BSD)
         else:
             return None
-        return kv if rope is None else KeyValue(apply_rope(kv.k, rope), kv.v)
+        return kv if rope is None else kv.rotated(rope)
 
-    def _self_attention(self, h, shared: Shared, cache: KeyValue | None, z: KeyValue | None):
+    def _self_attention(self, h, shared: Shared, layer: Layer, z: KeyValue | None):
         layout = self.layout
         q, own = apply_rope(self.self_attn.query(h), shared.rope_q), self.self_attn.key_value(h)
         if not layout.rotate_at_use:
-            own = KeyValue(apply_rope(own.k, shared.rope_q), own.v)
+            own = own.rotated(shared.rope_q)
         if layout.frozen:
             own = KeyValue(*(_stop_gradient(x, layout.frozen * layout.tokens) for x in own))
-        parts = [part for part in (cache, own, z if self.fusion == "selfkv" else None) if part is not None]
+        parts = [part for part in (layer.cache, own, z if self.fusion == "selfkv" else None) if part is not None]
         k, v = (jnp.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
         chunks = k.shape[1] // layout.tokens
         if layout.source != tuple(range(chunks)):
@@ -246,8 +254,10 @@ class Block(nn.Module):
             k, v = (rearrange(x, "b (c l) n k -> b c l n k", c=chunks)[:, pick] for x in (k, v))
             k, v = (rearrange(x, "b c l n k -> b (c l) n k") for x in (k, v))
         if layout.rotate_at_use:
-            k = apply_rope(k, shared.rope_k)
-        out = attention(q, k, v, layout.pattern, visible_QS=shared.visible, derivative=layout.derivative)
+            k = apply_rope(k, shared.rope_q if shared.rope_k is None else shared.rope_k)
+        if layer.ready:
+            k, v = (jnp.concatenate(x, axis=1) for x in zip((k, v), *layer.ready, strict=True))
+        out = attention(q, k, v, layout.pattern, lengths_Q=shared.lengths, derivative=layout.derivative)
         return self.self_attn.out(out), own
 
     def _over_z(self, q, z: KeyValue):
@@ -286,7 +296,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, :, i] for i in range(6))
 
         h = settled_on_megacore(modulate(self.norm1(x_BSD), shift1, scale1).astype(dtype))
-        h, own = self._self_attention(h, shared, layer.cache, z)
+        h, own = self._self_attention(h, shared, layer, z)
         x_BSD = x_BSD + _per_frame(settled_on_megacore(h).astype(jnp.float32), gate1, jnp.multiply)
         h = self._cross_attention(self.norm3(x_BSD).astype(dtype), shared, text, z)
         x_BSD = x_BSD + h.astype(jnp.float32)

@@ -89,9 +89,10 @@ def rope_table(frame_T: Int[Array | np.ndarray, " T"], grid: tuple[int, int], he
     return Rope(join(cos_t, np.cos(spatial)), join(sin_t, np.sin(spatial)))
 
 
-def apply_rope(x_BSNK: Float[Array, "B S N K"], rope: Rope) -> Float[Array, "B S N K"]:
-    """Rotates interleaved pairs (2j, 2j+1) in float32 and casts back."""
-    cos, sin = rope.cos[None, :, None], rope.sin[None, :, None]
+def apply_rope(x_BSNK: Float[Array, "*B S N K"], rope: Rope) -> Float[Array, "*B S N K"]:
+    """Rotates interleaved pairs (2j, 2j+1) in float32 and casts back; any leading axes."""
+    leading = range(x_BSNK.ndim - 3)
+    cos, sin = (jnp.expand_dims(table, (*leading, -2)) for table in rope)
     pairs = x_BSNK.astype(jnp.float32).reshape(*x_BSNK.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

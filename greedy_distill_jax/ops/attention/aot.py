@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import select
-from greedy_distill_jax.ops.attention.api import chunk_attention, decode_attention
+from greedy_distill_jax.ops.attention.api import chunk_attention
 from greedy_distill_jax.ops.attention.arg_specs import Spec
 from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.ops.attention.tuning import Blocks
@@ -89,7 +89,7 @@ def interruptible(work: Callable[[], Any]) -> Any:
 
 
 def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: Path | None = None) -> dict:
-    """Compiles forward and backward (forward only for a decode) of one workload.
+    """Compiles forward and backward of one workload.
 
     Args:
       spec: the workload.
@@ -106,13 +106,11 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     """
     shapes = spec.shapes(NamedSharding(mesh, PartitionSpec()))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        backend = select.choose(None, shapes[0], decode=spec.decode, function=spec.name)
+        backend = select.choose(None, shapes[0], function=spec.name)
     if not backend.kernels:
         raise UserError(f"{spec.name}: the best backend there is {backend.name!r}, which has no kernels to compile.")
 
     def forward(q, k, v):
-        if spec.decode:
-            return decode_attention(q, k, v, k.shape[1], blocks=blocks)
         return chunk_attention(q, k, v, spec.pattern, blocks=blocks)
 
     def both(q, k, v, g):
@@ -122,8 +120,7 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     before = set(dump.iterdir()) if dump else set()
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(forward).lower(*shapes[:3]) if spec.decode else jax.jit(both).lower(*shapes)
-        stats = interruptible(lowered.compile).memory_analysis()
+        stats = interruptible(jax.jit(both).lower(*shapes).compile).memory_analysis()
     result = {
         "seconds": time.perf_counter() - start,
         "memory": {
@@ -155,7 +152,7 @@ def _bundles(files: set[Path], backend: Backend) -> dict[str, int]:
 
 def _useful_kflop(spec: Spec, name: str, blocks: Blocks | None, mesh: Mesh, backend: Backend) -> float:
     """kFLOP of one average grid step, counted on unmasked pairs."""
-    pattern, kernel = spec.pattern.merged() if spec.decode else spec.pattern, backend.kernels[name]
+    pattern, kernel = spec.pattern, backend.kernels[name]
     kind = mesh.devices.flat[0].device_kind
     blocks = blocks or backend.blocks(kind, pattern.q_chunk, pattern.k_chunk, spec.dim, spec.dtype)
     by_query, by_key = pattern.block_lists(*getattr(blocks, kernel.blocks))

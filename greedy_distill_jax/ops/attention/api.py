@@ -1,12 +1,11 @@
-"""The one attention function of the project, and its form for streaming."""
+"""The one attention function of the project."""
 
 import functools
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int32
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import select
@@ -23,7 +22,7 @@ def chunk_attention(
     v_BSNK: Float[Array, "B S N K"],
     pattern: Pattern,
     *,
-    visible_QS: Bool[Array, "Q C"] | None = None,
+    lengths_Q: Int32[Array, " Q"] | None = None,
     implementation: str | None = None,
     scale: float | None = None,
     derivative: str = "vjp",
@@ -39,8 +38,8 @@ def chunk_attention(
       k_BSNK: keys, S = ``pattern.num_k_chunks`` x ``pattern.k_chunk``.
       v_BSNK: values.
       pattern: who sees whom, in chunks; static.
-      visible_QS: optional traced [query chunks, key chunks] mask on top of the table: which cache slots are
-        filled is known only while streaming.
+      lengths_Q: how many chunks of every query chunk's list, from its first one on, are visible, where that is known
+        only at run time: the filled slots of a cache, put behind what is always there. None for whole lists.
       implementation: name of a backend (``backends.names()``), or None for the best one on this platform.
       scale: softmax scale, 1/sqrt(K) by default.
       derivative: "vjp" for gradients (a ``custom_vjp`` that keeps the output and the log-sum-exp and recomputes
@@ -68,16 +67,15 @@ def chunk_attention(
     backend = select.choose(
         implementation,
         q_BLNK,
-        visible_QS=visible_QS,
         derivative=derivative,
         interpret=interpret,
         function="chunk_attention",
     )
     call = _call(backend, pattern, q_BLNK, scale, blocks, interpret)
     if derivative == "jvp" or backend.backward is None:
-        return backend.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
+        return backend.attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)
     try:
-        return _attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, backend, call)
+        return _attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, backend, call)
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
@@ -100,57 +98,16 @@ def _call(backend: Backend, pattern: Pattern, q_BLNK, scale: float | None, block
 # Reverse mode keeps the output and the log-sum-exp instead of every block's logits, which JAX would keep if it
 # differentiated the loop; what is not differentiated runs ``attend`` and keeps nothing.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, backend: Backend, call: Call):
-    return backend.attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
+def _attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, backend: Backend, call: Call):
+    return backend.attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)
 
 
-def _attend_forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, backend: Backend, call: Call):
-    return backend.forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
+def _attend_forward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, backend: Backend, call: Call):
+    return backend.forward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)
 
 
 def _attend_backward(backend: Backend, call: Call, residual, g_BLNK):
-    return *backend.backward(residual, g_BLNK, call), None  # a mask has no gradient
+    return *backend.backward(residual, g_BLNK, call), None  # lengths have no gradient
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def decode_attention(
-    q_BLNK: Float[Array, "B L N K"],
-    k_BSNK: Float[Array, "B S N K"],
-    v_BSNK: Float[Array, "B S N K"],
-    length: Int[Array, ""] | int,
-    *,
-    implementation: str | None = None,
-    scale: float | None = None,
-    blocks: Blocks | None = None,
-    interpret: Any = False,
-) -> Float[Array, "B L N K"]:
-    """Attention of the chunk being made to a cache [sink | ring buffer] of which a prefix is filled.
-
-    The streams do not use it yet: they hide free slots by ``chunk_attention``'s ``visible_QS``.
-
-    Softmax does not care about the order of keys, so a ring buffer needs no more than the number of filled slots, as
-    long as keys carry their rotation. Slots fill from the front, sink first; once the ring wraps all are filled. Blocks
-    beyond ``length`` are not visited. For inference: not meant to be differentiated.
-
-    Args:
-      q_BLNK: queries of one chunk of L tokens.
-      k_BSNK: keys of the S slots (tokens), those of this chunk already written.
-      v_BSNK: values.
-      length: slots that are filled, at most S; may be traced. 0 gives zeros.
-      implementation: name of a backend that has this form, or None for the best one on this platform.
-      scale: softmax scale, 1/sqrt(K) by default.
-      blocks: block sizes of a backend that has them, of which ``forward`` counts; None takes the tuned ones.
-      interpret: emulates a kernel.
-
-    Returns:
-      [B, L, N, K] in the dtype of ``v``.
-
-    Raises:
-      UserError: an implementation that is unknown or cannot run here.
-    """
-    backend = select.choose(implementation, q_BLNK, decode=True, interpret=interpret, function="decode_attention")
-    pattern = Pattern.full(1, q_BLNK.shape[1], num_k_chunks=1, k_chunk=k_BSNK.shape[1])
-    call = _call(backend, pattern, q_BLNK, scale, blocks, interpret)
-    return backend.decode(q_BLNK, k_BSNK, v_BSNK, jnp.asarray(length, jnp.int32), call)

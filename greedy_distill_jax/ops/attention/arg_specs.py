@@ -14,12 +14,11 @@ class Spec:
 
     Attributes:
       name: what it is called in tables.
-      pattern: who sees whom; for a decode the slots are its key chunks.
+      pattern: who sees whom.
       heads: attention heads.
       dim: head dim.
       dtype: of q, k and v.
       batch: examples.
-      decode: whether it is ``decode_attention`` (one chunk of queries, no gradient).
     """
 
     name: str
@@ -28,7 +27,6 @@ class Spec:
     dim: int = 128
     dtype: str = "bfloat16"
     batch: int = 1
-    decode: bool = False
 
     @property
     def flops(self) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.ops.attention import backends, select
-from greedy_distill_jax.ops.attention.api import chunk_attention, decode_attention
+from greedy_distill_jax.ops.attention.api import chunk_attention
 from greedy_distill_jax.ops.attention.arg_specs import Spec
 
 REPEATS = 3
@@ -48,8 +48,6 @@ def ours(implementation: str | None = None) -> Peer:
     """This library."""
 
     def attend(spec, q, k, v):
-        if spec.decode:
-            return decode_attention(q, k, v, k.shape[1], implementation=implementation)
         return chunk_attention(q, k, v, spec.pattern, implementation=implementation)
 
     return jax_peer(attend)
@@ -117,11 +115,10 @@ def measure(
       repeats: timed runs.
 
     Returns:
-      {peer: {"forward": ms, "forward_backward": ms}} with medians, no backward for a decode; {"error": reason} for a
-      peer that cannot run.
+      {peer: {"forward": ms, "forward_backward": ms}} with medians; {"error": reason} for a peer that cannot run.
     """
     inputs = arrays(spec)
-    passes = {"forward": False} if spec.decode else {"forward": False, "forward_backward": True}
+    passes = {"forward": False, "forward_backward": True}
     result = {}
     for name, factory in peers.items():
         try:

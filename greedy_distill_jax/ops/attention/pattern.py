@@ -61,8 +61,8 @@ class Pattern:
       q_chunk: tokens in one query chunk.
       k_chunk: tokens in one key chunk.
       num_k_chunks: number of key chunks the keys hold.
-      table: for every query chunk the key chunks it sees, in any order, without repetition. An empty
-        list is legal: such a query gets zeros.
+      table: for every query chunk the key chunks it sees, without repetition. The order counts only where a part of
+        the list is visible (``chunk_attention``'s ``lengths_Q``). An empty list is legal: such a query gets zeros.
     """
 
     q_chunk: int
@@ -146,6 +146,13 @@ class Pattern:
             index[i, : len(row)] = row
             visible[i, : len(row)] = True
         return index, visible
+
+    def ranks(self) -> np.ndarray:
+        """int32 [query chunks, key chunks]: the place of a key chunk in the list, ``num_k_chunks`` if it has none."""
+        ranks = np.full((self.num_q_chunks, self.num_k_chunks), self.num_k_chunks, np.int32)
+        for i, row in enumerate(self.table):
+            ranks[i, list(row)] = np.arange(len(row))
+        return ranks
 
     def chunk_mask(self) -> np.ndarray:
         """bool [query chunks, key chunks]."""

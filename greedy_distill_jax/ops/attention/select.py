@@ -21,9 +21,7 @@ def choose(
     name: str | None,
     q_BLNK: Any,
     *,
-    visible_QS: Any = None,
     derivative: str = "vjp",
-    decode: bool = False,
     interpret: Any = False,
     function: str,
 ) -> Backend:
@@ -32,9 +30,7 @@ def choose(
     Args:
       name: of the backend that the caller asks for, None for the best that can run on this platform.
       q_BLNK: queries, of which dtype and head dim count.
-      visible_QS: the traced mask or None.
       derivative: "jvp" where the call has to pass ``jax.jvp``.
-      decode: whether the form for a cache with a length is wanted.
       interpret: whether kernels are emulated; only a named backend is.
       function: who asks, for the message.
 
@@ -46,13 +42,10 @@ def choose(
         "gpu" if platform == "cuda" else platform,
         q_BLNK.shape[-1],
         q_BLNK.dtype,
-        visible_QS is not None,
         bool(interpret) and name is not None,
     )
 
     def reason(backend: Backend) -> str | None:
-        if decode and backend.decode is None:
-            return "it has no form for a cache with a length"
         if derivative == "jvp" and not backend.forward_mode:
             return "it has gradients only, no forward mode"
         return backend.why_not(request)

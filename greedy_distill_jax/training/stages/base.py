@@ -20,7 +20,6 @@ from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.models.wan.linear import FLOAT32
 from greedy_distill_jax.training.cost import Cost, Meter, draws, total
 from greedy_distill_jax.training.lora import lora
 from greedy_distill_jax.training.optimizer import make_optimizer, new_parameter_scale
@@ -265,16 +264,3 @@ def own_update(settings: Settings, updates: int) -> Update:
     scale = settings.optimizer.new_scale
     factors = None if scale == 1.0 else new_parameter_scale(scale)
     return Update(optimizer_of(settings, updates), settings.ema.decay, settings.ema.start, factors)
-
-
-def compute_precision(params, dtype: str):
-    """Frozen networks keep kernels in the precision they compute in: half the memory with bfloat16."""
-
-    def cast(path, leaf):
-        layer, name = (getattr(key, "key", None) for key in path[-2:])
-        wanted = jnp.dtype(dtype) if name == "kernel" and layer not in FLOAT32 else leaf.dtype
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, wanted)
-        return leaf.astype(wanted)  # where it is
-
-    return jax.tree_util.tree_map_with_path(cast, params)

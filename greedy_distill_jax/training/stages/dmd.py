@@ -18,6 +18,7 @@ from greedy_distill_jax.losses import Term, asked, motion, motion_head as motion
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.ranges import Count, Natural, NoiseLevel, NotNegative, Positive, between, one_of
 from greedy_distill_jax.training import motion_head, nets, policy_gradient, rollout
 from greedy_distill_jax.training.cost import Cost, Meter, draws, score_calls, total
@@ -29,7 +30,6 @@ from greedy_distill_jax.training.stages.base import (
     Part,
     Stage,
     StageKind,
-    compute_precision,
     own_update,
     text_shape,
 )

@@ -21,6 +21,7 @@ from greedy_distill_jax.losses.rl.nft import check_gap
 from greedy_distill_jax.models import flops
 from greedy_distill_jax.models.students.base import ContextGrad
 from greedy_distill_jax.models.wan.config import WanConfig
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.training import reinforce
 from greedy_distill_jax.training.cost import Cost, Meter
@@ -35,7 +36,6 @@ from greedy_distill_jax.training.stages.base import (
     Stage,
     StageKind,
     always,
-    compute_precision,
     own_update,
     text_shape,
 )

@@ -6,9 +6,10 @@ from greedy_distill_jax.config.settings import Settings
 from greedy_distill_jax.losses import asked
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.training import nets
 from greedy_distill_jax.training.sources import Wanted
-from greedy_distill_jax.training.stages.base import Inputs, Network, Stage, StageKind, compute_precision, own_update
+from greedy_distill_jax.training.stages.base import Inputs, Network, Stage, StageKind, own_update
 from greedy_distill_jax.training.stages.teacher import on_data
 from greedy_distill_jax.training.update import data_step
 

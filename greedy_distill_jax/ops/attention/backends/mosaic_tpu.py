@@ -26,7 +26,6 @@ KERNELS = {
     "forward_kernel": Kernel(2, "forward"),
     "dq_kernel": Kernel(3, "dq"),
     "dkv_kernel": Kernel(4, "dkv", by_key=True),
-    "decode_kernel": Kernel(2, "forward"),
 }
 HEAD_DIMS = (64, 128)
 LANES = 128
@@ -47,12 +46,12 @@ def why_not(request: Request) -> str | None:
     return None
 
 
-def attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
+def attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
     """See ``record.Backend``."""
-    return forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)[0]
+    return forward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)[0]
 
 
-def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
+def forward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
     """(output, what ``backward`` needs)."""
     blocks = call.blocks.forward
     launch = _Launch(call, q_BLNK.shape, *blocks)
@@ -62,7 +61,7 @@ def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
     out, lse = launch.run(
         _forward_kernel,
         by_query,
-        visible_QS,
+        lengths_Q,
         ("q", "k", "k"),
         (q, k, v),
         ("q", "row"),
@@ -70,12 +69,12 @@ def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
         [statistics, statistics, pltpu.VMEM((launch.dim, launch.block_q), jnp.float32)],
     )
     out = launch.unview(out, q_BLNK.shape)
-    return out, (q_BLNK, k_BSNK, v_BSNK, visible_QS, out, launch.from_rows(lse))
+    return out, (q_BLNK, k_BSNK, v_BSNK, lengths_Q, out, launch.from_rows(lse))
 
 
 def backward(residual, g_BLNK, call: Call):
     """(dq, dk, dv)."""
-    q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNQ = residual
+    q_BLNK, k_BSNK, v_BSNK, lengths_Q, out_BLNK, lse_BNQ = residual
     delta_BNQ = jnp.einsum("blnk,blnk->bnl", out_BLNK, g_BLNK, preferred_element_type=jnp.float32)
 
     def setup(block_q, block_k):
@@ -88,14 +87,14 @@ def backward(residual, g_BLNK, call: Call):
     accumulator = [pltpu.VMEM((launch.dim, launch.block_q), jnp.float32)]
     by_query, _ = call.pattern.block_lists(*call.blocks.dq)
     shapes = (like(q, q.shape, q.dtype),)
-    (dq,) = launch.run(_dq_kernel, by_query, visible_QS, specs, inputs, ("q",), shapes, accumulator)
+    (dq,) = launch.run(_dq_kernel, by_query, lengths_Q, specs, inputs, ("q",), shapes, accumulator)
     dq = launch.unview(dq, q_BLNK.shape)
 
     launch, (_, k, v, _), inputs = setup(*call.blocks.dkv)
     accumulators = [pltpu.VMEM((launch.block_k, launch.dim), jnp.float32)] * 2
     _, by_key = call.pattern.block_lists(*call.blocks.dkv)
     shapes = like(k, k.shape, k.dtype), like(v, v.shape, v.dtype)
-    dk, dv = launch.run(_dkv_kernel, by_key, visible_QS, specs, inputs, ("k", "k"), shapes, accumulators)
+    dk, dv = launch.run(_dkv_kernel, by_key, lengths_Q, specs, inputs, ("k", "k"), shapes, accumulators)
     return dq, launch.unview(dk, k_BSNK.shape), launch.unview(dv, v_BSNK.shape)
 
 
@@ -156,15 +155,16 @@ class _Launch:
         x = x.reshape(self.batch, self.heads, self.pattern.num_q_chunks, self.per_q * self.block_q)
         return x[..., : self.pattern.q_chunk].reshape(self.batch, self.heads, -1)
 
-    def _visits(self, pairs: BlockList, visible_QS, by_key: bool):
+    def _visits(self, pairs: BlockList, lengths_Q, by_key: bool):
         counts = pairs.inner != VOID
         inner = np.where(counts, pairs.inner, 0)
         first, last = pairs.edges
         code = (first * FIRST + last * LAST).astype(np.int32)
         live = counts
-        if visible_QS is not None:
+        if lengths_Q is not None:
             q, k = (inner, pairs.outer) if by_key else (pairs.outer, inner)
-            live = visible_QS[q // self.per_q, k // self.per_k] & counts
+            chunks = q // self.per_q
+            live = (jnp.asarray(self.pattern.ranks()[chunks, k // self.per_k]) < lengths_Q[chunks]) & counts
         return jnp.asarray(pairs.outer), jnp.asarray(inner), jnp.asarray(code) + LIVE * jnp.asarray(live, jnp.int32)
 
     def _spec(self, kind: str, by_key: bool):
@@ -183,11 +183,11 @@ class _Launch:
             return pl.BlockSpec((None, None, None, 1, block), statistics)
         return pl.BlockSpec((None, None, block, self.dim), tokens)
 
-    def run(self, kernel, pairs, visible_QS, specs, inputs, out_specs, out_shape, scratch):
+    def run(self, kernel, pairs, lengths_Q, specs, inputs, out_specs, out_shape, scratch):
         """Calls ``kernel`` once per visit."""
         name = kernel.__name__.strip("_")
         matmuls, _, by_key = KERNELS[name]
-        visits = self._visits(pairs, visible_QS, by_key)
+        visits = self._visits(pairs, lengths_Q, by_key)
         bound = functools.partial(
             kernel,
             scale=self.scale,
@@ -298,11 +298,10 @@ def add_keys(q, k, v, keep, scale: float, peak_ref, total_ref, acc_ref):
 
 
 def finish_softmax(out_ref, lse_ref, peak_ref, total_ref, acc_ref):
-    """Writes the output, zeros where no key was added, and unless ``lse_ref`` is None the log-sum-exp."""
+    """Writes the output, zeros where no key was added, and the log-sum-exp."""
     total = jnp.where(total_ref[...] > 0, total_ref[...], 1.0)
     out_ref[...] = (acc_ref[...] / total).T.astype(out_ref.dtype)
-    if lse_ref is not None:
-        lse_ref[...] = peak_ref[...] / LOG2E + jnp.log(total)
+    lse_ref[...] = peak_ref[...] / LOG2E + jnp.log(total)
 
 
 def _probabilities(q, k, v, g, lse, delta, i, j, scale, tail_q, tail_k):
@@ -391,77 +390,6 @@ def _dkv_kernel(
         dv_ref[...] = acc_v[...].astype(dv_ref.dtype)
 
 
-def decode(q_BLNK, k_BSNK, v_BSNK, length, call: Call):
-    """See ``record.Backend``: a grid over all blocks of slots; those not filled are neither loaded nor computed."""
-    batch, tokens, heads, dim = q_BLNK.shape
-    block_q, block_k = call.blocks.forward
-    slots = k_BSNK.shape[1]
-    in_place = dim == LANES
-
-    def view(x):
-        if in_place:
-            return x.reshape(batch, -1, heads * dim)
-        return jnp.swapaxes(x, 1, 2).reshape(batch * heads, -1, dim)
-
-    def keys(row, head, i, j, length_ref):
-        # A block that is not needed repeats the last one that is, which costs no copy.
-        last = jnp.maximum(jax.lax.div(length_ref[0] + (block_k - 1), block_k) - 1, 0)
-        return row, jnp.minimum(j, last), head
-
-    q, k, v = view(q_BLNK), view(k_BSNK), view(v_BSNK)
-    q_spec = pl.BlockSpec((None, block_q, dim), lambda row, head, i, j, length_ref: (row, i, head))
-    k_spec = pl.BlockSpec((None, block_k, dim), keys)
-    statistics = pltpu.VMEM((1, block_q), jnp.float32)
-    out = pl.pallas_call(
-        functools.partial(_decode_kernel, scale=call.scale),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(
-                *((batch, heads) if in_place else (batch * heads, 1)),
-                pl.cdiv(tokens, block_q),
-                pl.cdiv(slots, block_k),
-            ),
-            in_specs=[q_spec, k_spec, k_spec],
-            out_specs=q_spec,
-            scratch_shapes=[statistics, statistics, pltpu.VMEM((dim, block_q), jnp.float32)],
-        ),
-        out_shape=like(q, q.shape, v.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
-        ),
-        interpret=call.interpret,
-        name="decode_kernel",
-    )(jnp.minimum(length, slots).reshape(1), q, k, v)
-    if in_place:
-        return out.reshape(q_BLNK.shape)
-    return jnp.swapaxes(out.reshape(batch, heads, tokens, dim), 1, 2)
-
-
-def _decode_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, peak_ref, total_ref, acc_ref, *, scale):
-    j, block = pl.program_id(3), k_ref.shape[0]
-    left = length_ref[0] - j * block
-
-    @pl.when(j == 0)
-    def _():
-        start_softmax(peak_ref, total_ref, acc_ref)
-
-    @pl.when(left >= block)
-    def _():
-        add_keys(q_ref[...], k_ref[...], v_ref[...], None, scale, peak_ref, total_ref, acc_ref)
-
-    @pl.when((left > 0) & (left < block))
-    def _():
-        keep = jax.lax.broadcasted_iota(jnp.int32, (block, q_ref.shape[0]), 0) < left
-        rows = jax.lax.broadcasted_iota(jnp.int32, v_ref.shape, 0) < left
-        v = jnp.where(rows, v_ref[...], jnp.zeros(v_ref.shape, v_ref.dtype))  # free slots may hold NaN
-        add_keys(q_ref[...], k_ref[...], v, keep, scale, peak_ref, total_ref, acc_ref)
-
-    @pl.when(j == pl.num_programs(3) - 1)
-    def _():
-        finish_softmax(out_ref, None, peak_ref, total_ref, acc_ref)
-
-
 # Logits and their gradient are made once for the queries and once for the keys: seven matmuls for two.
 BACKEND = Backend(
     "mosaic_tpu",
@@ -469,7 +397,6 @@ BACKEND = Backend(
     attend,
     forward,
     backward,
-    decode=decode,
     partitionable=False,
     backward_flops=3.5,
     blocks=tuning.choose,

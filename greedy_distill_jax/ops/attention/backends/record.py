@@ -18,7 +18,6 @@ class Request(NamedTuple):
     platform: str  # "cpu", "gpu", "tpu" or another one of jax's
     head_dim: int
     dtype: Any
-    hides_chunks: bool  # there is a traced mask of chunks on top of the pattern
     interpret: bool  # kernels are emulated, on any platform
 
 
@@ -54,13 +53,11 @@ class Backend:
     Attributes:
       name: what callers give as ``implementation``.
       why_not: ``why_not(request)`` gives the reason why it cannot run that, or None if it can.
-      attend: ``attend(q, k, v, visible_QS, call)`` gives the output.
-      forward: ``forward(q, k, v, visible_QS, call)`` gives (output, residual), and
+      attend: ``attend(q, k, v, lengths_Q, call)`` gives the output; ``lengths_Q``: see ``chunk_attention``, or None.
+      forward: ``forward(q, k, v, lengths_Q, call)`` gives (output, residual), and
       backward: ``backward(residual, g, call)`` gives (dq, dk, dv): together its gradient. Without them jax
         differentiates ``attend``.
       forward_mode: whether ``jax.jvp`` goes through ``attend``.
-      decode: ``decode(q, k, v, length, call)`` gives attention to the first ``length`` keys; None if it has no such
-        form. The pattern of the call is one chunk of queries over one of keys.
       partitionable: whether the compiler can partition it over a mesh. What it cannot runs under ``shard_map``.
       backward_flops: operations of its backward pass over those of its forward pass.
       blocks: ``blocks(device kind, query chunk, key chunk, head dim, dtype)`` gives its block sizes; None without.
@@ -73,7 +70,6 @@ class Backend:
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
     forward_mode: bool = False
-    decode: Callable[..., Any] | None = None
     partitionable: bool = True
     backward_flops: float = FLASH_BACKWARD
     blocks: Callable[[str, int, int, int, str], Blocks] | None = None

@@ -7,7 +7,7 @@ Two forms of the same sum:
   recomputes the probabilities from the saved log-sum-exp. Memory is one block of logits, whatever the length.
 
 Both are ordinary JAX code, so ``jax.jvp`` goes through ``attend``; ``forward`` and ``backward`` are the two halves of
-the ``custom_vjp`` in ``api.py``. ``decode`` is the scanned form for a cache of which a prefix is filled.
+the ``custom_vjp`` in ``api.py``.
 """
 
 import jax
@@ -23,23 +23,22 @@ GATHER_AREA = 1 << 10
 GATHER_LOGITS = 1 << 22
 # Longest block of the scan in tokens: few enough that its logits stay in a CPU's cache, enough to feed a matmul unit.
 BLOCK = 256
-DECODE_BLOCK = 1024  # key slots of one step of ``decode``
 NEVER = -1e30
 
 
-def attend(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
+def attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
     """See ``record.Backend``; both differentiation modes work, reverse mode keeps every block's logits."""
     if _is_gathered(call.pattern):
-        return _gathered(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
-    return _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)[0]
+        return _gathered(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)
+    return _scanned(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)[0]
 
 
-def forward(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
+def forward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
     """(output, what ``backward`` needs)."""
     if _is_gathered(call.pattern):
-        return jax.vjp(lambda q, k, v: _gathered(q, k, v, visible_QS, call), q_BLNK, k_BSNK, v_BSNK)
-    out, lse_BNL = _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, call)
-    return out, (q_BLNK, k_BSNK, v_BSNK, visible_QS, out, lse_BNL)
+        return jax.vjp(lambda q, k, v: _gathered(q, k, v, lengths_Q, call), q_BLNK, k_BSNK, v_BSNK)
+    out, lse_BNL = _scanned(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)
+    return out, (q_BLNK, k_BSNK, v_BSNK, lengths_Q, out, lse_BNL)
 
 
 def backward(residual, g_BLNK, call: Call):
@@ -71,9 +70,9 @@ def _softmax_attend(q_BNCLK, k_BNCSK, v_BNCSK, mask_CS, scale: float):
     return jnp.einsum("bncls,bncsk->bnclk", weight.astype(v_BNCSK.dtype), v_BNCSK)
 
 
-def _gathered(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
+def _gathered(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
     # Where everybody sees everything: one long query row instead of copies of the keys.
-    merged = call.pattern.merged() if visible_QS is None else call.pattern
+    merged = call.pattern.merged() if lengths_Q is None else call.pattern
     q = rearrange(q_BLNK, "b (c l) n k -> b n c l k", l=merged.q_chunk)
     k, v = (rearrange(x, "b (c s) n k -> b n c s k", s=merged.k_chunk) for x in (k_BSNK, v_BSNK))
     index, static = merged.padded()
@@ -84,26 +83,27 @@ def _gathered(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
     else:
         k, v = (rearrange(x[:, :, index], "b n c p s k -> b n c (p s) k") for x in (k, v))
     mask = None if static.all() else jnp.asarray(static)
-    if visible_QS is not None:
-        dynamic = jnp.take_along_axis(visible_QS, jnp.asarray(index), axis=1)
+    if lengths_Q is not None:
+        dynamic = jnp.arange(width, dtype=jnp.int32)[None] < lengths_Q[:, None]
         mask = dynamic if mask is None else mask & dynamic
     if mask is not None:
         mask = jnp.repeat(mask, merged.k_chunk, axis=1)
     return rearrange(_softmax_attend(q, k, v, mask, call.scale), "b n c l k -> b (c l) n k")
 
 
-def _blocks(visible_QS, pattern: Pattern) -> tuple[Pattern, int, int]:
-    merged = pattern.merged() if visible_QS is None else pattern
+def _blocks(lengths_Q, pattern: Pattern) -> tuple[Pattern, int, int]:
+    merged = pattern.merged() if lengths_Q is None else pattern
     return merged, largest_divisor(merged.q_chunk, BLOCK), largest_divisor(merged.k_chunk, BLOCK)
 
 
-def _visits(pairs: BlockList, visible_QS, per_q: int, per_k: int):
+def _visits(pattern: Pattern, pairs: BlockList, lengths_Q, per_q: int, per_k: int):
     """Scanned inputs (query block, key block, first visit of the query block, whether it counts or None if all do)."""
     counts = pairs.inner != VOID
     inner = np.where(counts, pairs.inner, 0)
     live = None if counts.all() else jnp.asarray(counts)
-    if visible_QS is not None:
-        dynamic = visible_QS[pairs.outer // per_q, inner // per_k]
+    if lengths_Q is not None:
+        chunks = pairs.outer // per_q
+        dynamic = jnp.asarray(pattern.ranks()[chunks, inner // per_k]) < lengths_Q[chunks]
         live = dynamic if live is None else live & dynamic
     return jnp.asarray(pairs.outer), jnp.asarray(inner), jnp.asarray(pairs.edges[0]), live
 
@@ -124,11 +124,11 @@ def zeros(shape, *like):
     return jnp.broadcast_to(zero, shape)
 
 
-def _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
+def _scanned(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
     """(out [B, L, N, K], log-sum-exp [B, N, L] float32)."""
-    scale, (pattern, block_q, block_k) = call.scale, _blocks(visible_QS, call.pattern)
+    scale, (pattern, block_q, block_k) = call.scale, _blocks(lengths_Q, call.pattern)
     pairs, _ = pattern.block_lists(block_q, block_k)
-    visits = _visits(pairs, visible_QS, pattern.q_chunk // block_q, pattern.k_chunk // block_k)
+    visits = _visits(pattern, pairs, lengths_Q, pattern.q_chunk // block_q, pattern.k_chunk // block_k)
     q, k, v = q_BLNK, k_BSNK, v_BSNK
     batch, length, heads, dim = q.shape
 
@@ -160,10 +160,10 @@ def _scanned(q_BLNK, k_BSNK, v_BSNK, visible_QS, call: Call):
     return out, lse
 
 
-def _scanned_backward(q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNL, g_BLNK, call: Call):
-    scale, (pattern, block_q, block_k) = call.scale, _blocks(visible_QS, call.pattern)
+def _scanned_backward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, out_BLNK, lse_BNL, g_BLNK, call: Call):
+    scale, (pattern, block_q, block_k) = call.scale, _blocks(lengths_Q, call.pattern)
     pairs, _ = pattern.block_lists(block_q, block_k)
-    visits = _visits(pairs, visible_QS, pattern.q_chunk // block_q, pattern.k_chunk // block_k)
+    visits = _visits(pattern, pairs, lengths_Q, pattern.q_chunk // block_q, pattern.k_chunk // block_k)
     delta = jnp.einsum("blnk,blnk->bnl", out_BLNK, g_BLNK, preferred_element_type=jnp.float32)
     q, k, v, g = q_BLNK, k_BSNK, v_BSNK, g_BLNK
 
@@ -198,28 +198,4 @@ def _scanned_backward(q_BLNK, k_BSNK, v_BSNK, visible_QS, out_BLNK, lse_BNL, g_B
     return tuple(jnp.swapaxes(d, 1, 2).astype(x.dtype) for d, x in grads)
 
 
-def decode(q_BLNK, k_BSNK, v_BSNK, length, call: Call):
-    """Online softmax over the blocks of slots that are filled, so that a short history costs less."""
-    slots = k_BSNK.shape[1]
-    block = largest_divisor(slots, DECODE_BLOCK)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
-
-    def step(j, carry):
-        peak, total, acc = carry
-        k_, v_ = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k, v))
-        keep = (jnp.arange(block, dtype=jnp.int32) + j * block < length)[None, None, None]
-        z = jnp.einsum("bnlk,bnsk->bnls", q, k_, preferred_element_type=jnp.float32) * call.scale
-        z = jnp.where(keep, z, NEVER)
-        new = jnp.maximum(peak, jnp.max(z, axis=-1))
-        shrink, p = jnp.exp(peak - new), jnp.where(keep, jnp.exp(z - new[..., None]), 0.0)
-        pv = jnp.einsum("bnls,bnsk->bnlk", p.astype(v.dtype), v_, preferred_element_type=jnp.float32)
-        return new, total * shrink + jnp.sum(p, axis=-1), acc * shrink[..., None] + pv
-
-    row = zeros(q.shape[:3], q, k, v, length)
-    filled = jnp.minimum((length + block - 1) // block, slots // block)
-    _, total, acc = jax.lax.fori_loop(0, filled, step, (row + NEVER, row, zeros(q.shape, q, k, v, length)))
-    out = acc / jnp.where(total > 0, total, 1.0)[..., None]
-    return jnp.swapaxes(out, 1, 2).astype(v_BSNK.dtype)
-
-
-BACKEND = Backend("xla", lambda request: None, attend, forward, backward, forward_mode=True, decode=decode)
+BACKEND = Backend("xla", lambda request: None, attend, forward, backward, forward_mode=True)
