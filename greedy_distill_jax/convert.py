@@ -23,7 +23,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.conversion import export_weights, import_weights
 from greedy_distill_jax.weights.adapter import ADAPTERS
 from greedy_distill_jax.weights.architecture import describe, wan_of
-from greedy_distill_jax.weights.files import PARTS, listed
+from greedy_distill_jax.weights.files import PARTS
 from greedy_distill_jax.weights.inspect import besides, kind_of, report, title
 from greedy_distill_jax.weights.kind import KINDS, Asked
 from greedy_distill_jax.weights.load import DTYPES
@@ -56,9 +56,8 @@ def _import(args: argparse.Namespace) -> None:
         sharding = functools.partial(shardings, mesh=mesh) if mesh else None
         more = dict(allow_nonfinite=args.allow_nonfinite, overwrite=args.overwrite)
         import_weights(source, args.dst, dtype=args.dtype, sharding=sharding, **more)
-    for path, found, count, missing in source.merged if adapters else ():
-        more = f"; not in this model: {listed(missing, 4)}" if missing else ""
-        print(f"{path}: {found} of {count} modules merged{more}")
+    for merged in source.merged if adapters else ():
+        print(merged)
     if more := besides(source):
         print(f"note: {args.src} also holds {more}, which are no part of the model.", file=sys.stderr)
     if precision := source.meta.get("precision"):

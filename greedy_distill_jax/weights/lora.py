@@ -189,6 +189,29 @@ class _Change:
         return self.factor * product.reshape(b.shape[0], *a.shape[1:])
 
 
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What became of an adapter.
+
+    Attributes:
+      adapter, scale: as given.
+      found: modules that are in the model with all there is for them.
+      missing: names of what is not.
+    """
+
+    adapter: Adapter
+    scale: float
+    found: int
+    missing: tuple[str, ...]
+
+    def __str__(self):
+        modules = self.adapter.modules.values()
+        how = f", scale {self.scale:g}" if self.scale != 1 else ""
+        how += ", alpha taken as the rank" if any(one.rank and one.alpha is None for one in modules) else ""
+        how += f"; not in this model: {listed(self.missing, 4)}" if self.missing else ""
+        return f"{self.adapter.path}: {self.found} of {len(modules)} modules merged{how}"
+
+
 class MergedSource(Source):
     """A model with adapters merged in.
 
@@ -199,7 +222,7 @@ class MergedSource(Source):
       adapters: each with the scale that is asked for, 1 for its own.
 
     Attributes:
-      merged: for every adapter (path, modules that were found whole, modules, names of what was not found).
+      merged: what became of every adapter.
 
     Raises:
       UserError: an adapter of which nothing is found, of another size, or that changes one parameter twice.
@@ -236,7 +259,7 @@ class MergedSource(Source):
                     f"{describe(source.cfg)}; name the adapter of such a model.",
                     "lora",
                 )
-            self.merged.append((adapter.path, found, len(adapter.modules), missing))
+            self.merged.append(Merged(adapter, scale, found, tuple(missing)))
             self.meta["loras"].append({"name": adapter.path.name, "scale": scale})
 
     def _check(self, adapter: Adapter, name: str, tensors: tuple[str, ...], place: tuple[str, int]) -> None:

@@ -97,7 +97,8 @@ def test_every_naming(naming, base, tmp_path, capsys):
     save_file(named(**form), tmp_path / "lora.safetensors")
     found, said = after(base, tmp_path, capsys, f"{tmp_path / 'lora.safetensors'}:0.5")
     close(found, merged(0.5 * form.get("alpha", RANK) / RANK))
-    assert f"lora.safetensors: {len(MODULES)} of {len(MODULES)} modules merged\n" in said
+    how = ", scale 0.5" + ("" if "alpha" in form else ", alpha taken as the rank")
+    assert f"lora.safetensors: {len(MODULES)} of {len(MODULES)} modules merged{how}\n" in said
     assert run("inspect", tmp_path / "lora.safetensors") == 0
     out = capsys.readouterr().out
     alpha = f"{form['alpha']:g}" if "alpha" in form else "not said (taken as the rank)"
@@ -198,9 +199,9 @@ def test_several_adapters_and_what_is_not_here(base, tmp_path, capsys):
     for module, (a, b) in other.items():
         wanted[f"{module}.weight"] = wanted[f"{module}.weight"] + 2 * (b @ a)
     close(found, wanted)
-    norm = image.replace("k_img", "norm_q")
-    assert f"a.safetensors: 5 of 7 modules merged; not in this model: {image}, {norm}, its bias\n" in said
-    assert "b.safetensors: 5 of 5 modules merged\n" in said
+    lost = f"{image}, {image.replace('k_img', 'norm_q')}, its bias"
+    assert f"a.safetensors: 5 of 7 modules merged, alpha taken as the rank; not in this model: {lost}\n" in said
+    assert "b.safetensors: 5 of 5 modules merged, scale 2, alpha taken as the rank\n" in said
 
 
 def test_a_merge_is_rounded_once(tmp_path, capsys):
