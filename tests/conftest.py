@@ -151,6 +151,25 @@ def lora_teacher(made_once, tiny_teacher):
 
 
 @pytest.fixture
+def same_programs(monkeypatch):
+    """What goes on in a test runs the programs that began it; that they are made anew alike, two other tests show.
+
+    These are the ones of an interrupted command (``test_train``) and of stage dmd (``test_distillation``).
+    """
+    from greedy_distill_jax.training import job
+
+    jit_parts, made = job.jit_parts, {}
+
+    def first(stage, mesh, *shapes):
+        key = repr(shapes)
+        if key not in made:
+            made[key] = jit_parts(stage, mesh, *shapes)
+        return made[key]
+
+    monkeypatch.setattr(job, "jit_parts", first)
+
+
+@pytest.fixture
 def workdir(tmp_path):
     """An empty directory for one run."""
     path = tmp_path / "run"
