@@ -136,6 +136,16 @@ def tiny_student(made_once, tiny_teacher):
     return made_once("tiny_student", lambda folder: train(config, folder, show_progress=False))
 
 
+@pytest.fixture(scope="session")
+def tiny_causal(made_once, tiny_teacher):
+    """The run of the causal student that one update made of ``tiny_teacher``; only to be read."""
+    from greedy_distill_jax.testing import tiny
+    from greedy_distill_jax.train import train
+
+    config = tiny.train_config("teacher_forcing", student__kind="causal", steps=1, teacher_from=str(tiny_teacher))
+    return made_once("tiny_causal", lambda folder: train(config, folder, show_progress=False))
+
+
 LORA = {f"optimizer__lora__{key}": value for key, value in dict(rank=2, alpha=5.0, targets="q,up").items()}
 LORA |= dict(steps=4, checkpoint__every=2)
 
