@@ -136,6 +136,16 @@ def tiny_student(made_once, tiny_teacher):
     return made_once("tiny_student", lambda folder: train(config, folder, show_progress=False))
 
 
+@pytest.fixture(scope="session")
+def tiny_causal(made_once, tiny_teacher):
+    """The run of the causal student that one update made of ``tiny_teacher``; only to be read."""
+    from greedy_distill_jax.testing import tiny
+    from greedy_distill_jax.train import train
+
+    config = tiny.train_config("teacher_forcing", student__kind="causal", steps=1, teacher_from=str(tiny_teacher))
+    return made_once("tiny_causal", lambda folder: train(config, folder, show_progress=False))
+
+
 LORA = {f"optimizer__lora__{key}": value for key, value in dict(rank=2, alpha=5.0, targets="q,up").items()}
 LORA |= dict(steps=4, checkpoint__every=2)
 
@@ -148,6 +158,25 @@ def lora_teacher(made_once, tiny_teacher):
 
     config = tiny.train_config(teacher_from=str(tiny_teacher), **LORA)
     return made_once("lora_teacher", lambda folder: train(config, folder, show_progress=False))
+
+
+@pytest.fixture
+def same_programs(monkeypatch):
+    """What goes on in a test runs the programs that began it; that they are made anew alike, two other tests show.
+
+    These are the ones of an interrupted command (``test_train``) and of stage dmd (``test_distillation``).
+    """
+    from greedy_distill_jax.training import job
+
+    jit_parts, made = job.jit_parts, {}
+
+    def first(stage, mesh, *shapes):
+        key = repr(shapes)
+        if key not in made:
+            made[key] = jit_parts(stage, mesh, *shapes)
+        return made[key]
+
+    monkeypatch.setattr(job, "jit_parts", first)
 
 
 @pytest.fixture

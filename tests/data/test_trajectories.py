@@ -18,10 +18,8 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs import ode
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.sharded import ShardedSource
-from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.text.table import TextTable
-from greedy_distill_jax.train import train
 
 SIGMAS = noise_levels.uniform_steps(3, 5.0)
 SHAPE = (2, 3, 3, 4)
@@ -129,13 +127,6 @@ def test_a_training_stage_reads_them(folder):
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ode_teacher") / "run"
-    train(tiny.train_config(steps=1), path, show_progress=False)
-    return path
-
-
-@pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("ode_prompts") / "prompts.txt"
     path.write_text("\n".join(PROMPTS[:2]))
@@ -151,12 +142,12 @@ def run(*arguments):
     return end.value.code
 
 
-def test_the_command_follows_a_teacher(teacher, prompts, tmp_path, capsys):
-    options = ["--teacher", teacher, "--student", STUDENT, "--prompts", prompts, "--output", tmp_path / "out"]
+def test_the_command_follows_a_teacher(tiny_teacher, prompts, tmp_path, capsys):
+    options = ["--teacher", tiny_teacher, "--student", STUDENT, "--prompts", prompts, "--output", tmp_path / "out"]
     assert run(*options, "--steps", 8, "--guidance", 3, "--batch", 2, "--seed", 7) == 0
     student = read_settings(read_config(STUDENT), imagine_runs=True)
     lists = student.plan.sigmas
-    source, loaded = ShardedSource(tmp_path / "out", TRAJECTORIES), Run.load(teacher)
+    source, loaded = ShardedSource(tmp_path / "out", TRAJECTORIES), Run.load(tiny_teacher)
     assert source.levels == tuple(sorted({s for row in lists for s in row}, reverse=True))
     levels = tuple(sorted({*noise_levels.uniform_steps(8, student.sample.shift), *source.levels}, reverse=True))
     text, null = loaded.text([PROMPTS[1]]), loaded.text([""])
@@ -204,7 +195,7 @@ def test_the_plan_tells_models_and_encoders_apart(prompts, tmp_path, monkeypatch
         (["--text", "/nowhere"], "--text: /nowhere is neither a folder made by prepare text"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(teacher, prompts, tmp_path, capsys, more, message):
-    options = ["--teacher", teacher, "--student", STUDENT, "--prompts", prompts, "--output", tmp_path / "out"]
+def test_bad_input_is_one_line_and_code_2(tiny_teacher, prompts, tmp_path, capsys, more, message):
+    options = ["--teacher", tiny_teacher, "--student", STUDENT, "--prompts", prompts, "--output", tmp_path / "out"]
     assert run(*options, "--steps", 4, *more) == 2
     assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()

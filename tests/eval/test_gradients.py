@@ -88,17 +88,20 @@ def test_keys_of_denoising_calls_cannot_be_told_apart(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_teacher):
+def runs(tmp_path_factory, tiny_teacher, tiny_student, tiny_causal):
     """Runs of the teacher, of both kinds of student (stage 1), and of stage 2 with weights of the context pass."""
     root = tmp_path_factory.mktemp("runs")
     (root / "teacher").symlink_to(tiny_teacher)
-    names = dict(teacher_from=str(root / "teacher"), steps=1)
-    train(tiny.train_config("teacher_forcing", **names), root / "student", show_progress=False)
-    train(tiny.train_config("teacher_forcing", student__kind="causal", **names), root / "causal", show_progress=False)
+    (root / "student").symlink_to(tiny_student)
+    (root / "causal").symlink_to(tiny_causal)
     stage2 = dict(
-        student_from=str(root / "student"), student__context_weights="own", distill__context_grad_sdd="params"
+        steps=1,
+        teacher_from=str(root / "teacher"),
+        student_from=str(root / "student"),
+        student__context_weights="own",
+        distill__context_grad_sdd="params",
     )
-    train(tiny.train_config("dmd", **names, **stage2), root / "stage2", show_progress=False)
+    train(tiny.train_config("dmd", **stage2), root / "stage2", show_progress=False)
     return root
 
 

@@ -78,14 +78,18 @@ def test_streaming_equals_the_parallel_form(case):
     streamer, params, text = _setup(case)
     key = jax.random.key(7)
     drawn = jax.jit(lambda p: rollouts.roll_out(streamer, p, text, key, (FRAMES, *LATENT), "last"))(params)
-    state, step = streamer.init(params, text, jax.random.split(key)[1], LATENT), jax.jit(streamer.step)
-    made, kept, keys = [], [], []
-    for _ in range(FRAMES // streamer.cfg.chunk):
-        keys.append(jax.random.split(state.key)[1])
-        state, x = step(params, state)
-        made.append(x)
-        kept.append(state.last)
-    made, kept = (jnp.concatenate(x, axis=1) for x in (made, kept))
+
+    @jax.jit
+    def stream(params):
+        def step(before, _):
+            state, x = streamer.step(params, before)
+            return state, (x, state.last, jax.random.split(before.key)[1])
+
+        state = streamer.init(params, text, jax.random.split(key)[1], LATENT)
+        return jax.lax.scan(step, state, length=FRAMES // streamer.cfg.chunk)[1]
+
+    *streamed, keys = stream(params)
+    made, kept = (jnp.concatenate(list(x), axis=1) for x in streamed)
     scale = max(1.0, float(jnp.abs(made).max()))
     np.testing.assert_allclose(drawn.x0_BTHWC, made, atol=1e-5 * scale)
     np.testing.assert_allclose(drawn.context_BTHWC, kept, atol=1e-5 * scale)

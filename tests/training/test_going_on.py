@@ -52,7 +52,7 @@ def _given(videos=2):
 def _observed(case, key):
     """(streamer, params, text, state, rollout) after the given frames."""
     streamer, params, text = _setup(case)
-    state = streamer.init(params, text, key, LATENT)
+    state = _init(streamer)(params, text, key)
     return streamer, params, text, *_observe(streamer, params, state, _given())
 
 
@@ -64,6 +64,11 @@ def _program(function, streamer, **static):
 @functools.cache
 def _step(streamer):
     return jax.jit(streamer.step)
+
+
+@functools.cache
+def _init(streamer):
+    return jax.jit(lambda params, text, key: streamer.init(params, text, key, LATENT))
 
 
 def _go_on(streamer, params, state, frames, exits=None, record=None):
@@ -101,7 +106,7 @@ def _as_streamed(streamer, params, state, frames):
 @pytest.mark.parametrize("case", UNFUSED)
 def test_a_rollout_in_two_parts_is_the_stream(case):
     streamer, params, text = _setup(case)
-    start = streamer.init(params, text, jax.random.key(1), LATENT)
+    start = _init(streamer)(params, text, jax.random.key(1))
     middle, first = _go_on(streamer, params, start, SEEN)
     end, second = _go_on(streamer, params, middle, NEW)
     state, video = _as_streamed(streamer, params, start, SEEN + NEW)
@@ -113,7 +118,7 @@ def test_a_rollout_in_two_parts_is_the_stream(case):
 @pytest.mark.parametrize("case", [case for case in CASES if "last step" not in case])
 def test_a_stream_that_observes_its_own_video_is_where_it_was(case):
     streamer, params, text = _setup(case)
-    start = streamer.init(params, text, jax.random.key(1), LATENT)
+    start = _init(streamer)(params, text, jax.random.key(1))
     made, video = _as_streamed(streamer, params, start, SEEN + NEW)
     state, _ = _observe(streamer, params, start, video)
     assert bool(jnp.all(jax.random.key_data(state.key) == jax.random.key_data(made.key)))
@@ -160,7 +165,7 @@ def test_frames_that_are_observed_count():
     sigma = seen.keys.sigma_T[None, :, None, None, None]
     noise = (seen.keys.x_BTHWC - (1 - sigma) * _given()) / sigma
     assert abs(float(noise.std()) - 1) < 0.1
-    other, _ = _observe(streamer, params, streamer.init(params, text, jax.random.key(1), LATENT), 1.0 + _given())
+    other, _ = _observe(streamer, params, _init(streamer)(params, text, jax.random.key(1)), 1.0 + _given())
     videos = [_go_on(streamer, params, s, NEW)[1].x0_BTHWC for s in (state, other)]
     assert float(jnp.abs(videos[0] - videos[1]).max()) > 1e-2
 
@@ -169,9 +174,9 @@ def test_frames_that_are_observed_count():
 def test_a_video_with_its_own_key_is_the_same_alone(case):
     streamer, params, text = _setup(case)
     keys = jax.random.split(jax.random.key(8), 2)
-    _, both = _go_on(streamer, params, streamer.init(params, text, keys, LATENT), NEW)
+    _, both = _go_on(streamer, params, _init(streamer)(params, text, keys), NEW)
     for i in range(2):
-        alone = streamer.init(params, text[i : i + 1], keys[i], LATENT)
+        alone = _init(streamer)(params, text[i : i + 1], keys[i])
         _close(_go_on(streamer, params, alone, NEW)[1].x0_BTHWC, both.x0_BTHWC[i : i + 1])
 
 

@@ -1,6 +1,4 @@
-"""Stage 2 with a learned feature of motion: the head is trained beside the student, and goes on with it."""
-
-import shutil
+"""Stage 2 with a learned feature of motion: the head is trained beside the student (a run: test_teacher_samples)."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.losses.contrast import contrast
 from greedy_distill_jax.pods.jobs import build_job
 from greedy_distill_jax.testing import tiny
-from greedy_distill_jax.train import train
 from greedy_distill_jax.training import job, motion_head
-from greedy_distill_jax.training.metrics import read_scalars
 from greedy_distill_jax.training.update import accumulate
 
 LATENT = (4, 4, 4, 16)
@@ -52,7 +48,7 @@ def step_of(stage):
 
 def moved(before, after):
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    return [float(jnp.abs(a - b).max()) > 0 for a, b in pairs]
+    return [float(np.abs(np.asarray(a) - np.asarray(b)).max()) > 0 for a, b in pairs]
 
 
 def assert_close(a, b, **tolerance):
@@ -162,29 +158,6 @@ def test_the_audit_sees_both_gradients(monkeypatch):
     monkeypatch.setattr(motion_head, "contrast", stopped)
     with pytest.raises(UserError, match=r"config\.motion_head\.contrast has no gradient"):
         audited()
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_bit_by_bit(tiny_teacher, tiny_student, tmp_path):
-    sources = dict(teacher_from=str(tiny_teacher), student_from=str(tiny_student))
-
-    def config(**changes):
-        return config_of(**{**sources, "data__batch": 8, "steps": 4, "checkpoint__every": 2, **changes})
-
-    whole = train(config(), tmp_path / "whole", show_progress=False)
-    shutil.copytree(tmp_path / "whole", tmp_path / "halves")  # as if it had been killed after it saved step 2
-    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "4")
-    halves = train(config(), tmp_path / "halves", show_progress=False)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
-        np.testing.assert_array_equal(a, b)
-    told = ["dmd/motion_head/contrast" in line for line in read_scalars(tmp_path / "whole")]
-    assert told == [True, False, True, False]  # as often as the student
-    with pytest.raises(UserError, match=r"was started with config\.motion_head\.width = 8, not 16"):
-        train(config(motion_head__width=16, steps=6), tmp_path / "whole", show_progress=False)
-    without = config(steps=6)
-    del without.losses["motion"]
-    with pytest.raises(UserError, match=r"another architecture: .*motion_head"):
-        train(without, tmp_path / "whole", show_progress=False)
 
 
 @pytest.mark.parametrize(

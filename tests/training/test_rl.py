@@ -68,7 +68,7 @@ def bright(view, *, of: float = 255.0):
 
 
 @pytest.mark.slow
-def test_losses_train_together_and_a_run_goes_on_bit_by_bit(student, tmp_path):
+def test_losses_train_together_and_a_run_goes_on_bit_by_bit(student, same_programs, tmp_path):
     losses = {"direct": "direct", "nft": "nft"}
     still = {"still": {"reward": "flicker", "weight": 0.5, "judge": True}}
     config = config_of(losses, COLOUR | still, steps=4, checkpoint__every=2, student_from=student)

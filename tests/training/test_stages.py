@@ -9,6 +9,7 @@ import pytest
 
 from greedy_distill_jax import losses
 from greedy_distill_jax.config import base, read_settings, register_stage, stages as registry
+from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ranges import Fraction
 from greedy_distill_jax.runs.run import Run
@@ -16,6 +17,7 @@ from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
 from greedy_distill_jax.training import nets
+from greedy_distill_jax.training.job import prepare_job
 from greedy_distill_jax.training.metrics import read_scalars
 from greedy_distill_jax.training.sources import Wanted
 from greedy_distill_jax.training.stages.base import Network, Part, Stage, StageKind, always, own_update, returned
@@ -191,11 +193,12 @@ def test_parameters_that_no_loss_reaches_are_named(tmp_path, capsys):
     config = tiny.train_config("teacher_forcing", steps=1, student__fusion="add")
     del config.losses["flow_matching"]
     config.losses.patches = dict(loss="patches", weight=1.0, options={})
-    train(config, tmp_path / "run", show_progress=False)
+    mesh = make_mesh({"data": -1})
+    prepare_job(read_settings(config), tmp_path / "run", mesh)  # it says so before the first update
     said = capsys.readouterr().err
     for line in (line for line in said.splitlines() if line.startswith("warning: part")):
         assert "no loss trains" in line
-    train(tiny.train_config(steps=1), tmp_path / "whole", show_progress=False)
+    prepare_job(read_settings(tiny.train_config(steps=1)), tmp_path / "whole", mesh)
     assert "no loss trains" not in capsys.readouterr().err, "every parameter of a teacher learns from flow matching"
 
 
@@ -217,7 +220,9 @@ def test_prompts_alone_are_enough_for_stage_2(tiny_teacher, tiny_student, tmp_pa
     (tmp_path / "prompts.txt").write_text("a red square moving left\na blue circle moving up\n" * 4)
     source = f"prompts:{tmp_path / 'prompts.txt'}"
     runs = dict(teacher_from=str(tiny_teacher), student_from=str(tiny_student))
-    state = train(tiny.train_config("dmd", steps=2, data__source=source, **runs), tmp_path / "run", show_progress=False)
+    warmups = dict(distill__critic_warmup=1, optimizer__warmup=0)  # the program of test_distillation
+    config = tiny.train_config("dmd", steps=2, data__source=source, **runs, **warmups)
+    state = train(config, tmp_path / "run", show_progress=False)
     assert int(state.step) == 2
     with pytest.raises(UserError, match="holds prompts alone"):
         train(tiny.train_config(steps=1, data__source=source), tmp_path / "other", show_progress=False)

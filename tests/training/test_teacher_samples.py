@@ -124,11 +124,16 @@ def test_without_such_a_loss_the_data_stays_prompts():
 
 
 @pytest.mark.slow
-def test_a_run_of_both_goes_on_bit_by_bit(stored, tiny_teacher, tiny_student, tmp_path, capsys):
-    runs = dict(teacher_from=str(tiny_teacher), student_from=str(tiny_student))
+def test_a_run_with_a_motion_head_too_goes_on_bit_by_bit(
+    stored, tiny_teacher, tiny_student, same_programs, tmp_path, capsys
+):
+    runs = dict(teacher_from=str(tiny_teacher), student_from=str(tiny_student), motion_head__optimizer__warmup=0)
+    runs |= dict(motion_head__width=8, motion_head__layers=1, steps=4, checkpoint__every=2, data__source=stored)
 
     def config(**changes):
-        return stage2(**{**runs, "data__source": stored, "steps": 4, "checkpoint__every": 2, **changes})
+        config = stage2(**{**runs, **changes})
+        config.losses.motion = dict(loss="motion_head", weight=0.5, options={})
+        return config
 
     whole = train(config(), tmp_path / "whole", show_progress=False)
     assert "no gradient" not in capsys.readouterr().err
@@ -137,8 +142,16 @@ def test_a_run_of_both_goes_on_bit_by_bit(stored, tiny_teacher, tiny_student, tm
     halves = train(config(), tmp_path / "halves", show_progress=False)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
         np.testing.assert_array_equal(a, b)
-    first = read_scalars(tmp_path / "whole")[0]
-    assert first["dmd/dmd"] > 0 and first["dmd/ode"] > 0 and first["dmd/ode/motion"] > 0
+    lines = read_scalars(tmp_path / "whole")
+    assert lines[0]["dmd/dmd"] > 0 and lines[0]["dmd/ode"] > 0 and lines[0]["dmd/ode/motion"] > 0
+    told = ["dmd/motion_head/contrast" in line for line in lines]
+    assert told == [True, False, True, False]  # as often as the student
+    with pytest.raises(UserError, match=r"was started with config\.motion_head\.width = 8, not 16"):
+        train(config(motion_head__width=16, steps=6), tmp_path / "whole", show_progress=False)
+    without = config(steps=6)
+    del without.losses["motion"]
+    with pytest.raises(UserError, match=r"another architecture: .*motion_head"):
+        train(without, tmp_path / "whole", show_progress=False)
     with pytest.raises(UserError, match=r"config\.sample asks the student at .* too"):
         train(config(sample__steps=3), tmp_path / "other", show_progress=False)
     with pytest.raises(UserError, match=r"'moving_shapes', which holds no trajectories; make some"):

@@ -273,10 +273,9 @@ def test_commands_answer_bad_input_with_one_line_and_code_2(tmp_path, capsys, ar
     assert not (tmp_path / "run").exists()
 
 
-def test_the_stored_config_is_the_config(tmp_path):
-    config = tiny.train_config(steps=2, student__sink=1)
-    train(config, tmp_path, show_progress=False)
-    assert json.loads(Run.load(tmp_path).settings.text) == json.loads(json.dumps(config.to_dict()))
+def test_the_stored_config_is_the_config(tiny_teacher):
+    config = tiny.train_config()
+    assert json.loads(Run.load(tiny_teacher).settings.text) == json.loads(json.dumps(config.to_dict()))
 
 
 def test_training_options_of_the_student_run_together(tmp_path):
