@@ -91,13 +91,17 @@ class Agreement:
 
     def fail(self, code: int, line: str) -> None:
         """Ends this process's part, and tells the others to end with this exit code, too."""
+        self.end_all(code, f"process {self._process} has ended ({line}); the others end, too")
+
+    def end_all(self, code: int, line: str) -> None:
+        """Ends this process's part, and tells the others to end with this exit code and line."""
         with self._changed:
             if self._closed:
                 return
             self._closed = True
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service ended before
             self._publish()
-            self._wake(self._others, f"{code} process {self._process} has ended ({line}); the others end, too")
+            self._wake(self._others, f"{code} {line}")
 
     def close(self) -> None:
         """Ends this process's part: it begins no further step."""

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from greedy_distill_jax.distribution import agreement
 from greedy_distill_jax.distribution.agreement import Agreement, Decision
-from greedy_distill_jax.errors import Diverged, Lost
+from greedy_distill_jax.errors import Diverged, Lost, UserError
 from greedy_distill_jax.training import stop
 from greedy_distill_jax.training.stop import AgreedStop
 
@@ -223,6 +223,45 @@ def test_a_process_is_told_with_its_end_armed_first(stopping, monkeypatch):
     with make(1) as stopped:
         stopped._failed(4, "process 0 has ended")
     assert happened == [("armed", 4, 0.0), "error: process 0 has ended", "woken"]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
+def test_a_collective_that_breaks_is_a_lost_process_where_one_is_gone(stopping, monkeypatch, kind, gone):
+    make, store, _ = stopping
+    monkeypatch.setenv("SILENCE_TIMEOUT", "1")
+    error, line = (
+        kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
+        "process 1 gives no sign of life for 1 s",
+    )
+    told = f"{line} ({error})" if gone else f"{kind.__name__}: {error}"
+    monkeypatch.setattr(stop.Watchdog, "missing", lambda _: line * gone)
+    with pytest.raises(Lost if gone else kind), make() as stopped, stopped.telling():
+        raise error
+    code = 75 if gone else 1
+    assert store.texts["end/1"] == f"{code} process 0 has ended ({told}); the others end, too"
+
+
+@pytest.mark.parametrize("kind", [ValueError("too many"), UserError("UNKNOWN: x"), MemoryError("UNKNOWN: x")])
+def test_other_errors_ask_nobody(stopping, monkeypatch, kind):
+    make, *_ = stopping
+    monkeypatch.delattr(stop.Watchdog, "missing")
+    with pytest.raises(type(kind)), make() as stopped, stopped.telling():
+        raise kind
+
+
+@pytest.mark.parametrize("process, named", [(0, 1), (0, 0), (1, 0)])
+def test_a_process_that_is_lost_ends_all(stopping, monkeypatch, capfd, process, named):
+    make, store, happened = stopping
+    line = f"process {named} gives no sign of life"
+    with make(process) as stopped:
+        stopped._lost(line)
+    assert happened == [("armed", 75, 2.0 if process == 0 else 0.0), "woken"]
+    assert store.texts.get(f"end/{1 - process}") == (
+        f"75 {line}" if process == 0 else None
+    )  # else each finds out by itself
+    told = capfd.readouterr().err
+    assert f"error: {line}\n" in told and ("Current thread" in told) == (named == process)
 
 
 def test_an_error_at_the_end_leaves_no_handlers(stopping, monkeypatch):
