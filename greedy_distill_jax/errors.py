@@ -37,5 +37,9 @@ class Diverged(RuntimeError):
     """A loss, a gradient or a parameter is not finite; the last good checkpoint is kept. Commands exit with 4."""
 
 
+class Lost(RuntimeError):
+    """Another process of the job did not come, or does not answer. Commands exit with 75: the same command goes on."""
+
+
 class Stopped(RuntimeError):
     """SIGTERM ended the work early; what was done is saved and the same command goes on. Commands exit with 0."""

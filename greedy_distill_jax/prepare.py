@@ -12,7 +12,7 @@ from greedy_distill_jax.data.sources.captions import read_captions
 from greedy_distill_jax.data.sources.clips import prepare_clips
 from greedy_distill_jax.data.sources.cutting import Cutting
 from greedy_distill_jax.data.sources.latents import prepare_latents
-from greedy_distill_jax.distribution import join
+from greedy_distill_jax.distribution.hosts import join
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.ode import follow_teacher
 from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT, read_prompts

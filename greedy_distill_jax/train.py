@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.config_flags import load_config
 from greedy_distill_jax.config import open_keys, read_settings
-from greedy_distill_jax.distribution.agreement import place
-from greedy_distill_jax.distribution.join import check_joined, join_hosts
+from greedy_distill_jax.distribution.hosts import alike
+from greedy_distill_jax.distribution.hosts.join import check_devices, check_joined, join_hosts
 from greedy_distill_jax.distribution.mesh import make_mesh, use_compile_cache
 from greedy_distill_jax.errors import Stopped, UserError
 from greedy_distill_jax.storage.checkpoint import Checkpointer
@@ -46,6 +46,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     Raises:
       UserError: a config, workdir or checkpoint that cannot be used, naming value, place and remedy.
       Diverged: a loss, a gradient or a parameter is not finite.
+      Lost: another process of the job did not come, or does not answer.
       Stopped: SIGTERM came; the run is saved.
 
     Of several processes one that raises is ended within seconds, and so are the others.
@@ -53,16 +54,19 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     # What the run is: settings, devices, then networks, data and jitted parts. All that can be refused is refused here.
     settings, workdir = read_settings(config), Path(workdir).expanduser()
     use_compile_cache(settings.compile_cache)
-    join_hosts()
-    process, processes = place()
+    process, processes, *_ = joined = join_hosts()
     stop = AgreedStop(settings.stage, process, processes) if processes > 1 else Stop()
     # What ends one of several processes ends the others, too: they hear of it before this one unwinds.
     agreeing = stop if processes > 1 else contextlib.nullcontext()
     with agreeing, contextlib.ExitStack() as stack, stop.telling():
+        alike.check_start(joined, settings.text, **{"--workdir": str(workdir)})
         check_joined()
+        check_devices(joined, jax.local_device_count(), jax.local_devices()[0].device_kind)
+        alike.check_devices_alike(joined)
         if main := jax.process_index() == 0:
             stack.enter_context(sole_writer(workdir))
         job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))
+        alike.check_data(joined, data=job.data, runs=job.fingerprints)
         if processes == 1:
             stack.enter_context(stop)
         # Where it stands: at its newest checkpoint, or at the beginning.

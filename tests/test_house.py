@@ -15,7 +15,7 @@ import greedy_distill_jax
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "greedy_distill_jax"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
-FOLDERS = ("greedy_distill_jax", "configs", "tests", "benchmarks")
+FOLDERS = ("greedy_distill_jax", "configs", "launch", "tests", "benchmarks")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 TORCH = ("torch", "transformers", "diffusers")
 TORCH_ALLOWED = ("testing", "text", "weights")
@@ -226,7 +226,7 @@ def test_code_cites_only_what_is_shipped(path):
     assert not set(sections) - set(titles)
 
 
-@pytest.mark.parametrize("script", [*sorted(ROOT.glob("launch/*.sh")), ROOT / ".ci" / "run"], ids=relative)
+@pytest.mark.parametrize("script", [*sorted(ROOT.glob("launch/*.s*h")), ROOT / ".ci" / "run"], ids=relative)
 def test_scripts_parse(script):
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,10 @@
 """How every command ends: 0, one line and 2 for bad input, 4 for a diverged run, 130 for Ctrl-C, else a traceback.
 
+75 is for what another start may cure: a process of the job that did not come, or is gone.
+
 SIGTERM unwinds the stack, so that nothing half-written stays behind, and exits with 143; a training run saves and exits
-with 0 instead, once it is set up (of several processes, once one has begun a step). A platform without a device and a
+with 0 instead, once it is set up (of several processes, once one has begun a step), or with STOPPED_EXIT_CODE, for
+schedulers to which 0 means that the training is finished. A platform without a device and a
 full disk are bad input too: one line, whoever met them first.
 """
 
@@ -19,8 +22,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from greedy_distill_jax.cli.signals import CODES, ending, leave
-from greedy_distill_jax.errors import Diverged, Stopped, UserError
+from greedy_distill_jax.errors import Diverged, Lost, Stopped, UserError
 from greedy_distill_jax.ranges import complaint
+
+RETRY = 75  # exit code: EX_TEMPFAIL of sysexits.h
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,7 +123,9 @@ def outcome(error: BaseException, argv: Sequence[str] | None = None) -> tuple[in
         case Diverged():
             return 4, f"error: {error}"
         case Stopped():
-            return 0, str(error)
+            return int(os.environ.get("STOPPED_EXIT_CODE") or 0), str(error)
+        case Lost():
+            return RETRY, f"error: {' '.join(str(error).split())}"
         case KeyboardInterrupt():
             return 130, "interrupted"
         case BrokenPipeError():

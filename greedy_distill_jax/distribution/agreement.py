@@ -20,12 +20,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from greedy_distill_jax.cli import RETRY
 from greedy_distill_jax.storage.records import first_line
 
 ANSWER = 20.0  # seconds in which every process must say which step it has begun
 _SLICE = 1.0  # seconds between two looks at whether an answer is still wanted
 _QUIET = 600.0  # seconds of one wait for a question: the service keeps something of every wait that nobody ended
-_LOST = 2  # exit code of a process that loses the others
 _runs = itertools.count()
 
 
@@ -91,13 +91,17 @@ class Agreement:
 
     def fail(self, code: int, line: str) -> None:
         """Ends this process's part, and tells the others to end with this exit code, too."""
+        self.end_all(code, f"process {self._process} has ended ({line}); the others end, too")
+
+    def end_all(self, code: int, line: str) -> None:
+        """Ends this process's part, and tells the others to end with this exit code and line."""
         with self._changed:
             if self._closed:
                 return
             self._closed = True
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service ended before
             self._publish()
-            self._wake(self._others, f"{code} process {self._process} has ended ({line}); the others end, too")
+            self._wake(self._others, f"{code} {line}")
 
     def close(self) -> None:
         """Ends this process's part: it begins no further step."""
@@ -122,7 +126,7 @@ class Agreement:
                 for process in (*self._others, self._process):
                     self._store.set(f"stop/{process}", "stop")
             except jax.errors.JaxRuntimeError as error:
-                self._failed(_LOST, f"the other processes cannot be asked to stop ({_line(error)})")
+                self._failed(RETRY, f"the other processes cannot be asked to stop ({_line(error)})")
 
     def _wake(self, processes: Iterable[int], text: str) -> None:
         """Ends the waits of processes with a text other than "stop"."""
@@ -141,7 +145,7 @@ class Agreement:
                 self._failed(int(code), line)
         except jax.errors.JaxRuntimeError as error:
             if not self._closed:
-                self._failed(_LOST, f"the service that joins the processes does not answer ({_line(error)})")
+                self._failed(RETRY, f"the service that joins the processes does not answer ({_line(error)})")
 
     def _decide(self) -> None:
         self._publish()
@@ -151,7 +155,7 @@ class Agreement:
             if answer is None:
                 if not self._closed:
                     line = f"process {process} does not say within {ANSWER:.0f} s which step it has begun"
-                    self._failed(_LOST, line)
+                    self._failed(RETRY, line)
                 return
             answers.append([int(number) for number in answer.split()])
         with self._changed:
@@ -183,6 +187,13 @@ def place() -> tuple[int, int]:
 
     state = distributed.global_state
     return (0, 1) if state.client is None else (state.process_id, state.num_processes)
+
+
+def coordinator() -> str:
+    """HOST:PORT of the service, "" before somebody has looked for it."""
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address or ""
 
 
 def leave() -> None:

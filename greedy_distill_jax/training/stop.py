@@ -1,21 +1,31 @@
 """How SIGTERM and Ctrl-C stop a run: of one process after its update, of several after one step that all agree on."""
 
 import contextlib
+import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli import signals
+from greedy_distill_jax.distribution import watchdog
 from greedy_distill_jax.distribution.agreement import Agreement, Decision, ServiceStore
+from greedy_distill_jax.distribution.watchdog import Watchdog
+from greedy_distill_jax.errors import Lost
 from greedy_distill_jax.storage.records import first_line
 
 NOTHING = "nothing to save yet"
 STOPPED = "{}: stopped, {}; the same command goes on from there."
 _LEADER = 2.0  # seconds that process 0, with the service of all, ends after the others: jax aborts who misses it
+_PERIOD = 5.0  # seconds between two signs of life, at most
+_LIMITS = {"silence": watchdog.SILENCE, "stall": watchdog.STALL}
+_BROKEN = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _SAME = 1.0  # seconds for an error that all processes meet, so that each says its own
 
 
@@ -68,9 +78,20 @@ class AgreedStop(Stop):
         self._code, self._unwinds, self._heard_interrupts = 0, False, 0
         self._ends = threading.Event()  # by an error of its own, or because all is done
         self._listening = signals.listening(self._heard)
+        self._limits = {name: watchdog.seconds(variable) for name, variable in _LIMITS.items()}
+        self._begun = 0
 
     def __enter__(self) -> "AgreedStop":
         self._agreement = Agreement(ServiceStore(), self._process, self._processes, self._decided, self._failed)
+        self._watchdog = Watchdog(
+            ServiceStore(),
+            self._process,
+            self._processes,
+            lambda: self._begun,
+            self._lost,
+            period=min(_PERIOD, self._limits["silence"] / 6),  # a sign is heard one period late
+            **self._limits,
+        )
         super().__enter__()
         self._listening.__enter__()
         return self
@@ -80,6 +101,7 @@ class AgreedStop(Stop):
             stack.callback(super().__exit__, kind, error, trace)
             stack.callback(self._listening.__exit__, None, None, None)
             stack.callback(self._agreement.close)
+            stack.callback(self._watchdog.close)
             if error is not None:
                 self._tell(error)
             self._ends.set()
@@ -90,12 +112,28 @@ class AgreedStop(Stop):
         try:
             yield
         except BaseException as error:
-            self._tell(error)
+            told = self._of_another(error)
+            self._tell(told or error)
+            if told:
+                raise told from error
             raise
+
+    def _of_another(self, error: BaseException) -> Lost | None:
+        """What a computation failed for, where a process that it needs is gone; None for an error of its own."""
+        # A collective that breaks in a call of a jitted function is a ValueError, behind it one of jax's own.
+        is_status = type(error) in (ValueError, jax.errors.JaxRuntimeError) and _BROKEN.match(str(error))
+        if not is_status or self._ends.is_set():
+            return None
+        try:
+            line = self._watchdog.missing()
+        except jax.errors.JaxRuntimeError:
+            line = "process 0 does not answer"
+        return Lost(f"{line} ({first_line(error)[:200]})") if line else None
 
     def begins(self, step: int) -> bool:
         """Whether this step may begin, which waits for the others when one of them was told to stop."""
         if self._agreement.begins(step):
+            self._begun = step
             return True
         decision = self._agreement.decision
         self.signal = decision.signal
@@ -145,9 +183,25 @@ class AgreedStop(Stop):
     def _failed(self, code: int, line: str) -> None:
         def say() -> None:
             if not self._ends.wait(_SAME):  # it has failed, too, and says itself how
-                print(f"error: {line}", file=sys.stderr, flush=True)
+                self._say_lost(line)
 
         self._leave(code, say)
+
+    def _lost(self, line: str) -> None:
+        """A process is gone or hangs: all end, whatever they wait for, so that they can be started again."""
+
+        def tell() -> None:
+            if self._process == 0:
+                self._agreement.end_all(cli.RETRY, line)
+            self._say_lost(line)
+
+        if not (self._unwinds or self._ends.is_set()):
+            self._leave(cli.RETRY, tell)
+
+    def _say_lost(self, line: str) -> None:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        if line.startswith(f"process {self._process} "):  # where it hangs
+            faulthandler.dump_traceback(all_threads=True)
 
     def _leave(self, code: int, say: Callable[[], None]) -> None:
         """Ends this process, from a thread: a signal wakes the main one, if Python still gets to see it there."""

@@ -1,8 +1,7 @@
-"""Processes that agree on their last step, as threads with a store of their own; and how processes join."""
+"""Processes that agree on their last step, as threads with a store of their own."""
 
 import contextlib
 import queue
-import re
 import signal
 import threading
 import time
@@ -13,8 +12,7 @@ from hypothesis import given, strategies as st
 
 from greedy_distill_jax.distribution import agreement
 from greedy_distill_jax.distribution.agreement import Agreement, Decision
-from greedy_distill_jax.distribution.join import joining
-from greedy_distill_jax.errors import Diverged, UserError
+from greedy_distill_jax.errors import Diverged, Lost, UserError
 from greedy_distill_jax.training import stop
 from greedy_distill_jax.training.stop import AgreedStop
 
@@ -126,7 +124,7 @@ def _failure(process=0, processes=2, *, store=None, act=lambda agreed: agreed.as
 
 def test_a_process_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setattr(agreement, "ANSWER", 0.05)
-    assert _failure() == (2, "process 1 does not say within 0 s which step it has begun")
+    assert _failure() == (75, "process 1 does not say within 0 s which step it has begun")
 
 
 @pytest.mark.parametrize("stopping", [False, True])
@@ -152,7 +150,7 @@ def test_a_service_that_is_gone_is_a_line():
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: no connection\nmore")
 
     line = "the service that joins the processes does not answer (UNAVAILABLE: no connection)"
-    assert _failure(store=Gone(), act=lambda _: None) == (2, line)
+    assert _failure(store=Gone(), act=lambda _: None) == (75, line)
 
 
 def test_a_stop_at_the_end_of_a_run_needs_nobody_who_has_left():
@@ -193,6 +191,7 @@ def stopping(monkeypatch):
     [
         (Diverged("not\nfinite"), 4, "not finite"),
         (OSError(28, "Full", "x"), 2, "x cannot be written (Full); free space."),
+        (Lost("nobody answers"), 75, "nobody answers"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(143), 143, "stopped"),
@@ -226,6 +225,45 @@ def test_a_process_is_told_with_its_end_armed_first(stopping, monkeypatch):
     assert happened == [("armed", 4, 0.0), "error: process 0 has ended", "woken"]
 
 
+@pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
+def test_a_collective_that_breaks_is_a_lost_process_where_one_is_gone(stopping, monkeypatch, kind, gone):
+    make, store, _ = stopping
+    monkeypatch.setenv("SILENCE_TIMEOUT", "1")
+    error, line = (
+        kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
+        "process 1 gives no sign of life for 1 s",
+    )
+    told = f"{line} ({error})" if gone else f"{kind.__name__}: {error}"
+    monkeypatch.setattr(stop.Watchdog, "missing", lambda _: line * gone)
+    with pytest.raises(Lost if gone else kind), make() as stopped, stopped.telling():
+        raise error
+    code = 75 if gone else 1
+    assert store.texts["end/1"] == f"{code} process 0 has ended ({told}); the others end, too"
+
+
+@pytest.mark.parametrize("kind", [ValueError("too many"), UserError("UNKNOWN: x"), MemoryError("UNKNOWN: x")])
+def test_other_errors_ask_nobody(stopping, monkeypatch, kind):
+    make, *_ = stopping
+    monkeypatch.delattr(stop.Watchdog, "missing")
+    with pytest.raises(type(kind)), make() as stopped, stopped.telling():
+        raise kind
+
+
+@pytest.mark.parametrize("process, named", [(0, 1), (0, 0), (1, 0)])
+def test_a_process_that_is_lost_ends_all(stopping, monkeypatch, capfd, process, named):
+    make, store, happened = stopping
+    line = f"process {named} gives no sign of life"
+    with make(process) as stopped:
+        stopped._lost(line)
+    assert happened == [("armed", 75, 2.0 if process == 0 else 0.0), "woken"]
+    assert store.texts.get(f"end/{1 - process}") == (
+        f"75 {line}" if process == 0 else None
+    )  # else each finds out by itself
+    told = capfd.readouterr().err
+    assert f"error: {line}\n" in told and ("Current thread" in told) == (named == process)
+
+
 def test_an_error_at_the_end_leaves_no_handlers(stopping, monkeypatch):
     make, _, _ = stopping
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
@@ -233,60 +271,3 @@ def test_an_error_at_the_end_leaves_no_handlers(stopping, monkeypatch):
         end = stopped._agreement.close
         monkeypatch.setattr(stopped._agreement, "close", lambda: (end(), (_ for _ in ()).throw(RuntimeError("gone"))))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-SRUN = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-    "SLURM_STEP_NODELIST": "node[1-2]",
-    "SLURM_STEP_NUM_TASKS": "2",
-}
-BATCH = {name: text for name, text in SRUN.items() if "STEP" not in name}  # the script of sbatch itself
-ADDRESS = {"JAX_COORDINATOR_ADDRESS": "node1:1234"}
-COUNT, INDEX = {"JAX_NUM_PROCESSES": "2"}, {"JAX_PROCESS_ID": "1"}
-EXPLICIT = {"coordinator_address": "node1:1234", "num_processes": 2, "process_id": 1}
-
-
-@pytest.mark.parametrize(
-    "environment, arguments",
-    [
-        ({}, None),
-        ({"JAX_COORDINATOR_ADDRESS": ""}, None),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}, None),
-        ({"SLURM_JOB_ID": "7"}, None),  # a job that says no number of tasks
-        ({**BATCH, "JAX_NUM_PROCESSES": "1"}, None),
-        ({**ADDRESS, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
-        (SRUN, {}),
-        ({**SRUN, **ADDRESS}, {"coordinator_address": "node1:1234"}),
-        ({**ADDRESS, **COUNT, **INDEX}, EXPLICIT),
-        ({**BATCH, **ADDRESS, **COUNT, **INDEX}, EXPLICIT),  # started by a loop over ssh in the script of a job
-        (ADDRESS, {"coordinator_address": "node1:1234"}),  # a slice of TPUs knows the rest
-    ],
-)
-def test_how_a_process_joins(environment, arguments):
-    assert joining(environment) == arguments
-
-
-@pytest.mark.parametrize(
-    "environment, line",
-    [
-        ({**ADDRESS, **COUNT}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES are set, JAX_PROCESS_ID is not"),
-        ({**ADDRESS, **INDEX}, "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID are set, JAX_NUM_PROCESSES is not"),
-        ({**COUNT, **INDEX}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID without JAX_COORDINATOR_ADDRESS; set it"),
-        (INDEX, "JAX_PROCESS_ID without JAX_COORDINATOR_ADDRESS; .* and JAX_NUM_PROCESSES"),
-        ({**ADDRESS, **COUNT, "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2 of JAX_NUM_PROCESSES = 2; .* from 0 to 1"),
-        ({**ADDRESS, **INDEX, "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a number from 1"),
-        ({**COUNT, **INDEX, "JAX_COORDINATOR_ADDRESS": "node1"}, "JAX_COORDINATOR_ADDRESS is 'node1'; .* HOST:PORT"),
-        (BATCH, "2 tasks .SLURM_NTASKS., but srun has not .* .SLURM_STEP_NODELIST is not set.; start it with srun"),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, "SLURM_STEP_NODELIST is not set"),
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, "SLURM_STEP_NUM_TASKS is 1"),  # a shell of salloc
-        ({**BATCH, **ADDRESS}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID are not, and srun has not started this"),
-        ({**SRUN, "SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
-    ],
-)
-def test_what_a_process_lacks_to_join(environment, line):
-    with pytest.raises(UserError) as error:
-        joining(environment)
-    assert re.search(line, str(error.value)) and "\n" not in str(error.value)

@@ -1,6 +1,7 @@
 """Two processes of one run: a signal to one of them stops both after the same step, and what ends one ends both."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -63,7 +64,7 @@ def joined(env):
 class _Pair:
     """A training command in two processes with two devices each, which wait for signals at a step, or in the setup."""
 
-    def __init__(self, tmp_path, workdir, env, hold="none", changes=()):
+    def __init__(self, tmp_path, workdir, env, hold="none", changes=(), own=((), ())):
         config, self.hold = tmp_path / "config.py", tmp_path / f"{hold}-"
         config.write_text(CONFIG)
         env = {**joined(env), "HOLD": str(self.hold)}
@@ -72,8 +73,8 @@ class _Pair:
         self.processes = []
         for index, file in enumerate(self.files):
             with open(file, "w") as err:
-                own = {**env, "JAX_PROCESS_ID": str(index)}
-                self.processes.append(subprocess.Popen([*command, *changes], env=own, stderr=err))
+                numbered = {**env, "JAX_PROCESS_ID": str(index)}
+                self.processes.append(subprocess.Popen([*command, *changes, *own[index]], env=numbered, stderr=err))
 
     def __enter__(self):
         return self
@@ -138,8 +139,27 @@ def test_a_signal_before_the_first_step_ends_all(tmp_path, subprocess_env):
         pair.signal(signal.SIGTERM, 1)
         assert pair.codes() == [143, 143], pair.said()
         line = "teacher: stopped, nothing to save yet; the same command goes on from there."
-        assert pair.said().strip() == line
+        told = [text for text in pair.said().splitlines() if text]
+        assert [re.sub("^(process .*?) on .*", r"\1", text) for text in told] == [
+            "process 0 of 2",
+            line,
+            "process 1 of 2",
+        ]
     assert not workdir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.subprocesses
+def test_processes_with_different_configurations_end_before_they_start(tmp_path, subprocess_env):
+    with _Pair(tmp_path, tmp_path / "run", subprocess_env, own=[(), ("--config.data.batch=12",)]) as pair:
+        assert pair.codes() == [2, 2], pair.said()
+        for index, file in enumerate(pair.files):
+            joined, error = file.read_text().splitlines()
+            assert re.match(
+                rf"process {index} of 2 on \S+: JAX_COORDINATOR_ADDRESS, coordinator 127.0.0.1:\d+, ", joined
+            )
+            assert re.match(r"error: config.data.batch is 12 at process 1 \(\S+\), \d+ at the others; start all", error)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -171,7 +191,7 @@ def test_an_error_of_one_process_ends_the_other_inside_its_step(tmp_path, subpro
 SHARE = """
 import sys
 import jax
-from greedy_distill_jax.distribution.join import share
+from greedy_distill_jax.distribution.hosts.join import share
 index, count = share()
 print(index, count, jax.process_index(), jax.process_count(), flush=True)
 sys.stdin.read()
