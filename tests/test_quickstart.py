@@ -112,38 +112,6 @@ def test_a_second_call_says_that_it_is_done(finished, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("controls", [False, True])
-def test_controls_are_added_to_a_finished_job(tmp_path, monkeypatch, controls):
-    done = []
-    monkeypatch.setattr(quickstart, "train", lambda config, workdir: done.append(workdir.name))
-    monkeypatch.setattr(quickstart, "control_config", lambda config, *runs: config)
-    monkeypatch.setattr(quickstart.sample, "main", lambda argv: done.append(argv[1].rpartition("/")[-1]))
-
-    def evaluate(teacher, student, output, *, more, videos, commands):
-        output.mkdir(exist_ok=True)
-        (output / "metrics.json").write_text(json.dumps({"rows": [{"name": name} for name in more]}))
-        (output / "report.html").touch()
-        done.append(commands)
-
-    monkeypatch.setattr(quickstart, "evaluate", evaluate)
-    monkeypatch.setattr(quickstart, "print_table", lambda metrics: None)
-    quickstart.quickstart(tmp_path, speed="smoke")
-    command = f"bash launch/quickstart.sh --workdir {tmp_path} --smoke"
-    assert done == ["teacher", "student", "stage2", "stage3", "stage3", [command]]
-    done.clear()
-    quickstart.quickstart(tmp_path, speed="smoke", controls=controls)
-    trained = ["teacher", "student", "stage2", "stage3", "stage2_fake_self", "stage1_control"]
-    assert done == ([*trained, "stage3", [command + " --controls"]] if controls else [])
-
-
-@pytest.mark.parametrize("held", [None, b"\xff"])
-def test_a_job_that_cannot_be_read_is_another(tmp_path, held):
-    (tmp_path / "job").mkdir() if held is None else (tmp_path / "job").write_bytes(held)
-    with pytest.raises(UserError, match="holds another job") as error:
-        quickstart.quickstart(tmp_path, speed="smoke")
-    assert error.value.field == "workdir"
-
-
 @pytest.mark.parametrize("options", [dict(speed="fast"), dict(speed="smoke", clips=Path("c"), captions=Path("d"))])
 def test_another_job_in_the_same_folder_is_refused(finished, options):
     with pytest.raises(UserError, match="holds another job.*moving_shapes, smoke"):
@@ -234,15 +202,6 @@ def test_the_pytorch_student_of_the_documents_runs(finished, tmp_path, monkeypat
     run = Run.load(finished / "stage2")
     np.testing.assert_array_equal(names["text"], run.text(["a red square moving left"]))
     np.testing.assert_array_equal(names["video"], run.codec.decode(names["latents"].permute(0, 1, 3, 4, 2).numpy()))
-
-
-def test_fast_is_a_third_of_the_updates(capsys):
-    with pytest.raises(SystemExit):
-        quickstart.main(["--help"])
-    assert "a third of the updates" in capsys.readouterr().out
-    assert "`--fast` makes a third of the updates" in " ".join((ROOT / "README.md").read_text("utf-8").split())
-    full, fast = (quickstart.stage_configs(speed, None, Path("x")) for speed in ("full", "fast"))
-    assert all(abs(fast[name].steps / full[name].steps - 1 / 3) < 0.02 for name in full)
 
 
 # --- sample -----------------------------------------------------------------------------------------------------------
