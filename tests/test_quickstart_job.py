@@ -50,3 +50,9 @@ def test_fast_is_a_third_of_the_updates(capsys):
     assert "`--fast` makes a third of the updates" in " ".join((ROOT / "README.md").read_text("utf-8").split())
     full, fast = (quickstart.stage_configs(speed, None, Path("x")) for speed in ("full", "fast"))
     assert all(abs(fast[name].steps / full[name].steps - 1 / 3) < 0.02 for name in full)
+
+
+def test_clips_have_no_controls(tmp_path):
+    with pytest.raises(UserError, match="the controls are stage 2's") as error:
+        quickstart.quickstart(tmp_path / "new", clips=tmp_path, captions=tmp_path / "c.csv", controls=True)
+    assert error.value.field == "controls" and not (tmp_path / "new").exists()
