@@ -245,7 +245,7 @@ def test_a_stream_whose_slots_are_full_needs_no_mask(case, monkeypatch):
     steady, full = jax.jit(streamer.steady().step), state
     for _ in range(3):
         (state, expected), (full, found) = step(params, state), steady(params, full)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        np.testing.assert_allclose(found, expected, atol=1e-5)  # roundings add up over chunks
     assert masks and all(lengths is None for lengths in masks)
     for a, b in zip(jax.tree.leaves(state._replace(key=None)), jax.tree.leaves(full._replace(key=None)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
