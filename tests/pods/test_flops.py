@@ -155,7 +155,7 @@ def test_an_update_of_every_stage(changes):
     latent = (FRAMES, 16, 16, 16)
     stage, params = tiny.stage_of(config, latent)
     settings = read_settings(config, imagine_runs=True)
-    state, expected = stage.state(params), costs.part_costs(settings, stage, latent)
+    state, expected = jax.eval_shape(stage.state, params), costs.part_costs(settings, stage, latent)
     for part in stage.parts:
         mean_steps = (config.sample.steps + 1) / 2
         arguments = state, stage.frozen, settings.kind.batch_shapes(settings, latent), dict(part.takes)
@@ -194,6 +194,6 @@ def test_the_rollout_of_groups(after):
     settings = read_settings(config, imagine_runs=True)
     expected = costs.part_costs(settings, stage, latent)
     assert list(expected) == [part.name for part in stage.parts] and not costs.assumed(settings)
-    arguments = stage.state(params), stage.frozen, settings.kind.batch_shapes(settings, latent), {}
+    arguments = jax.eval_shape(stage.state, params), stage.frozen, settings.kind.batch_shapes(settings, latent), {}
     counted = count_matmuls(stage.parts[0].call, *arguments, while_trips=2.0)
     assert counted == pytest.approx(expected["rollout"].executed.total, rel=0.001)
