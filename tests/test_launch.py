@@ -291,6 +291,8 @@ def test_a_training_that_was_stopped_may_have_another_exit_code(monkeypatch):
     assert cli.outcome(Stopped("saved")) == (0, "saved")
     monkeypatch.setenv("STOPPED_EXIT_CODE", str(cli.RETRY))
     assert cli.outcome(Stopped("saved")) == (75, "saved")
+    monkeypatch.setenv("STOPPED_EXIT_CODE", "again")
+    assert cli.outcome(Stopped("saved")) == (2, "error: STOPPED_EXIT_CODE is 'again'; it must be a number. saved")
 
 
 def test_the_jobset_restarts_all_after_what_a_restart_cures():
