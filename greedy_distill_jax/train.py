@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         if main := jax.process_index() == 0:
             stack.enter_context(sole_writer(workdir))
         job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))
-        alike.check_data(joined, data=job.data, runs=job.fingerprints)
+        alike.check_data(joined, job.data | job.fingerprints)
         if processes == 1:
             stack.enter_context(stop)
         # Where it stands: at its newest checkpoint, or at the beginning.

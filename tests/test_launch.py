@@ -17,6 +17,7 @@ import yaml
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.config_flags import load_config
 from greedy_distill_jax.config import open_keys
+from greedy_distill_jax.errors import Stopped
 from tests.conftest import ROOT
 
 LAUNCH = Path(ROOT) / "launch"
@@ -284,6 +285,14 @@ def test_what_a_tpu_vm_needs(tpu, arguments, changes, line):
     env, _ = tpu
     done = run("launch/tpu_vm.sh", *arguments, env=env | changes)
     assert done.returncode == 2 and done.stderr.startswith(line)
+
+
+def test_a_training_that_was_stopped_may_have_another_exit_code(monkeypatch):
+    assert cli.outcome(Stopped("saved")) == (0, "saved")
+    monkeypatch.setenv("STOPPED_EXIT_CODE", str(cli.RETRY))
+    assert cli.outcome(Stopped("saved")) == (75, "saved")
+    monkeypatch.setenv("STOPPED_EXIT_CODE", "again")
+    assert cli.outcome(Stopped("saved")) == (2, "error: STOPPED_EXIT_CODE is 'again'; it must be a number. saved")
 
 
 def test_the_jobset_restarts_all_after_what_a_restart_cures():

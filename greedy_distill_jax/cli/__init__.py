@@ -123,7 +123,10 @@ def outcome(error: BaseException, argv: Sequence[str] | None = None) -> tuple[in
         case Diverged():
             return 4, f"error: {error}"
         case Stopped():
-            return int(os.environ.get("STOPPED_EXIT_CODE") or 0), str(error)
+            text = os.environ.get("STOPPED_EXIT_CODE") or "0"
+            if not text.isdigit():
+                return 2, f"error: STOPPED_EXIT_CODE is {text!r}; it must be a number. {error}"
+            return int(text), str(error)
         case Lost():
             return RETRY, f"error: {' '.join(str(error).split())}"
         case KeyboardInterrupt():

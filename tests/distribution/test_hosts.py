@@ -342,17 +342,20 @@ def test_all_processes_end_with_the_verdict_of_the_first(shared):
     "second, line",
     [
         ({"data.source": "1"}, ""),
-        ({"data.source": "2"}, 'data.data.source is "2" at process 1 .node1., "1" at the others; let all of them read'),
+        (
+            {"data.source": "2"},
+            'content of config.data.source is "2" at process 1 .node1., "1" at the others; let',
+        ),
     ],
 )
 def test_data_of_all_processes_are_compared(shared, second, line):
     manifests = {"data.source": "1"}, second
-    ended = _together(*[lambda joined, data=data: alike.check_data(joined, data=data, runs={}) for data in manifests])
+    ended = _together(*[lambda joined, data=data: alike.check_data(joined, data) for data in manifests])
     assert ended == [None, None] if not line else all(re.match(line, str(error)) for error in ended)
 
 
 def test_a_process_that_does_not_say_what_it_has_is_named(shared):
-    ended = _together(lambda joined: alike.check_data(joined, data={}), lambda joined: None, seconds=0.1)
+    ended = _together(lambda joined: alike.check_data(joined, {}), lambda joined: None, seconds=0.1)
     assert isinstance(ended[0], Lost) and "process 1 does not say within 0.1 s" in str(ended[0])
 
 

@@ -49,9 +49,9 @@ def check_start(joined: Joined, config: str = "{}", **more: Any) -> None:
     _check(joined, facts | keys | more, _SAME_START)
 
 
-def check_data(joined: Joined, **manifests: Mapping[str, str]) -> None:
-    """Compares fingerprints by name, of data and of the runs that networks start from; raises as ``check_start``."""
-    _check(joined, flat(manifests), _SAME_FILES)
+def check_data(joined: Joined, held: Mapping[str, str]) -> None:
+    """Compares fingerprints of data, texts and frozen runs, by configuration key; raises as ``check_start``."""
+    _check(joined, {f"content of config.{key}": text for key, text in held.items()}, _SAME_FILES)
 
 
 def check_devices_alike(joined: Joined) -> None:
