@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the test suite (the linters are among the tests) on the CPU. Arguments go to pytest: bash launch/test.sh tests/cli -k help
 # TEST_WORKERS=N sets the number of processes (default 2; 0 runs everything in one). TEST_EXTRAS=dev leaves out torch and
-# what else tests/parity, tests/weights and tests/text compare with.
+# what else tests/parity, tests/weights and tests/text compare with. TEST_CASES=N runs at most N cases of a parametrised
+# test.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 

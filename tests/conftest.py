@@ -1,5 +1,6 @@
 """Every test runs on 8 virtual CPU devices, with strict dtypes and ranks and with shapes checked at run time."""
 
+import collections
 import ctypes
 import fcntl
 import gc
@@ -71,10 +72,19 @@ def exit_code(main, *argv):
     return exit_.value.code
 
 
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first: at the end the last of them would keep one process busy and the others waiting."""
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """The longest files first: at the end the last of them would keep one process busy and the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in ("training", "streaming")))
+    if most := int(os.environ.get("TEST_CASES", "0")):
+        cases, kept, more = collections.Counter(), [], []
+        for item in items:
+            test = item.nodeid.split("[")[0]
+            cases[test] += 1
+            (kept if cases[test] <= most else more).append(item)
+        config.hook.pytest_deselected(items=more)
+        items[:] = kept
 
 
 LIMIT = 3 * 2**30  # bytes in memory from where on programs are forgotten
