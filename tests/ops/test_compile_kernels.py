@@ -25,14 +25,12 @@ def _compile(*arguments, env):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.subprocesses
-@pytest.mark.parametrize("target, only", [("v5e", ""), ("v5p", ""), ("v6e", "etm"), ("v6e", "decode")])
-def test_every_workload_compiles_and_none_got_worse(target, only, subprocess_env):
-    """Of a v6e, which has twice the memory of a v5e, every kernel, at both sizes of a frame and in both precisions."""
-    env = {**subprocess_env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = _compile("kernels", "--target", target, "--only", only, env=env)
+@pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
+def test_every_workload_compiles_and_none_got_worse(target, subprocess_env):
+    done = _compile("kernels", "--target", target, env={**subprocess_env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     for name in SPECS:
-        assert (f"  {name:28s} " in done.stdout) == (only in name), done.stdout
+        assert name in done.stdout
     assert "kFLOP per bundle" in done.stdout
 
 
