@@ -50,30 +50,47 @@ CURVES = {"colour_by_frame": "colour change, by frame", "fd_by_window": "FD less
 LIMITS = {"colour": 0.5, "fd": 1.1, "motion": (0.75, 1.25)}
 
 
+KEPT = (("colour_kept", 1.0),)
+STILL = (("flicker", 1.0),)
+LAST = (("rl.step", "last"),)
+BEFORE = (("rl.rewards.colour_kept.options", {"since": "previous"}), ("rl.window", 12))
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A loss of stage "rl", with stage 2's beside it where ``scores``; changes to ``configs/quickstart.py:stage3``."""
+    """A loss of stage "rl" on streams of up to 64 frames, whose last 8 it judges and learns from.
+
+    weight, options: of the loss. regularised: with stage 2's loss beside it. rewards: (name, weight) of each. kl:
+    weight of the loss "kl". changes: of other keys.
+    """
 
     loss: str
     weight: float = 1.0
-    scores: bool = False
+    regularised: bool = False
     options: tuple[tuple[str, object], ...] = ()
     changes: tuple[tuple[str, object], ...] = ()
-    reward: str = "colour_kept"
+    rewards: tuple[tuple[str, float], ...] = KEPT
     kl: float = 0.0
+
+    @property
+    def scored(self) -> bool:
+        """Whether it needs a teacher and a critic."""
+        return self.regularised or self.loss == "re_dmd"
 
 
 ROWS = {
-    "direct": Row("direct", 10.0, kl=1.0),
-    "direct, stage 2's loss": Row("direct", 10.0, scores=True),
+    "direct": Row("direct", 10.0, kl=100.0, changes=LAST),
+    "direct, motion": Row("direct", 10.0, kl=100.0, changes=LAST, rewards=(*KEPT, ("motion_band", 0.3))),
+    "direct, frame before": Row("direct", 10.0, kl=100.0, changes=(*LAST, *BEFORE)),
+    "direct, stage 2's loss": Row("direct", regularised=True, changes=LAST),
     "re_dmd": Row("re_dmd", options=(("beta", 10.0), ("baseline", "batch")), changes=(("rl.step", "random"),)),
     "cm_grpo": Row("cm_grpo", 100.0, options=(("step_weight", "snr"),), changes=(("rl.step", "stochastic"),), kl=1.0),
     "nft": Row("nft", kl=0.1),
     "dpo_chunk": Row("dpo_chunk"),
     "neighbor": Row("neighbor", changes=(("rl.spread", 0.3),), kl=1.0),
-    "self_teacher": Row("self_teacher", changes=(("rl.given", 1), ("rl.group", 1), ("data.batch", 16)), reward=""),
-    "still": Row("direct", 10.0, reward="flicker"),
-    "still, stage 2's loss": Row("direct", 10.0, scores=True, reward="flicker"),
+    "self_teacher": Row("self_teacher", changes=(("rl.given", 1), ("rl.group", 1), ("data.batch", 16)), rewards=()),
+    "still": Row("direct", 10.0, changes=LAST, rewards=STILL),
+    "still, stage 2's loss": Row("direct", 10.0, regularised=True, changes=LAST, rewards=STILL),
 }
 BASE, CONTROL = "stage 2", "stage 2, longer"
 
@@ -99,25 +116,25 @@ class Rows(Bench):
         else:
             config = self.reinforced(ROWS[name], seed)
             config.student_from = str(student)
-            if "dmd" in config.losses or ROWS[name].loss == "re_dmd":
+            if ROWS[name].scored:
                 config.teacher_from = str(teacher)
         config.optimizer.learning_rate *= scale
         return config
 
     def reinforced(self, row: Row, seed: int):
         """The configuration of a loss of stage "rl"."""
-        config, unset = self.config("stage3", TASK, seed), self.config("student", TASK, seed)
+        config = self.config("stage3", TASK, seed)
         with config.unlocked():
-            del config.losses["direct"], config.rl.rewards["colour"]
-            if row.reward:
-                config.rl.rewards.reward = {"reward": row.reward, "weight": 1.0}
-            config.losses.rl = {"loss": row.loss, "weight": row.weight, "options": dict(row.options)}
+            config.losses = {"rl": {"loss": row.loss, "weight": row.weight, "options": dict(row.options)}}
+            config.rl.rewards = {name: {"reward": name, "weight": weight} for name, weight in row.rewards}
             if row.kl:
                 config.losses.kl = {"loss": "kl", "weight": row.kl, "options": {}}
-            if not row.scores:
-                del config.losses["dmd"]
-            if not row.scores and row.loss != "re_dmd":  # the keys of scores are as they come
-                config.distill, config.critic = unset.distill, unset.critic
+            if row.scored:
+                stage2 = self.config("stage2", TASK, seed)
+                config.distill, config.critic = stage2.distill, stage2.critic
+            if row.regularised:
+                config.losses.dmd = stage2.losses.dmd
+            config.rl.step = "random"
         return self.changed(config, row.changes)
 
     def cost(self, name: str) -> float:
@@ -152,12 +169,13 @@ class Rows(Bench):
 
         def make():
             use_compile_cache("~/.cache/greedy_distill_jax/xla")
-            run, out = Run.load(self.run(name, seed, scale)), {}
+            run, longest = Run.load(self.run(name, seed, scale)), max(lengths)
+            real, captions = held_out_videos(run, longest, videos, test)
+            reference, _ = held_out_videos(run, longest, videos, test + 1)
+            video, out = sampled(run, captions, frames=longest, seed=test), {}
             for frames in lengths:
-                real, captions = held_out_videos(run, frames, videos, test)
-                reference, _ = held_out_videos(run, frames, videos, test + 1)
-                video = sampled(run, captions, frames=frames, seed=test)
-                out[str(frames)] = numbers(video, real, reference, captions) | {
+                parts = (x[:, :frames] for x in (video, real, reference))
+                out[str(frames)] = numbers(*parts, captions) | {
                     "extra_cpu_s": 0.0 if name == BASE else run.meta["train_cpu_s"],
                     "updates": 0 if name == BASE else run.meta["steps"],
                 }
@@ -263,7 +281,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--videos", type=int, default=512, help="held-out videos per cell")
-    parser.add_argument("--budget", type=float, default=90.0, help="CPU seconds of every row")
+    parser.add_argument("--budget", type=float, default=45.0, help="CPU seconds of every row")
     parser.add_argument("--speed", choices=("full", "smoke"), default="full", help="smoke: a few updates, for CI")
     args = parser.parse_args()
     bench = Rows(args.workdir, args.videos, args.speed, args.budget)

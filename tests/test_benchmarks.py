@@ -147,6 +147,24 @@ def test_diagonal(benchmarks, tmp_path, monkeypatch):
     assert not diagonal.gates_of(cells, times)[0]["passed"]
 
 
+def test_rl(benchmarks, tmp_path, monkeypatch):
+    """Every row is a configuration that can be trained; a row passes by all four figures and by none alone."""
+    rl = benchmarks("rl")
+    bench = rl.Rows(tmp_path, 4, "smoke", 1.0)
+    monkeypatch.setattr(rl.Rows, "start", lambda self, seed: (tmp_path / "teacher", tmp_path / "student"))
+    for name, row in rl.ROWS.items():
+        settings = read_settings(bench.row_config(name, 0, 3.0))
+        assert settings.losses["rl"].loss == row.loss and settings.optimizer.learning_rate == pytest.approx(3e-4)
+        assert ("dmd" in settings.losses) == row.regularised and bool(settings.teacher_from) == row.scored
+    assert read_settings(bench.row_config(rl.CONTROL, 0, 1.0)).stage == "dmd"
+    base = [dict(colour=4.0, fd=0.06, motion=0.8, drift=2.0), dict(colour=3.0, fd=0.05, motion=0.8, drift=2.1)]
+    good = [dict(colour=1.6, fd=0.06, motion=0.8, drift=0.5), dict(colour=1.2, fd=0.05, motion=0.8, drift=0.4)]
+    worse = {"colour": 2.1, "fd": 0.07, "motion": 0.7, "drift": 2.0}
+    cells = {rl.BASE: base, rl.CONTROL: base, "good": good}
+    cells |= {key: [row | {key: value} for row in good] for key, value in worse.items()}
+    assert {v["row"]: v["passed"] for v in rl.verdicts(cells)} == {"good": True} | dict.fromkeys(worse, False)
+
+
 def test_bad_inputs(benchmark, tmp_path, monkeypatch):
     """The judge tells what is refused well from what is not; cases are drawn again as they were."""
     benchmark("bad_inputs")

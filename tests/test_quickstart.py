@@ -39,8 +39,8 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("quickstart") / "run"
     configs_of = quickstart.stage_configs
 
-    def stage_configs(*args):
-        configs = configs_of(*args)
+    def stage_configs(*args, **kwargs):
+        configs = configs_of(*args, **kwargs)
         for config in configs.values():
             config.compile_cache, config.log.samples_every = "", 0
             config.data.batch = 8  # one example for each of the suite's devices
@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "stage_configs", stage_configs)
-        report = quickstart.quickstart(workdir, speed="smoke")
+        report = quickstart.quickstart(workdir, controls=True, speed="smoke")
     assert report == workdir / "report" / "report.html"
     return workdir
 
@@ -66,7 +66,7 @@ def test_it_leaves_a_report_with_every_number(finished):
     assert "<html" in (finished / "report/report.html").read_text(encoding="utf-8")
     metrics = json.loads((finished / "report/metrics.json").read_text(encoding="utf-8"))
     validate_metrics(metrics)
-    names = ["data", "teacher", "stage1", "stage1_few_steps", "stage2", "stage1_control", "stage2_fake_self"]
+    names = ["data", "teacher", "stage1", "stage1_few_steps", "stage2", "stage3", "stage2_fake_self", "stage1_control"]
     assert [row["name"] for row in metrics["rows"]] == names
     assert set(metrics["rows"][0]) > {
         "name",
@@ -77,9 +77,9 @@ def test_it_leaves_a_report_with_every_number(finished):
         "train_cpu_s",
         "train_seed",
     }
-    data, teacher, many, few, stage2, control, own = metrics["rows"]
-    assert few["steps"] == stage2["steps"] == control["steps"] == own["steps"] == "4,2"
-    assert stage2["train_cpu_s"] > 0 and own["train_cpu_s"] > 0
+    data, teacher, many, few, stage2, stage3, own, control = metrics["rows"]
+    assert few["steps"] == stage2["steps"] == stage3["steps"] == control["steps"] == own["steps"] == "4,2"
+    assert all(row["train_cpu_s"] > 0 for row in (stage2, stage3, own))
     # The control spends what stage 2 spent, to the nearest update.
     steps = load_meta(finished / "stage1_control" / "checkpoints")["steps"]
     of_update = many["train_cpu_s"] / load_meta(finished / "student" / "checkpoints")["steps"]
@@ -94,7 +94,7 @@ def test_it_leaves_a_report_with_every_number(finished):
     streaming, growing = (row["bytes"] for row in metrics["tables"]["cache_bytes"])
     assert 0 < streaming < growing
     assert metrics["versions"]["jax"] and metrics["device"] and metrics["cpu"] and "commit" in metrics
-    assert metrics["training_frames"] == 8 and len(metrics["gates"]) == 8
+    assert metrics["training_frames"] == 8 and len(metrics["gates"]) == 11
     assert metrics["config"]["student"]["teacher_from"] == str(finished / "teacher")
 
 
@@ -110,6 +110,30 @@ def test_a_second_call_says_that_it_is_done(finished, capsys):
     said = capsys.readouterr().out
     assert "already done" in said and str(finished) in said
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("controls", [False, True])
+def test_controls_are_added_to_a_finished_job(tmp_path, monkeypatch, controls):
+    done = []
+    monkeypatch.setattr(quickstart, "train", lambda config, workdir: done.append(workdir.name))
+    monkeypatch.setattr(quickstart, "control_config", lambda config, *runs: config)
+    monkeypatch.setattr(quickstart.sample, "main", lambda argv: done.append(argv[1].rpartition("/")[-1]))
+
+    def evaluate(teacher, student, output, *, more, videos, commands):
+        output.mkdir(exist_ok=True)
+        (output / "metrics.json").write_text(json.dumps({"rows": [{"name": name} for name in more]}))
+        (output / "report.html").touch()
+        done.append(commands)
+
+    monkeypatch.setattr(quickstart, "evaluate", evaluate)
+    monkeypatch.setattr(quickstart, "print_table", lambda metrics: None)
+    quickstart.quickstart(tmp_path, speed="smoke")
+    command = f"bash launch/quickstart.sh --workdir {tmp_path} --smoke"
+    assert done == ["teacher", "student", "stage2", "stage3", "stage3", [command]]
+    done.clear()
+    quickstart.quickstart(tmp_path, speed="smoke", controls=controls)
+    trained = ["teacher", "student", "stage2", "stage3", "stage2_fake_self", "stage1_control"]
+    assert done == ([*trained, "stage3", [command + " --controls"]] if controls else [])
 
 
 @pytest.mark.parametrize("held", [None, b"\xff"])

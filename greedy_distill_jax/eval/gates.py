@@ -14,6 +14,8 @@ WINDOWS = ("first", "last")  # each has gates of its own, for neither to hide be
 STAGE2_FD = {"first": 0.75, "last": 0.85}  # Frechet distance over stage 1's, real videos' own subtracted from both
 MOTION = {"first": (0.75, 1.25), "last": (0.5, 1.25)}  # spread of step lengths over that of real videos
 STEP_STD = {"first": "step_std", "last": "step_std_last"}
+# Of stage 3, in the last window, whose motion it is for; what it may cost in well-formed objects is a limit as well.
+STAGE3_FD, STAGE3_MOTION, STAGE3_VALID = 0.9, 1.1, 0.15
 
 
 def gate(name: str, value: float | None, threshold: str, passed: bool | np.bool_ | None) -> dict[str, Any]:
@@ -70,6 +72,35 @@ def stage2_gates(stage2: Mapping[str, Any], stage1: Mapping[str, Any], real: Map
             )
         )
     return out
+
+
+def stage3_gates(stage3: Mapping[str, Any], stage2: Mapping[str, Any], real: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the gates on the last window of a stream of stage 3, next to one of the stage 2 that it started from.
+
+    Args:
+      stage3, stage2, real: metrics of both streams and of real videos, with the same reference; keys fd_last,
+        step_std_last and valid_last.
+    """
+    before, after = (corrected_fd(row, real, ("last",)) for row in (stage2, stage3))
+    pace, pace_before = (motion_spread(row, real, ("last",)) for row in (stage3, stage2))
+    lost = stage2["valid_last"] - stage3["valid_last"]
+    return [
+        gate(
+            "stage 3's Frechet distance over stage 2's, less real videos' own, last window",
+            round(after / before, 4) if before > 0 else None,
+            f"<= {STAGE3_FD}",
+            after <= STAGE3_FD * max(before, 0.0),
+        ),
+        gate(
+            "spread of stage 3's step lengths over stage 2's, last window",
+            round(pace / pace_before, 4) if pace_before else None,
+            f">= {STAGE3_MOTION}",
+            pace >= STAGE3_MOTION * pace_before,
+        ),
+        gate(
+            "valid frames that stage 3 loses, last window", round(lost, 4), f"<= {STAGE3_VALID}", lost <= STAGE3_VALID
+        ),
+    ]
 
 
 def corrected_fd(row: Mapping[str, Any], real: Mapping[str, Any], windows: Sequence[str] = WINDOWS) -> float:

@@ -150,12 +150,14 @@ def _by_frame(what: str, text: str, lines: dict[str, list[float]], training_fram
 
 
 def claims(measured: Measured, comparison: Comparison) -> list[dict]:
-    """Claims that the teacher follows captions, its student loses little, and stage 2 (where there is one) helps."""
+    """Claims that the teacher follows captions, its student loses little, and stages 2 and 3 (if there) help."""
     rows = {row["name"]: {k: math.nan if x == NOT_THERE else x for k, x in row.items()} for row in measured.rows}
     told = (oracle.captioned(comparison.captions, len(comparison.captions))[:, 2] >= 0).all()
     found = gates.quality_gates(rows["teacher"], rows["stage1"], direction=bool(told))
     if "stage2" in rows:
         found += gates.stage2_gates(rows["stage2"], rows["stage1_few_steps"], rows["data"])
+    if {"stage2", "stage3"} <= rows.keys():
+        found += gates.stage3_gates(rows["stage3"], rows["stage2"], rows["data"])
     return found
 
 

@@ -1,25 +1,41 @@
 """The colour of what stands out from the background, in any video."""
 
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ranges import one_of
 from greedy_distill_jax.rewards.protocol import View, reward
+
+SINCE = ("first", "previous")
 
 
 @reward(kind="jax", differentiable=True)
-def colour_kept(view: View) -> Float32[Array, " B"]:
-    """Minus the mean over frames and channels of |c_t - c_0|, so that what stands out keeps its colour.
+def colour_kept(view: View, *, since: Annotated[str, one_of(*SINCE)] = "first") -> Float32[Array, " B"]:
+    """Minus the mean over frames and channels of |c_t - c|, so that what stands out keeps its colour.
 
-    c_t is ``salient_colour`` of a judged frame, c_0 the mean of those of the first frames. What stands out is found
-    without a gradient, so that colours change, not what counts. Content that vanishes loses, content that stands still
-    does not; where the background's colour drifts as well, c_t follows it only as far as content does.
+    c_t is ``salient_colour`` of a judged frame. What stands out is found without a gradient, so that colours change,
+    not what counts. Content that vanishes loses, content that stands still does not; where the background's colour
+    drifts as well, c_t follows it only as far as content does.
+
+    Args:
+      since: what c is. "first": the mean over the first frames, which a student may have forgotten: it then learns what
+        is common to all videos, such as paler colours. "previous": c_{t-1}, which it sees.
+
+    Raises:
+      UserError: fewer than 2 frames, where each is compared with the one before.
     """
-    frames, first = (_colour_by_frame(video) for video in (view.video_BTHWC, view.first_BSHWC))
-    return -jnp.mean(jnp.abs(frames - jnp.mean(first, axis=1, keepdims=True)), axis=(1, 2))
+    frames = _colour_by_frame(view.video_BTHWC)
+    if since == "previous":
+        if frames.shape[1] < 2:
+            raise UserError("reward colour_kept: 1 frame is judged, it compares 2; let it have more.")
+        return -jnp.mean(jnp.abs(jnp.diff(frames, axis=1)), axis=(1, 2))
+    first = jnp.mean(_colour_by_frame(view.first_BSHWC), axis=1, keepdims=True)
+    return -jnp.mean(jnp.abs(frames - first), axis=(1, 2))
 
 
 def _colour_by_frame(video: Float32[Array, "B T H W 3"]) -> Float32[Array, "B T 3"]:

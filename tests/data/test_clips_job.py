@@ -27,8 +27,8 @@ def test_quickstart_on_real_clips(real_clips, tmp_path, monkeypatch):
 
     configs_of = quickstart.stage_configs
 
-    def stage_configs(*args):
-        configs = configs_of(*args)
+    def stage_configs(*args, **kwargs):
+        configs = configs_of(*args, **kwargs)
         for config in configs.values():
             config.compile_cache = ""  # programs are kept where the suite keeps its own
         return configs

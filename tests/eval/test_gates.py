@@ -189,6 +189,24 @@ def test_no_window_hides_behind_the_other(change, passed):
     assert _stage2(good | change, stage1, real) == passed
 
 
+@pytest.mark.parametrize(
+    "change, passed",
+    [
+        ({}, [True, True, True]),
+        ({"fd_last": 0.095}, [False, True, True]),
+        ({"step_std_last": 0.32}, [True, False, True]),
+        ({"step_std_last": float("nan")}, [True, False, True]),
+        ({"valid_last": 0.7}, [True, True, False]),
+    ],
+)
+def test_stage_3_moves_on_and_stays_well_formed(change, passed):
+    stage2 = {"fd_last": 0.1, "step_std_last": 0.3, "valid_last": 0.9}
+    real = {"fd_last": 0.01, "step_std_last": 0.6, "valid_last": 1.0}
+    good = {"fd_last": 0.05, "step_std_last": 0.4, "valid_last": 0.8}
+    assert [gate["passed"] for gate in gates.stage3_gates(good | change, stage2, real)] == passed
+    assert [gate["passed"] for gate in gates.stage3_gates(stage2, stage2, real)] == [False, False, True]
+
+
 @pytest.mark.parametrize("run", ["2026-11-21", "2026-11-28"])
 def test_the_committed_runs_pass_and_their_controls_fail(run):
     stored = Path(__file__).parents[2] / f"benchmarks/results/{run}-cpu-quickstart.json"

@@ -126,6 +126,22 @@ def test_formulas():
     np.testing.assert_allclose(values["seam"]["cut"], -(change[CHUNK - 1] / inside - 1), rtol=1e-3)
 
 
+def test_colours_are_kept_since_the_first_frames_or_the_previous():
+    hue, kept = videos()[0]["hue"], rewards.resolve("colour_kept")
+
+    def value(video, first, **options):
+        return float(kept(View(jnp.asarray(video)[None], jnp.asarray(first)[None]), **options)[0])
+
+    weight = np.square(hue - 0.1).sum(-1, keepdims=True)  # the background is 0.1
+    colour = (weight * hue).sum((1, 2)) / weight.sum((1, 2))
+    pace = -np.abs(np.diff(colour, axis=0)).mean()
+    np.testing.assert_allclose(value(hue, hue, since="previous"), pace, rtol=1e-2)
+    np.testing.assert_allclose(value(hue[4:], hue[:2], since="previous"), pace, rtol=0.1)  # a fade counts by its pace
+    np.testing.assert_allclose(value(hue[4:], hue[:2]), -np.abs(colour[4:] - colour[:2].mean(0)).mean(), rtol=1e-2)
+    with pytest.raises(UserError, match="colour_kept: 1 frame is judged, it compares 2"):
+        value(hue[:1], hue, since="previous")
+
+
 @pytest.mark.parametrize("name", JAX)
 def test_gradients_are_finite_and_lead_upwards(name):
     values, gradients, stepped = judged()
