@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: `ensure_env EXTRAS` makes .venv at the top of the checkout ready and sets VENV_PYTHON.
 # PYTHON=... chooses the interpreter that creates .venv, VENV=... another folder.
 

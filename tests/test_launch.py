@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -21,7 +22,8 @@ from greedy_distill_jax.errors import Stopped
 from tests.conftest import ROOT
 
 LAUNCH = Path(ROOT) / "launch"
-SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", Path(ROOT) / ".ci" / "run"]
+SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 ARGUMENTS = ["--config=a file.py", "--workdir=runs/x", "--config.data.source=clips:it's"]
 # Does what the next line of $PLAN says: an exit code, or a command and then 0; notes its own words.
 PYTHON = """#!/usr/bin/env bash
@@ -66,10 +68,9 @@ def kinds(calls):
     return ["train" if "greedy_distill_jax.train" in call else "preflight" for call in calls]
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
-    done = subprocess.run(["shellcheck", "-x", "-S", "warning", script], cwd=LAUNCH, capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, "-x", "-S", "warning", script], cwd=LAUNCH, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
