@@ -274,7 +274,7 @@ def test_a_stream_that_does_not_fit_is_not_told_to_accumulate(monkeypatch, capsy
 
 @needs_libtpu
 def test_14b_on_four_small_chips_is_refused(capsys):
-    arguments = ["--config=configs/wan14b/dmd.py", "--config.data.accumulate=32"]
+    arguments = ["--config=configs/wan14b/dmd.py", "--config.data.accumulate=32", "--only=dmd"]
     code = command.main(["train", *arguments, "--topology=v5e:2x2"])
     out = capsys.readouterr().out
     assert code == command.DOES_NOT_FIT == 3
