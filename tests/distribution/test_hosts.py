@@ -41,7 +41,8 @@ TORCHRUN = TORCH | {
     "TORCHELASTIC_USE_AGENT_STORE": "True",
 }
 OF_TORCH = {"num_processes": 16, "process_id": 9} | OFF
-EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+EIGHT, FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+TWO_TASKS = {"SLURM_STEP_TASKS_PER_NODE": "2(x8)", "SLURM_LOCALID": "1"}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,11 @@ EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
             "TPU slice of GKE (TPU_WORKER_HOSTNAMES)",
             {"cluster_detection_method": "gketpu"},
         ),
+        (
+            {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},  # of one host each
+            "TPU slice of GKE (TPU_WORKER_HOSTNAMES)",
+            {"cluster_detection_method": "gketpu"},
+        ),
     ],
 )
 def test_what_started_a_process(variables, source, arguments, tmp_path):
@@ -88,6 +94,7 @@ def test_what_started_a_process(variables, source, arguments, tmp_path):
         OMPI | {"OMPI_COMM_WORLD_SIZE": "1"},
         TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"},
         {"TPU_WORKER_HOSTNAMES": "localhost"},  # a slice of one host
+        {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"},
         {"RANK": "0", "MASTER_ADDR": "node1"},
     ],
 )
@@ -154,6 +161,16 @@ def test_what_a_process_lacks_to_join(variables, line, tmp_path, monkeypatch):
             list("01234567"),
         ),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x4)"} | EIGHT, [6, 7], ["6", "7"]),
+        (SRUN | TWO_TASKS | FOUR | {"SLURM_GPUS_PER_TASK": "4"}, [0, 1, 2, 3], list("4567")),
+        (
+            SRUN
+            | {"SLURM_STEP_TASKS_PER_NODE": "4(x4)", "CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "h100:2"},
+            [0, 1],
+            ["0", "1"],
+        ),
+        (SRUN | TWO_TASKS | FOUR, [2, 3], ["6", "7"]),  # --gpus-per-node=4: both see the same
+        (SRUN | EIGHT | {"SLURM_GPUS_PER_TASK": "1"}, [3], ["3"]),  # with --gpu-bind=none
+        (SRUN | TORCHRUN | EIGHT | {"SLURM_GPUS_PER_TASK": "8"}, [1], ["1"]),  # torchrun's processes share the task's
         (TORCHRUN | EIGHT, [1], ["1"]),
         (TORCH | {"LOCAL_RANK": "2"} | EIGHT, [2], ["2"]),  # how many there are is not said: each takes one
         (TORCH | EIGHT, list(range(8)), list("01234567")),  # one process for every host

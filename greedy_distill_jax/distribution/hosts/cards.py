@@ -44,7 +44,7 @@ def own_cards(visible: list[str] | None, local: Sequence[int] | None, chosen: st
     Args:
       visible: names of the cards that this process sees; None for none.
       local: number of the process on its host, and how many these are (0 where nobody says, and each takes one); None
-        for a process that has its host alone.
+        for a process that has all visible ones alone.
       chosen: indices with commas between, as in JAX_LOCAL_DEVICE_IDS; "" leaves the choice to this function.
 
     Raises:

@@ -22,11 +22,16 @@ _GOOGLE = "0x1ae0"  # vendor of TPUs on the PCI bus
 
 
 class Local(NamedTuple):
-    """Number of a process on its host, how many are there (0 where nobody says), whether others are elsewhere."""
+    """A process on its host.
+
+    rank: its number there. count: how many are there, 0 where nobody says. elsewhere: whether others are. cards: that
+    its launcher gave it alone, 0 where nobody says.
+    """
 
     rank: int
     count: int
     elsewhere: bool
+    cards: int = 0
 
 
 class Found(NamedTuple):
@@ -63,7 +68,10 @@ def find(environment: Mapping[str, str], root: Path = Path("/")) -> Found | None
     if found is None or found.source.startswith("TPU"):  # jax gives every process of a slice its chips
         return found
     local, chosen = _local(environment), environment.get("JAX_LOCAL_DEVICE_IDS", "")
-    cards = own_cards(visible_cards(environment, root), local, chosen)
+    visible = visible_cards(environment, root)
+    # Those of its neighbours are visible beside its own only where SLURM binds none to tasks (--gpu-bind=none).
+    alone = visible is not None and local is not None and len(visible) <= local.cards
+    cards = own_cards(visible, None if alone else local, chosen)
     if cards is not None:
         found.arguments["local_device_ids"] = list(cards.own)
     return found._replace(local=local, cards=cards, several_hosts=local is not None and local.elsewhere)
@@ -107,7 +115,8 @@ def _launched(environment: Mapping[str, str], root: Path) -> Found | None:
         return _torchrun(environment)
     for name in _SLICE:
         if environment.get(name):
-            several = "," in environment[name]
+            # Of several slices each names its own hosts alone.
+            several = "," in environment[name] or _number(environment, "MEGASCALE_NUM_SLICES", 1) > 1
             return Found(f"TPU slice of GKE ({name})", {"cluster_detection_method": "gketpu"}) if several else None
     if "TPU_SKIP_MDS_QUERY" not in environment and _has_tpu(root):
         return Found("TPU VM (metadata server)", {"cluster_detection_method": "gcetpu"})
@@ -187,7 +196,9 @@ def _local(environment: Mapping[str, str]) -> Local | None:
         names = f"{_OMPI}_LOCAL_RANK", f"{_OMPI}_LOCAL_SIZE", f"{_OMPI}_SIZE"
     elif (tasks := _number(environment, "SLURM_NTASKS", 1)) > 1 and not _missing_of_srun(environment):
         count = _tasks_of_node(environment)
-        return Local(_number(environment, "SLURM_LOCALID", 0), count, 0 < count < tasks)
+        # NUMBER or TYPE:NUMBER, several with commas between.
+        cards = [int(text) for text in re.findall(r"(\d+)(?:,|$)", environment.get("SLURM_GPUS_PER_TASK", ""))]
+        return Local(_number(environment, "SLURM_LOCALID", 0), count, 0 < count < tasks, sum(cards))
     else:
         return None
     rank, count, total = (_number(environment, name, 0) for name in names)
