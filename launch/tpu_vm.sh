@@ -35,7 +35,8 @@ bash -c 'source launch/_env.sh && ensure_env tpu'"
     for name in RESTARTS PAUSE DEVICES JOIN_TIMEOUT; do
       [ -z "${!name:-}" ] || settings+="$name=$(printf '%q' "${!name}") "
     done
-    on_all "cd $folder && if pgrep -f '$job' >/dev/null; then echo 'a training runs here' >&2; exit 2; fi; \
+    on_all "cd $folder || { echo 'install comes first' >&2; exit 2; }; \
+if pgrep -f '$job' >/dev/null; then echo 'a training runs here' >&2; exit 2; fi; \
 ${settings}nohup bash launch/train.sh$(printf ' %q' "$@") >>train.log 2>&1 </dev/null &"
     ;;
   logs) on_all "tail -n 20 -F $folder/train.log" ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Looks at the hosts (launch/preflight.py), trains, and starts again after a fault that another start may cure, from the
-# newest good checkpoint:
+# newest whole checkpoint; a damaged one ends a job of several processes with 2 (docs/errors.md):
 #   bash launch/train.sh --config=FILE --workdir=DIR [--config.key=value ...]
 # Run it once per process (pods of Kubernetes, workers of a TPU VM), or once per job with what starts the processes in
 # LAUNCHER, such as LAUNCHER="srun --kill-on-bad-exit=1" (launch/slurm.sbatch).
@@ -12,8 +12,8 @@
 # VENV=DIR      environment in which the package is installed (default .venv of the checkout)
 #
 # Ends with the training's exit code. What is tried again: 75 (a process is gone or hung), and ends by a signal: 134
-# (jax aborts whoever loses the others), 135, 137 (killed: out of memory, or the host), 139. A preflight that finds
-# something wrong ends with 2 and is not tried again.
+# (jax aborts whoever loses the others), 135, 137 (killed: out of memory, or the host), 139, and 253, which srun makes of
+# a task that was killed out of memory. A preflight that finds something wrong ends with 2 and is not tried again.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
@@ -24,11 +24,14 @@ for name in RESTARTS PAUSE DEVICES; do
 done
 read -r -a launcher <<<"${LAUNCHER:-}"
 
-workdir=""
+workdir="" previous=""
 for argument in "$@"; do
-  case "$argument" in --workdir=*) workdir="${argument#--workdir=}" ;; esac
+  case "$argument" in --workdir=* | -workdir=*) workdir="${argument#*=}" ;; esac
+  case "$previous" in --workdir | -workdir) workdir="$argument" ;; esac
+  previous="$argument"
 done
 [ -n "$workdir" ] || die "--workdir=DIR is missing."
+case "$workdir" in \~ | \~/*) workdir="$HOME${workdir:1}" ;; esac # as the training does
 
 newest() { # the newest whole step; "" for none, or a folder that is not one of this host
   local path step newest=""
@@ -39,20 +42,28 @@ newest() { # the newest whole step; "" for none, or a folder that is not one of 
   printf '%s' "$newest"
 }
 
-child="" stopped=""
+child="" told="" stopped="" by=""
 stop() { # a shell that waits in the foreground would not hear a scheduler's signal before the training ends
   stopped="$1"
   [ -n "$child" ] || return
-  if [ -n "${STOP:-}" ]; then $STOP; else kill -TERM "$child" 2>/dev/null; fi
+  told="$child"
+  if [ -n "$by" ]; then $by; else kill -TERM "$child" 2>/dev/null; fi
 }
 trap 'stop 143' TERM
 trap 'stop 130' INT
 
+start() { # STOP COMMAND: in the background
+  by="$1"
+  "${@:2}" &
+  child=$!
+  # A signal before that line has found nobody to tell.
+  [ -z "$stopped" ] || [ "$told" = "$child" ] || stop "$stopped"
+}
+
 run() { # runs a command in the background, where signals to this script reach it, and returns its exit code
   local code
   [ -z "$stopped" ] || return "$stopped"
-  "${launcher[@]}" "$VENV_PYTHON" "$@" &
-  child=$!
+  start "${STOP:-}" ${launcher[@]+"${launcher[@]}"} "$VENV_PYTHON" "$@" # bash before 4.4 knows no empty array
   while :; do
     wait "$child"
     code=$?
@@ -73,7 +84,7 @@ while :; do
     code=$?
   fi
   [ -z "$stopped" ] || exit "$code"
-  case "$code" in 75 | 134 | 135 | 137 | 139) ;; *) exit "$code" ;; esac
+  case "$code" in 75 | 134 | 135 | 137 | 139 | 253) ;; *) exit "$code" ;; esac
   after="$(newest)"
   if [ "$after" != "$before" ]; then failures=0 before="$after"; fi
   if [ "$failures" -ge "$RESTARTS" ]; then
@@ -82,8 +93,7 @@ while :; do
   fi
   failures=$((failures + 1))
   say "train.sh: exit code $code; starting again from step ${after:-0} in $PAUSE s ($failures of $RESTARTS)"
-  sleep "$PAUSE" &
-  child=$!
+  start "" sleep "$PAUSE"
   wait "$child"
   child=""
   [ -z "$stopped" ] || exit "$stopped"

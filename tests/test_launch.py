@@ -84,7 +84,7 @@ def test_train_looks_at_the_hosts_and_trains(job):
     ]
 
 
-@pytest.mark.parametrize("code", [cli.RETRY, 134, 137, 139])
+@pytest.mark.parametrize("code", [cli.RETRY, 134, 137, 139, 253])
 def test_train_starts_again_a_bounded_number_of_times(job, code):
     env, calls, plan = job
     plan(*[0, code] * 9)
@@ -108,6 +108,14 @@ def test_hosts_with_something_wrong_do_not_train(job):
     plan(cli.RETRY)  # one did not come in time
     assert run("launch/train.sh", *ARGUMENTS, env=env).returncode == 0
     assert kinds(calls())[1:] == ["preflight", "preflight", "train"]
+
+
+@pytest.mark.parametrize("given", [["--workdir=~/run"], ["--workdir", "{tmp_path}/home/run"], ["--workdir", "~/run"]])
+def test_the_folder_is_found_as_the_training_finds_it(job, tmp_path, given):
+    env, _, plan = job
+    plan(0, f"mkdir -p {tmp_path}/home/run/checkpoints/9; exit 75")
+    given = [word.format(tmp_path=tmp_path) for word in given]
+    assert "starting again from step 9 " in run("launch/train.sh", "--config=x", *given, env=env).stderr
 
 
 def test_a_new_checkpoint_gives_all_restarts_back(job, tmp_path):
@@ -138,6 +146,27 @@ def test_a_signal_reaches_the_training_and_nothing_starts_again(job, tmp_path, n
     finally:
         script.kill()
     assert kinds(calls()) == ["preflight", "train"]
+
+
+@pytest.mark.parametrize("start", [2, 3], ids=["training", "pause"])
+def test_a_signal_between_a_start_and_its_number_is_not_lost(job, tmp_path, start):
+    env, calls, plan = job
+    plan(0, "for ((i = 0; i < 100; i++)); do sleep 0.02; done" if start == 2 else cli.RETRY)
+    (tmp_path / "hook").write_text(  # bash reads it first, and runs what it traps before every command
+        f"""[ "${{0##*/}}" = train.sh ] || return 0
+        set -T; starts=0
+        trap 'if [ "$BASH_COMMAND" = "child=\\$!" ] && [ $((++starts)) = {start} ]; then kill -TERM $$; fi' DEBUG
+        """
+    )
+    done = run("launch/train.sh", *ARGUMENTS, env=env | {"BASH_ENV": str(tmp_path / "hook"), "PAUSE": "600"})
+    assert done.returncode == 143 and kinds(calls()) in (["preflight"], ["preflight", "train"])
+
+
+def test_an_empty_list_is_nothing_to_an_old_bash():
+    """Before 4.4 "${list[@]}" of an empty one is an unset variable, which set -u refuses."""
+    assert re.findall(r"\S*\$\{launcher\[@\]\}\S*", (LAUNCH / "train.sh").read_text()) == [
+        '${launcher[@]+"${launcher[@]}"}'
+    ]
 
 
 def test_sbatch_hands_a_signal_on_to_the_tasks(job, tmp_path):
@@ -241,13 +270,21 @@ def test_a_tpu_vm_trains_on_all_workers(tpu, tmp_path):
     assert done.returncode == 0, done.stderr
     ((*command, last),) = calls()
     assert command == ["compute", "tpus", "tpu-vm", "ssh", "slice", *WHERE, "--project=mine"]
-    assert last.startswith("--command=cd greedy_distill_jax && ")
+    assert last.startswith("--command=cd greedy_distill_jax || ")
     started, log = tmp_path / "home" / "started", tmp_path / "home" / "greedy_distill_jax" / "train.log"
     for _ in range(1000):  # it goes on in the background
         if log.exists() and log.read_text() == "said\n":
             break
         time.sleep(0.01)
     assert shlex.split(started.read_text()) == ["7", *ARGUMENTS]
+
+
+def test_a_tpu_vm_without_the_package_does_not_train(tpu, tmp_path):
+    env, _ = tpu
+    shutil.rmtree(tmp_path / "home" / "greedy_distill_jax")
+    done = run("launch/tpu_vm.sh", "train", *ARGUMENTS, env=env)
+    assert done.returncode == 2 and done.stderr.endswith("install comes first\n")
+    assert not list((tmp_path / "home").iterdir())
 
 
 def test_a_tpu_vm_gets_what_git_tracks(tpu, tmp_path):
