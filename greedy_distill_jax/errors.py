@@ -38,7 +38,10 @@ class Diverged(RuntimeError):
 
 
 class Lost(RuntimeError):
-    """Another process of the job did not come, or does not answer. Commands exit with 75: the same command goes on."""
+    """Another process of the job did not come or does not answer, or one that is gone still has its folder locked.
+
+    Commands exit with 75: the same command goes on.
+    """
 
 
 class Stopped(RuntimeError):

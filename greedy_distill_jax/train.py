@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
     Raises:
       UserError: a config, workdir or checkpoint that cannot be used, naming value, place and remedy.
       Diverged: a loss, a gradient or a parameter is not finite.
-      Lost: another process of the job did not come, or does not answer.
+      Lost: another process of the job did not come or does not answer, or one that is gone still has workdir locked.
       Stopped: SIGTERM came; the run is saved.
 
     Of several processes one that raises is ended within seconds, and so are the others.

@@ -2,8 +2,10 @@
 
 The lock is ``flock`` on a file which holds host, process and time for the message. Where another host's locks are not
 seen (or a file system has none), the file's modification time is the sign of life: its holder renews it, and a holder
-that is silent for a minute is gone. A holder that was silent and lives on finds another token in its file: its block
-ends with an error. Without ``flock``, of two that start at the same moment the last to write its token keeps the lock.
+that is silent for a minute is gone. A file server may keep the lock of such a host for longer: it cannot be taken over
+then, but the same command may be started again. A holder that was silent and lives on finds another token in its file:
+its block ends with an error. Without ``flock``, of two that start at the same moment the last to write its token keeps
+the lock.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.errors import Lost, UserError
 from greedy_distill_jax.storage.host import kernel, process_numbers
 
 BEAT, SILENT = 10.0, 60.0  # seconds: between two signs of life, and after how many without one a holder is gone
@@ -36,6 +38,7 @@ def sole_writer(folder: Path, *, field: str = "workdir") -> Iterator[None]:
 
     Raises:
       UserError: with this field: another process holds it, or it cannot be written.
+      Lost: as for `held`.
     """
     made = not folder.exists()
     try:
@@ -62,6 +65,7 @@ def held(path: Path, what: str, *, field: str = "") -> Iterator[None]:
 
     Raises:
       UserError: another process holds it, or has taken it over inside the block, or the place cannot be written.
+      Lost: its holder, on another host, is gone, and the file server has not freed its lock yet.
     """
     try:
         descriptor, token = _acquire(path, what, field)
@@ -95,6 +99,7 @@ def check_free(path: Path, what: str, *, field: str = "") -> None:
       path, what, field: as for `held`.
 
     Raises:
+      Lost: as for `held`.
       OSError: the place cannot be written.
     """
     descriptor, token = _acquire(path, what, field)
@@ -139,8 +144,10 @@ def _acquire(path: Path, what: str, field: str) -> tuple[int, str]:
         descriptor, locks = _try(path)
         try:
             holder = _holder(descriptor)
-            if locks is False or (holder and not _is_gone(path, holder, locks)):
+            if (holder or locks is False) and not _is_gone(path, holder, locks):
                 raise _held_by(what, holder, field)
+            if locks is False and _is_file_at(path, descriptor) and (locks := _lock(descriptor)) is False:
+                raise _not_freed(what, holder)
             if _is_file_at(path, descriptor):
                 return descriptor, _take(path, descriptor, holder, what, field, settle=locks is None)
         except BaseException:  # Ctrl-C while it waits: in a notebook the process lives on
@@ -189,13 +196,17 @@ def _is_file_at(path: Path, descriptor: int) -> bool:
 def _try(path: Path) -> tuple[int, bool | None]:
     """(descriptor of the file, whether it is locked now by us: False = by another one, None = there are no locks)."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    return descriptor, _lock(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor, True
     except BlockingIOError:
-        return descriptor, False
+        return False
     except OSError:
-        return descriptor, None
+        return None
+    return True
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
@@ -206,9 +217,11 @@ def _holder(descriptor: int) -> dict[str, Any]:
 
 
 def _is_gone(path: Path, holder: Mapping[str, Any], locks: bool | None) -> bool:
-    """Whether the process that a lock file names has ended, though nobody holds the lock as far as this host knows."""
-    if locks and holder.get("kernel") == kernel():
-        return True
+    """Whether the process that a lock file names has ended, as far as this host can know; ``locks`` as of `_try`."""
+    if locks is False and not holder:
+        return False  # it has just locked the file
+    if locks is not None and holder.get("kernel") == kernel():
+        return locks
     if holder.get("processes") == process_numbers() and not _is_alive(holder.get("pid")):
         return True
     _say(f"waiting {SILENT:.0f} s for a sign of life of {_told(holder)} ({path})")
@@ -261,6 +274,13 @@ def _held_by(what: str, holder: Mapping[str, Any], field: str) -> UserError:
     return UserError(
         f"{what} is being written by another process{who}; wait for it or end it, or choose another folder",
         field,
+    )
+
+
+def _not_freed(what: str, holder: Mapping[str, Any]) -> Lost:
+    return Lost(
+        f"{what} is locked by a process that gave no sign of life for {SILENT:.0f} s ({_told(holder)}); run the same "
+        "command again once the file server has freed the lock, or choose another folder"
     )
 
 

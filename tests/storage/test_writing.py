@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.data import video_io
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.errors import Lost, UserError
 from greedy_distill_jax.storage import lock, partial, record_job
 from greedy_distill_jax.storage.host import kernel, process_numbers
 from greedy_distill_jax.storage.lock import held, sole_writer
@@ -86,6 +87,51 @@ def test_the_lock_of_a_process_that_is_gone(tmp_path, monkeypatch, capsys, holde
         with pytest.raises(UserError, match="since yesterday"), held(path, "the folder"):
             pass
         assert json.loads(path.read_text())["pid"] == holder["pid"]
+
+
+@pytest.mark.parametrize(
+    "holder, happens, ends",
+    [
+        (NAMESAKE, "nothing", Lost),
+        (NAMESAKE, "a sign of life", UserError),
+        (NAMESAKE, "the server frees it", None),
+        (NAMESAKE, "its holder removes it", None),
+        (HERE, "waits", UserError),  # the kernel knows, without a wait
+        ({}, "waits", UserError),  # one that has not written who it is yet
+    ],
+)
+def test_a_lock_that_a_file_server_keeps_for_another_host(tmp_path, monkeypatch, holder, happens, ends):
+    path, clock = tmp_path / "run" / lock.FILE, [0.0]
+    path.parent.mkdir()
+    path.write_text(json.dumps(holder and {**holder, "pid": 1, "since": "yesterday"}))
+    kept = os.open(path, os.O_RDWR)
+    fcntl.flock(kept, fcntl.LOCK_EX)
+
+    def sleep(seconds):
+        clock[0] += seconds
+        match happens:
+            case "a sign of life":
+                os.utime(path, (clock[0], clock[0]))
+            case "the server frees it":
+                fcntl.flock(kept, fcntl.LOCK_UN)
+            case "its holder removes it":
+                path.unlink()
+            case "waits":
+                raise AssertionError
+
+    monkeypatch.setattr(lock.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    try:
+        if ends is None:
+            with sole_writer(path.parent):
+                assert json.loads(path.read_text())["pid"] == os.getpid()
+        else:
+            with pytest.raises(ends, match="since yesterday" if holder else "by another process;") as error:
+                sole_writer(path.parent).__enter__()
+            assert json.loads(path.read_text() or "{}").get("pid") == (1 if holder else None)
+            assert cli.outcome(error.value)[0] == (cli.RETRY if ends is Lost else 2)
+    finally:
+        os.close(kept)
 
 
 def _raise(error):
