@@ -28,7 +28,7 @@ from greedy_distill_jax.training.stop import AgreedStop
 
 FLAGS = {
     "workdir": (str, None, "directory of the run, which all hosts see (required)"),
-    "devices": (int, 0, "devices that every process is to have (default: what its launcher gave it)"),
+    "devices": (int, 0, "devices that every process is to have (default: what its launcher gave it; alone, its cards)"),
     "mib": (int, 64, "MiB that every device adds in a sum"),
 }
 

@@ -7,7 +7,7 @@
 #
 # RESTARTS=N    starts again at most N times in a row without a new checkpoint (default 3; 0 leaves it to a scheduler)
 # PAUSE=S       seconds before that (default 10)
-# DEVICES=N     devices that every process is to have (default: what its launcher gave it)
+# DEVICES=N     devices that every process is to have (default: what its launcher gave it; alone, its cards)
 # STOP=COMMAND  hands a SIGTERM to this script on to all processes (default: SIGTERM to what it started)
 # VENV=DIR      environment in which the package is installed (default .venv of the checkout)
 #

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from greedy_distill_jax.distribution.hosts.alike import difference
-from greedy_distill_jax.distribution.hosts.join import Joined
+from greedy_distill_jax.distribution.hosts.join import Joined, counted
 from greedy_distill_jax.storage.checkpoint import versions
 
 GIB = 2**30
@@ -51,13 +51,14 @@ def host_facts(joined: Joined, folder: Path, expected: int) -> dict[str, Any]:
       facts by name, with "wrong": what the process is to be refused for, in lines.
     """
     devices = jax.local_devices()
+    seen = counted(joined, len(devices), devices[0].device_kind)
     stats = [device.memory_stats() or {} for device in devices]
     free = [stat["bytes_limit"] - stat.get("bytes_in_use", 0) for stat in stats if "bytes_limit" in stat]
     multihost_utils.sync_global_devices("preflight: clocks")
     now = time.time()
     unshared = shared_folder(joined, folder)
     return {
-        "seen": len(devices),
+        "seen": seen,
         "expected": expected,
         "kind": devices[0].device_kind,
         "device_free": min(free, default=0),
@@ -66,7 +67,7 @@ def host_facts(joined: Joined, folder: Path, expected: int) -> dict[str, Any]:
         "time": now,
         "versions": versions(),
         "shared": not unshared,
-        "wrong": [f"{len(devices)} of {expected} devices"] * (len(devices) < expected) + unshared,
+        "wrong": [f"{seen} of {expected} devices"] * (seen < expected) + unshared,
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from greedy_distill_jax import cli
 from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.distribution.hosts import alike, environment, join
-from greedy_distill_jax.distribution.hosts.cards import Cards, own_cards, visible_cards
+from greedy_distill_jax.distribution.hosts.cards import Cards, cards_alone, own_cards, visible_cards
 from greedy_distill_jax.distribution.hosts.environment import Found, find
 from greedy_distill_jax.distribution.hosts.join import Joined
 from greedy_distill_jax.errors import Lost, UserError
@@ -239,11 +240,68 @@ def test_several_hosts_are_known_where_the_launcher_says_so(tmp_path):
 def test_a_process_with_fewer_devices_than_its_cards():
     found = Found("SLURM", {}, cards=Cards((0, 1), 2, ("0", "1")))
     joined = Joined(3, 16, "SLURM", "node2", join.expected(found, {}))
-    with pytest.raises(UserError, match=r"process 3 \(node2\) has 1 of 2 devices \(cpu\); install the build of jax"):
-        join.check_devices(joined, 1, "cpu")
+    with pytest.raises(UserError, match=r"process 3 \(node2\) has 1 of 2 devices \(NVIDIA H100\); install the build"):
+        join.check_devices(joined, 1, "NVIDIA H100")
+    with pytest.raises(UserError, match=r"has 0 of 2 devices \(cpu\)"):
+        join.check_devices(joined, 2, "cpu")
     join.check_devices(joined, 2, "NVIDIA H100")
     chips = {"TPU_CHIPS_PER_HOST_BOUNDS": "2,2,1"}
     assert [join.expected(Found(source, {}), chips) for source in ("TPU VM", "SLURM")] == [4, 0]
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Makes files of a machine, starts a process alone on it; (what it joins, settings of jax that it makes)."""
+
+    taken = []
+
+    def make(variables, *files, platforms=None):
+        for file in files:
+            (tmp_path / file).mkdir(parents=True)
+        monkeypatch.setattr(join, "cards_alone", lambda environment: cards_alone(environment, tmp_path))
+        monkeypatch.setattr(join.os, "environ", variables)
+        monkeypatch.setattr(
+            join,
+            "jax",
+            SimpleNamespace(
+                config=SimpleNamespace(jax_platforms=platforms, update=lambda *setting: taken.append(setting)),
+                distributed=jax.distributed,
+            ),
+        )
+        return join.join_hosts(), taken
+
+    return make
+
+
+TWO = [f"{folder}{card}" for folder in ("dev/nvidia", "proc/driver/nvidia/gpus/") for card in "01"]
+
+
+@pytest.mark.parametrize(
+    "variables, files, platforms, expected",
+    [
+        ({}, TWO, None, 2),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, TWO, None, 1),
+        ({"JAX_LOCAL_DEVICE_IDS": "1"}, TWO, None, 1),
+        ({"JAX_CUDA_VISIBLE_DEVICES": "0"}, TWO, None, 1),
+        ({}, [*TWO, "proc/driver/nvidia/capabilities/gpu0/mig/gi1"], None, 1),
+        ({}, TWO[2:], None, 0),  # a container without a card on a host that has some
+        (EIGHT | {"JAX_LOCAL_DEVICE_IDS": "9"}, [], None, 0),  # left in the environment of a machine without
+        ({"CUDA_VISIBLE_DEVICES": ""}, TWO, None, 0),
+        ({}, TWO, "cpu", 0),  # a choice
+    ],
+)
+def test_the_cards_of_a_process_alone(machine, variables, files, platforms, expected, capsys):
+    joined, taken = machine(variables, *files, platforms=platforms)
+    assert (joined.processes, joined.expected) == (1, expected)
+    assert taken == [("jax_cuda_visible_devices", "1")] * (expected > 0 and "JAX_LOCAL_DEVICE_IDS" in variables)
+    join.check_devices(joined, 1, "cpu")  # goes on
+    assert (f"has 0 of {expected} devices (cpu); install the build" in capsys.readouterr().err) == (expected > 0)
+    assert join.counted(joined, 1, "cpu") == (not expected)  # what preflight refuses
+
+
+def test_a_process_alone_chooses_among_its_cards(machine):
+    with pytest.raises(UserError, match="JAX_LOCAL_DEVICE_IDS is '2', but 2 cards .0, 1. are visible"):
+        machine({"JAX_LOCAL_DEVICE_IDS": "2"}, *TWO)
 
 
 def test_the_timeout_is_a_variable():

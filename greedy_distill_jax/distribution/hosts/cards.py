@@ -73,3 +73,20 @@ def own_cards(visible: list[str] | None, local: Sequence[int] | None, chosen: st
             )
         own = tuple(range(rank * each, (rank + 1) * each))
     return Cards(own, len(visible), tuple(visible[index] for index in own))
+
+
+def cards_alone(environment: Mapping[str, str], root: Path = Path("/")) -> tuple[Cards | None, int]:
+    """(cards of a process alone, how many of them jax is to have at least); (None, 0) on a machine without.
+
+    ``root`` is the folder of ``dev`` and ``proc``. Raises UserError as `own_cards`.
+    """
+    nodes, driver = list(root.glob("dev/nvidia[0-9]*")), list(root.glob("proc/driver/nvidia/gpus/*"))
+    if not nodes and not driver:  # CUDA_VISIBLE_DEVICES may be set there all the same
+        return None, 0
+    cards = own_cards(visible_cards(environment, root), None, environment.get("JAX_LOCAL_DEVICE_IDS", ""))
+    if cards is None or not nodes:  # a container that was given no card sees the driver's list of them
+        return cards, 0
+    # Of cards in parts CUDA shows a process one part.
+    parts = list(root.glob("proc/driver/nvidia/capabilities/gpu*/mig/gi*"))
+    fewer = parts or environment.get("JAX_CUDA_VISIBLE_DEVICES", "all") != "all"
+    return cards, 1 if fewer else len(cards.own)

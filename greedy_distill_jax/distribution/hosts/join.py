@@ -11,6 +11,7 @@ import jax
 
 from greedy_distill_jax.cli.signals import saying
 from greedy_distill_jax.distribution.agreement import coordinator, leave, place
+from greedy_distill_jax.distribution.hosts.cards import cards_alone
 from greedy_distill_jax.distribution.hosts.environment import ADDRESS, COUNT, INDEX, Found, find
 from greedy_distill_jax.errors import Lost, UserError
 from greedy_distill_jax.storage.records import first_line
@@ -44,7 +45,8 @@ def join_hosts() -> Joined:
     host, seconds = socket.gethostname(), timeout(os.environ)
     found = None if jax.distributed.is_initialized() else find(os.environ)
     if found is None:
-        return Joined(*place(), host=host, seconds=seconds)
+        least = 0 if jax.distributed.is_initialized() else _alone()
+        return Joined(*place(), host=host, expected=least, seconds=seconds)
     if address := found.arguments.get("coordinator_address"):
         check_coordinator(address, found.several_hosts, host)
     _join(found, seconds)
@@ -130,12 +132,26 @@ def expected(found: Found, environment: Mapping[str, str]) -> int:
 
 
 def check_devices(joined: Joined, seen: int, kind: str) -> None:
-    """Raises UserError for a process with fewer devices than it is to have, such as cards that jax cannot use."""
-    if seen < joined.expected:
-        raise UserError(
-            f"process {joined.process} ({joined.host}) has {seen} of {joined.expected} devices ({kind}); install the "
-            f"build of jax for them, look at the host, or set JAX_PLATFORMS=cpu to do without"
-        )
+    """Looks for a process with fewer devices than it is to have, such as cards that jax cannot use.
+
+    Raises:
+      UserError: one of several processes has fewer than its launcher gave it. One alone goes on with a warning, as on a
+        machine whose card is for its screen.
+    """
+    if (seen := counted(joined, seen, kind)) >= joined.expected:
+        return
+    told = (
+        f"process {joined.process} ({joined.host}) has {seen} of {joined.expected} devices ({kind}); install the "
+        f"build of jax for them, look at the host, or set JAX_PLATFORMS=cpu to do without"
+    )
+    if joined.processes > 1:
+        raise UserError(told)
+    print(f"warning: {told}", file=sys.stderr, flush=True)
+
+
+def counted(joined: Joined, seen: int, kind: str) -> int:
+    """How many of the devices that jax has are such as the process is to have: none if it went back to the CPU."""
+    return 0 if joined.expected and kind == "cpu" else seen
 
 
 def _loopback(name: str, resolve: Callable) -> str:
@@ -145,6 +161,15 @@ def _loopback(name: str, resolve: Callable) -> str:
     except OSError:
         return ""
     return min(found) if found and all(ipaddress.ip_address(address).is_loopback for address in found) else ""
+
+
+def _alone() -> int:
+    """Takes the cards that a process alone is to use; returns how many devices it is to have at least."""
+    environment = {**os.environ, "JAX_PLATFORMS": jax.config.jax_platforms or ""}
+    cards, least = cards_alone(environment)
+    if cards and environment.get("JAX_LOCAL_DEVICE_IDS"):  # jax itself reads it for several processes only
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, cards.own)))
+    return least
 
 
 def _join(found: Found, seconds: int) -> None:
