@@ -28,7 +28,7 @@ _TWO_CHANNELS_OF = 48  # latent channels of Wan2.2's own autoencoder
 
 
 def check_file(file: Path) -> None:
-    """Raises UserError for a file that cannot be read, or holds no tensors in a form that is: GGUF, a Git LFS pointer."""
+    """Raises UserError for a file that cannot be read, or holds no tensors that are: GGUF, a pointer of Git LFS."""
     try:
         with open(file, "rb") as opened:
             begin = opened.read(256)
