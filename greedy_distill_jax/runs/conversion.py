@@ -84,6 +84,8 @@ def _meta(source: Source) -> dict[str, Any]:
     for field in dataclasses.fields(WanConfig):
         config.model[field.name] = getattr(wan, field.name)
     latent_shape = source.meta.get("latent_shape") or (*WAN_LATENT, wan.channels)
+    if isinstance(cfg, CausalConfig):
+        latent_shape = (max(1, latent_shape[0] // cfg.chunk) * cfg.chunk, *latent_shape[1:])  # whole chunks
     config.data.frames = latent_shape[0]
     if isinstance(cfg, CausalConfig):
         config.stage, config.student.kind = "teacher_forcing", "causal"

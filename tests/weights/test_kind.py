@@ -182,6 +182,16 @@ def test_frames_that_are_no_causal_students(tmp_path, capsys):
     assert "--sink: 3 is given, but" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("chunk", "frames"), [(2, 20), (5, 20), (24, 24)])
+def test_an_imported_video_has_whole_chunks(chunk, frames, tmp_path):
+    save_file(state(), tmp_path / "in.safetensors")
+    options = ["--kind", "causal", "--chunk", chunk, "--window", 2 * chunk]
+    assert run("import", tmp_path / "in.safetensors", tmp_path / "ours", *SIZES, *options) == 0
+    imported = Run.load(tmp_path / "ours", needs_codec=False)
+    assert imported.latent_shape[0] == imported.settings.data.frames == frames
+    assert imported.model.cfg.chunk == imported.settings.student.chunk == chunk
+
+
 def test_a_teacher_is_sampled_as_wan_is(tmp_path):
     save_file(state(), tmp_path / "in.safetensors")
     assert run("import", tmp_path / "in.safetensors", tmp_path / "wan", *SIZES) == 0
