@@ -48,8 +48,8 @@ def _open(args: argparse.Namespace, path: str, place: str = "SRC") -> Source:
 
 def _import(args: argparse.Namespace) -> None:
     source = _open(args, args.src)
-    with _places(path="--lora"):
-        adapters = [(Adapter(file), scale) for file, scale in map(parse_lora, args.lora)]
+    with _places(path="--lora", part="--lora FILE#PART"):
+        adapters = [(Adapter(file, part), scale) for file, part, scale in map(parse_lora, args.lora)]
         source = MergedSource(source, adapters) if adapters else source
     with _places():
         mesh = make_mesh(options.parse_mesh(args.mesh, AXES)) if args.mesh else None

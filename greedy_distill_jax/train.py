@@ -11,6 +11,7 @@ save a checkpoint; the same command resumes it, bit for bit.
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 from pathlib import Path
@@ -99,6 +100,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
+    cli.stopped_code(os.environ)  # here, and not when it is needed
     flags = {"workdir": (str, None, "directory of the run (required)")}
     config, flags = load_config(sys.argv[1:] if argv is None else argv, flags, open_keys=open_keys())
     if not flags["workdir"]:

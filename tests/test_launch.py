@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from greedy_distill_jax import cli
+from greedy_distill_jax import cli, train
 from greedy_distill_jax.cli.config_flags import load_config
 from greedy_distill_jax.config import open_keys
-from greedy_distill_jax.errors import Stopped
+from greedy_distill_jax.errors import Stopped, UserError
 from tests.conftest import ROOT
 
 LAUNCH = Path(ROOT) / "launch"
@@ -329,8 +329,12 @@ def test_a_training_that_was_stopped_may_have_another_exit_code(monkeypatch):
     assert cli.outcome(Stopped("saved")) == (0, "saved")
     monkeypatch.setenv("STOPPED_EXIT_CODE", str(cli.RETRY))
     assert cli.outcome(Stopped("saved")) == (75, "saved")
-    monkeypatch.setenv("STOPPED_EXIT_CODE", "again")
-    assert cli.outcome(Stopped("saved")) == (2, "error: STOPPED_EXIT_CODE is 'again'; it must be a number. saved")
+    for wrong in ("again", "256", "\N{SUPERSCRIPT TWO}", "-1"):
+        monkeypatch.setenv("STOPPED_EXIT_CODE", wrong)
+        told = f"STOPPED_EXIT_CODE is {wrong!r}; it must be a number from 0 to 255."
+        assert cli.outcome(Stopped("saved")) == (2, f"error: {told} saved")
+        with pytest.raises(UserError, match=told):  # a training says it at its start
+            train.main(["--workdir=x"])
 
 
 def test_the_jobset_restarts_all_after_what_a_restart_cures():

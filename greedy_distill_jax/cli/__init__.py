@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -26,6 +26,7 @@ from greedy_distill_jax.errors import Diverged, Lost, Stopped, UserError
 from greedy_distill_jax.ranges import complaint
 
 RETRY = 75  # exit code: EX_TEMPFAIL of sysexits.h
+STOPPED_CODE = "STOPPED_EXIT_CODE"  # variable: the exit code of a training that SIGTERM ended, 0 without it
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,10 +124,10 @@ def outcome(error: BaseException, argv: Sequence[str] | None = None) -> tuple[in
         case Diverged():
             return 4, f"error: {error}"
         case Stopped():
-            text = os.environ.get("STOPPED_EXIT_CODE") or "0"
-            if not text.isdigit():
-                return 2, f"error: STOPPED_EXIT_CODE is {text!r}; it must be a number. {error}"
-            return int(text), str(error)
+            try:
+                return stopped_code(os.environ), str(error)
+            except UserError as wrong:
+                return 2, f"error: {wrong} {error}"
         case Lost():
             return RETRY, f"error: {' '.join(str(error).split())}"
         case KeyboardInterrupt():
@@ -143,6 +144,14 @@ def outcome(error: BaseException, argv: Sequence[str] | None = None) -> tuple[in
             if told := _unknown_home(error, argv) or (_is_about_the_platform(error) and _no_platform(error)):
                 return 2, f"error: {told}"
     return 1, ""
+
+
+def stopped_code(environment: Mapping[str, str]) -> int:
+    """The exit code of a training that SIGTERM ended; UserError for a variable that says none."""
+    code = environment.get(STOPPED_CODE) or "0"
+    if not code.isdecimal() or int(code) > 255:
+        raise UserError(f"{STOPPED_CODE} is {code!r}; it must be a number from 0 to 255.")
+    return int(code)
 
 
 def _option_of(path: str, argv: Sequence[str]) -> str:

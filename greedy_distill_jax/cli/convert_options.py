@@ -72,8 +72,8 @@ def parser(
     looking = ("src", f"{source[1]}, LoRA weights")
     importing = add("import", "make a folder of ours", source, ("dst", "folder to write"))
     importing.add_argument("--mesh", default="", help="where the weights lie meanwhile, such as fsdp=8")
-    merging = "LoRA weights to merge, scale times; may be given several times"
-    importing.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help=merging)
+    merging = "LoRA weights to merge, scale times, of a .pt those in a dictionary; may be given several times"
+    importing.add_argument("--lora", action="append", default=[], metavar="FILE[#PART][:SCALE]", help=merging)
     importing.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite weights as they are")
     exporting = add("export", "write another format", source, ("dst", "folder (causal-pt: file) to write"))
     exporting.add_argument("--format", required=True, choices=tuple(formats))

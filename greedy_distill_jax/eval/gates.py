@@ -95,7 +95,7 @@ def stage3_gates(stage3: Mapping[str, Any], stage2: Mapping[str, Any], real: Map
             "spread of stage 3's step lengths over stage 2's, last window",
             round(pace / pace_before, 4) if pace_before else None,
             f">= {STAGE3_MOTION}",
-            pace >= STAGE3_MOTION * pace_before,
+            pace >= STAGE3_MOTION * pace_before > 0,
         ),
         gate(
             "valid frames that stage 3 loses, last window", round(lost, 4), f"<= {STAGE3_VALID}", lost <= STAGE3_VALID

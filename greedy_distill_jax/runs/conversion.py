@@ -59,7 +59,7 @@ def import_weights(
     """
     if source.format == "ours" and "loras" not in source.meta:
         raise UserError(f"{source.path} is in our format already; use it as it is.", "path")
-    check_apart(source.path, target)
+    check_apart(source.places, target)
     with replacing(target, overwrite=overwrite) as partial:
         params = load(source if allow_nonfinite else FiniteSource(source), sharding=sharding, dtype=dtype)
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -84,6 +84,8 @@ def _meta(source: Source) -> dict[str, Any]:
     for field in dataclasses.fields(WanConfig):
         config.model[field.name] = getattr(wan, field.name)
     latent_shape = source.meta.get("latent_shape") or (*WAN_LATENT, wan.channels)
+    if isinstance(cfg, CausalConfig):
+        latent_shape = (max(1, latent_shape[0] // cfg.chunk) * cfg.chunk, *latent_shape[1:])  # whole chunks
     config.data.frames = latent_shape[0]
     if isinstance(cfg, CausalConfig):
         config.stage, config.student.kind = "teacher_forcing", "causal"
@@ -133,7 +135,7 @@ def export_weights(source: Source, target: str | Path, form: str, **options: Any
     Raises:
       UserError: as there.
     """
-    check_apart(source.path, target)
+    check_apart(source.places, target)
     if form in ADAPTERS:
         write_adapter(source, target, form, **options)
         return

@@ -131,6 +131,7 @@ class Session:
         params = compute_precision(params, streamer.cfg.base.dtype) if weights == "compute" else params
         self._programs, self._params, self._codec, self._text = programs(streamer), params, codec, text
         self._videos, self._chunk, self._decoder, self._made = len(prompts), streamer.cfg.chunk, None, 0
+        self._ahead: list[Array] | None = None  # frames that ``play`` has started and nobody has seen
         keys = noise_keys(seed, len(prompts))
         self.state = self._programs.init(params, text(prompts), keys, tuple(latent_shape))
 
@@ -164,7 +165,11 @@ class Session:
         Raises:
           RuntimeError: chunks were read as latents before, which the decoder has not seen.
         """
-        return on_host(self._start_frames())
+        return on_host(self._start_frames() if self._ahead is None else self._take())
+
+    def _take(self) -> list[Array]:
+        ahead, self._ahead = self._ahead, None
+        return ahead
 
     def _start_frames(self) -> list[Array]:
         if self._decoder is None:
@@ -177,7 +182,8 @@ class Session:
         """Returns an iterator over the frames of a video, chunk by chunk.
 
         While one chunk is looked at the device makes the next one: prompts that are switched by hand meanwhile hold
-        from the chunk after that on.
+        from the chunk after that on. Who leaves the iterator early finds that chunk next, by ``next_frames`` or in
+        another ``play``.
 
         Args:
           frames: of video, that fill whole chunks.
@@ -194,12 +200,10 @@ class Session:
         return self._play(chunks, prompts)
 
     def _play(self, chunks: int, prompts: Mapping[int, str]) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
-        before = None
-        for chunk in range(chunks):
+        for chunk in range(self._ahead is not None, chunks):
             if chunk in prompts:
                 self.switch_prompts(prompts[chunk])
-            frames = self._start_frames()
+            before, self._ahead = self._ahead, self._start_frames()
             if before is not None:
                 yield on_host(before)
-            before = frames
-        yield on_host(before)
+        yield on_host(self._take())

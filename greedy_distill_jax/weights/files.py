@@ -93,7 +93,7 @@ def named(path: Path, stored: Iterable[Entry], part: str = "") -> Named:
 def _choose(path: Path, found: list[str], part: str) -> tuple[str | None, str]:
     """(the wrapper of the wanted model, None where there is none; the part that it is, "" where it is the only one)."""
     if part:
-        fitting = [wrapper for wrapper in found if part in (wrapper.rstrip("."), *wrapper.split("."))]
+        fitting = [wrapper for wrapper in found if fits(part, wrapper)]
         if len(fitting) != 1:
             has = (
                 f"it has {listed(w.rstrip('.') for w in found)}" if len(found) > 1 else "it has no parts; leave it out"
@@ -107,6 +107,11 @@ def _choose(path: Path, found: list[str], part: str) -> tuple[str | None, str]:
         if len(fitting) == 1:
             return fitting[0], fitting[0].rstrip(".")
     raise UserError(f"{path} holds several models: {listed(w.rstrip('.') for w in found)}; choose one.", "part")
+
+
+def fits(part: str, wrapper: str) -> bool:
+    """Whether a part names what stands in front of the names of a model, or a part of that."""
+    return part in (wrapper.rstrip("."), *wrapper.split("."))
 
 
 def listed(values: Iterable[object], most: int = 8) -> str:

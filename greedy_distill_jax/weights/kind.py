@@ -53,7 +53,7 @@ def check_asked(path: Path, asked: Asked, held: object) -> None:
 
 
 def with_kind(
-    path: Path, wan: WanConfig, asked: Asked, *, part: str, config: Mapping[str, Any]
+    path: Path, wan: WanConfig, asked: Asked, *, part: str, wrapper: str, config: Mapping[str, Any]
 ) -> tuple[WanConfig | CausalConfig, str]:
     """The architecture of a file whose tensors are a Wan DiT's.
 
@@ -61,7 +61,7 @@ def with_kind(
       path: what the user named.
       wan: the sizes.
       asked: by the user, which counts most.
-      part: of the `.pt`.
+      part, wrapper: of `TensorFiles`.
       config: the config.json beside it, {} without one.
 
     Returns:
@@ -72,7 +72,7 @@ def with_kind(
     """
     if asked.kind not in ("", *KINDS):
         raise UserError(f"kind {asked.kind!r} is unknown; choose from {', '.join(KINDS)}.", "kind")
-    kind, why = (asked.kind, "as asked for") if asked.kind else _said(part, config)
+    kind, why = (asked.kind, "as asked for") if asked.kind else _said(part, wrapper, config)
     if kind == "teacher":
         if asked.frames:
             name = next(iter(asked.frames))
@@ -93,14 +93,21 @@ def with_kind(
         raise UserError(f"{path}: {error}", "window") from error
 
 
-def _said(part: str, config: Mapping[str, Any]) -> tuple[str, str]:
+def _said(part: str, wrapper: str, config: Mapping[str, Any]) -> tuple[str, str]:
     """(kind, why) as far as a file tells."""
-    names = part.split(".")
-    if any(name.startswith("critic") for name in names):
-        return "teacher", f"the part {part} is a critic, which sees all frames"
+
+    def place(wanted: str) -> str:
+        """Where the file calls the model that, in words; "" where it does not."""
+        for told, names in ((f"part {part}", part), (f"wrapper {wrapper}", wrapper)):
+            if any(name.startswith(wanted) for name in names.split(".")):
+                return told
+        return ""
+
+    if told := place("critic"):
+        return "teacher", f"the {told} is a critic, which sees all frames"
     keys = [key for key in CAUSAL_KEYS if key in config]
     if keys or str(config.get("_class_name", "")).startswith("Causal"):
         return "causal", f"config.json has {keys[0] if keys else config['_class_name']}"
-    if any(name.startswith("generator") for name in names):
-        return "causal", f"the part is {part}"
+    if told := place("generator"):
+        return "causal", f"the {told} is a generator"
     return "teacher", "nothing in it says that it is causal"

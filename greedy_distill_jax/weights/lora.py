@@ -42,6 +42,7 @@ _OTHERS = {
     "lora_mid": "LoCon with a middle factor",
 }
 _KOHYA = re.compile(r"^(?:lora_unet_|lora_transformer_|lycoris_)_?")
+_PREFIX = re.compile(r"^(?:base_model\.model|transformer)\.")  # what PEFT's and diffusers' patterns do not have
 _METADATA = "lora_adapter_metadata"  # key of diffusers in the metadata of a file
 
 
@@ -134,21 +135,35 @@ class Adapter:
         if ("a" in tensors) != ("b" in tensors):
             has, lacks = ("A", "B") if "a" in tensors else ("B", "A")
             raise UserError(f"{path}: module {module} has {has} and no {lacks}; the file is not complete.", "lora")
+        if tensors.keys() == {"alpha"}:
+            raise UserError(f"{path}: module {module} has an alpha and nothing else; the file is not complete.", "lora")
         if "a" not in tensors:
             return Module(tensors, 0, None, 1.0)
         rank, alpha = self.files.entries[tensors["a"]].shape[0], config.get("lora_alpha")
         if "alpha" in tensors:
             alpha = float(np.asarray(self._read(tensors["alpha"]), np.float64).reshape(-1)[0])
         elif pattern := config.get("alpha_pattern"):
-            alpha = next((value for key, value in pattern.items() if re.search(rf"(^|\.){key}$", module)), alpha)
+            alpha = self._of_pattern(path, pattern, tensors["a"], alpha)
         if alpha is not None and not isinstance(alpha, float | int):
             raise UserError(f"{path}: the alpha of module {module} is {alpha!r}, which is no number.", "lora")
         alpha = None if alpha is None else float(alpha)
         over = rank**0.5 if config.get("use_rslora") else rank
         return Module(tensors, rank, alpha, 1.0 if alpha is None else alpha / over)
 
+    def _of_pattern(self, path: Path, pattern: Any, name: str, alpha: Any) -> Any:
+        """The alpha that PEFT's `alpha_pattern` has for the module of a tensor, by the name as it is stored."""
+        module = _PREFIX.sub("", _role(self.files.entries[name].stored_name)[0])
+        try:  # as `peft.utils.other.get_pattern_key`
+            return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), alpha)
+        except (AttributeError, re.error) as error:
+            raise UserError(f"{path}: its alpha_pattern {pattern!r} is none ({error}); correct it.", "lora") from error
+
     def _read(self, name: str) -> np.ndarray:
         return self.files.read(name, (slice(None),) * len(self.files.entries[name].shape))
+
+    def named(self, path: object) -> str:
+        """The path with the part of it that was taken, as `parse_lora` reads it."""
+        return f"{path}#{self.files.part}" if self.files.part else str(path)
 
     def report(self) -> Iterator[str]:
         """Yields the lines of `convert inspect`."""
@@ -209,7 +224,7 @@ class Merged:
         how = f", scale {self.scale:g}" if self.scale != 1 else ""
         how += ", alpha taken as the rank" if any(one.rank and one.alpha is None for one in modules) else ""
         how += f"; not in this model: {listed(self.missing, 4)}" if self.missing else ""
-        return f"{self.adapter.path}: {self.found} of {len(modules)} modules merged{how}"
+        return f"{self.adapter.named(self.adapter.path)}: {self.found} of {len(modules)} modules merged{how}"
 
 
 class MergedSource(Source):
@@ -230,7 +245,7 @@ class MergedSource(Source):
 
     def __init__(self, source: Source, adapters: Iterable[tuple[Adapter, float]]):
         self.path, self.format, self.cfg, self.dtypes = source.path, source.format, source.cfg, source.dtypes
-        self.meta = source.meta | {"loras": []}
+        self.meta = source.meta | {"loras": [*source.meta.get("source", {}).get("loras", [])]}
         self._source, self.merged = source, []
         self._changes: dict[tuple[str, int], list[_Change]] = collections.defaultdict(list)
         places = _places(source)
@@ -242,7 +257,7 @@ class MergedSource(Source):
                     place = _find(places, name, kind)
                     if place is None:
                         missing.append(name if kind == "weight" else f"{name}, its {kind}")
-                    elif place in taken:
+                    elif taken.get(place, name) != name:
                         raise UserError(
                             f"{adapter.path}: modules {taken[place]} and {name} change one parameter of this model; it "
                             "is of a model of several parts (Wan2.2's two experts), save those of one of them alone.",
@@ -260,7 +275,12 @@ class MergedSource(Source):
                     "lora",
                 )
             self.merged.append(Merged(adapter, scale, found, tuple(missing)))
-            self.meta["loras"].append({"name": adapter.path.name, "scale": scale})
+            self.meta["loras"].append({"name": adapter.named(adapter.path.name), "scale": scale})
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """See `Source`."""
+        return *self._source.places, *(merged.adapter.path for merged in self.merged)
 
     def _check(self, adapter: Adapter, name: str, tensors: tuple[str, ...], place: tuple[str, int]) -> None:
         """Raises UserError where what an adapter has for a module is not of the size of the parameter."""
@@ -316,11 +336,13 @@ def _places(source: Source) -> dict[str, tuple[str, int]]:
 
 
 def _find(places: Mapping[str, tuple[str, int]], module: str, kind: str) -> tuple[str, int] | None:
-    """The place of a module's parameter, whatever stands in front of its name."""
+    """The place of a module's parameter, whatever stands in front of its name that is no block."""
     if "text_encoder" in module or module.startswith("lora_te"):
         return None
     pieces = module.split(".")
     for start in range(len(pieces)):
+        if start and (pieces[start - 1].endswith("blocks") or pieces[start - 1].isdecimal()):
+            return None  # within a block of another kind, such as vace_blocks.0.proj_out
         name = ".".join(pieces[start:])
         for key in (f"{name}.{kind}", f"{_KOHYA.sub('', name)}_{kind}"):
             if key in places:
@@ -343,13 +365,16 @@ def open_adapter(path: str | Path, part: str = "") -> Adapter | None:
     return Adapter(path, part) if is_adapter(files) else None
 
 
-def parse_lora(value: str) -> tuple[str, float]:
-    """Reads "FILE" or "FILE:0.8" as (file, scale)."""
+def parse_lora(value: str) -> tuple[str, str, float]:
+    """Reads "FILE", "FILE:0.8", "FILE#PART" or "FILE#PART:0.8" as (file, part, scale)."""
     file, colon, scale = value.rpartition(":")
     try:
         number = float(scale)
     except ValueError:
-        return value, 1.0
+        colon = ""
     if not colon or not file or not np.isfinite(number):
-        return value, 1.0
-    return file, number
+        file, number = value, 1.0
+    path, _, part = file.rpartition("#")
+    if not path or not part or "/" in part or Path(file).expanduser().exists():  # a name may have a #
+        path, part = file, ""
+    return path, part, number

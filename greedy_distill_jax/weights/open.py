@@ -83,7 +83,7 @@ def open_source(
     if METADATA in files.metadata:
         check_asked(path, asked, cfg)
     else:
-        cfg, told = with_kind(path, cfg, asked, part=files.part, config=config)
+        cfg, told = with_kind(path, cfg, asked, part=files.part, wrapper=files.wrapper, config=config)
     return ForeignSource(path, form, files, cfg, naming, _found(files) | {"naming": naming, "told": told})
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.weights.files import Entry, listed
+from greedy_distill_jax.weights.files import AGAIN, Entry, listed
 
 _LFS, _GGUF = b"version https://git-lfs.github.com/spec/v1", b"GGUF"
 # (names of tensors, whose they are); the first that fits counts.
@@ -23,13 +23,19 @@ _COMPONENTS = (
     (r"visual\.|vision_model\.", "those of an image encoder, which text-to-video models do not have"),
 )
 _EXPERT = re.compile(r"(high|low)[_-]?noise", re.IGNORECASE)
+_PAIRS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 _TWO_CHANNELS_OF = 48  # latent channels of Wan2.2's own autoencoder
 
 
 def check_file(file: Path) -> None:
-    """Raises UserError for a file that holds no tensors in a form that is read: GGUF, a pointer of Git LFS."""
-    with open(file, "rb") as opened:
-        begin = opened.read(256)
+    """Raises UserError for a file that cannot be read, or holds no tensors that are: GGUF, a pointer of Git LFS."""
+    try:
+        with open(file, "rb") as opened:
+            begin = opened.read(256)
+    except OSError as error:  # a link to nothing, a folder of that name, another user's
+        raise UserError(
+            f"{file} cannot be read ({error.strerror or error}); make it readable, or {AGAIN}.", "path"
+        ) from error
     if begin.startswith(_LFS):
         size = re.search(rb"size (\d+)", begin)
         told = f" to {int(size[1]):,} bytes" if size else ""
@@ -41,7 +47,7 @@ def check_file(file: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError for a folder that holds a checkpoint of torch.distributed, or two experts."""
+    """Raises UserError for a folder that holds a checkpoint of torch.distributed, or two experts, or is one of them."""
     if (folder / ".metadata").is_file() and any(folder.glob("*.distcp")):
         raise UserError(
             f"{folder} is a checkpoint of torch.distributed (DCP), whose index is a pickle that could run code; where "
@@ -49,11 +55,21 @@ def check_folder(folder: Path) -> None:
             f"{folder} model.pt.",
             "path",
         )
-    pairs = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
-    for pair in pairs:
-        for place in (folder, folder.parent if folder.name in pair else folder):
-            if all((place / name).is_dir() for name in pair):
-                raise _two_experts(f"{place} holds the two experts of a Wan2.2 model, {' and '.join(pair)}")
+    _check_pairs(folder)
+    check_expert(folder)
+
+
+def check_expert(folder: Path) -> None:
+    """Raises UserError for the folder of one of two experts; a folder around them may hold other files of its own."""
+    folder = folder.absolute()
+    if any(folder.name in pair for pair in _PAIRS):
+        _check_pairs(folder.parent)
+
+
+def _check_pairs(place: Path) -> None:
+    for pair in _PAIRS:
+        if all((place / name).is_dir() for name in pair):
+            raise _two_experts(f"{place} holds the two experts of a Wan2.2 model, {' and '.join(pair)}")
 
 
 def check_model(path: Path, entries: Mapping[str, Entry]) -> None:
@@ -78,7 +94,9 @@ def check_model(path: Path, entries: Mapping[str, Entry]) -> None:
                 "not known here); use a Wan2.1 text-to-video model.",
                 "path",
             )
-    if found := next((piece for piece in path.resolve().parts[-2:] if _EXPERT.search(piece)), ""):
+    # A file in the cache of Hugging Face is a link to one whose name is a sum.
+    pieces = (*path.absolute().parts[-2:], *path.resolve().parts[-2:])
+    if found := next((piece for piece in pieces if _EXPERT.search(piece)), ""):
         raise _two_experts(f"{path} is, by its name {found} (rename it if it is not), one of two experts of Wan2.2")
 
 

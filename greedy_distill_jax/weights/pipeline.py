@@ -11,6 +11,7 @@ from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.config import WanConfig
+from greedy_distill_jax.models.wan.linear import FLOAT32
 from greedy_distill_jax.storage.partial import whole
 from greedy_distill_jax.weights.architecture import describe
 from greedy_distill_jax.weights.load import load
@@ -107,13 +108,19 @@ def transformer_config(folder: str | os.PathLike, *, dtype: str = "bfloat16") ->
 
 
 def load_transformer(folder: str | os.PathLike, *, dtype: str = "bfloat16") -> tuple[WanConfig, Any]:
-    """Loads (sizes, parameters) of a model folder's `transformer/`; kernels in ``dtype``, the rest as stored.
+    """Loads (sizes, parameters) of a model folder's `transformer/`: kernels that are used in ``dtype`` in it, as by
+    `models.wan.linear.compute_precision`, the rest as stored.
 
     Raises:
       UserError: as for `transformer_config`, or a tensor that is missing or cannot be read.
     """
     cfg, source = _open(folder, dtype)
-    return cfg, load(source, dtype=lambda path: dtype if path.endswith("/kernel") else "keep")
+
+    def dtype_of(path: str) -> str:
+        *_, layer, name = path.split("/")
+        return dtype if name == "kernel" and layer not in FLOAT32 else "keep"
+
+    return cfg, load(source, dtype=dtype_of)
 
 
 def _open(folder: str | os.PathLike, dtype: str):

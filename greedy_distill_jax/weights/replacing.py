@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from greedy_distill_jax.errors import UserError
@@ -10,11 +10,13 @@ from greedy_distill_jax.storage.disk import disk_reason
 from greedy_distill_jax.storage.partial import Partial, remove_leftovers
 
 
-def check_apart(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Raises UserError (field "target") where replacing the target would remove what it is made of."""
-    read, written = (Path(os.path.realpath(Path(path).expanduser())) for path in (source, target))
-    if written == read or written in read.parents:
-        raise UserError(f"{target} holds {source}, which it is made of; choose another place.", "target")
+def check_apart(sources: Iterable[str | os.PathLike], target: str | os.PathLike) -> None:
+    """Raises UserError (field "target") where replacing the target would remove one of those that it is made of."""
+    written = Path(os.path.realpath(Path(target).expanduser()))
+    for source in sources:
+        read = Path(os.path.realpath(Path(source).expanduser()))
+        if written == read or written in read.parents:
+            raise UserError(f"{target} holds {source}, which it is made of; choose another place.", "target")
 
 
 @contextlib.contextmanager

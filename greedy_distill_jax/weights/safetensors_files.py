@@ -35,8 +35,6 @@ class SafetensorsFiles:
         for file in files:
             try:
                 handle = safe_open(file, framework="np", backend="pread")
-            except FileNotFoundError as error:
-                raise UserError(f"{file} is missing; the index names it, so {AGAIN}.", "path") from error
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} is truncated or no safetensors file ({error}); {AGAIN}.", "path") from error
             self._open[file] = handle

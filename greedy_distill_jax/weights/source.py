@@ -55,6 +55,11 @@ class Source(abc.ABC):
         """Path -> shape of every leaf of our tree."""
         return parameter_shapes(self.cfg)
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Files and folders that it is made of, as they were named."""
+        return (self.path,)
+
     @abc.abstractmethod
     def read_layer(self, path: str, layer: int, index: Index) -> np.ndarray:
         """A slice of one layer of a leaf (layer 0 is the leaf itself where it is not stacked)."""

@@ -7,7 +7,7 @@ from typing import Any
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.weights.files import TensorFiles
 from greedy_distill_jax.weights.fp8 import dequantised
-from greedy_distill_jax.weights.others import check_file, check_folder
+from greedy_distill_jax.weights.others import check_expert, check_file, check_folder
 from greedy_distill_jax.weights.safetensors_files import SafetensorsFiles
 from greedy_distill_jax.weights.shards import (
     SAFETENSORS,
@@ -40,6 +40,7 @@ def _stored(path: Path, part: str) -> TensorFiles:
         for file in sorted(path.glob("*.gguf")):
             check_file(file)
         raise UserError(f"{path} holds no safetensors, .pt or checkpoints; name a folder with weights.", "path")
+    check_expert(path.parent)
     if path.name.endswith(".index.json"):
         return _read(path, files_of_index(path), part)
     check_file(path)

@@ -11,7 +11,7 @@ import numpy as np
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.weights import names
-from greedy_distill_jax.weights.files import AGAIN, PARTS, Entry, listed, named
+from greedy_distill_jax.weights.files import AGAIN, PARTS, Entry, fits, listed, named
 from greedy_distill_jax.weights.names import Index
 
 _DEPTH = 4  # of dictionaries in dictionaries that are searched
@@ -39,8 +39,8 @@ class TorchFiles:
     Args:
       path: what the user named.
       files: the file, or the shards.
-      part: which dictionary, "outer.inner" of one in another; "" chooses the first of `PARTS` there is, or else the
-        only one with a model, which may be the file itself.
+      part: which dictionary, "outer.inner" of one in another, or which model in one, see `files.named`; "" chooses the
+        first of `PARTS` there is, or else the only one with a model, which may be the file itself.
 
     Raises:
       UserError: no torch, a damaged file, anything but tensors inside, no such part, or several and no choice.
@@ -55,17 +55,16 @@ class TorchFiles:
             if not found:
                 raise UserError(f"{file} holds no tensors under names; it holds {listed(top) or 'nothing'}.", "path")
             if chosen is None:  # the first shard chooses for the others
-                bare = part not in found and "" in found  # of several models perhaps
-                chosen = "" if bare else self._choose(file, found, part)
+                chosen, inner = self._choose(file, found, part)
                 self.parts = _told(found) if len(found) > 1 else ()
             for entry, tensor in self._state(file, found.get(chosen, {}), chosen):
                 if entry.stored_name in self._tensors:
                     raise UserError(f"{file} holds {entry.stored_name}, as another shard does; {AGAIN}.", "path")
                 stored.append(entry)
                 self._tensors[entry.stored_name] = tensor
-        model = named(path, stored, part if bare else "")
+        model = named(path, stored, inner)
         self.entries, self.wrapper, self.besides = model.entries, model.wrapper, model.besides
-        self.part, self.parts = chosen or model.part, self.parts or model.parts
+        self.part, self.parts = ".".join(filter(None, (chosen, model.part))), (*self.parts, *model.parts)
 
     def _state(self, file: Path, state: dict[str, Any], part: str) -> Iterator[tuple[Entry, Any]]:
         """(what is stored, tensor) of the chosen dictionary of a file."""
@@ -93,18 +92,26 @@ class TorchFiles:
             if isinstance(key, str) and isinstance(inner, dict) and depth < _DEPTH:
                 yield from self._dictionaries(inner, f"{name}.{key}" if name else key, depth + 1)
 
-    def _choose(self, file: Path, found: dict[str, dict], part: str) -> str:
-        """The name of the dictionary to take."""
+    def _choose(self, file: Path, found: dict[str, dict], part: str) -> tuple[str, str]:
+        """(the dictionary to take, what is left of the part: which of several models in it)."""
         if part in found and part:
-            return part
+            return part, ""
         has = listed(_told(found))
+        wrappers = {name: names.wrappers(names.plain(str(key)) for key in state) for name, state in found.items()}
+        models = [name for name in found if wrappers[name]] or list(found)
         if part:
+            for name in sorted(filter(None, found), key=len, reverse=True):
+                if part.startswith(f"{name}."):
+                    return name, part.removeprefix(f"{name}.")
+            inside = [name for name in models if any(fits(part, wrapper) for wrapper in wrappers[name])]
+            if len(inside) == 1:
+                return inside[0], part
+            if len(models) == 1 and (not models[0] or len(wrappers[models[0]]) > 1):
+                return models[0], part  # `named` says what there is
             raise UserError(f"{file} has no part {part!r}; it has {has}.", "part")
-        models = [name for name, state in found.items() if names.wrappers(names.plain(str(key)) for key in state)]
-        models = models or list(found)
         known = [name for wanted in PARTS for name in models if name.rpartition(".")[2] == wanted]
         if known or len(models) == 1 or "" in models:
-            return known[0] if known else "" if "" in models else models[0]
+            return (known[0] if known else "" if "" in models else models[0]), ""
         raise UserError(f"{file} holds several dictionaries of tensors: {has}; choose one.", "part")
 
     def _is_tensor(self, value: Any) -> bool:

@@ -205,6 +205,8 @@ def test_stage_3_moves_on_and_stays_well_formed(change, passed):
     good = {"fd_last": 0.05, "step_std_last": 0.4, "valid_last": 0.8}
     assert [gate["passed"] for gate in gates.stage3_gates(good | change, stage2, real)] == passed
     assert [gate["passed"] for gate in gates.stage3_gates(stage2, stage2, real)] == [False, False, True]
+    still = stage2 | {"step_std_last": 0.0}
+    assert [gate["passed"] for gate in gates.stage3_gates(good | change, still, real)][1] is False
 
 
 @pytest.mark.parametrize("run", ["2026-11-21", "2026-11-28"])

@@ -15,6 +15,7 @@ from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import probe, read_frames
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.wan.linear import FLOAT32
 from greedy_distill_jax.runs.model_folder import load_model_folder
 from greedy_distill_jax.testing import wan_folder
 from greedy_distill_jax.weights.pipeline import load_codec, load_transformer, read_shift
@@ -86,7 +87,10 @@ def test_videos_are_those_of_the_pipeline(pipe, folder, guidance, shift, output)
 def test_bfloat16_keeps_kernels_alone_in_half_precision(folder):
     cfg, params = load_transformer(folder)
     assert (cfg.dtype, cfg.num_heads, cfg.dim, cfg.text_dim, cfg.text_len) == ("bfloat16", 2, 24, 12, 512)
-    dtypes = {path[-1].key: leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = [([key.key for key in path], leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    kept = {layer for (*_, layer, name), leaf in leaves if name == "kernel" and leaf.dtype == "float32"}
+    assert kept == set(FLOAT32)
+    dtypes = {name: leaf.dtype.name for (*_, layer, name), leaf in leaves if layer not in FLOAT32}
     assert dtypes == {"kernel": "bfloat16", "bias": "float32", "scale": "float32", "modulation": "float32"}
 
 

@@ -86,6 +86,16 @@ def test_a_second_session_compiles_nothing(model):
     assert sizes[0] == sizes[1]
 
 
+def test_a_video_that_is_left_early_goes_on_where_it_was_left(codec):
+    whole, left = list(session(codec=codec).play(13)), session(codec=codec)
+    next(left.play(13))
+    np.testing.assert_array_equal(left.next_frames(), whole[1])
+    again = left.play(5)
+    np.testing.assert_array_equal(next(again), whole[2])
+    again.close()
+    np.testing.assert_array_equal(np.concatenate(list(left.play(1)), axis=1), whole[3])
+
+
 def test_frames_are_decoded_as_one_stream(codec):
     whole = codec.decode(latents(session(), 3))
     video = list(session(codec=codec).play(9))

@@ -116,6 +116,16 @@ def test_several_dictionaries_of_a_pt_are_listed(bare, tmp_path, capsys):
     assert len(compare(opened(tmp_path / "in.pt", "target"), opened(bare))) == 96
 
 
+def test_a_tensor_beside_the_dictionaries_is_no_model(tmp_path, capsys):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
+    state = {name: torch.from_numpy(x.copy()) for name, x in tensors().items()}
+    torch.save({"generator_ema": state, "step": torch.tensor(7)}, tmp_path / "in.pt")
+    assert run("inspect", tmp_path / "in.pt", *SIZES, "--part", "generatorema") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --part: ") and "has no part 'generatorema'; it has" in error
+    assert "generator_ema (96)" in error
+
+
 def test_an_adapter_is_no_model(tmp_path, capsys):
     factors = {"transformer.blocks.0.attn1.to_q.lora_A.weight": np.zeros((2, 24), np.float32)}
     save_file(factors, tmp_path / "lora.safetensors")

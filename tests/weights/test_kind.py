@@ -61,7 +61,7 @@ def published(tmp_path_factory):
 def test_a_published_causal_student(published, benchmarks, tmp_path, capsys):
     assert run("import", published, tmp_path / "sf", *SIZES) == 0
     out = capsys.readouterr().out
-    assert "kind: causal student (the part is generator_ema; chunk 3, window 0, sink 0 assumed" in out
+    assert "kind: causal student (the part generator_ema is a generator; chunk 3, window 0, sink 0 assumed" in out
     assert "a causal student (2 layers, dim 24, ffn 32, 2 heads, chunk 3, all of 21 frames, sink 0)" in out
     imported = Run.load(tmp_path / "sf", needs_codec=False)
     cfg, plan = imported.model.cfg, imported.settings.plan
@@ -140,6 +140,34 @@ def test_what_a_kind_is_chosen_by(part, config, options, wanted, tmp_path, capsy
         assert f"window = {window}\n" in out and f"sink = {config['sink_size']}\n" in out
 
 
+def test_a_kind_is_told_by_a_model_inside_of_a_dictionary(tmp_path, capsys):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
+    tensors = {
+        f"{name}.model.{key}": torch.from_numpy(x.copy())
+        for seed, name in enumerate(("generator", "critic"))
+        for key, x in state(seed).items()
+    }
+    torch.save({"state_dict": tensors, "optimizer": {"m": torch.zeros(2)}}, tmp_path / "both.pt")
+    parts = f"parts         state_dict ({len(tensors)}), optimizer (1), generator.model, critic.model\n"
+    for part, title, kind in (
+        ("", "state_dict.generator.model", "causal student (the part state_dict.generator.model is a generator"),
+        ("critic", "state_dict.critic", "teacher (the part state_dict.critic is a critic"),
+        ("state_dict.critic.model", "state_dict.critic.model", "teacher (the part state_dict.critic.model is a critic"),
+    ):
+        assert run("inspect", tmp_path / "both.pt", *SIZES, "--part", part) == 0
+        out = capsys.readouterr().out
+        assert f"format        causal-pt, part {title}, " in out and f"kind          {kind}" in out and parts in out
+    assert run("inspect", tmp_path / "both.pt", *SIZES, "--part", "ema") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --part: 'ema' is not in ") and "it has generator.model, critic.model" in error
+    critic = open_source(tmp_path / "both.pt", part="critic", heads=2, text_len=3)
+    write(critic, tmp_path / "out.pt", "causal-pt")
+    assert compare(critic, open_source(tmp_path / "out.pt")) == []
+    save_file({f"generator_ema.model.{key}": x for key, x in state().items()}, tmp_path / "flat.safetensors")
+    assert run("inspect", tmp_path / "flat.safetensors", *SIZES) == 0
+    assert "causal student (the wrapper generator_ema.model. is a generator" in capsys.readouterr().out
+
+
 def test_frames_that_are_no_causal_students(tmp_path, capsys):
     save_file(state(), tmp_path / "in.safetensors")
     for options, said in (
@@ -152,6 +180,16 @@ def test_frames_that_are_no_causal_students(tmp_path, capsys):
     write(TreeSource(BASE, tiny.random_params(Teacher(BASE))), tmp_path / "wan", "original")
     assert run("inspect", tmp_path / "wan", "--sink", "3") == 2
     assert "--sink: 3 is given, but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("chunk", "frames"), [(2, 20), (5, 20), (24, 24)])
+def test_an_imported_video_has_whole_chunks(chunk, frames, tmp_path):
+    save_file(state(), tmp_path / "in.safetensors")
+    options = ["--kind", "causal", "--chunk", chunk, "--window", 2 * chunk]
+    assert run("import", tmp_path / "in.safetensors", tmp_path / "ours", *SIZES, *options) == 0
+    imported = Run.load(tmp_path / "ours", needs_codec=False)
+    assert imported.latent_shape[0] == imported.settings.data.frames == frames
+    assert imported.model.cfg.chunk == imported.settings.student.chunk == chunk
 
 
 def test_a_teacher_is_sampled_as_wan_is(tmp_path):

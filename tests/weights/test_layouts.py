@@ -290,6 +290,26 @@ def test_one_of_two_transformers_is_no_model(tmp_path, capsys):
     assert "holds the two experts" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.safetensors.index.json"])
+def test_a_file_of_one_of_two_transformers_is_no_model(name, tmp_path, capsys):
+    pipeline = several("transformer", "transformer_2")(tmp_path / "x")
+    save_file(tensors(), pipeline / "transformer_2" / "x.safetensors")
+    weight_map = json.dumps({"weight_map": dict.fromkeys(tensors(), "x.safetensors")})
+    (pipeline / "transformer_2" / "x.safetensors.index.json").write_text(weight_map)
+    assert run("inspect", pipeline / "transformer_2" / name) == 2
+    assert f"{pipeline} holds the two experts" in capsys.readouterr().err
+    save_file(tensors(), pipeline / "other.safetensors")  # beside them: no part of them
+    assert run("inspect", pipeline / "other.safetensors", "--heads", "2", "--text-len", "3") == 0
+
+
+def test_one_expert_in_a_cache_of_links(tmp_path, capsys):
+    (tmp_path / "blobs").mkdir()
+    save_file(tensors(), tmp_path / "blobs" / "0123abcd")
+    (tmp_path / "wan2.2_low_noise.safetensors").symlink_to(tmp_path / "blobs" / "0123abcd")
+    assert run("inspect", tmp_path / "wan2.2_low_noise.safetensors", "--heads", "2", "--text-len", "3") == 2
+    assert "is, by its name wan2.2_low_noise.safetensors (" in capsys.readouterr().err
+
+
 def test_the_line_for_dcp_makes_a_file_that_is_read(tmp_path, capsys):
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
     from torch.distributed import checkpoint

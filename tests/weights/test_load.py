@@ -12,11 +12,13 @@ from greedy_distill_jax.distribution.sharding import leaf_paths, shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.weights import load as loading, names
 from greedy_distill_jax.weights.architecture import parameter_shapes
 from greedy_distill_jax.weights.load import load
 from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.pipeline import load_transformer
 from greedy_distill_jax.weights.source import Source, TreeSource
 from greedy_distill_jax.weights.verify import compare
 from greedy_distill_jax.weights.write import write
@@ -82,6 +84,16 @@ def test_one_layer_of_14b_sharded():
         wanted = source.read_layer(path, 0, index)
         np.testing.assert_array_equal(np.asarray(shard.data).reshape(wanted.shape), wanted, err_msg=path)
     assert out["blocks"]["ffn"]["up"]["kernel"].addressable_shards[0].data.shape == (1, 2560, 3456)
+
+
+def test_the_kernels_of_a_model_folder_are_in_the_precision_of_their_layers(params, tmp_path):
+    write(TreeSource(tiny.BASE, params), tmp_path / "transformer", "diffusers")
+    _, found = load_transformer(tmp_path, dtype="bfloat16")
+    wanted = dict(leaf_paths(compute_precision(params, "bfloat16")))
+    assert {path: leaf.dtype for path, leaf in leaf_paths(found)} == {path: x.dtype for path, x in wanted.items()}
+    assert wanted["head/projection/kernel"].dtype == jnp.float32 != wanted["blocks/ffn/up/kernel"].dtype
+    for path, leaf in leaf_paths(found):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted[path]), err_msg=path)
 
 
 def test_compare_names_the_tensor_that_differs(params):

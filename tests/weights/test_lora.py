@@ -9,8 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from greedy_distill_jax import convert
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run
-from greedy_distill_jax.weights.lora import parse_lora
+from greedy_distill_jax.weights.lora import Adapter, parse_lora
+from greedy_distill_jax.weights.open import open_source
 from tests.conftest import exit_code
 from tests.weights.test_source import SIZES, tensors
 
@@ -112,7 +114,23 @@ def test_longlives_pt(base, tmp_path, capsys):
     parts = {"generator_lora": named(**form), "critic_lora": named(**form, seed=1)}
     parts = {name: {key: torch.from_numpy(x) for key, x in part.items()} for name, part in parts.items()}
     torch.save({**parts, "step": 7}, tmp_path / "lora.pt")
-    close(after(base, tmp_path, capsys, tmp_path / "lora.pt")[0], merged(1.0))
+    found, said = after(base, tmp_path, capsys, tmp_path / "lora.pt")
+    close(found, merged(1.0))
+    assert "lora.pt#generator_lora: 5 of 5 modules merged" in said
+    (tmp_path / "critic").mkdir()
+    found, said = after(base, tmp_path / "critic", capsys, f"{tmp_path / 'lora.pt'}#critic_lora:0.5")
+    close(found, merged(0.5, seed=1))
+    assert "lora.pt#critic_lora: 5 of 5 modules merged, scale 0.5" in said
+    loras = open_source(tmp_path / "critic" / "merged").meta["source"]["loras"]
+    assert loras == [{"name": "lora.pt#critic_lora", "scale": 0.5}]
+    torch.save({"a": parts["generator_lora"], "b": parts["critic_lora"]}, tmp_path / "two.pt")
+    for given, told in (
+        ("", "holds several dictionaries of tensors: a (10), b (10); choose one"),
+        ("#c", "no part 'c'"),
+    ):
+        assert run("import", base, tmp_path / "no", *SIZES, "--lora", f"{tmp_path / 'two.pt'}{given}") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --lora FILE#PART: ") and told in error, error
     assert run("inspect", tmp_path / "lora.pt") == 0
     assert "format        LoRA weights, part generator_lora\n" in capsys.readouterr().out
     assert run("inspect", tmp_path / "lora.pt", "--part", "critic_lora") == 0
@@ -133,6 +151,30 @@ def test_the_scale_of_pefts_configuration(config, scale, base, tmp_path, capsys)
     save_file(named("lora_A", "lora_B", "base_model.model."), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     close(after(base, tmp_path, capsys, folder)[0], merged(scale))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key", "hit"),
+    [
+        ("base_model.model.", "^blocks.0.self_attn.q", ["blocks.0.self_attn.q"]),
+        ("base_model.model.model.", "model.blocks.0.self_attn.q", ["blocks.0.self_attn.q"]),
+        ("base_model.model.", "head|self_attn.q", ["head.head", "blocks.0.self_attn.q"]),
+        ("base_model.model.", "self_attn.q|head", ["head.head", "blocks.0.self_attn.q"]),
+        ("base_model.model.", "ffn", []),
+        ("base_model.model.", "elf_attn.q", []),
+    ],
+)
+def test_a_pattern_of_alphas_matches_as_in_peft(prefix, key, hit, tmp_path):
+    save_file(named("lora_A", "lora_B", prefix), tmp_path / "adapter_model.safetensors")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(dict(lora_alpha=RANK, alpha_pattern={key: 8})))
+    found = Adapter(tmp_path).modules
+    assert {name.removeprefix("base_model."): module.factor for name, module in found.items()} == {
+        name: 4.0 if name in hit else 1.0 for name in MODULES
+    }
+    config.write_text(json.dumps(dict(alpha_pattern={"(": 8})))
+    with pytest.raises(UserError, match="its alpha_pattern .* is none"):
+        Adapter(tmp_path)
 
 
 def test_pefts_folder_of_pickles(base, tmp_path, capsys):
@@ -204,6 +246,35 @@ def test_several_adapters_and_what_is_not_here(base, tmp_path, capsys):
     assert "b.safetensors: 5 of 5 modules merged, scale 2, alpha taken as the rank\n" in said
 
 
+def test_factors_and_a_difference_of_one_module_add_up(base, tmp_path, capsys):
+    state, wanted = named("lora_A", "lora_B", ""), merged(1.0)
+    state["head.head.diff"] = np.ones(wanted["head.head.weight"].shape, np.float32)
+    wanted["head.head.weight"] = wanted["head.head.weight"] + 1
+    save_file(state, tmp_path / "lora.safetensors")
+    found, said = after(base, tmp_path, capsys, tmp_path / "lora.safetensors")
+    close(found, wanted)
+    assert "5 of 5 modules merged" in said
+
+
+def test_a_block_of_another_kind_is_not_the_head(base, tmp_path, capsys):
+    state = named("lora_A", "lora_B", "transformer.", diffusers=True)
+    vace = {f"transformer.vace_blocks.0.proj_out.lora_{name}.weight": np.ones((2, 2), np.float32) for name in "AB"}
+    save_file(state | vace, tmp_path / "lora.safetensors")
+    found, said = after(base, tmp_path, capsys, tmp_path / "lora.safetensors")
+    close(found, merged(1.0))
+    assert "5 of 6 modules merged" in said and "not in this model: transformer.vace_blocks.0.proj_out\n" in said
+
+
+def test_a_target_that_holds_the_adapter_is_not_replaced(base, tmp_path, capsys):
+    adapter = tmp_path / "x" / "adapter"
+    adapter.mkdir(parents=True)
+    save_file(named("lora_A", "lora_B", ""), adapter / "adapter_model.safetensors")
+    assert run("import", base, tmp_path / "x", *SIZES, "--lora", adapter, "--overwrite") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: DST: ") and f"holds {adapter}, which it is made of" in error
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
 def test_a_merge_is_rounded_once(tmp_path, capsys):
     state = {name: x.astype(jnp.bfloat16) for name, x in tensors().items()}
     save_file(state, tmp_path / "base.safetensors")
@@ -240,6 +311,11 @@ def test_a_base_that_was_imported_before(base, tmp_path, capsys):
     assert after.settings == before.settings and after.latent_shape == before.latent_shape
     assert after.meta["source"]["text"] == before.meta["source"]["text"] == "encoder"
     assert after.meta["source"]["loras"] == [{"name": "lora.safetensors", "scale": 1.0}]
+    again = tmp_path / "again.safetensors"
+    (tmp_path / "lora.safetensors").rename(again)
+    assert run("import", tmp_path / "merged", tmp_path / "twice", "--lora", f"{again}:2") == 0
+    both = [{"name": "lora.safetensors", "scale": 1.0}, {"name": "again.safetensors", "scale": 2.0}]
+    assert open_source(tmp_path / "twice").meta["source"]["loras"] == both
 
 
 @pytest.mark.parametrize(
@@ -247,6 +323,7 @@ def test_a_base_that_was_imported_before(base, tmp_path, capsys):
     [
         (lambda s: {elsewhere(name): x for name, x in s.items()}, ["none of which is in a Wan DiT", "5 modules"]),
         (without("lora_B"), ["has A and no B"]),
+        (adding("k.alpha", 1), ["blocks.0.self_attn.k has an alpha and nothing else"]),
         (adding("q.lora_A.weight", 3, 24), ["blocks.0.self_attn.q has [3, 24] and [24, 2]"]),
         (adding("q.lora_B.weight", 24, 3), ["blocks.0.self_attn.q has [2, 24] and [24, 3]"]),
         (adding("q.lora_A.default.weight", 2, 24), ["q.lora_A.weight", "q.lora_A.default.weight", "are the same"]),
@@ -277,12 +354,18 @@ def test_a_base_of_another_size_and_files_that_are_none(base, tmp_path, capsys):
         assert error.startswith("error: --lora: ") and said in error, error
 
 
-def test_how_a_scale_is_written():
+def test_how_a_scale_and_a_part_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here#1.pt").touch()
     for value, wanted in (
-        ("a.safetensors", ("a.safetensors", 1.0)),
-        ("a.safetensors:0.5", ("a.safetensors", 0.5)),
-        ("C:a", ("C:a", 1.0)),
-        ("dir:x/a:-1", ("dir:x/a", -1.0)),
-        ("a:nan", ("a:nan", 1.0)),
+        ("a.safetensors", ("a.safetensors", "", 1.0)),
+        ("a.safetensors:0.5", ("a.safetensors", "", 0.5)),
+        ("C:a", ("C:a", "", 1.0)),
+        ("dir:x/a:-1", ("dir:x/a", "", -1.0)),
+        ("a:nan", ("a:nan", "", 1.0)),
+        ("a.pt#b.c", ("a.pt", "b.c", 1.0)),
+        ("a#1/b.pt", ("a#1/b.pt", "", 1.0)),
+        ("a.pt#b:0.5", ("a.pt", "b", 0.5)),
+        ("here#1.pt:2", ("here#1.pt", "", 2.0)),
     ):
         assert parse_lora(value) == wanted

@@ -217,6 +217,31 @@ def check_refused(path, named, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == before, "something was left behind"
 
 
+def _to_nothing(tmp_path):
+    (tmp_path / "bad.safetensors").symlink_to(tmp_path / "gone")
+    return tmp_path
+
+
+def _a_folder(tmp_path):
+    (tmp_path / "bad.safetensors").mkdir()
+    return tmp_path
+
+
+def _index_of_a_folder(tmp_path):
+    (tmp_path / "bad.safetensors.index.json").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(_to_nothing, "No such file"), (_a_folder, "Is a directory"), (_index_of_a_folder, "Is a directory")],
+)
+def test_a_file_that_cannot_be_read(make, reason, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    named = ["SRC: ", "bad.safetensors", f"cannot be read ({reason}", "download or copy it again"]
+    check_refused(make(tmp_path / "in"), named, tmp_path, capsys)
+
+
 class DictConfig(dict):
     """Stands in for omegaconf's class of this name: what matters is that its module is none that torch trusts."""
 
