@@ -51,6 +51,9 @@ jax.config.update("jax_traceback_in_locations_limit", 0)  # no lines of source i
 # Tracing makes many containers and few cycles: at 700 of them, as Python has it, a quarter of its time is the search.
 gc.set_threshold(100_000, 20, 50)
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite in the background: what it starts has to hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("default")
 
