@@ -218,4 +218,8 @@ def test_the_committed_runs_pass_and_their_controls_fail(run):
         for name in ("stage2", "stage1_control", "stage2_fake_self", "stage1_few_steps")
     }
     assert passed.pop("stage2") == [True] * 4
+    if "stage3" in rows:
+        assert [gate["passed"] for gate in gates.stage3_gates(rows["stage3"], rows["stage2"], rows["data"])] == [
+            True
+        ] * 3
     assert all(False in gates for gates in passed.values()), passed
