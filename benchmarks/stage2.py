@@ -34,7 +34,7 @@ from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos, frechet_distance, random_conv_features
 from greedy_distill_jax.eval.videos import held_out_videos, sampled
 from greedy_distill_jax.measure.environment import environment
-from greedy_distill_jax.measure.record import write_json
+from greedy_distill_jax.measure.record import command_line, write_json
 from greedy_distill_jax.quickstart import control_config
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import has_checkpoint, load_meta
@@ -357,7 +357,7 @@ def plot(result: dict, path: Path) -> None:
 
 def leave(output: Path, result: dict, markdown, plot) -> None:
     """Writes OUTPUT.json, OUTPUT.md and OUTPUT.png, with what made them, and prints the page."""
-    command = f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:])
+    command = command_line(f"benchmarks/{Path(sys.argv[0]).name}", sys.argv[1:])
     result = result | environment() | {"command": command}
     write_json(output.with_suffix(".json"), result)
     output.with_suffix(".md").write_text(markdown(result))

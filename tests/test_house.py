@@ -98,6 +98,13 @@ def test_no_statement_is_exempt_from_the_formatter():
     assert [relative(p) for p in SOURCES if p != Path(__file__) and mark in p.read_text(encoding="utf-8")] == []
 
 
+def test_records_name_no_folder_of_a_machine():
+    records = [p for p in sorted((ROOT / "benchmarks" / "results").iterdir()) if p.suffix in (".json", ".md")]
+    folder = re.compile(r"""(?:^|[\s"'=(:])/(?:home|mnt|opt|root|scratch|tmp|Users|usr|var|work)/""", re.MULTILINE)
+    assert records and folder.search('"--workdir /work/runs"') and not folder.search("runs/work/x")
+    assert {p.name: found[0] for p in records if (found := folder.search(p.read_text(encoding="utf-8")))} == {}
+
+
 def test_no_file_is_long():
     long = {relative(p): n for p in SOURCES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500}
     assert not long, "split these files: at most 500 lines"
