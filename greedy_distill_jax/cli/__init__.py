@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from greedy_distill_jax.cli import variables
 from greedy_distill_jax.cli.signals import CODES, ending, leave
 from greedy_distill_jax.errors import Diverged, Lost, Stopped, UserError
 from greedy_distill_jax.ranges import complaint
@@ -148,10 +149,7 @@ def outcome(error: BaseException, argv: Sequence[str] | None = None) -> tuple[in
 
 def stopped_code(environment: Mapping[str, str]) -> int:
     """The exit code of a training that SIGTERM ended; UserError for a variable that says none."""
-    code = environment.get(STOPPED_CODE) or "0"
-    if not code.isdecimal() or int(code) > 255:
-        raise UserError(f"{STOPPED_CODE} is {code!r}; it must be a number from 0 to 255.")
-    return int(code)
+    return variables.number(environment, STOPPED_CODE, 0, most=255)
 
 
 def _option_of(path: str, argv: Sequence[str]) -> str:

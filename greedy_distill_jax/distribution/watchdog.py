@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import jax
 
+from greedy_distill_jax.cli.variables import number
 from greedy_distill_jax.distribution.agreement import Store
-from greedy_distill_jax.errors import UserError
 
 SILENCE, STALL = "SILENCE_TIMEOUT", "STALL_TIMEOUT"  # variables: seconds
 _SECONDS = {SILENCE: 60, STALL: 3600}  # without one; the first step compiles, a save of a large state takes minutes
@@ -156,7 +156,4 @@ def place_of(thread: int) -> str:
 
 def seconds(name: str) -> float:
     """The seconds of a variable; UserError for one that is no number."""
-    text = os.environ.get(name) or str(_SECONDS[name])
-    if not text.isdigit() or not int(text):
-        raise UserError(f"{name} is {text!r}; it must be a number of seconds, from 1 on")
-    return float(text)
+    return float(number(os.environ, name, _SECONDS[name], least=1, of=" of seconds,"))

@@ -308,6 +308,8 @@ def test_the_timeout_is_a_variable():
     assert join.timeout({}) == 300 and join.timeout({"JOIN_TIMEOUT": "20"}) == 20
     with pytest.raises(UserError, match="JOIN_TIMEOUT is 'soon'; it must be a number of seconds"):
         join.timeout({"JOIN_TIMEOUT": "soon"})
+    with pytest.raises(UserError, match="JOIN_TIMEOUT is '²'; it must be a number of seconds, from 1 on"):
+        join.timeout({"JOIN_TIMEOUT": "²"})
 
 
 def test_others_that_do_not_come_are_worth_another_start(monkeypatch):

@@ -54,7 +54,7 @@ def own_cards(visible: list[str] | None, local: Sequence[int] | None, chosen: st
         return None
     rank, count = local[:2] if local else (0, 1)
     if chosen:
-        own = tuple(int(index) if index.strip().isdigit() else -1 for index in chosen.split(","))
+        own = tuple(int(index) if index.strip().isdecimal() else -1 for index in chosen.split(","))
         if not all(0 <= index < len(visible) for index in own):
             raise UserError(
                 f"JAX_LOCAL_DEVICE_IDS is {chosen!r}, but {len(visible)} cards ({', '.join(visible)}) are visible; "

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from greedy_distill_jax.cli.variables import number
 from greedy_distill_jax.distribution.hosts.cards import Cards, own_cards, visible_cards
 from greedy_distill_jax.errors import UserError
 
@@ -62,7 +63,7 @@ def find(environment: Mapping[str, str], root: Path = Path("/")) -> Found | None
       UserError: which variable is missing or wrong.
     """
     given = {name: environment[name] for name in (ADDRESS, COUNT, INDEX) if environment.get(name)}
-    if COUNT in given and _number(given, COUNT, 1) == 1:
+    if COUNT in given and number(given, COUNT, 1, least=1) == 1:
         return None
     found = _explicit(given, environment) if given else _launched(environment, root)
     if found is None or found.source.startswith("TPU"):  # jax gives every process of a slice its chips
@@ -84,7 +85,7 @@ def _explicit(given: Mapping[str, str], environment: Mapping[str, str]) -> Found
             f"{' and '.join(given)} without {ADDRESS}; set it to HOST:PORT of process 0, in all processes{others}"
         )
     host, _, port = given[ADDRESS].rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         raise UserError(f"{ADDRESS} is {given[ADDRESS]!r}; it must be HOST:PORT of process 0, such as node1:1234")
     if COUNT in given and INDEX not in given and environment.get(_JOB_INDEX):
         given = {**given, INDEX: environment[_JOB_INDEX]}
@@ -109,14 +110,14 @@ def _launched(environment: Mapping[str, str], root: Path) -> Found | None:
         return _torchrun(environment)
     if environment.get(f"{_OMPI}_SIZE"):
         return _open_mpi(environment)
-    if (tasks := _number(environment, "SLURM_NTASKS", 1)) > 1:
+    if (tasks := number(environment, "SLURM_NTASKS", 1, least=1)) > 1:
         return _slurm(environment, tasks)
-    if _number(environment, "WORLD_SIZE", 1) > 1:
+    if number(environment, "WORLD_SIZE", 1, least=1) > 1:
         return _torchrun(environment)
     for name in _SLICE:
         if environment.get(name):
             # Of several slices each names its own hosts alone.
-            several = "," in environment[name] or _number(environment, "MEGASCALE_NUM_SLICES", 1) > 1
+            several = "," in environment[name] or number(environment, "MEGASCALE_NUM_SLICES", 1, least=1) > 1
             return Found(f"TPU slice of GKE ({name})", {"cluster_detection_method": "gketpu"}) if several else None
     if "TPU_SKIP_MDS_QUERY" not in environment and _has_tpu(root):
         return Found("TPU VM (metadata server)", {"cluster_detection_method": "gcetpu"})
@@ -130,16 +131,16 @@ def _torchrun(environment: Mapping[str, str]) -> Found | None:
     missing = [name for name in needed if not environment.get(name)]
     if missing:
         raise UserError(f"WORLD_SIZE is set, {missing[0]} is not; set {', '.join(needed)}, or {COUNT}=1 for one alone")
-    if _number(environment, "WORLD_SIZE", 1) == 1:
+    if number(environment, "WORLD_SIZE", 1, least=1) == 1:
         return None
-    port = _number(environment, "MASTER_PORT", 1)
+    port = number(environment, "MASTER_PORT", 1, least=1)
     # torchrun itself listens at its port then.
     port += environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return _numbered("MASTER_ADDR", f"{environment['MASTER_ADDR']}:{port}", environment, "WORLD_SIZE", "RANK")
 
 
 def _open_mpi(environment: Mapping[str, str]) -> Found | None:
-    if _number(environment, f"{_OMPI}_SIZE", 1) == 1:
+    if number(environment, f"{_OMPI}_SIZE", 1, least=1) == 1:
         return None
     if environment.get("OMPI_MCA_orte_hnp_uri"):
         return Found("Open MPI", {"cluster_detection_method": "ompi"})
@@ -170,10 +171,10 @@ def _indexed_job() -> Found:
 
 
 def _numbered(source: str, address: str, environment: Mapping[str, str], count: str, index: str) -> Found:
-    total, number = _number(environment, count, 1), _number(environment, index, 0)
-    if number >= total:
-        raise UserError(f"{index} is {number} of {count} = {total}; it must be from 0 to {total - 1}")
-    arguments = {"coordinator_address": address, "num_processes": total, "process_id": number}
+    total, rank = number(environment, count, 1, least=1), number(environment, index, 0)
+    if rank >= total:
+        raise UserError(f"{index} is {rank} of {count} = {total}; it must be from 0 to {total - 1}")
+    arguments = {"coordinator_address": address, "num_processes": total, "process_id": rank}
     return Found(source, arguments | {"cluster_detection_method": "deactivate"})
 
 
@@ -183,7 +184,7 @@ def _missing_of_srun(environment: Mapping[str, str]) -> str:
     if missing:
         return f"{missing[0]} is not set"
     # A shell that salloc opens on a node is a step of one task in a job of several.
-    if environment.get("SLURM_STEP_NUM_TASKS") == "1" and _number(environment, "SLURM_NTASKS", 1) > 1:
+    if environment.get("SLURM_STEP_NUM_TASKS") == "1" and number(environment, "SLURM_NTASKS", 1, least=1) > 1:
         return "SLURM_STEP_NUM_TASKS is 1"
     return ""
 
@@ -194,20 +195,20 @@ def _local(environment: Mapping[str, str]) -> Local | None:
         names = "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"
     elif environment.get(f"{_OMPI}_LOCAL_RANK"):
         names = f"{_OMPI}_LOCAL_RANK", f"{_OMPI}_LOCAL_SIZE", f"{_OMPI}_SIZE"
-    elif (tasks := _number(environment, "SLURM_NTASKS", 1)) > 1 and not _missing_of_srun(environment):
+    elif (tasks := number(environment, "SLURM_NTASKS", 1, least=1)) > 1 and not _missing_of_srun(environment):
         count = _tasks_of_node(environment)
         # NUMBER or TYPE:NUMBER, several with commas between.
         cards = [int(text) for text in re.findall(r"(\d+)(?:,|$)", environment.get("SLURM_GPUS_PER_TASK", ""))]
-        return Local(_number(environment, "SLURM_LOCALID", 0), count, 0 < count < tasks, sum(cards))
+        return Local(number(environment, "SLURM_LOCALID", 0), count, 0 < count < tasks, sum(cards))
     else:
         return None
-    rank, count, total = (_number(environment, name, 0) for name in names)
+    rank, count, total = (number(environment, name, 0) for name in names)
     return Local(rank, count, 0 < count < total)
 
 
 def _tasks_of_node(environment: Mapping[str, str]) -> int:
     """Tasks on this node: SLURM writes 8(x2),4 for two nodes of 8 and one of 4; 0 where it does not say."""
-    text, node = environment.get("SLURM_STEP_TASKS_PER_NODE", ""), _number(environment, "SLURM_NODEID", 0)
+    text, node = environment.get("SLURM_STEP_TASKS_PER_NODE", ""), number(environment, "SLURM_NODEID", 0)
     counts = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
     return counts[node] if node < len(counts) else 0
 
@@ -220,11 +221,3 @@ def _has_tpu(root: Path) -> bool:
         return True
     vendors = (path.read_text().strip() for path in root.glob("sys/bus/pci/devices/*/vendor"))
     return bool(list(root.glob("dev/vfio/[0-9]*"))) and _GOOGLE in vendors
-
-
-def _number(environment: Mapping[str, str], name: str, least: int) -> int:
-    """The number of a variable, ``least`` without one."""
-    text = environment.get(name) or str(least)
-    if not text.isdigit() or int(text) < least:
-        raise UserError(f"{name} is {text!r}; it must be a number from {least} on")
-    return int(text)

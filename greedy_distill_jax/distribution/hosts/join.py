@@ -1,6 +1,7 @@
 """How the processes of a job find each other, and what each prints of it."""
 
 import ipaddress
+import math
 import os
 import socket
 import sys
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from greedy_distill_jax.cli.signals import saying
+from greedy_distill_jax.cli.variables import number
 from greedy_distill_jax.distribution.agreement import coordinator, leave, place
 from greedy_distill_jax.distribution.hosts.cards import cards_alone
 from greedy_distill_jax.distribution.hosts.environment import ADDRESS, COUNT, INDEX, Found, find
@@ -114,10 +116,7 @@ def line(found: Found, process: int, processes: int, host: str, address: str, se
 
 def timeout(environment: Mapping[str, str]) -> int:
     """Seconds in which all processes have to come; UserError for a variable that is no number."""
-    text = environment.get(TIMEOUT) or str(_SECONDS)
-    if not text.isdigit() or not int(text):
-        raise UserError(f"{TIMEOUT} is {text!r}; it must be a number of seconds, from 1 on")
-    return int(text)
+    return number(environment, TIMEOUT, _SECONDS, least=1, of=" of seconds,")
 
 
 def expected(found: Found, environment: Mapping[str, str]) -> int:
@@ -125,10 +124,10 @@ def expected(found: Found, environment: Mapping[str, str]) -> int:
     if found.cards:
         return len(found.cards.own)
     bounds = environment.get("TPU_CHIPS_PER_PROCESS_BOUNDS") or environment.get("TPU_CHIPS_PER_HOST_BOUNDS") or ""
-    if not found.source.startswith("TPU") or not bounds.replace(",", "").isdigit():
+    sizes = bounds.split(",")
+    if not found.source.startswith("TPU") or not all(size.isdecimal() for size in sizes):
         return 0
-    x, y, z = (int(size) for size in (*bounds.split(","), "1", "1")[:3])
-    return x * y * z
+    return math.prod(map(int, sizes))
 
 
 def check_devices(joined: Joined, seen: int, kind: str) -> None:
