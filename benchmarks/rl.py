@@ -83,7 +83,7 @@ ROWS = {
     "direct, motion": Row("direct", 10.0, kl=100.0, changes=LAST, rewards=(*KEPT, ("motion_band", 0.3))),
     "direct, frame before": Row("direct", 10.0, kl=100.0, changes=(*LAST, *BEFORE)),
     "direct, stage 2's loss": Row("direct", regularised=True, changes=LAST),
-    "re_dmd": Row("re_dmd", options=(("beta", 10.0), ("baseline", "batch")), changes=(("rl.step", "random"),)),
+    "re_dmd": Row("re_dmd", options=(("beta", 10.0), ("baseline", "batch"))),
     "cm_grpo": Row("cm_grpo", 100.0, options=(("step_weight", "snr"),), changes=(("rl.step", "stochastic"),), kl=1.0),
     "nft": Row("nft", kl=0.1),
     "dpo_chunk": Row("dpo_chunk"),

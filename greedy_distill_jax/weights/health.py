@@ -13,7 +13,7 @@ from greedy_distill_jax.weights.files import listed
 from greedy_distill_jax.weights.names import Index
 from greedy_distill_jax.weights.source import Source
 
-FAR = 1e4  # a weight of a trained DiT is below 1e3
+FAR = 1e4  # far above any weight of a network that multiplies numbers of order one
 _EXPONENT = {np.dtype(np.float16): 0x7C00, np.dtype(jnp.bfloat16): 0x7F80}
 
 

@@ -11,7 +11,7 @@ from greedy_distill_jax.codecs.patch import PatchCodec
 from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.config import WanConfig
-from greedy_distill_jax.models.wan.linear import FLOAT32
+from greedy_distill_jax.models.wan.linear import is_cast
 from greedy_distill_jax.storage.partial import whole
 from greedy_distill_jax.weights.architecture import describe
 from greedy_distill_jax.weights.load import load
@@ -117,8 +117,7 @@ def load_transformer(folder: str | os.PathLike, *, dtype: str = "bfloat16") -> t
     cfg, source = _open(folder, dtype)
 
     def dtype_of(path: str) -> str:
-        *_, layer, name = path.split("/")
-        return dtype if name == "kernel" and layer not in FLOAT32 else "keep"
+        return dtype if is_cast(*("", *path.split("/"))[-2:]) else "keep"
 
     return cfg, load(source, dtype=dtype_of)
 

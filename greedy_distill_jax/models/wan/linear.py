@@ -88,6 +88,11 @@ def float32_dense(features: int, cfg: WanConfig, kernel_init: Callable | None = 
     )
 
 
+def is_cast(layer: str | None, name: str | None) -> bool:
+    """Whether the parameter ``name`` of a layer is one that its calls cast to ``WanConfig.dtype``."""
+    return name == "kernel" and layer not in FLOAT32
+
+
 def compute_precision(params: Any, dtype: str) -> Any:
     """Parameters that are not trained, or their shapes, with kernels in the dtype that they are used in.
 
@@ -96,7 +101,7 @@ def compute_precision(params: Any, dtype: str) -> Any:
 
     def cast(path, leaf):
         layer, name = (getattr(key, "key", None) for key in path[-2:])
-        wanted = jnp.dtype(dtype) if name == "kernel" and layer not in FLOAT32 else leaf.dtype
+        wanted = jnp.dtype(dtype) if is_cast(layer, name) else leaf.dtype
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, wanted)
         return leaf.astype(wanted)  # where it is
