@@ -3,6 +3,7 @@
 python -m greedy_distill_jax.evaluate --teacher runs/teacher --student runs/student --output runs/report
 """
 
+import shlex
 import sys
 from typing import Any
 
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             suites=args.suite,
             refresh_history=args.refresh_history,
-            commands=["python -m greedy_distill_jax.evaluate " + " ".join(sys.argv[1:])],
+            commands=[shlex.join(["python", "-m", "greedy_distill_jax.evaluate", *sys.argv[1:]])],
         )
     print_table(metrics)
 

@@ -7,6 +7,7 @@ Every stage is the public command of the same name and resumes where it was inte
 
 import itertools
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def quickstart(
         raise UserError("clips and captions belong together: a folder, and a CSV with columns clip,caption.", "clips")
     if clips and controls:
         raise UserError("the controls are stage 2's, which clips do not have; leave out one of both.", "controls")
-    begin, command = time.time(), f"bash launch/quickstart.sh --workdir {workdir}"
+    begin, command = time.time(), ["bash", "launch/quickstart.sh", "--workdir", str(workdir)]
     data = f"clips {clips.resolve()}, captions {captions.resolve()}" if clips else "moving_shapes"
     job, report = f"{data}, {speed}", workdir / "report" / "report.html"
     marker = claim(workdir, job)
@@ -133,11 +134,11 @@ def quickstart(
     sample.main(["--checkpoint", str(best), "--prompt", prompt, "--frames", "128", "--output", str(video)])
 
     announce("measuring and writing the report")
-    command += "" if speed == "full" else f" --{speed}"
-    command += f" --clips {clips} --captions {captions}" if clips else ""
-    command += " --controls" if controls else ""
+    command += [] if speed == "full" else [f"--{speed}"]
+    command += ["--clips", str(clips), "--captions", str(captions)] if clips else []
+    command += ["--controls"] if controls else []
     runs = (workdir / "teacher", workdir / "student")
-    print_table(evaluate(*runs, report.parent, more=more, videos=VIDEOS[speed], commands=[command]))
+    print_table(evaluate(*runs, report.parent, more=more, videos=VIDEOS[speed], commands=[shlex.join(command)]))
     print(f"quickstart: done in {time.time() - begin:.0f} s\n  video   {video}\n  report  {report}")
     return report
 
