@@ -130,14 +130,13 @@ def run(record: Record) -> None:
 
 def cudnn(work: Work, q, k, v):
     """cuDNN's fused attention of everything to everything."""
-    del work
-    needs("cudnn", q)
+    needs("cudnn", q, work.table)
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def cudnn_lengths(work: Work, q, k, v, length=None):
     """The same, told how many keys count."""
-    needs("cudnn", q)
+    needs("cudnn", q, work.table)
     length = jnp.int32(k.shape[1]) if length is None else length
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length[None], implementation="cudnn")
 
@@ -153,7 +152,7 @@ def ours(implementation: str | None) -> Callable:
 
     def attend(work: Work, q, k, v):
         if implementation is not None:
-            needs(implementation, q)
+            needs(implementation, q, work.table)
         return chunk_attention(q, k, v, work.table, implementation=implementation)
 
     return attend

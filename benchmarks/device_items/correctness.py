@@ -68,10 +68,10 @@ def attention(record: Record, dtype: str, **shape) -> None:
         record.row(f"lengths at run time, {name}, {dtype}", lambda n=name: partly(n, dtype, **shape))
 
 
-def needs(name: str, q_BLNK) -> None:
+def needs(name: str, q_BLNK, table: Pattern) -> None:
     """Raises NotHere where a backend cannot run."""
     try:
-        select.choose(name, q_BLNK, function="attention")
+        select.choose(name, q_BLNK, table, function="attention")
     except UserError as error:
         raise NotHere(str(error)) from error
 

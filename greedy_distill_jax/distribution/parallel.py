@@ -252,7 +252,7 @@ def attention(
     if _parts(mesh, free) == 1:
         return call(q_BLNK, k_BSNK, v_BSNK, *lengths)
     check_heads(mesh, q_BLNK.shape[2])
-    backend = select.choose(None, q_BLNK, derivative=derivative, function="attention")
+    backend = select.choose(None, q_BLNK, pattern, derivative=derivative, function="attention")
     if backend.partitionable:
         q_BLNK, k_BSNK, v_BSNK = (constrain(x, "batch", None, "heads", None) for x in (q_BLNK, k_BSNK, v_BSNK))
         return constrain(call(q_BLNK, k_BSNK, v_BSNK, *lengths), "batch", None, "heads", None)

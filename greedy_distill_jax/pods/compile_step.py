@@ -66,7 +66,7 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
     """
     start = time.perf_counter(), time.process_time()
     held = sum(device_bytes(*job.trees[name]) for name in step.holds)
-    attention = attention_of(job.settings, job.mesh)
+    attention = attention_of(job.settings, job.mesh, job.latent_shape)
     common = dict(
         name=step.name,
         model_flops=step.cost.model,

@@ -25,7 +25,7 @@ from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.models.wan.linear import compute_precision
-from greedy_distill_jax.ops.attention import select
+from greedy_distill_jax.ops.attention import Pattern, select
 from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.pods import costs
 from greedy_distill_jax.pods.costs import tokens_per_frame
@@ -159,7 +159,7 @@ def build_job(
     except UserError as error:
         raise Misfit(f"{error}{_accumulate_instead(settings, mesh)}") from error
     trees = {"state": (state, of_state), "frozen": (stage.frozen, of_frozen), "batch": (batch, of_batch)}
-    attention = attention_of(settings, mesh)
+    attention = attention_of(settings, mesh, latent_shape)
     # Inside stripes the kernels' backward pass repeats their forward pass (parallel.py).
     backward = attention.backward_flops + (not attention.partitionable and mesh.shape[RULES.columns[0]] > 1)
     cost, steps = costs.part_costs(settings, stage, latent_shape, backward=backward), []
@@ -264,8 +264,9 @@ def rollout_trips(settings: Settings, chunk: int, frames: int) -> float:
     return float(np.mean([flops.calls_of(plan, i, d.exit) for i in range((d.frames or frames) // chunk)]))
 
 
-def attention_of(settings: Settings, mesh: Mesh) -> Backend:
-    """The backend that self-attention takes on these devices."""
-    wan = settings.wan
+def attention_of(settings: Settings, mesh: Mesh, latent_shape: tuple[int, ...]) -> Backend:
+    """The backend that self-attention takes on these devices, for chunks of one latent frame."""
+    wan, (_, height, width, _) = settings.wan, latent_shape
     q = jax.ShapeDtypeStruct((1, 8, wan.num_heads, wan.head_dim), jnp.dtype(wan.dtype))
-    return on_mesh(lambda: select.choose(None, q, function="chunk_attention"), mesh)()
+    frame = Pattern.full(1, height * width // wan.patch**2 // mesh.shape[RULES.columns[0]])
+    return on_mesh(lambda: select.choose(None, q, frame, function="chunk_attention"), mesh)()

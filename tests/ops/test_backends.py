@@ -56,14 +56,14 @@ def test_it_is_preferred_and_its_gradient_is_used():
     def gradients(implementation):
         return jax.grad(lambda *x: jnp.sum(chunk_attention(*x, PATTERN, implementation=implementation)), (0, 1, 2))
 
-    assert select.choose(None, _arrays()[0], function="f") is MINE
+    assert select.choose(None, _arrays()[0], PATTERN, function="f") is MINE
     for ours, others in zip(gradients(None)(*_arrays()), gradients("xla")(*_arrays()), strict=True):
         np.testing.assert_allclose(ours, 2 * others, atol=1e-5)
 
 
 def test_where_it_cannot_run_the_next_best_does_and_its_name_says_why():
     q, k, v = _arrays(dim=4)
-    assert select.choose(None, q, function="f").name == "xla"
+    assert select.choose(None, q, PATTERN, function="f").name == "xla"
     with pytest.raises(UserError, match="'mine' cannot run here: the head dim is 4, not 8; use xla or reference"):
         chunk_attention(q, k, v, PATTERN, implementation="mine")
 
@@ -109,7 +109,7 @@ def test_names_stay_in_their_files():
     root = Path(greedy_distill_jax.__file__).parent
     for path in root.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        names = ["mosaic_tpu", "cudnn", "reference"]
+        names = ["mosaic_tpu", "mosaic_gpu", "cudnn", "reference"]
         if "training" in path.parts:
             names.remove("reference")  # there it is the student that stage rl started from
         assert not [name for name in names if f'"{name}"' in text and path.stem != name], path

@@ -225,9 +225,9 @@ def test_the_best_implementation_depends_on_the_platform(monkeypatch):
         ("METAL", jnp.float32, "xla"),
     ):
         monkeypatch.setattr(select, "device", lambda platform=platform: (platform, "some device"))
-        assert select.choose(None, q.astype(dtype), function="f").name == expected
+        assert select.choose(None, q.astype(dtype), Pattern.full(1, 2), function="f").name == expected
     monkeypatch.setattr(select, "device", lambda: ("tpu", "some device"))
-    assert select.choose(None, q[..., :96], function="f").name == "xla"
+    assert select.choose(None, q[..., :96], Pattern.full(1, 2), function="f").name == "xla"
 
 
 def test_kernels_have_no_races(capfd):

@@ -106,7 +106,7 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     """
     shapes = spec.shapes(NamedSharding(mesh, PartitionSpec()))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        backend = select.choose(None, shapes[0], function=spec.name)
+        backend = select.choose(None, shapes[0], spec.pattern, function=spec.name)
     if not backend.kernels:
         raise UserError(f"{spec.name}: the best backend there is {backend.name!r}, which has no kernels to compile.")
 

@@ -67,6 +67,7 @@ def chunk_attention(
     backend = select.choose(
         implementation,
         q_BLNK,
+        pattern,
         derivative=derivative,
         interpret=interpret,
         function="chunk_attention",

@@ -7,6 +7,7 @@ import jax
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import backends
 from greedy_distill_jax.ops.attention.backends.record import Backend, Request
+from greedy_distill_jax.ops.attention.pattern import Pattern
 
 
 def device() -> tuple[str, str]:
@@ -20,6 +21,7 @@ def device() -> tuple[str, str]:
 def choose(
     name: str | None,
     q_BLNK: Any,
+    pattern: Pattern,
     *,
     derivative: str = "vjp",
     interpret: Any = False,
@@ -30,6 +32,7 @@ def choose(
     Args:
       name: of the backend that the caller asks for, None for the best that can run on this platform.
       q_BLNK: queries, of which dtype and head dim count.
+      pattern: who sees whom, of which the tokens of a chunk count.
       derivative: "jvp" where the call has to pass ``jax.jvp``.
       interpret: whether kernels are emulated; only a named backend is.
       function: who asks, for the message.
@@ -37,12 +40,16 @@ def choose(
     Raises:
       UserError: an unknown name, or a backend that cannot run here; the message says why and what can.
     """
-    platform = device()[0]
+    platform, kind = device()
     request = Request(
         "gpu" if platform == "cuda" else platform,
+        kind,
         q_BLNK.shape[-1],
         q_BLNK.dtype,
+        pattern.q_chunk,
+        pattern.k_chunk,
         bool(interpret) and name is not None,
+        name is not None,
     )
 
     def reason(backend: Backend) -> str | None:

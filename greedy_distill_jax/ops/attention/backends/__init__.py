@@ -1,11 +1,17 @@
 """The backends of the attention op, the preferred one first. A backend is one file here with one record, and a row."""
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention.backends import cudnn, mosaic_tpu, reference, xla
+from greedy_distill_jax.ops.attention.backends import cudnn, mosaic_gpu, mosaic_tpu, reference, xla
 from greedy_distill_jax.ops.attention.backends.record import Backend
 
 # Where several can run the first is taken: kernels of a platform, then what runs everywhere; the definition comes last.
-BACKENDS: tuple[Backend, ...] = (mosaic_tpu.BACKEND, cudnn.BACKEND, xla.BACKEND, reference.BACKEND)
+BACKENDS: tuple[Backend, ...] = (
+    mosaic_tpu.BACKEND,
+    mosaic_gpu.BACKEND,
+    cudnn.BACKEND,
+    xla.BACKEND,
+    reference.BACKEND,
+)
 
 
 def register(backend: Backend) -> None:

@@ -16,9 +16,13 @@ class Request(NamedTuple):
     """What a backend is asked to run, as far as it can be a reason not to."""
 
     platform: str  # "cpu", "gpu", "tpu" or another one of jax's
+    kind: str  # of the device, as jax names it
     head_dim: int
     dtype: Any
+    q_chunk: int
+    k_chunk: int
     interpret: bool  # kernels are emulated, on any platform
+    named: bool  # asked for by name: not whether it is the best there
 
 
 @dataclasses.dataclass(frozen=True)

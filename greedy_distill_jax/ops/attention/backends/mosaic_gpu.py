@@ -1,0 +1,114 @@
+"""Chunk attention for NVIDIA Hopper: forward, dq, and dk with dv, as Pallas kernels (Mosaic GPU; ``hopper/``).
+
+Only the listed chunks are visited, in place: keys are not gathered, and no block of a pair outside the table is
+computed. Softmax is in float32; probabilities are rounded to the dtype of q before they meet the values.
+
+A card's tuned table (``tuned/h100.json``, ``tuned/h200.json``), which a measurement on that card writes, says for which
+chunks the kernels beat cuDNN. Elsewhere they run where they are asked for by name.
+"""
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from greedy_distill_jax.ops.attention import tuning
+from greedy_distill_jax.ops.attention.backends.hopper import (
+    backward as kernels_backward,
+    forward as kernels_forward,
+    tables,
+)
+from greedy_distill_jax.ops.attention.backends.hopper.parts import Launch
+from greedy_distill_jax.ops.attention.backends.record import Backend, Call, Kernel, Request
+from greedy_distill_jax.ops.attention.tuning import Blocks
+
+KERNELS = {
+    "forward_kernel": Kernel(2, "forward"),
+    "dq_kernel": Kernel(3, "dq"),
+    "dkv_kernel": Kernel(4, "dkv", by_key=True),
+}
+HEAD_DIMS = (64, 128)
+MULTIPLE = 8  # tokens: blocks begin at rows of 8 in memory
+CARDS = {"h100": "H100", "h200": "H200"}  # targets, and how jax's names of their cards contain them
+BLOCKS = Blocks(forward=(128, 128), dq=(128, 64), dkv=(64, 128))  # where no table has others
+
+
+def why_not(request: Request) -> str | None:
+    """See ``record.Backend``."""
+    target = target_of(request.kind)
+    if not request.interpret and (request.platform != "gpu" or target is None):
+        return f"it needs an NVIDIA H100 or H200 and this is {request.kind} (interpret=True emulates it)"
+    if request.interpret and not hasattr(plgpu, "InterpretGPUParams"):
+        return "this jax cannot emulate kernels for GPUs; 0.11.2 and later can"
+    if request.head_dim not in HEAD_DIMS:
+        return f"the head dim is {request.head_dim}, not one of {HEAD_DIMS}"
+    if request.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype is {request.dtype}, not bfloat16 or float16"
+    if request.q_chunk % MULTIPLE or request.k_chunk % MULTIPLE:
+        return f"chunks have {request.q_chunk} and {request.k_chunk} tokens, not multiples of {MULTIPLE}"
+    if not request.named:
+        name = tuning.key(request.q_chunk, request.k_chunk, request.head_dim, str(request.dtype))
+        if name not in tuning.record(target).get("fastest", ()):
+            return f"tuned/{target}.json does not say that it is the fastest for {name}"
+    return None
+
+
+def target_of(kind: str) -> str | None:
+    """The target that a device is, by jax's name of its kind; None if it is none."""
+    return next((target for target, part in CARDS.items() if part in kind), None)
+
+
+def blocks(kind: str, q_chunk: int, k_chunk: int, dim: int, dtype: str) -> Blocks:
+    """See ``record.Backend``."""
+    return tuning.tuned(target_of(kind) or "", q_chunk, k_chunk, dim, dtype) or BLOCKS
+
+
+def attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
+    """See ``record.Backend``."""
+    return forward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)[0]
+
+
+def forward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
+    """(output, what ``backward`` needs)."""
+    launch, visits, plan = _launch(call, q_BLNK, lengths_Q, keys=False, pair=call.blocks.forward)
+    out, lse = kernels_forward.forward(q_BLNK, k_BSNK, v_BSNK, launch, visits, plan, call.scale)
+    return out, (q_BLNK, k_BSNK, v_BSNK, lengths_Q, out, lse)
+
+
+def backward(residual, g_BLNK, call: Call):
+    """(dq, dk, dv)."""
+    q_BLNK, k_BSNK, v_BSNK, lengths_Q, out_BLNK, lse_BNL = residual
+    delta_BNL = jnp.einsum("blnk,blnk->bnl", out_BLNK, g_BLNK, preferred_element_type=jnp.float32)
+    queries, keys, rows = (q_BLNK, g_BLNK.astype(q_BLNK.dtype)), (k_BSNK, v_BSNK), (lse_BNL, delta_BNL)
+    by_query = _launch(call, q_BLNK, lengths_Q, keys=False, pair=call.blocks.dq, whole=True)
+    by_key = _launch(call, q_BLNK, lengths_Q, keys=True, pair=call.blocks.dkv, whole=True)
+    return (
+        kernels_backward.dq((*queries, *keys), rows, *by_query, call.scale),
+        *kernels_backward.dkv((*keys, *queries), rows, *by_key, call.scale),
+    )
+
+
+def _launch(call: Call, q_BLNK, lengths_Q, *, keys: bool, pair: tuple[int, int], whole: bool = False):
+    """(shapes, visits, plan) of one kernel; ``keys``: they are the outer side; ``whole``: no tile is split."""
+    pattern = call.pattern.merged() if lengths_Q is None else call.pattern
+    rows = tables.by_key(pattern) if keys else tables.by_query(pattern)
+    counts = None if lengths_Q is None else tables.visible(pattern, rows, lengths_Q, keys=keys)
+    outer, inner = (pattern.q_chunk, pattern.k_chunk)[:: -1 if keys else 1]
+    tile, block = pair[:: -1 if keys else 1]
+    visits, work = tables.visits(rows, inner, block, counts)
+    batch, _, heads, dim = q_BLNK.shape
+    interpret = plgpu.InterpretGPUParams() if call.interpret is True else call.interpret or None
+    launch = Launch(batch, heads, dim, q_BLNK.dtype, outer, len(rows), tile, block, interpret)
+    plan = tables.schedule(work, batch, heads, launch.tiles, may_split=not whole and counts is None)
+    return launch, visits, plan
+
+
+BACKEND = Backend(
+    "mosaic_gpu",
+    why_not,
+    attend,
+    forward,
+    backward,
+    partitionable=False,
+    backward_flops=3.5,  # seven matmuls over two
+    blocks=blocks,
+    kernels=KERNELS,
+)

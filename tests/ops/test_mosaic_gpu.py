@@ -1,0 +1,186 @@
+"""The Hopper kernels emulated, against a float64 oracle, and the tables that tell them what to compute."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select, tuning
+from greedy_distill_jax.ops.attention.backends import mosaic_gpu
+from greedy_distill_jax.ops.attention.backends.hopper import tables
+from greedy_distill_jax.ops.attention.tuning import Blocks
+from greedy_distill_jax.testing.attention import dense_attention, relative_error
+
+emulated = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason=f"jax {jax.__version__} cannot emulate GPU kernels, 0.11.2 can"
+)
+SMALL = Blocks((128, 64), (128, 64), (64, 128))
+LISTS = Pattern.from_table([(1,), (), (2, 0)], q_chunk=72, k_chunk=136, num_k_chunks=3)
+
+
+@pytest.fixture
+def few_sms(monkeypatch):
+    """A card so small that splitting tiles pays."""
+    for name, value in (("SMS", 5), ("MERGING", 0), ("PART", 0)):
+        monkeypatch.setattr(tables, name, value)
+    tables.schedule.cache_clear()
+    yield
+    tables.schedule.cache_clear()
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def patterns(draw):
+    num_k, multiple = draw(st.integers(1, 5)), st.integers(1, 6)
+    rows = draw(st.lists(st.sets(st.integers(0, num_k - 1)), min_size=1, max_size=4))
+    rows = [draw(st.permutations(sorted(row))) for row in rows]
+    chunks = dict(q_chunk=8 * draw(multiple), k_chunk=8 * draw(multiple))
+    return Pattern.from_table(rows, **chunks, num_k_chunks=num_k)
+
+
+@given(patterns(), st.sampled_from([16, 32, 64]), st.booleans(), st.randoms(use_true_random=False))
+def test_visits_are_the_pairs_of_the_table(pattern, block, keys, random):
+    """Each once, full ones first, by query and by key, with and without lengths that are known at run time."""
+    lengths = [random.randint(0, len(row)) for row in pattern.table]
+    seen = dataclasses.replace(pattern, table=tuple(row[:n] for row, n in zip(pattern.table, lengths)))
+    rows = tables.by_key(pattern) if keys else tables.by_query(pattern)
+    chunk = pattern.q_chunk if keys else pattern.k_chunk
+    counts = tables.visible(pattern, rows, jnp.asarray(lengths), keys=keys)
+    for expected, counted in ((pattern, None), (seen, counts)):
+        visits, work = tables.visits(rows, chunk, block, counted)
+        mask = expected.dense_mask().T if keys else expected.dense_mask()
+        outer = mask.shape[0] // len(rows)
+        for i, found in enumerate(mask[::outer].astype(int)):
+            covered = np.zeros(len(found) + block, int)
+            for n in range(visits.total[i]):
+                assert (visits.valid[i, n] == block) == (n < visits.full[i])
+                covered[visits.starts[i, n] : visits.starts[i, n] + visits.valid[i, n]] += 1
+            np.testing.assert_array_equal(covered[: len(found)], found)
+        assert all(total <= most for total, most in zip(visits.total, work))
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_parts_are_every_visit_once(work, batch, tiles, may_split):
+    plan = tables.schedule(tuple(work), batch, 2, tiles, may_split=may_split)
+    done = np.zeros((batch, len(work), 2, tiles, max(work) + 1), int)
+    for *place, first, end in plan.parts.tolist():
+        done[(*place, slice(first, end))] += 1
+        done[(*place, -1)] += 1
+    assert (
+        done[..., :-1].sum((0, 2, 3)) == [[batch * 2 * tiles * (j < n) for j in range(max(work))] for n in work]
+    ).all()
+    assert done.max(initial=0, where=np.arange(max(work) + 1) < max(work)) <= 1
+    assert (done[..., -1] >= 1).all(), "a tile without a visit is written as well"
+    assert plan.bounds[0] == 0 and plan.bounds[-1] == len(plan.parts) and (np.diff(plan.bounds) >= 0).all()
+    assert plan.split or len(plan.bounds) == len(plan.parts) + 1
+
+
+def test_a_frame_in_twelve_heads_is_split_and_many_tiles_are_not():
+    """One frame of 1560 tokens in 12 heads is 156 tiles: two rounds of 132, of which the second is mostly empty."""
+    stream = tables.schedule((49,), 1, 12, 13, may_split=True)
+    loads = [stream.parts[a:b, 5].sum() - stream.parts[a:b, 4].sum() for a, b in zip(stream.bounds, stream.bounds[1:])]
+    assert stream.split and max(loads) == 58 and len(loads) == tables.SMS
+    assert not tables.schedule((49,), 1, 40, 13, may_split=True).split, "520 tiles are 3.9 rounds"
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+def _check(pattern, lengths=None, *, dim=64, batch=1, heads=2, interpret=True, blocks=SMALL):
+    rng = np.random.default_rng(0)
+    q_tokens, k_tokens = pattern.q_tokens, pattern.k_tokens
+    q, k, v, g = (
+        jnp.asarray(rng.standard_normal((batch, n, heads, dim)), jnp.bfloat16)
+        for n in (q_tokens, k_tokens, k_tokens, q_tokens)
+    )
+    count = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    options = dict(implementation="mosaic_gpu", interpret=interpret, blocks=blocks, lengths_Q=count)
+    out, pull = jax.vjp(lambda *qkv: chunk_attention(*qkv, pattern, **options), q, k, v)
+    if lengths is not None:
+        rows = tuple(row[:n] for row, n in zip(pattern.table, lengths, strict=True))
+        pattern = dataclasses.replace(pattern, table=rows)
+    exact = dense_attention(q, k, v, pattern.dense_mask(), dim**-0.5, g)
+    for name, found, expected in zip(("out", "dq", "dk", "dv"), (out, *pull(g)), exact, strict=True):
+        assert relative_error(found, expected) < 8e-3, name
+
+
+@emulated
+def test_lists_equal_dense_and_nothing_races(capfd):
+    """Chunks that blocks do not divide, runs of neighbours, a query that sees nothing, a head dim of 128."""
+    _check(LISTS, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+    _check(Pattern.sliding_window(3, 40, 2), dim=128, heads=1, batch=2)
+
+
+@emulated
+def test_lengths_at_run_time_equal_dense():
+    _check(Pattern.from_table([(1, 2, 0), (2, 0, 1)], q_chunk=72, k_chunk=136, num_k_chunks=3), lengths=(2, 0), heads=1)
+
+
+@emulated
+@pytest.mark.parametrize("pattern", [Pattern.full(1, 200, 3, 136), LISTS], ids=["stream", "lists"])
+def test_parts_of_tiles_are_merged(few_sms, pattern):
+    visits, work = tables.visits(tables.by_query(pattern.merged()), pattern.merged().k_chunk, 64)
+    assert tables.schedule(work, 1, 1, -(-pattern.merged().q_chunk // 128), may_split=True).split
+    _check(pattern, heads=1)
+
+
+@emulated
+def test_three_warpgroups_and_a_mesh():
+    """Under ``shard_map`` over batch and heads, with tiles of 192."""
+    pattern = Pattern.full(1, 200, 2, 72)
+    q, k = (jnp.ones((2, n, 2, 64), jnp.bfloat16) for n in (200, 144))
+    options = dict(implementation="mosaic_gpu", interpret=True, blocks=Blocks((192, 64), (192, 64), (64, 192)))
+    mesh, spec = jax.make_mesh((2, 1), ("b", "h")), PartitionSpec("b", None, "h", None)
+    call = jax.shard_map(
+        lambda *qkv: chunk_attention(*qkv, pattern, **options), mesh=mesh, in_specs=(spec,) * 3, out_specs=spec
+    )
+    np.testing.assert_allclose(np.float32(jax.jit(call)(q, k, k)), 1.0)
+
+
+# --- where it runs ------------------------------------------------------------------------------------------------
+
+
+def _choose(name=None, tokens=1560, dim=128, dtype=jnp.bfloat16):
+    pattern = Pattern.full(1, tokens)
+    return select.choose(name, jnp.zeros((1, tokens, 1, dim), dtype), pattern, function="f").name
+
+
+def test_it_is_the_default_only_where_a_measurement_says_so(monkeypatch):
+    monkeypatch.setattr(select, "device", lambda: ("gpu", "NVIDIA H200"))
+    name = tuning.key(1560, 1560, 128, "bfloat16")
+    for record, expected in (({}, "cudnn"), ({"fastest": [name]}, "mosaic_gpu")):
+        monkeypatch.setattr(tuning, "record", lambda target, record=record: record)
+        assert _choose() == expected
+        assert _choose(tokens=3600) == "cudnn"
+    assert _choose("mosaic_gpu", tokens=3600) == "mosaic_gpu", "by name it runs without"
+
+
+@pytest.mark.parametrize(
+    "kind, options, why",
+    [
+        ("NVIDIA A100-SXM4-80GB", {}, "needs an NVIDIA H100 or H200 and this is NVIDIA A100-SXM4-80GB"),
+        ("NVIDIA H100 80GB HBM3", dict(dim=96), "head dim is 96"),
+        ("NVIDIA H100 80GB HBM3", dict(dtype=jnp.float32), "dtype is float32"),
+        ("NVIDIA H100 80GB HBM3", dict(tokens=1350), "1350 and 1350 tokens, not multiples of 8"),
+    ],
+)
+def test_where_it_cannot_run_it_says_why(monkeypatch, kind, options, why):
+    monkeypatch.setattr(select, "device", lambda: ("gpu", kind))
+    with pytest.raises(UserError, match=why):
+        _choose("mosaic_gpu", **options)
+
+
+def test_blocks_of_a_tuned_table_are_taken(monkeypatch):
+    tuned = {"blocks": {tuning.key(1560, 1560, 128, "bfloat16"): dict(forward=[192, 64], dq=[128, 96], dkv=[64, 128])}}
+    monkeypatch.setattr(tuning, "record", lambda target: tuned if target == "h200" else {})
+    assert mosaic_gpu.blocks("NVIDIA H200", 1560, 1560, 128, "bfloat16") == Blocks((192, 64), (128, 96), (64, 128))
+    assert mosaic_gpu.blocks("NVIDIA H100 PCIe", 1560, 1560, 128, "bfloat16") == mosaic_gpu.BLOCKS
