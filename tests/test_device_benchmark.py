@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from greedy_distill_jax.ops.attention import backends
+from greedy_distill_jax.ops.attention import Pattern, backends, tuning
 from tests.conftest import ROOT
 
 ITEMS = ("ceilings", "correctness", "streaming", "torch_peer", "attention", "training", "trace")
@@ -86,12 +86,42 @@ def test_rows_of_the_attention_item(chosen):
         "stream ETM tiny: cuDNN, no mask",
         "train ETM tiny: ours, XLA scan",
     )
-    rows = chosen("attention", (*measured, "block sizes"))
-    kinds = {name.partition(":")[0] for name in rows} - {"block sizes"}
+    kernels = "train SDD tiny: kernels 128 x 128, 128 x 64, 64 x 128"
+    rows = chosen("attention", (*measured, kernels))
+    kinds = {name.partition(":")[0] for name in rows}
     assert kinds == {f"{kind} {part} tiny" for kind in ("stream", "train") for part in ("SDD", "ETM", "causal")}
     assert [rows[name]["status"] for name in measured] == ["ok", "not here", "ok"], rows
     assert rows[measured[2]]["checks"].keys() >= {"output", "dq"} and "NVIDIA GPU" in rows[measured[1]]["why"]
-    assert "not built yet" in rows["block sizes"]["why"]
+    assert rows[kernels]["status"] == "not here" and "H100 or H200" in rows[kernels]["why"]
+
+
+def test_a_tuned_table_from_rows(items, tmp_path):
+    """Every kernel's best sizes, and whether ours with them take less time than cuDNN; nothing from half of the rows."""
+    tune, attention = items("tune"), items("attention")
+    table = Pattern.sliding_window(4, 1560, 2)
+    works = [attention.Work(f"{kind} it", table, 12, 128, "bfloat16", kind == "stream") for kind in ("stream", "train")]
+    peers = {"stream": "cuDNN", "train": "slices"}
+
+    def row(forward, both=None):
+        return {"status": "ok", "figures": {"forward ms": forward} | ({"forward + backward ms": both} if both else {})}
+
+    times = {tune.TRIED[0]: (3.0, 2.0, 9.0), tune.TRIED[1]: (1.0, 2.0, 8.0), tune.TRIED[2]: (2.0, 2.0, 9.5)}
+    rows = {"stream it: cuDNN": row(2.0), "train it: slices": row(3.0, 7.5)}
+    for blocks, (stream, forward, both) in times.items():
+        rows[f"stream it: {tune.label(blocks)}"] = row(stream)
+        rows[f"train it: {tune.label(blocks)}"] = row(forward, both)
+    key, about = tuning.key(1560, 1560, 128, "bfloat16"), {"device": "NVIDIA H200", "commit": "abc"}
+    written = json.loads(tune.write(tmp_path, "h200", about, rows, works, peers).read_text())
+    assert written["blocks"][key] == {"forward": [128, 96], "dq": [128, 128], "dkv": [64, 128]}
+    assert written["measured"][key] == {
+        "ms": {"stream it": 1.0, "train it": 8.0},
+        "cudnn_ms": {"stream it": 2.0, "train it": 7.5},
+    }
+    assert written["fastest"] == [key] and written["device"] == "NVIDIA H200"
+    rows["stream it: cuDNN"] = row(1.4)
+    assert json.loads(tune.write(tmp_path, "h200", about, rows, works, peers).read_text())["fastest"] == []
+    rows["stream it: cuDNN"] = {"status": "wrong", "why": "x"}
+    assert tune.write(tmp_path, "h200", about, rows, works, peers) is None
 
 
 @pytest.mark.subprocesses  # the item starts one for the clips, which ends with it

@@ -1,14 +1,16 @@
 """The attention op at the shapes that the models have, ours next to cuDNN and PyTorch.
 
-Two kinds of rows. "stream": one chunk of queries against a cache of which everything is filled, forward only, as such,
+Two kinds of work. "stream": one chunk of queries against a cache of which everything is filled, forward only, as such,
 and with the number of keys as a length, as streams run until their slots are full. "train": the tables of the parallel
 form, forward and backward. TFLOP/s count unmasked pairs only, two matmuls forward and five backward. Every output, and
-every gradient, is compared with dense attention in float32 over a part of the table.
+every gradient, is compared with dense attention in float32 over a part of the table. On a Hopper card the kernels'
+block sizes are tried and the card's tuned table is written (``tune.py``).
 """
 
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable
 
@@ -17,18 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from sizes import SIZES, Size
 
-from device_items import ceilings, torch_attention
+from device_items import ceilings, torch_attention, tune
 from device_items.correctness import needs
 from device_items.record import NotHere, Record
 from device_items.timing import UNTUNED, error, median_ms
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.models.students import patterns
 from greedy_distill_jax.ops.attention import Pattern, chunk_attention
-from greedy_distill_jax.ops.attention.backends import reference
+from greedy_distill_jax.ops.attention.backends import mosaic_gpu, reference
 from greedy_distill_jax.ops.attention.backends.record import Call
+from greedy_distill_jax.ops.attention.tuning import Blocks
 
 HEADS = {"1.3B": 12, "14B": 40}  # of 128
 BACKWARD = 3.5  # FLOPs of forward and backward over those of forward
+NO_MASK, SLICES = "cuDNN, no mask", "ours (slices + cuDNN)"
 SETS = 8  # of inputs for calls that are short, so that they are not all in the cache
 CHECKED_HEADS, CHECKED_ROWS = 1, 6  # of what is computed densely
 SEED = int.from_bytes(os.urandom(4), "little")  # which part of a table that is: another one in every run
@@ -96,9 +100,14 @@ def run(record: Record) -> None:
     def row(work, name, measure, needs):
         record.row(f"{work.name}: {name}", lambda: measure(work, ceiling), needs)
 
+    def measure_kernels(works, **options):
+        for work, blocks in itertools.product(works, tune.TRIED):
+            attend = ours("mosaic_gpu", blocks)
+            row(work, tune.label(blocks), functools.partial(by_jax, attend=attend, **options), 6)
+
     def measure_streams(works):
         for work in works:
-            row(work, "cuDNN, no mask", functools.partial(by_jax, attend=cudnn), 5)
+            row(work, NO_MASK, functools.partial(by_jax, attend=cudnn), 5)
             row(work, "cuDNN, key lengths", functools.partial(by_jax, attend=cudnn_lengths, partly=True), 5)
             row(work, "ours", functools.partial(by_jax, attend=ours(None)), 4)
             row(work, "ours, key lengths", functools.partial(by_jax, attend=filling), 4)
@@ -106,13 +115,15 @@ def run(record: Record) -> None:
 
     def measure_tables(works):
         for work in works:
-            row(work, "ours (slices + cuDNN)", functools.partial(by_jax, attend=ours("cudnn"), sets=1), 8)
+            row(work, SLICES, functools.partial(by_jax, attend=ours("cudnn"), sets=1), 8)
             row(work, "torch SDPA on slices", functools.partial(by_torch, make=torch_attention.slices), 6)
 
     streams, tables = ([w for w in every if w.stream == kind] for kind in (True, False))
     small = len(every) // len({w.heads for w in every}) // 2  # of each kind, those of the smallest model
     measure_streams(streams[:small])
+    measure_kernels(streams[:small])
     measure_tables(tables[:small])
+    measure_kernels(tables[:small], sets=1)
     for work in [w for w in tables if "ETM" in w.name][:1]:
         row(work, "cuDNN, every pair", functools.partial(by_jax, attend=cudnn, sets=1, whole=True), 6)
         row(work, "ours, XLA scan", functools.partial(by_jax, attend=ours("xla"), sets=1), 10)
@@ -122,7 +133,12 @@ def run(record: Record) -> None:
         row(work, "ours, XLA scan", functools.partial(by_jax, attend=ours("xla"), sets=1), 6)
     measure_streams(streams[small:])
     measure_tables(tables[small:])
-    record.leave_out("block sizes", "not built yet: there is no GPU kernel of our own to tune")
+    target = mosaic_gpu.target_of(jax.devices()[0].device_kind)
+    if target is not None:
+        peers = {"stream": NO_MASK, "train": SLICES}
+        tune.write(
+            record.path.parent, target, record.data, record.data["rows"], streams[:small] + tables[:small], peers
+        )
 
 
 # --- ways to attend: attend(work, q, k, v) ------------------------------------------------------------------------
@@ -147,13 +163,13 @@ def filling(work: Work, q, k, v):
     return chunk_attention(q, k, v, work.table, lengths_Q=jax.lax.optimization_barrier(lengths))
 
 
-def ours(implementation: str | None) -> Callable:
-    """The op by one implementation, None for the best."""
+def ours(implementation: str | None, blocks: Blocks | None = None) -> Callable:
+    """The op by one implementation, None for the best, with block sizes of its own or the tuned ones."""
 
     def attend(work: Work, q, k, v):
         if implementation is not None:
             needs(implementation, q, work.table)
-        return chunk_attention(q, k, v, work.table, implementation=implementation)
+        return chunk_attention(q, k, v, work.table, implementation=implementation, blocks=blocks)
 
     return attend
 
@@ -189,7 +205,7 @@ def by_jax(work: Work, ceiling: float, *, attend, sets: int = SETS, whole: bool 
         full = Pattern.full(table.num_q_chunks, table.q_chunk, table.num_k_chunks, table.k_chunk)
         work = dataclasses.replace(work, table=full)
     inputs = work.inputs(sets)
-    call = functools.partial(attend, work)
+    call = jax.jit(functools.partial(attend, work))  # one function for all sets: kernels are lowered once
 
     def gradients(q, k, v, g):
         out, pull = jax.vjp(call, q, k, v)
@@ -202,7 +218,7 @@ def by_jax(work: Work, ceiling: float, *, attend, sets: int = SETS, whole: bool 
     if partly:
         q, k, v = (x[:, :, :CHECKED_HEADS] for x in inputs[0][:3])
         length = 3 * k.shape[1] // 4
-        got = jax.jit(call)(*inputs[0][:3], jnp.int32(length))
+        got = call(*inputs[0][:3], jnp.int32(length))
         part = Pattern(q.shape[1], length, 1, ((0,),))
         expected = _dense(q, k[:, :length], v[:, :length], part)
         checks["output, three quarters of the keys"] = (error(got[:, :, :CHECKED_HEADS], expected), OUTPUT[work.dtype])

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int32
 from greedy_distill_jax.distribution.sharding import RULES, specs
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select
+from greedy_distill_jax.ops.varying import varying_axes
 
 WIDTH = 3  # axis of the columns in [B, T, H, W, C]
 OURS = tuple({axis for axes in dataclasses.astuple(RULES) for axis in axes})  # mesh axes
@@ -159,13 +160,8 @@ def summed_as(x, like):
 
     Differentiation by jax does so by itself.
     """
-    over = tuple(_varying_axes(x) - _varying_axes(like))
+    over = tuple(varying_axes(x) - varying_axes(like))
     return jax.lax.psum(x, over) if over else x
-
-
-def _varying_axes(x) -> frozenset[str]:
-    kind = jax.typeof(x)
-    return frozenset(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)  # jax from 0.11 on; before
 
 
 def settled(x):

@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from greedy_distill_jax.ops.varying import varying_as
+
 ROWS = 64  # of a warpgroup's matrix product
 STAGES = 2  # slots of the ring
 NEVER = -1e30
@@ -129,7 +131,7 @@ class Launch:
     def run(self, body: Callable, name: str, out_types: Sequence, scratch: Mapping, grid: int, inputs: Sequence):
         """The outputs of ``body(*input refs, *output refs, **scratch refs)`` in ``grid`` thread blocks."""
         body.__name__ = name
-        return plgpu.kernel(
+        made = plgpu.kernel(
             body,
             out_type=tuple(out_types),
             scratch_types=scratch,
@@ -140,6 +142,7 @@ class Launch:
             compiler_params=plgpu.CompilerParams(approx_math=True),
             **({"interpret": self.interpret} if self.interpret else {}),
         )(*inputs)
+        return [varying_as(x, inputs[0]) for x in made]
 
 
 class Side(NamedTuple):
