@@ -96,7 +96,7 @@ def test_rows_of_the_attention_item(chosen):
 
 
 def test_a_tuned_table_from_rows(items, tmp_path):
-    """Every kernel's best sizes, and whether ours with them take less time than cuDNN; nothing from half of the rows."""
+    """Each kernel's best sizes, and whether ours with them take less time than cuDNN; nothing from half of the rows."""
     tune, attention = items("tune"), items("attention")
     table = Pattern.sliding_window(4, 1560, 2)
     works = [attention.Work(f"{kind} it", table, 12, 128, "bfloat16", kind == "stream") for kind in ("stream", "train")]
