@@ -100,6 +100,16 @@ CARDS = {
         ("causal", "causal", STAGE1, "causal", STAGE1),
         ("stage 2", STAGE2, STAGE2, "etm_sdd", ""),
     )
+} | {
+    # What `device.py` has run on a card: what the compiler says of it can be held against what it took.
+    "1.3B stage 1, one video, h100:1": Row(
+        f"configs/wan1_3b/nvidia.py:{STAGE1}@h100:1",
+        "h100:1",
+        STAGE1,
+        only=STAGE1,
+        batch=1,
+        overrides=("data.batch=1", "data.accumulate=1"),
+    )
 }
 
 

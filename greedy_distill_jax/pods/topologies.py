@@ -36,14 +36,14 @@ class Chip:
 
 GIB = 2.0**30
 CARD_SHARE = 0.93
-CARDS = ("1", "2", "4", "8")
+COUNTS = ("1", "2", "4", "8")
 SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS: dict[str, Chip] = {
     "v5e": Chip(15.75 * GIB, 197e12, 200e9, SQUARES),
     "v6e": Chip(31.24 * GIB, 918e12, 400e9, SQUARES),
     "v5p": Chip(95.73 * GIB, 459e12, 600e9, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")),
-    "h100": Chip(CARD_SHARE * 84_942_979_072, 989e12, 450e9, CARDS, cards=True),
-    "h200": Chip(CARD_SHARE * 151_397_597_184, 989e12, 450e9, CARDS, cards=True),
+    "h100": Chip(CARD_SHARE * 84_942_979_072, 989e12, 450e9, COUNTS, cards=True),
+    "h200": Chip(CARD_SHARE * 151_397_597_184, 989e12, 450e9, COUNTS, cards=True),
 }
 
 

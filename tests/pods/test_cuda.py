@@ -81,6 +81,22 @@ def test_training_steps_attend_by_cudnn_alone(lower, size, benchmarks, config, s
     assert found.count(GRADIENT) >= 2 and found.count(CUDNN) > found.count(GRADIENT)
 
 
+@pytest.mark.parametrize("file, step", [("teacher_forcing", "teacher_forcing"), ("dmd", "dmd")])
+def test_the_cards_of_a_host_attend_by_cudnn_alone(lower, file, step):
+    """FSDP over eight, at full width with two layers: the calls are under ``shard_map``."""
+    config = read_config(f"configs/wan1_3b/nvidia.py:{file}@h100:8")
+    config.model.num_layers, config.data.frames, config.data.batch, config.data.accumulate = 2, 4, 8, 1
+
+    def make():
+        job = build_job(read_settings(config, imagine_runs=True), jax.devices(), only=step)
+        (found,) = [s for s in job.steps if s.name != STREAM]
+        return found.call, *found.arguments
+
+    found, calls = lower(make)
+    assert {call.backend for call in calls} == {"cudnn"} and {call.queries[0] for call in calls} == {1}
+    assert found.count(GRADIENT) >= 2
+
+
 # --- Compiled -------------------------------------------------------------------------------------------------------
 
 needs_plugin = pytest.mark.skipif(

@@ -12,8 +12,8 @@ from greedy_distill_jax.pods.hlo.parse import SHAPE, Computation, Instruction, p
 from greedy_distill_jax.pods.hlo.trips import At, Integers, Known, Value
 
 _SOURCE = re.compile(r'op_name="([^"]*)"')
-# Pallas kernels for TPUs, cuDNN's attention, and what stands in for that (``Backend.stand_in``).
-_KERNELS = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\$fmha\w*|stand_in_\w+)"')
+# Pallas kernels for TPUs and GPUs, cuDNN's attention, and what stands in for that (``Backend.stand_in``).
+_KERNELS = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|__cudnn\$fmha\w*|stand_in_\w+)"')
 _UNDER_WAY = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
 
 
