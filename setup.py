@@ -4,6 +4,7 @@ Every version below is a lower bound that the suite has run with; there are no u
 
 Extras:
   cuda, tpu   accelerator builds of jax
+  cards       compile for NVIDIA cards that are not there: jax's CUDA plugin without NVIDIA's libraries (Python 3.12)
   torch       the text encoder and `.pt` files (nothing of torch is in the base install; safetensors is)
   parity      torch, diffusers, transformers, accelerate: the tests against independent code
   eval        image metrics (SSIM)
@@ -88,12 +89,18 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["greedy_distill_jax", "greedy_distill_jax.*"]),
     package_data={
-        "greedy_distill_jax": ["eval/*.html.j2", "eval/templates/*.html.j2", "ops/attention/tuned/*.json"],
+        "greedy_distill_jax": [
+            "eval/*.html.j2",
+            "eval/templates/*.html.j2",
+            "ops/attention/cards/*.txtpb",
+            "ops/attention/tuned/*.json",
+        ],
     },
     install_requires=BASE,
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "cards": ["jax>=0.11.2", "jax-cuda13-plugin>=0.11.2"],
         "torch": TORCH,
         "parity": PARITY,
         "eval": EVAL,

@@ -51,7 +51,8 @@ def measure(item: str, args: argparse.Namespace, seconds: float) -> None:
     path = path_of(args.output, item)
     command = [sys.executable, __file__, "--item", item, "--size", args.size, "--output", str(args.output)]
     command += ["--seconds", str(max(seconds - SPARE, 1.0)), "--commit", args.commit]
-    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # Memory that jax takes at once is one piece: what a row frees is there for a larger array of the next one.
+    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false" if item in WITH_TORCH else "true"}
     env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6" if item in WITH_TORCH else "0.93")
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "greedy_distill_jax_device"))
     why = ""

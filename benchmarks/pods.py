@@ -1,7 +1,8 @@
-"""Which jobs fit on which TPU slices, and how they scale: compiled for devices that are not there, not run.
+"""Which jobs fit on which TPU slices and NVIDIA cards, and how they scale: compiled for absent devices, not run.
 
     python benchmarks/pods.py --output benchmarks/results/pods.json
     python benchmarks/pods.py --only=v6e --output=/tmp/pods.json
+    python benchmarks/pods.py --cards --output=/tmp/cards.json
 
 Every step of every job is one `python -m greedy_distill_jax.compile train` in a process of its own, whose host memory
 and exit code are recorded; what was compiled is compared with the published sizes: a job that was shrunk to make it fit
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import published_sizes
+
+from greedy_distill_jax.pods.topologies import CARD_SHARE, CHIPS
 
 GIB = 2**30
 
@@ -87,6 +90,27 @@ SCALING = {
     for number, stage in ((1, STAGE1), (2, STAGE2))
     for name, more in (("v6e:8x8", ()), ("v6e:16x16", ("mesh.tensor=4",)))
 }
+# One card of 80 or 141 GB and the eight of a host, the same batch of 64.
+CARDS = {
+    f"1.3B {name}, {cards}": Row(f"configs/wan1_3b/nvidia.py:{file}@{cards}", cards, stage, student=student, only=only)
+    for cards in ("h100:1", "h200:1", "h100:8")
+    for name, file, stage, student, only in (
+        ("teacher", "teacher", "teacher", "etm_sdd", ""),
+        ("stage 1", STAGE1, STAGE1, "etm_sdd", STAGE1),
+        ("causal", "causal", STAGE1, "causal", STAGE1),
+        ("stage 2", STAGE2, STAGE2, "etm_sdd", ""),
+    )
+} | {
+    # What `device.py` has run on a card: what the compiler says of it can be held against what it took.
+    "1.3B stage 1, one video, h100:1": Row(
+        f"configs/wan1_3b/nvidia.py:{STAGE1}@h100:1",
+        "h100:1",
+        STAGE1,
+        only=STAGE1,
+        batch=1,
+        overrides=("data.batch=1", "data.accumulate=1"),
+    )
+}
 
 
 def compiled(row: Row, only: str) -> dict:
@@ -119,7 +143,8 @@ def compiled(row: Row, only: str) -> dict:
     wanted |= {"only": only}
     if differences := published_sizes.differences(record, **wanted):
         raise RuntimeError(f"{' '.join(shown)}: not the published job: {'; '.join(differences)}")
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
+    compiler = "jax-cuda13-plugin" if CHIPS[row.topology.partition(":")[0]].cards else "libtpu"
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", compiler)}
     made = {"command": " ".join(shown), "exit_code": done.returncode, "host_bytes": record.pop("host_bytes")}
     made |= {"versions": versions, "commit": commit}
     return record | {"steps": [step | made for step in record["steps"]]}
@@ -131,10 +156,20 @@ def steps_of(row: Row) -> list[str]:
     return [step for step in steps if row.only in step] if not row.code else [row.only]
 
 
+STAND_INS = (
+    "",
+    "cuDNN compiles on a card only. Every call of its attention was compiled as a call that computes nothing, with",
+    f"operands, results and workspace of the same shapes. HBM is {CARD_SHARE:.0%} of a card, as with",
+    f"`XLA_PYTHON_CLIENT_MEM_FRACTION={CARD_SHARE}`; without it jax takes 75%.",
+)
+
+
 def table(rows: dict[str, dict]) -> str:
     """Markdown."""
+    steps = [step for row in rows.values() for step in row["steps"]]
+    stand_ins = any(call["stand_in"] for step in steps for call in step.get("attention_calls", ()))
     lines = [
-        "# Jobs compiled for TPU slices",
+        f"# Jobs compiled for {'NVIDIA cards' if stand_ins else 'TPU slices'}",
         "",
         "Compiled for devices that are not there, **not run**. Memory is the compiler's account of one device, plus",
         "what the job keeps there that the step does not use; HBM is what the compiler lets a program have. FLOPs are",
@@ -143,6 +178,7 @@ def table(rows: dict[str, dict]) -> str:
         "to link bandwidth: below it a step would be bound by its links even if nothing else took time. Compile time",
         "is by the clock, with CPU time beside it (the machine may have been shared); host memory is the peak of the",
         "compiling process.",
+        *(STAND_INS if stand_ins else ()),
         "",
         "| job | chips | mesh | batch | step | GiB per device (peak / HBM) | FLOPs per update | per device | GiB sent |"
         " FLOPs per byte | chip | compile s (CPU) | host GiB | exit |",
@@ -187,15 +223,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON; a table goes beside it")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--step", default="", help="only steps whose name contains this")
+    parser.add_argument("--cards", action="store_true", help="NVIDIA cards, by jax's CUDA plugin, in place of TPUs")
     parser.add_argument("--again", action="store_true", help="compile what is in the file already")
     args = parser.parse_args()
     if not args.output.parent.is_dir():
         parser.error(f"--output: the folder {args.output.parent} does not exist")
-    if not any(
-        args.only in name and args.step in step for name, row in (JOBS | SCALING).items() for step in steps_of(row)
-    ):
-        parser.error(f"no row contains {args.only!r} with a step {args.step!r}; rows: {'; '.join(JOBS | SCALING)}")
-    for name, row in (JOBS | SCALING).items():
+    all_rows = CARDS if args.cards else JOBS | SCALING
+    if not any(args.only in name and args.step in step for name, row in all_rows.items() for step in steps_of(row)):
+        parser.error(f"no row contains {args.only!r} with a step {args.step!r}; rows: {'; '.join(all_rows)}")
+    for name, row in all_rows.items():
         for only in steps_of(row):
             kept = read(args.output).get(name, {}).get("steps", [])
             there = any(only in step["step"] for step in kept) and not args.again
@@ -211,7 +247,7 @@ def main() -> None:
             new["fits"] = all(step["fits"] for step in new["steps"])
             new["facts"]["steps"] = [step["step"] for step in new["steps"]]
             rows[name] = new
-            ordered = {name: rows[name] for name in JOBS | SCALING | rows if name in rows}  # other rows stay
+            ordered = {name: rows[name] for name in all_rows | rows if name in rows}  # other rows stay
             args.output.write_text(json.dumps({"compiled_not_run": True, "rows": ordered}, indent=1) + "\n")
             args.output.with_suffix(".md").write_text(table(ordered))
 

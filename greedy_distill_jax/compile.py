@@ -2,17 +2,18 @@
 
     python -m greedy_distill_jax.compile train --config=configs/wan1_3b/dmd.py --topology=v5e:4x4
     python -m greedy_distill_jax.compile train --config=configs/wan1_3b/dmd.py --topology=v5p --search
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/nvidia.py:dmd@h100:8 --topology=h100:8
     python -m greedy_distill_jax.compile sharding --config=configs/wan1_3b/dmd.py --topology=v5e:4x4
     python -m greedy_distill_jax.compile kernels --target v5p
     python -m greedy_distill_jax.compile sweep --target v5p
     python -m greedy_distill_jax.compile vae --target v6e --height 480 --width 832
 
-``train`` compiles every step of a job, and streaming with its student, and says whether they fit; it exits with 3 when
-one does not. ``--search`` keeps the global batch and gives every group of devices one video at a time, so that
-``config.data.accumulate`` follows from the slice. ``sharding`` prints every leaf with its layout. ``kernels`` compiles
-every named workload of the attention op and prints its memory and the useful work per bundle; it exits with 1 when one
-does not compile or got worse. ``sweep`` chooses the tuned block sizes. ``vae`` compiles the streaming decoders, Wan's
-and the tiny one, in bfloat16 and prints the bytes that one device needs.
+``train`` compiles every step of a job, and streaming with its student, for a slice of TPUs or the NVIDIA cards of a
+host, and says whether they fit; it exits with 3 when one does not. ``--search`` keeps the global batch and gives every
+group of devices one video at a time, so that ``config.data.accumulate`` follows from the slice. ``sharding`` prints
+every leaf with its layout. ``kernels`` compiles every named workload of the attention op and prints its memory and the
+useful work per bundle; it exits with 1 when one does not compile or got worse. ``sweep`` chooses the tuned block sizes.
+``vae`` compiles the streaming decoders, Wan's and the tiny one, in bfloat16 and prints the bytes that one device needs.
 """
 
 import json
@@ -28,7 +29,11 @@ from greedy_distill_jax.ranges import between
 # What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
 
 JOB_FLAGS = {
-    "topology": (str, None, "slice such as v5p:4x4x4; a generation such as v5p with --search (required)"),
+    "topology": (
+        str,
+        None,
+        "slice such as v5p:4x4x4, cards such as h200:8; with --search v5p or h200 (required)",
+    ),
     "size": (str, "480p", "frames: 480p or 720p"),
 }
 TRAIN_FLAGS = JOB_FLAGS | {

@@ -1,13 +1,17 @@
 """One step of a job, compiled for a slice that is not there: whether it fits, and what it sends.
 
 Memory is the compiler's account of one device, plus what the job keeps there that the step does not use: the critic's
-step has no use for the frozen teacher, but it is there. Any machine with libtpu does it.
+step has no use for the frozen teacher, but it is there. Any machine with libtpu, or jax's CUDA plugin, does it.
+
+XLA asks cuDNN, and that its card, when it compiles a call of it. Such calls are compiled as their stand-ins, with
+operands, results and workspace of the same shapes, and the result says so.
 """
 
 import dataclasses
 import re
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import jax
 
 from greedy_distill_jax.models.flops import Flops
 from greedy_distill_jax.ops.attention import aot
+from greedy_distill_jax.ops.attention.calls import Recorded, recorded_calls
 from greedy_distill_jax.pods import hlo
 from greedy_distill_jax.pods.jobs import STREAM, Job, Step, attention_of, device_bytes
 from greedy_distill_jax.training.job import one_line
@@ -26,6 +31,8 @@ class Compiled:
 
     memory: bytes of one device. "held": all that the job keeps while the step runs, used by it or not; "arguments",
     "outputs", "aliased", "temporaries", "code": the program's; "peak": all of it together, as far as it is known.
+    calls: every attention call that was traced, by what it is; those of a scanned stack of blocks once. Calls that were
+    compiled as stand-ins say so.
     seconds, cpu_seconds: of lowering and compilation, by the clock and of all threads; None where nothing had to be
     compiled.
     """
@@ -40,6 +47,7 @@ class Compiled:
     model_flops: Flops
     executed_flops: Flops
     attention: str
+    calls: dict[Recorded, int] = dataclasses.field(default_factory=dict)
     message: str = ""
 
     @property
@@ -84,11 +92,16 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
             message="what the job keeps on a device does not fit, whatever the step needs beside it",
             **common,
         )
-    with one_line():
+    with one_line(), recorded_calls(stand_ins=True) as calls:
         lowered = step.call.lower(*step.arguments)
+    common["calls"] = dict(Counter(calls))
+    stand_ins = any(call.stand_in for call in calls)
     with tempfile.TemporaryDirectory() as folder:
         try:
             options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            if _platform(job) == "gpu":
+                # What would run in their place is not asked for: nothing is run.
+                options = {"xla_gpu_mock_custom_calls": True} if stand_ins else {}
             compiled = aot.interruptible(lambda: lowered.compile(compiler_options=options))
         except jax.errors.JaxRuntimeError as error:
             return Compiled(
@@ -101,9 +114,13 @@ def compile_step(job: Job, step: Step, hbm: float | int) -> Compiled:
             )
         memory, text = _memory(compiled.memory_analysis(), held), _text(compiled, Path(folder))
     found = hlo.counts(text, step.dynamic_trips)
-    if attention.kernels and not found["kernels"].instructions:
+    if (attention.kernels or stand_ins) and not found["kernels"].instructions:
         raise RuntimeError(f"{step.name}: attention is said to be {attention.name}, but no kernel is called.")
     return Compiled(fits=memory["peak"] <= hbm, memory=memory, collectives=found, **_since(start), **common)
+
+
+def _platform(job: Job) -> str:
+    return job.mesh.devices.flat[0].platform
 
 
 def _since(start: tuple[float, float]) -> dict[str, float]:

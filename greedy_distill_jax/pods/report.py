@@ -101,6 +101,7 @@ def _record(job: Job, done: Compiled, chip: topologies.Chip) -> dict[str, Any]:
         "memory": done.memory,
         "hbm": done.hbm,
         "attention": done.attention,
+        "attention_calls": [call._asdict() | {"traced": count} for call, count in done.calls.items()],
         "message": done.message,
         "model_flops": done.model_flops.total,
         "executed_flops": done.executed_flops.total,
@@ -130,6 +131,17 @@ def _lines(job: Job, name: str, done: Compiled, chip: topologies.Chip) -> Iterat
         f"    model FLOPs {done.model_flops.total:.3e} ({done.executed_flops.total:.3e} executed), attention "
         f"{done.attention}{calls}"
     )
+    for call, count in done.calls.items():
+        batch, length, heads, dim = call.queries
+        yield (
+            f"      {call.backend}: {batch} x {length:,} queries, {call.keys:,} keys{' at most' * call.lengths}, "
+            f"{call.pairs:,} pairs, {heads} heads of {dim}, {call.dtype}, traced {count} times"
+        )
+    if stood_in := {call.backend for call in done.calls if call.stand_in}:
+        yield (
+            f"    {', '.join(sorted(stood_in))} compiles on a card only: its calls were compiled as calls that compute "
+            f"nothing, with operands, results and workspace of the same shapes"
+        )
     sent = 0.0
     for kind in hlo.KINDS:
         count = done.collectives.get(kind, hlo.Count())

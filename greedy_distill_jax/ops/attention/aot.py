@@ -1,8 +1,9 @@
-"""Compiles the TPU kernels for devices that are not there, and counts what the compiler made of them.
+"""Compiles for devices that are not there: describes them, and counts what the compiler made of the TPU kernels.
 
-libtpu compiles for a described topology on any machine. Its schedule analysis gives the number of VLIW bundles of a
-kernel; the useful work (unmasked pairs only) per bundle ranks block sizes and guards against regressions. It is a
-static figure, not a speed. ``cost_analysis()`` would only echo the estimate that the kernel states itself.
+libtpu compiles for a described slice of TPUs on any machine, jax's CUDA plugin for described NVIDIA cards. libtpu's
+schedule analysis gives the number of VLIW bundles of a kernel; the useful work (unmasked pairs only) per bundle ranks
+block sizes and guards against regressions. It is a static figure, not a speed. ``cost_analysis()`` would only echo the
+estimate that the kernel states itself.
 """
 
 import contextlib
@@ -31,6 +32,8 @@ from greedy_distill_jax.ops.attention.backends.record import Backend
 from greedy_distill_jax.ops.attention.tuning import Blocks
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CARDS = {path.stem: path for path in sorted((Path(__file__).parent / "cards").glob("*.txtpb"))}
+CUDA_JAX = "0.11.2"  # the oldest that was seen to compile for described cards
 _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 
 
@@ -58,11 +61,18 @@ def target_mesh(target: str) -> Mesh:
 
 
 def describe(topology: str):
-    """jax's description of a slice such as "v5p:2x2x1", from which its compiler is asked.
+    """jax's description of a slice such as "v5p:2x2x1", or of cards of one host such as "h200:8".
+
+    Its compiler is asked from that.
 
     Raises:
-      UserError: libtpu is not installed.
+      UserError: libtpu, or for cards jax's CUDA plugin, is not installed.
     """
+    name, _, size = topology.partition(":")
+    return _cards(name, int(size)) if name in CARDS else _slice(topology)
+
+
+def _slice(topology: str):
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs its compiler, which is not installed; pip install libtpu.")
     # Without these libtpu asks the cloud's metadata server who it is, and locks out other processes as from a device.
@@ -70,6 +80,21 @@ def describe(topology: str):
     for name, value in (described | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=topology)
+
+
+def _cards(name: str, count: int):
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise UserError(
+            f"compiling for an NVIDIA card needs jax's compiler for it, which is not installed (a card or a driver is "
+            f"not needed); pip install 'jax>={CUDA_JAX}' jax-cuda13-plugin, with Python 3.12."
+        )
+    if jax.__version_info__ < tuple(map(int, CUDA_JAX.split("."))):
+        raise UserError(
+            f"compiling for an NVIDIA card that is not there needs jax {CUDA_JAX}, and this is {jax.__version__}; pip "
+            f"install 'jax>={CUDA_JAX}' jax-cuda13-plugin, with Python 3.12."
+        )
+    options = {"target_config": CARDS[name].read_text(encoding="utf-8"), "topology": f"1x1x{count}"}
+    return topologies.get_topology_desc(platform="cuda", topology_name=name, **options)
 
 
 def interruptible(work: Callable[[], Any]) -> Any:

@@ -12,11 +12,13 @@ from greedy_distill_jax.pods.hlo.parse import SHAPE, Computation, Instruction, p
 from greedy_distill_jax.pods.hlo.trips import At, Integers, Known, Value
 
 _SOURCE = re.compile(r'op_name="([^"]*)"')
+# Pallas kernels for TPUs and GPUs, cuDNN's attention, and what stands in for that (``Backend.stand_in``).
+_KERNELS = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|__cudnn\$fmha\w*|stand_in_\w+)"')
 _UNDER_WAY = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
 
 
 def counts(text: str, unknown: float | int | None = None) -> dict[str, Count]:
-    """Returns {kind: Count} of the collectives, and under "kernels" of the Pallas kernels.
+    """Returns {kind: Count} of the collectives, and under "kernels" of attention's kernels.
 
     Of a conditional the branch that sends most is counted.
 
@@ -57,7 +59,7 @@ class _Program:
                 raise ValueError(f"hlo: {one.op} is not among hlo.KINDS.")
             if kind in KINDS:
                 include(self.collective(computation, one, kind))
-            elif one.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.rest:
+            elif one.op == "custom-call" and _KERNELS.search(one.rest):
                 include({"kernels": Count(1, 1.0)})
             elif one.op == "while":
                 # The condition runs once more than the body, but sends nothing in what XLA makes of our loops.
