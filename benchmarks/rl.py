@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from stage2 import TEST, TUNING, Bench, figure_of, label, leave, mean_error, numbers, single, summary
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.distribution.mesh import use_compile_cache
+from greedy_distill_jax.distribution.compile_cache import use_compile_cache
 from greedy_distill_jax.eval.videos import held_out_videos, sampled
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import load_meta

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.config_flags import read_config
-from greedy_distill_jax.distribution.mesh import use_compile_cache
+from greedy_distill_jax.distribution.compile_cache import use_compile_cache
 from greedy_distill_jax.eval import gates
 from greedy_distill_jax.eval.metrics import evaluate_videos, frechet_distance, random_conv_features
 from greedy_distill_jax.eval.videos import held_out_videos, sampled

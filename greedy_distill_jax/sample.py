@@ -7,6 +7,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,12 +102,14 @@ def main(argv: list[str] | None = None) -> None:
 
         from tqdm import tqdm
 
-        from greedy_distill_jax.distribution.mesh import use_compile_cache
+        from greedy_distill_jax.distribution.compile_cache import use_compile_cache
         from greedy_distill_jax.streaming.recording import Recording, output_paths
 
         paths = output_paths(args.output, len(args.prompt))
         recording = stack.enter_context(Recording(paths, fps=args.fps, upscale=args.upscale))  # before it costs a video
         run = _load(args)
+        if args.compile_cache is not None:
+            run.settings = dataclasses.replace(run.settings, compile_cache=args.compile_cache)
         use_compile_cache(run.settings.compile_cache)
         run.check_words([*args.prompt, *args.switches.values()])  # in one line, before a video is made
         recording.fps = args.fps or run.settings.log.fps

@@ -22,9 +22,10 @@ from ml_collections import ConfigDict
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.config_flags import load_config
 from greedy_distill_jax.config import open_keys, read_settings
+from greedy_distill_jax.distribution.compile_cache import use_compile_cache
 from greedy_distill_jax.distribution.hosts import alike
 from greedy_distill_jax.distribution.hosts.join import check_devices, check_joined, join_hosts
-from greedy_distill_jax.distribution.mesh import make_mesh, use_compile_cache
+from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import Stopped, UserError
 from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.storage.lock import sole_writer

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
+from greedy_distill_jax.distribution.compile_cache import compiled_ahead
+
 
 @runtime_checkable
 class VideoCodec(Protocol):
@@ -60,6 +62,15 @@ class StreamDecoder:
     def __init__(self, codec: VideoCodec):
         self._codec, self._state = codec, codec.open_decoder()
         self._decode_next = jax.jit(codec.decode_next, donate_argnums=1)
+
+    def prepare(self, latents_BFhwC: Float32[Array, "B F h w C"]) -> None:
+        """Compiles what latents of such a shape need, whose values do not count; nothing is run."""
+        state, known = self._codec.open_decoder(), []
+        placed = latents_BFhwC.sharding if latents_BFhwC.committed else None
+        latent = jax.ShapeDtypeStruct(latents_BFhwC[:, 0].shape, latents_BFhwC.dtype, sharding=placed)
+        while (shapes := jax.tree.map(lambda x: (x.shape, x.dtype), state)) not in known:
+            known.append(shapes)
+            state, _ = compiled_ahead(self._decode_next, self._codec.params, state, latent)
 
     def __call__(self, latents_BFhwC: Float32[Array | np.ndarray, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
         """The frames of video, on the host."""

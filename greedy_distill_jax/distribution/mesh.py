@@ -1,8 +1,7 @@
-"""Devices: the mesh, the compilation cache."""
+"""Devices: the mesh."""
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,13 +10,6 @@ from jax.sharding import Mesh
 from greedy_distill_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
-
-
-def use_compile_cache(path: str) -> None:
-    """Keeps compiled programs in ``path`` from run to run; "" turns that off."""
-    if path:
-        jax.config.update("jax_compilation_cache_dir", str(Path(path).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from greedy_distill_jax import ranges
-from greedy_distill_jax.distribution.mesh import use_compile_cache
+from greedy_distill_jax.distribution.compile_cache import use_compile_cache
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.comparison import Comparison, Entry, compare, load_runs
 from greedy_distill_jax.eval.histories import real_histories, with_real_histories

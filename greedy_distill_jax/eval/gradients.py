@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from greedy_distill_jax import ranges
 from greedy_distill_jax.data.loader import collate
 from greedy_distill_jax.diffusion.step_plan import StepPlan
-from greedy_distill_jax.distribution.mesh import use_compile_cache
+from greedy_distill_jax.distribution.compile_cache import use_compile_cache
 from greedy_distill_jax.distribution.sharding import leaf_paths
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.gradient_pages import draw_cosines, markdown

@@ -18,6 +18,7 @@ from greedy_distill_jax.config import Settings
 from greedy_distill_jax.config.settings import stored_settings
 from greedy_distill_jax.data.sources.moving_shapes import is_shapes
 from greedy_distill_jax.data.sources.registry import load_source
+from greedy_distill_jax.distribution.compile_cache import use_compile_cache
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.students.base import StreamingModel
 from greedy_distill_jax.models.students.make import make_student
@@ -254,12 +255,16 @@ class Run:
     ) -> Session:
         """Opens a stream of the student, one video per prompt.
 
+        Where jax keeps no compiled programs yet, it does from here on, in the folder ``config.compile_cache``.
+
         Args:
           prompts: one for each video.
           seed: of the noise, as for ``Session``.
           steps: as for ``streamer``.
           weights: as for ``Session``. Several sessions share them if they are opened on ``computing()``.
         """
+        if jax.config.jax_compilation_cache_dir is None:
+            use_compile_cache(self.settings.compile_cache)
         streamer, options = self.streamer(steps), dict(latent_shape=self.latent_shape[1:], weights=weights)
         return Session(streamer, self.params, self.codec, self.text, prompts, seed=seed, **options)
 
@@ -285,6 +290,7 @@ class Run:
             return self.teacher_sampler(steps=steps).sample(self.text(prompts), shape, seed)
         chunks = self.model.chunks_of(frames)
         session = self.session(prompts, seed=seed, steps=steps)
+        session.prepare(chunks, frames=False, switches=False)
         return np.concatenate([np.asarray(session.next_latents()) for _ in range(chunks)], axis=1)
 
     def sample_videos(self, prompts: Sequence[str], **options) -> UInt8[np.ndarray, "B T H W 3"]:

@@ -1,6 +1,7 @@
 """A stream as the person who watches it has it: prompts, frames of video, and another prompt at any time."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from greedy_distill_jax.codecs.protocol import StreamDecoder, VideoCodec, on_host
 from greedy_distill_jax.diffusion.step_plan import StepPlan
+from greedy_distill_jax.distribution.compile_cache import compiled_ahead
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.linear import compute_precision
@@ -62,6 +64,21 @@ class Programs(NamedTuple):
         """The step of a stream that has made so many chunks."""
         return self.filling if made < self.warm_up else self.steady
 
+    def prepare(self, params: Any, state: Any, text: Float[Array, "B M D"], chunks: int | None, switches: bool) -> None:
+        """Compiles what a stream needs to come this far, nothing of which is run; see ``Session.prepare``.
+
+        Args:
+          params, state, text: of the stream.
+          chunks: that it will have made then; None for no end.
+          switches: whether prompts may be switched on the way.
+        """
+        steps = (self.filling, self.steady)[: 2 if chunks is None or chunks > self.warm_up else 1]
+        for step in steps:
+            made = compiled_ahead(step.make, params, state)
+            compiled_ahead(step.finish, params, *made)
+        if switches:
+            compiled_ahead(self.switch_prompt, params, state, text)
+
 
 def programs(streamer: Streamer | CausalStreamer) -> Programs:
     """Returns the jitted functions that all streams of the same student and the same step plan share.
@@ -89,7 +106,8 @@ class Session:
 
     Memory and the cost of a chunk do not depend on how many were made. ``next_latents`` and ``next_frames`` compute
     nothing ahead: a new prompt holds from the next chunk on. They hand a chunk out before the pass that later ones need
-    of it; the device does that pass while the chunk is looked at. A session is read either as latents or as frames of
+    of it; the device does that pass while the chunk is looked at. Nothing is compiled in mid-stream: every program is
+    ready before the first chunk is handed out, see ``prepare``. A session is read either as latents or as frames of
     video, because the decoder of a video has to see every chunk. It belongs to one thread.
 
     Attributes:
@@ -132,8 +150,28 @@ class Session:
         self._programs, self._params, self._codec, self._text = programs(streamer), params, codec, text
         self._videos, self._chunk, self._decoder, self._made = len(prompts), streamer.cfg.chunk, None, 0
         self._ahead: list[Array] | None = None  # frames that ``play`` has started and nobody has seen
-        keys = noise_keys(seed, len(prompts))
-        self.state = self._programs.init(params, text(prompts), keys, tuple(latent_shape))
+        self._ready, self._as_latents = 0, False  # chunks that need no compiler; whether any was read as latents
+        keys, self._rows = noise_keys(seed, len(prompts)), text(prompts)
+        self.state = self._programs.init(params, self._rows, keys, tuple(latent_shape))
+
+    def prepare(self, chunks: int | None = None, *, frames: bool = True, switches: bool = True) -> None:
+        """Compiles, or reads from jax's compilation cache, what chunks to come need; nothing of it is run.
+
+        A stream has a program while its slots fill and another for all later chunks, and a decoder has two. Whoever
+        asks for a chunk that was not prepared gets all of them first, so that no later chunk waits for a compiler;
+        who knows how short the stream will be saves the time of the others.
+
+        Args:
+          chunks: how many; None for no end.
+          frames: they are read as frames of video, not as latents.
+          switches: prompts may be switched.
+        """
+        last = None if chunks is None else self._made + chunks
+        self._programs.prepare(self._params, self.state, self._rows, last, switches)
+        if frames and self._codec is not None:
+            self._decoder = self._decoder or StreamDecoder(self._codec)
+            self._decoder.prepare(self.state.last)
+        self._ready = math.inf if last is None else max(last, self._ready)
 
     def switch_prompts(self, prompts: str | Sequence[str]) -> None:
         """Makes the next chunks follow other prompts: one for every video, or a single one for all of them.
@@ -147,6 +185,9 @@ class Session:
 
     def next_latents(self) -> Float32[Array, "B g H W C"]:
         """Makes the next chunk and returns its latents."""
+        self._as_latents = True
+        if self._made >= self._ready:
+            self.prepare(frames=False)
         return self._next(lambda latents: latents)
 
     def _next(self, use: Callable[[Array], Any]) -> Any:
@@ -172,10 +213,10 @@ class Session:
         return ahead
 
     def _start_frames(self) -> list[Array]:
-        if self._decoder is None:
-            if self._made:
-                raise RuntimeError("next_frames after next_latents: the decoder missed chunks; read one or the other.")
-            self._decoder = StreamDecoder(self._codec)
+        if self._as_latents:
+            raise RuntimeError("next_frames after next_latents: the decoder missed chunks; read one or the other.")
+        if self._made >= self._ready:
+            self.prepare()
         return self._next(self._decoder.start)
 
     def play(self, frames: int, switches: Mapping[int, str] | None = None) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
@@ -200,7 +241,10 @@ class Session:
         return self._play(chunks, prompts)
 
     def _play(self, chunks: int, prompts: Mapping[int, str]) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
-        for chunk in range(self._ahead is not None, chunks):
+        begun = self._ahead is not None
+        if self._made + chunks - begun > self._ready:
+            self.prepare(chunks - begun)
+        for chunk in range(begun, chunks):
             if chunk in prompts:
                 self.switch_prompts(prompts[chunk])
             before, self._ahead = self._ahead, self._start_frames()

@@ -86,6 +86,59 @@ def test_a_second_session_compiles_nothing(model):
     assert sizes[0] == sizes[1]
 
 
+@pytest.fixture
+def compilations():
+    """Durations of what jax traced, lowered and compiled since the list was cleared, by name."""
+    events = []
+
+    def listen(event, _, **more):
+        if event.startswith("/jax/core/compile/"):
+            events.append((event.rpartition("/")[2], more.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def encoder(prompts):
+    """An encoder for prompts that compiles nothing when it is called."""
+    rows = {prompt: text([prompt]) for prompt in prompts}
+    return lambda asked: rows[asked[0]]
+
+
+@pytest.mark.parametrize("causal, placed, prepare", [(False, True, False), (True, False, True)])
+def test_nothing_is_compiled_in_mid_stream(codec, compilations, causal, placed, prepare):
+    model = CausalStudent(tiny.causal_config()) if causal else Student(tiny.student_config(context="fused"))
+    params, plan = tiny.random_params(model), StepPlan(((1.0, 0.75, 0.5), (1.0,)))  # of this test alone
+    params = jax.device_put(params, jax.devices()[0]) if placed else params
+    stream = Session(make_streamer(model, plan), params, codec, encoder("ab"), ["a"], latent_shape=SHAPE)
+    compilations.clear()
+    if prepare:
+        stream.prepare()
+    else:
+        stream.next_frames()  # the first chunk waits for all programs, no other one for any
+    lowered = [name for event, name in compilations if event == "jaxpr_to_mlir_module_duration"]
+    assert [lowered.count(f"jit({name})") for name in ("make", "finish", "switch_prompt")] == [2, 2, 1]
+    compilations.clear()
+    for number in range(stream._programs.warm_up + 3):
+        if number in (1, stream._programs.warm_up + 1):
+            stream.switch_prompts("b")
+        assert np.ptp(stream.next_frames()) > 0
+    assert compilations == []
+
+
+def test_a_short_stream_compiles_what_it_needs(compilations):
+    model, plan = Student(tiny.student_config(chunk=1)), StepPlan(((1.0, 0.6),))  # of this test alone
+    stream = Session(make_streamer(model, plan), tiny.random_params(model), None, text, ["a"], latent_shape=SHAPE)
+    for chunks in (stream._programs.warm_up, stream._programs.warm_up + 1):  # the step while slots fill, and the other
+        compilations.clear()
+        stream.prepare(chunks, switches=False)
+        assert [name for event, name in compilations if "mlir" in event] == ["jit(make)", "jit(finish)"]
+    compilations.clear()
+    latents(stream, chunks)
+    assert compilations == []
+
+
 def test_a_video_that_is_left_early_goes_on_where_it_was_left(codec):
     whole, left = list(session(codec=codec).play(13)), session(codec=codec)
     next(left.play(13))
@@ -105,6 +158,7 @@ def test_frames_are_decoded_as_one_stream(codec):
 
 def test_a_chunk_is_handed_out_before_the_pass_for_later_ones(codec):
     stream, order = session(codec=codec), []
+    stream.prepare()
 
     def watched(name, call):
         return lambda *args: (order.append(name), call(*args))[1]
