@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
+from greedy_distill_jax.models.parameter import parameter
+
 _TAPS = 3  # frames that a causal convolution reads
 _CONV = {4: ("NHWC", "HWIO", "NHWC"), 5: ("NDHWC", "DHWIO", "NDHWC")}
 
@@ -43,9 +45,9 @@ class Conv(nn.Module):
 
     def setup(self):
         fan_in = nn.initializers.lecun_normal(in_axis=tuple(range(len(self.shape) - 1)))
-        self.kernel = self.param("kernel", fan_in, self.shape, jnp.float32)
+        self.kernel = parameter(self, "kernel", fan_in, self.shape)
         if self.with_bias:
-            self.bias = self.param("bias", nn.initializers.zeros, self.shape[-1:], jnp.float32)
+            self.bias = parameter(self, "bias", nn.initializers.zeros, self.shape[-1:])
 
     def weights(self):
         """(kernel, bias or None) in the dtype of the computation."""
@@ -103,7 +105,7 @@ class Norm(nn.Module):
     features: int
 
     def setup(self):
-        self.scale = self.param("scale", nn.initializers.ones, (self.features,), jnp.float32)
+        self.scale = parameter(self, "scale", nn.initializers.ones, (self.features,))
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         x32 = x.astype(jnp.float32)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 
 from greedy_distill_jax.models.students.config import StudentConfig, split_layers
 from greedy_distill_jax.models.students.etm_sdd import Student
@@ -74,7 +75,7 @@ def test_sinusoid_is_float64_accurate(t):
 @pytest.fixture(scope="module")
 def teacher():
     model = Teacher(tiny.BASE)
-    return model, tiny.random_params(model)
+    return jax.jit(model), tiny.random_params(model)
 
 
 def test_one_level_per_video_equals_equal_levels_per_frame(teacher):
@@ -130,3 +131,11 @@ def test_bfloat16_keeps_float32_weights_and_stays_close(teacher):
 def test_bad_config_names_the_value(change, message):
     with pytest.raises(ValueError, match=message):
         WanConfig(**change)
+
+
+def test_a_parameter_of_another_shape_is_named(teacher):
+    model, params = teacher
+    wrong = {**params, "head": {**params["head"], "modulation": jnp.zeros((2, 7))}}
+    x, text = jnp.zeros((1, 2, 4, 4, 4)), tiny.text_rows(1, jax.random.key(0))
+    with pytest.raises(ScopeParamShapeError, match=r'"modulation" in "/head".*\(2, 24\).*\(2, 7\)'):
+        jax.eval_shape(model, wrong, x, jnp.ones((1, 1)), text)

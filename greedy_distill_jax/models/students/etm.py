@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from greedy_distill_jax.models.parameter import parameter
 from greedy_distill_jax.models.students.config import StudentConfig
 from greedy_distill_jax.models.wan.dit import grid_of
 from greedy_distill_jax.models.wan.layers import Embeddings, Emitted, Layer, Layout, Shared, block_stack, layer_norm
@@ -26,7 +27,7 @@ class ETM(nn.Module):
     def setup(self):
         base = self.cfg.base
         self.embed = Embeddings(base)
-        self.bos = self.param("bos", nn.initializers.normal(0.02), (base.dim,), jnp.float32)
+        self.bos = parameter(self, "bos", nn.initializers.normal(0.02), (base.dim,))
         self.blocks = block_stack(
             base, len(self.cfg.etm_layers), layout=self.layout, emit=self.emit, project_only=self.project_only
         )

@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32
 
 from greedy_distill_jax.distribution.parallel import attention, constrain, settled, settled_on_megacore
+from greedy_distill_jax.models.parameter import parameter
 from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.models.wan.linear import dense, float32_dense
 from greedy_distill_jax.models.wan.rope import Rope, apply_rope
@@ -122,7 +123,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        scale = self.param("scale", nn.initializers.ones, (x_BSD.shape[-1],), jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, (x_BSD.shape[-1],))
         x = x_BSD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (settled_on_megacore(x) * scale[None, None]).astype(x_BSD.dtype)
@@ -213,7 +214,7 @@ class Block(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.modulation = self.param("modulation", _modulation_init(cfg), (6, cfg.dim), jnp.float32)
+        self.modulation = parameter(self, "modulation", _modulation_init(cfg), (6, cfg.dim))
         self.self_attn = Attention(cfg, with_z=self.fusion == "selfkv")
         self.cross_attn = Attention(cfg, with_z=self.fusion == "xattn2")
         self.ffn = FeedForward(cfg)
@@ -221,7 +222,7 @@ class Block(nn.Module):
         self.norm3 = layer_norm(cfg.eps, affine=True)
         if self.fusion == "xattn2":
             init = nn.initializers.constant(self.z_gate_init)
-            self.z_gate = self.param("z_gate", init, (cfg.num_heads,), jnp.float32)
+            self.z_gate = parameter(self, "z_gate", init, (cfg.num_heads,))
 
     def project_text(self, text_BMD: Float[Array, "B M D"]) -> KeyValue:
         """Cross-attention keys and values of the text rows (once per prompt)."""
@@ -393,7 +394,7 @@ class Head(nn.Module):
     ) -> Float32[Array, "B T H W C"]:
         cfg = self.cfg
         init = nn.initializers.normal(cfg.dim**-0.5)
-        table = self.param("modulation", init, (2, cfg.dim), jnp.float32)
+        table = parameter(self, "modulation", init, (2, cfg.dim))
         m = table[None, None] + e_BTD[:, :, None]
         h = settled(modulate(layer_norm(cfg.eps)(x_BSD), m[:, :, 0], m[:, :, 1]))
         return rearrange(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from greedy_distill_jax.distribution.parallel import summed_as
+from greedy_distill_jax.models.parameter import parameter
 from greedy_distill_jax.models.wan.config import WanConfig
 
 FLOAT32 = ("time_in", "time_out", "time_projection", "projection")  # names of the layers that ``float32_dense`` makes
@@ -62,8 +63,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows out"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         call = _linear_in_float32 if self.gradient_dtype == "float32" else _linear
         return call(self.precision, x.astype(self.dtype), kernel, bias)
 
