@@ -1,6 +1,7 @@
 """Faults other than kills, in one of two processes: what each says, how it ends, and when all are gone."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -110,7 +111,7 @@ def happened(root: Path, name: str, silence: float, limit: float) -> dict[str, A
             "codes": job.codes(),
             "seconds": round(max(moment or 0.0 for moment in ended) - sent, 2) if in_time else None,
             "stays": [index for index, moment in enumerate(ended) if not moment],
-            "said": [_told(lines) for lines in job.said(sent)],
+            "said": [_told(lines, folder) for lines in job.said(sent)],
             "steps": [before, job.steps()],
         }
     expected = list(fault.codes)
@@ -118,11 +119,11 @@ def happened(root: Path, name: str, silence: float, limit: float) -> dict[str, A
     return found | {"good": in_time and found["codes"] == expected and kept}
 
 
-def _told(lines: list[str]) -> list[str]:
+def _told(lines: list[str], folder: Path) -> list[str]:
     """What a process says of the fault, without paths of this machine."""
-    begins = ("error", "warning", "stopping", "teacher: stopped", "Fatal Python error", "terminate called")
-    told = [line for line in lines if line.startswith(begins) or "UserWarning" in line]
-    return [line.replace(os.getcwd(), ".")[:400] for line in told]
+    begins = ("error", "warning", "stopping", "teacher: stopped", "Fatal Python error")
+    told = [line for line in lines if line.startswith(begins) or "UserWarning" in line or "distributed service" in line]
+    return [re.sub(rf"\S*/(?={folder.name}/)|{re.escape(os.getcwd())}/", "", line)[:300] for line in told]
 
 
 def rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
