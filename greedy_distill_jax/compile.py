@@ -36,11 +36,11 @@ TRAIN_FLAGS = JOB_FLAGS | {
     "only": (str, "", "only steps whose name contains this: teacher, teacher_forcing, dmd, critic, stream"),
     "search": (bool, False, "find the smallest slice of the generation that fits"),
     "json": (str, "", "write the figures to this file, too"),
-    "host_days": (float, None, "days between two faults of one host, for how often to save (default: 264)"),
-    "write_rate": (float, None, "GB per second that one process writes of a checkpoint (default: 1)"),
+    "host-days": (float, None, "days between two faults of one host, for how often to save (default: 264)"),
+    "write-rate": (float, None, "GB per second that one process writes of a checkpoint (default: 1)"),
     "restart": (float, None, "seconds from a fault to the next new step (default: 300)"),
 }
-PLACES = {name: f"--{name}" for name in TRAIN_FLAGS}
+PLACES = {name.replace("-", "_"): f"--{name}" for name in TRAIN_FLAGS}
 FAILED, DOES_NOT_FIT = 1, 3
 SIDE = Annotated[int, between(1, 2**14)]  # pixels of a video
 
@@ -75,8 +75,8 @@ def train(argv: Sequence[str]) -> int:
 
     settings, flags = _read_job(argv, TRAIN_FLAGS)
     _check_writable(flags["json"])
-    given = {name: flags[name] for name in Faults._fields if flags[name] is not None}
-    faults = Faults(**given).checked()
+    given = {name: flags[name.replace("_", "-")] for name in Faults._fields}
+    faults = Faults(**{name: value for name, value in given.items() if value is not None}).checked()
     job = settings, flags["topology"], flags["size"], flags["only"], _say, faults
     records = []
     for record in search(*job) if flags["search"] else [report(*job)]:

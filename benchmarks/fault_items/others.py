@@ -20,6 +20,7 @@ from greedy_distill_jax.errors import UserError
 
 LOGGED = 5  # steps before the fault
 FOREVER = ("steps=1000000", "checkpoint.every=40", "data.max_bad_records=2")
+_PAUSE = 5.0  # seconds
 _BYTES = 2**10  # that a full disk still takes of a file
 _CLIPS, _FRAMES, _SIZE = 6, 24, 16
 
@@ -41,9 +42,23 @@ def _signal(number: int, *processes: int) -> Callable[[Job, Path], None]:
     return act
 
 
-def _fill(job: Job, folder: Path) -> None:
+def _pause(job: Job, folder: Path) -> None:
+    """Less than the time after which silence counts: the job goes on, and is told to stop for an end to come."""
+    job.processes[1].told(signal.SIGSTOP)
+    time.sleep(_PAUSE)
+    job.processes[1].told(signal.SIGCONT)
+    before = job.logged()
+    job.wait(lambda: job.logged() > before + LOGGED, 10 * _PAUSE)
+    job.processes[1].told(signal.SIGTERM)
+
+
+def _fill(index: int) -> Callable[[Job, Path], None]:
     """What a process writes from now on fails; the kernel says "File too large" of a limit, not "No space"."""
-    resource.prlimit(job.processes[1].pid, resource.RLIMIT_FSIZE, (_BYTES, _BYTES))
+
+    def act(job: Job, folder: Path) -> None:
+        resource.prlimit(job.processes[index].pid, resource.RLIMIT_FSIZE, (_BYTES, _BYTES))
+
+    return act
 
 
 def _damage(job: Job, folder: Path) -> None:
@@ -62,7 +77,9 @@ FAULTS = {
     "process 1 stopped (SIGSTOP)": Fault(_signal(signal.SIGSTOP, 1), (75, None), stay=(1,)),
     "SIGTERM at process 1": Fault(_signal(signal.SIGTERM, 1), (0, 0)),
     "SIGTERM at both": Fault(_signal(signal.SIGTERM, 0, 1), (0, 0)),
-    "full disk at process 1": Fault(_fill, (2, 2)),
+    "process 1 stopped for 5 s, then SIGTERM": Fault(_pause, (0, 0)),
+    "full disk at process 0": Fault(_fill(0), (2, 2)),
+    "full disk at process 1": Fault(_fill(1), (2, 2)),
     "unreadable shard at process 1": Fault(_damage, (2, 2)),
     "NaN at process 1": Fault(_trigger, (4, 4), fault="nan"),
 }

@@ -65,7 +65,7 @@ TEACHER, DMD, RL = (f"configs/wan1_3b/{name}.py" for name in ("teacher", "dmd", 
         (["--topology=v5e:4x4", "--search"], "--topology: 'v5e:4x4' is no generation of chips"),
         (["--topology=v5e:4x4", "--size=1080p"], "--size: frames of '1080p' are not known; choose from 480p, 720p"),
         (["--topology=v5e:4x4", "--json=/not/there/x.json"], "--json: /not/there/x.json cannot be written"),
-        (["--topology=v5e:4x4", "--host_days=0"], "--host_days: it is 0; it must be above 0"),
+        (["--topology=v5e:4x4", "--host-days=0"], "--host-days: it is 0; it must be above 0"),
         ([], "--topology is missing"),
     ],
 )
@@ -242,7 +242,7 @@ def fake_compiler(monkeypatch, fits):
 def test_search_keeps_the_global_batch(monkeypatch, capsys, tmp_path):
     asked = fake_compiler(monkeypatch, lambda job: job.mesh.size >= 64)
     arguments = ["--topology=v5e", "--search", f"--json={tmp_path / 'out.json'}"]
-    arguments += ["--host_days=100", "--write_rate=2"]
+    arguments += ["--host-days=100", "--write-rate=2"]
     assert command.main(["train", f"--config={TEACHER}", *arguments]) == 0
     out = capsys.readouterr().out
     assert "smallest slice of v5e that fits: v5e:8x8, with --config.data.accumulate=4" in out
