@@ -13,17 +13,16 @@ process has written. Exits with 1 if a process ended with another code than 0, o
 import argparse
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from processes import Process, variables
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.errors import UserError
@@ -41,51 +40,12 @@ CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
 CHANGES = ("steps=1000000", "log.every=1", "log.samples_every=0", "checkpoint.every=1000000")
 
 
-class Process:
-    """A training command; what it says, and when it ends, by the clock."""
-
-    def __init__(self, command: Sequence[str], env: Mapping[str, str]):
-        self.said: list[tuple[float, str]] = []
-        self.ended: float | None = None
-        self._process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self._process.stderr:
-            self.said.append((time.monotonic(), line.strip()))
-        self._process.wait()
-        self.ended = time.monotonic()
-
-    def told(self, number: int) -> None:
-        """Sends a signal."""
-        self._process.send_signal(number)
-
-    def code(self) -> int | None:
-        """Its exit code; None while it runs."""
-        return self._process.returncode if self.ended else None
-
-    def end(self) -> None:
-        """Ends it for certain."""
-        self._process.kill()
-        self._reader.join()
-
-
 def started(processes: int, workdir: Path) -> list[Process]:
     """Starts the processes of a run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = {**os.environ, "TQDM_DISABLE": "1"}
-    numbers = [{}]
-    if processes > 1:
-        numbers = [{"JAX_PROCESS_ID": str(index)} for index in range(processes)]
-        env |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_COORDINATOR_ADDRESS": address}
-        env |= {"JAX_NUM_PROCESSES": str(processes)}
     changes = (*CHANGES, f"mesh.fsdp={processes}", "mesh.data=1")
     command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={CONFIG}:teacher,smoke"]
     command += [f"--workdir={workdir}", *(f"--config.{change}" for change in changes)]
-    return [Process(command, env | number) for number in numbers]
+    return [Process(command, env) for env in variables(processes)]
 
 
 def steps_in(folder: Path) -> dict[str, list[int]]:

@@ -9,11 +9,12 @@
     python -m greedy_distill_jax.compile vae --target v6e --height 480 --width 832
 
 ``train`` compiles every step of a job, and streaming with its student, for a slice of TPUs or the NVIDIA cards of a
-host, and says whether they fit; it exits with 3 when one does not. ``--search`` keeps the global batch and gives every
-group of devices one video at a time, so that ``config.data.accumulate`` follows from the slice. ``sharding`` prints
-every leaf with its layout. ``kernels`` compiles every named workload of the attention op and prints its memory and the
-useful work per bundle; it exits with 1 when one does not compile or got worse. ``sweep`` chooses the tuned block sizes.
-``vae`` compiles the streaming decoders, Wan's and the tiny one, in bfloat16 and prints the bytes that one device needs.
+host, and says whether they fit; it exits with 3 when one does not. It also prints the bytes of a checkpoint and how
+often to save. ``--search`` keeps the global batch and gives every group of devices one video at a time, so that
+``config.data.accumulate`` follows from the slice. ``sharding`` prints every leaf with its layout. ``kernels`` compiles
+every named workload of the attention op and prints its memory and the useful work per bundle; it exits with 1 when one
+does not compile or got worse. ``sweep`` chooses the tuned block sizes. ``vae`` compiles the streaming decoders, Wan's
+and the tiny one, in bfloat16 and prints the bytes that one device needs.
 """
 
 import json
@@ -40,8 +41,11 @@ TRAIN_FLAGS = JOB_FLAGS | {
     "only": (str, "", "only steps whose name contains this: teacher, teacher_forcing, dmd, critic, stream"),
     "search": (bool, False, "find the smallest slice of the generation that fits"),
     "json": (str, "", "write the figures to this file, too"),
+    "host-days": (float, None, "days between two faults of one host, for how often to save (default: 264)"),
+    "write-rate": (float, None, "GB per second that one process writes of a checkpoint (default: 1)"),
+    "restart": (float, None, "seconds from a fault to the next new step (default: 300)"),
 }
-PLACES = {name: f"--{name}" for name in TRAIN_FLAGS}
+PLACES = {name.replace("-", "_"): f"--{name}" for name in TRAIN_FLAGS}
 FAILED, DOES_NOT_FIT = 1, 3
 SIDE = Annotated[int, between(1, 2**14)]  # pixels of a video
 
@@ -70,12 +74,15 @@ def _say(line: str) -> None:
 
 def train(argv: Sequence[str]) -> int:
     """Compiles the steps of a job; returns the exit code."""
+    from greedy_distill_jax.pods.goodput import Faults
     from greedy_distill_jax.pods.report import report
     from greedy_distill_jax.pods.search import search
 
     settings, flags = _read_job(argv, TRAIN_FLAGS)
     _check_writable(flags["json"])
-    job = settings, flags["topology"], flags["size"], flags["only"], _say
+    given = {name: flags[name.replace("_", "-")] for name in Faults._fields}
+    faults = Faults(**{name: value for name, value in given.items() if value is not None}).checked()
+    job = settings, flags["topology"], flags["size"], flags["only"], _say, faults
     records = []
     for record in search(*job) if flags["search"] else [report(*job)]:
         records.append(record)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Looks at the hosts (launch/preflight.py), trains, and starts again after a fault that another start may cure, from the
-# newest whole checkpoint; a damaged one ends a job of several processes with 2 (docs/errors.md):
+# newest whole checkpoint that is not damaged (docs/errors.md):
 #   bash launch/train.sh --config=FILE --workdir=DIR [--config.key=value ...]
 # Run it once per process (pods of Kubernetes, workers of a TPU VM), or once per job with what starts the processes in
 # LAUNCHER, such as LAUNCHER="srun --kill-on-bad-exit=1" (launch/slurm.sbatch).

@@ -247,6 +247,48 @@ def test_stop(benchmark, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
+def test_faults(benchmark, tmp_path, capsys, monkeypatch):
+    """Of every kill the run that ends is held against the undisturbed one; what is there is not run again."""
+    faults = benchmark("faults")
+    whole = {"step": 12, "arrays": "a", "scalars": "b"}
+    killed = dict(seed=0, processes=1, codes=[-9], seconds=1.0, all_gone=True, inside_save=True, **whole)
+    killed |= dict(steps_before=[3, 6], steps_after=[6])
+    silence, wrong = 15.0, faults.kills.verdict
+    assert wrong(killed, whole, silence) == ""
+    assert wrong({**killed, "arrays": "c"}, whole, silence) == "it ended otherwise"
+    assert wrong({**killed, "steps_after": [3]}, whole, silence) == "a checkpoint was lost"
+    assert wrong({**killed, "all_gone": False}, whole, silence) == "a process stayed"
+    assert wrong({**killed, "seconds": 36.0}, whole, silence) == "late"
+    assert wrong({"kill": 0, "moment": "none in time"}, whole, silence) == "no kill before the end"
+
+    ran = []
+
+    def happened(root, name, *times):
+        ran.append(name)
+        said = [["error: process 1 has ended (a|b)"], []]
+        return dict(fault=name, codes=[75, None], seconds=20.0, said=said, good=name != "SIGTERM at both")
+
+    monkeypatch.setattr(faults.kills, "undisturbed", lambda *_: whole)
+    monkeypatch.setattr(faults.kills, "killed", lambda root, seed, number, *_: {**killed, "kill": number})
+    monkeypatch.setattr(faults.others, "happened", happened)
+    command = ["--kills=1", "--only", "kills", "faults", f"--output={tmp_path / 'faults'}"]
+    assert faults.main(command) == 1, "one fault ended otherwise"
+    assert capsys.readouterr().out.splitlines()[-1] == "SIGTERM at both: [75, None]"
+    assert ran == list(faults.others.FAULTS)
+    first, _, row, *rest = (tmp_path / "faults.md").read_text().splitlines()[2:]
+    assert (
+        first.startswith("| processes | kills | inside a save | as undisturbed")
+        and row == "| 1 | 1 | 1 | 1 |  | 1.00 |"
+    )
+    assert rest[-1].endswith("| 75 | error: process 1 has ended (a\\|b) | stays | nothing | 20.0 |")
+    assert json.loads((tmp_path / "faults.json").read_text()).keys() >= ENVIRONMENT | {"results", "bad"}
+    with open(tmp_path / "faults.lines.jsonl", "a") as lines:
+        lines.write('{"cut off')
+    assert faults.main(command) == 1 and len(ran) == len(faults.others.FAULTS)
+    with pytest.raises(UserError, match="holds kills of seed 0, not 1"):
+        faults.main([*command, "--seed=1"])
+
+
 def test_train_step(benchmark, tmp_path, capsys):
     train_step, output = benchmark("train_step"), tmp_path / "train.json"
     train_step.main(["--size=tiny", "--only", "stage 1", "critic", "--repeats=1", f"--output={output}"])

@@ -19,6 +19,10 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.text.protocol import TextEncoder
 
 
+class _TooManyBad(UserError):
+    """No bad record by itself: a source that skips bad records, around another that does, lets it pass."""
+
+
 class SkipBadRecords:
     """A source whose bad records (ValueError) are replaced by the next good record of the source.
 
@@ -43,9 +47,11 @@ class SkipBadRecords:
             if candidate not in self._bad:
                 try:
                     return self._source[candidate]
+                except _TooManyBad:
+                    raise
                 except ValueError as error:
                     self._report(candidate, error)
-        raise UserError(f"{self._source!r}: all {len(self)} records are bad; prepare the data again", "source")
+        raise _TooManyBad(f"{self._source!r}: all {len(self)} records are bad; prepare the data again", "source")
 
     def _report(self, index: int, error: ValueError) -> None:
         with self._lock:
@@ -54,7 +60,7 @@ class SkipBadRecords:
             if count <= self._limit:
                 self._bad.add(index)
         if count > self._limit:
-            raise UserError(
+            raise _TooManyBad(
                 f"{count} bad records, max_bad_records={self._limit}; the last: {error}; "
                 "prepare the data again, or raise max_bad_records",
                 field="max_bad_records",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from greedy_distill_jax.measure import clock
-from greedy_distill_jax.storage.checkpoint import source_commit, versions
+from greedy_distill_jax.storage.versions import source_commit, versions
 
 MATMUL = {"cpu": 1024}  # side of the square matmul that is the ceiling, by platform
 COPY = {"cpu": 2**26}  # bytes of the copy

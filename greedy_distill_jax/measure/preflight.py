@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from greedy_distill_jax.distribution.hosts.alike import difference
 from greedy_distill_jax.distribution.hosts.join import Joined, counted
-from greedy_distill_jax.storage.checkpoint import versions
+from greedy_distill_jax.storage.versions import versions
 
 GIB = 2**30
 SKEW = 5.0  # seconds between two clocks: locks and the ages of partial files are told by them

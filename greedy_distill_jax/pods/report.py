@@ -10,13 +10,20 @@ from greedy_distill_jax.distribution.mesh import batch_parts
 from greedy_distill_jax.pods import costs, hlo, topologies
 from greedy_distill_jax.pods.compile_step import Compiled, compile_step
 from greedy_distill_jax.pods.facts import facts
+from greedy_distill_jax.pods.goodput import Faults, saving
 from greedy_distill_jax.pods.jobs import STREAM, Job, build_job, device_bytes
 from greedy_distill_jax.pods.remedies import remedies
 from greedy_distill_jax.pods.topologies import GIB
 
 
 def report(
-    settings: Settings, name: str, size: str, only: str, say: Callable[[str], None], search: bool = False
+    settings: Settings,
+    name: str,
+    size: str,
+    only: str,
+    say: Callable[[str], None],
+    faults: Faults | None = None,
+    search: bool = False,
 ) -> dict[str, Any]:
     """Compiles a job for a slice and says so line by line; returns the same as a record for a file.
 
@@ -24,13 +31,14 @@ def report(
       settings, size, only: as for ``pods.build_job``.
       name: of the slice, such as "v5p:4x4x4".
       say: takes one line.
+      faults: of its hosts, for how often to save; None for the usual ones.
       search: with one video at a time per group of devices, and no more steps after one that does not fit.
     """
     generation, _ = topologies.check(name)
     chip, steps = topologies.CHIPS[generation], []
     job = build_job(settings, topologies.devices(name), size, only, one_video=search)
-    known = facts(job)
-    for line in _header(job, known, name):
+    known, saved = facts(job), saving(job, faults or Faults())
+    for line in (*_header(job, known, name), _of_checkpoints(saved)):
         say(line)
     for step in job.steps:
         done = compile_step(job, step, chip.hbm)
@@ -48,6 +56,7 @@ def report(
         "compiled_not_run": True,
         "fits": fits,
         "facts": known,
+        "checkpoint": saved,
         "steps": steps,
         "host_bytes": host_memory(),
         "device_bytes": {tree: device_bytes(*pair) for tree, pair in job.trees.items()},
@@ -89,6 +98,15 @@ def _header(job: Job, known: dict[str, Any], name: str) -> Iterator[str]:
         yield f"  FLOPs: {', '.join(assumed)}: not losses of the library, taken to call every network they ask for once"
     for tree in dict.fromkeys(tree for step in job.steps for tree in step.holds):
         yield f"  {tree}: {device_bytes(*job.trees[tree]) / GIB:.2f} GiB per device"
+
+
+def _of_checkpoints(saved: dict[str, float | int]) -> str:
+    return (
+        f"  checkpoint: {saved['bytes'] / GIB:.2f} GiB, {saved['bytes_per_process'] / GIB:.2f} GiB by each of "
+        f"{saved['processes']} processes; save every {saved['every'] / 60:.3g} minutes: goodput {saved['goodput']:.3f} "
+        f"(a fault per host and {saved['host_days']:g} days, {saved['write_rate']:g} GB/s per process, "
+        f"{saved['restart']:g} s to start again)"
+    )
 
 
 def _record(job: Job, done: Compiled, chip: topologies.Chip) -> dict[str, Any]:

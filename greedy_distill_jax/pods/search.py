@@ -6,11 +6,17 @@ from typing import Any
 from greedy_distill_jax.config import Settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.pods import jobs, topologies
+from greedy_distill_jax.pods.goodput import Faults
 from greedy_distill_jax.pods.report import report
 
 
 def search(
-    settings: Settings, generation: str, size: str, only: str, say: Callable[[str], None]
+    settings: Settings,
+    generation: str,
+    size: str,
+    only: str,
+    say: Callable[[str], None],
+    faults: Faults | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Compiles a job for one slice after the other, the smallest first, up to the first that it fits on.
 
@@ -20,6 +26,7 @@ def search(
       settings, size, only: as for ``jobs.build_job``.
       generation: a key of ``topologies.CHIPS``.
       say: takes one line.
+      faults: as for ``report``.
 
     Yields:
       The record of every slice that the job could have, as ``report`` returns it; the last one says whether it fits.
@@ -37,7 +44,7 @@ def search(
     for slice_ in topologies.CHIPS[generation].slices:
         name = f"{generation}:{slice_}"
         try:
-            record = report(settings, name, size, only, say, search=True)
+            record = report(settings, name, size, only, say, faults, search=True)
         except jobs.Misfit as error:
             say(f"{name}: {error}")
             continue

@@ -11,14 +11,9 @@ without.
 """
 
 import contextlib
-import importlib.metadata
-import itertools
 import json
-import logging
 import os
-import platform
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -31,10 +26,14 @@ from jax.sharding import Sharding
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.arrays import HANDLERS
+from greedy_distill_jax.storage.aside import WHOLE, move_aside, move_parts_aside, warn
+from greedy_distill_jax.storage.background import telling
 from greedy_distill_jax.storage.disk import OF_DAMAGE, check_writable, disk_reason
+from greedy_distill_jax.storage.log import quiet, say_only_news
 from greedy_distill_jax.storage.messages import Damaged, check_architecture, check_leaves, none_in
 from greedy_distill_jax.storage.records import first_line
 from greedy_distill_jax.storage.sums import check, sums, taken_apart, with_sums
+from greedy_distill_jax.storage.together import all_said
 from greedy_distill_jax.storage.trees import (
     Path,
     canonical,
@@ -46,9 +45,11 @@ from greedy_distill_jax.storage.trees import (
     stored_shape,
     typed,
 )
+from greedy_distill_jax.storage.versions import versions
 
 LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
 _OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
+_PAUSE = 0.01  # seconds between two looks at a save
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of steps that are being written
 
 T = TypeVar("T")
@@ -81,13 +82,16 @@ class Checkpointer:
         write_bytes: int | None = None,
     ):
         self.directory, self._read_only = _absolute(directory), read_only
-        logging.getLogger("absl").addFilter(_is_news)
+        self._failure: BaseException | None = None  # of a write in the background
+        say_only_news()
         if not read_only:
             if "://" not in self.directory:
                 check_writable(self.directory)
+                if jax.process_index() == 0:  # the others wait for it below
+                    move_parts_aside(self.directory)
         elif "://" not in self.directory and not os.path.isdir(self.directory):
             raise none_in(self.directory)
-        with _quiet():
+        with quiet():
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else max_to_keep,
                 enable_async_checkpointing=async_save and not read_only,
@@ -96,12 +100,12 @@ class Checkpointer:
                 read_only=read_only,
             )
             limited = {} if write_bytes is None else dict(save_concurrent_gb=write_bytes / 1e9, use_compression=False)
-            state_handler = ocp.PyTreeCheckpointHandler(type_handler_registry=HANDLERS, **limited)
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=options,
-                item_handlers={"state": state_handler, "meta": ocp.JsonCheckpointHandler()},
-            )
+            self._handlers = {
+                "state": ocp.PyTreeCheckpointHandler(type_handler_registry=HANDLERS, **limited),
+                "meta": ocp.JsonCheckpointHandler(),
+            }
+            writing = {name: telling(handler, self._failed) for name, handler in self._handlers.items()}
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=writing)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -118,6 +122,11 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
+
+    def agreed_steps(self) -> list[int]:
+        """The complete checkpoints that every process of the run sees, oldest first; all have to ask."""
+        said = all_said(" ".join(map(str, self.steps())))
+        return sorted(set.intersection(*({int(step) for step in steps.split()} for steps in said)))
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
         """Saves a step.
@@ -136,6 +145,7 @@ class Checkpointer:
         """
         json.dumps(meta)  # fails here, not after an older step of that name is gone
         step = int(step)
+        self._wait_for_others()
         if step in self._manager.all_steps():
             if self._is_complete(step) and not force:
                 return False
@@ -247,7 +257,7 @@ class Checkpointer:
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
         step = self._existing(step)
-        with self.reading(step):
+        with self._agreed(step):
             meta, _ = self._meta(step)
             if isinstance(meta.get("config"), str):
                 json.loads(meta["config"])  # a text of JSON within JSON
@@ -262,23 +272,41 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; raises what went wrong in the background, as `save` does."""
+        self._wait_for_others()
         with self._writing():
             self._manager.wait_until_finished()
 
+    def check(self) -> None:
+        """Raises what went wrong in the background so far, as `save` does; waits for nothing."""
+        if self._failure is not None:
+            with self._writing():
+                raise self._failure
+
     def close(self) -> None:
         """Waits and releases the threads; raises as `wait` does."""
+        if jax.process_count() > 1:
+            self.check()  # threads of such a save wait for the other processes, which do not come
         with self._writing():
             self._manager.close()
+
+    def _failed(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+
+    def _wait_for_others(self) -> None:
+        """Of several processes, waits for the step that is being written, and no longer than until it has failed."""
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            self.check()
+            time.sleep(_PAUSE)
 
     def newest(self, read: Callable[[int], T]) -> tuple[int, T]:
         """Reads the newest checkpoint that is not damaged; those after it are named in a warning.
 
-        A run that is written moves them aside, so that it can save these steps again. Of several processes each reads
-        its own part, so none may decide alone which step all take, and a remote folder is not moved: there a damaged
-        step is an error.
+        A run that is written moves them aside, so that it can save these steps again; a remote folder is not moved:
+        there a damaged step is an error. Several processes, which all have to call this, take the same step: one that
+        is damaged to any of them is damaged.
 
         Args:
-          read: step -> what is wanted of it.
+          read: step -> what is wanted of it, by methods of this class.
 
         Returns:
           (step, what ``read`` returned).
@@ -287,35 +315,38 @@ class Checkpointer:
           UserError: there is no checkpoint, or none that can be read; they stay where they are.
         """
         damaged: dict[int, Damaged] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self.agreed_steps()):
             try:
                 found = read(step)
             except Damaged as error:
-                if jax.process_count() > 1 or (not self._read_only and "://" in self.directory):
+                if not self._read_only and "://" in self.directory:
                     where = self._manager.directory / str(step)
                     raise UserError(f"{error.told}; move {where} away, then run the same command again") from error
                 damaged[step] = error
                 continue
-            for number, error in damaged.items():
-                told = f"warning: {error.told}; step {step} is taken instead"
-                if not self._read_only:
-                    told += f", and the damaged one moved to {self._move_aside(number)}"
-                print(told, file=sys.stderr, flush=True)
+            if damaged:
+                self._pass_over(damaged, step)
             return step, found
         for error in damaged.values():
             raise UserError(f"{error.told}, and no other step can be read; start again in another folder") from error
         raise none_in(self.directory)
 
-    def _move_aside(self, step: int) -> str:
-        names = (f"{self.directory}-damaged-{step}{f'.{n}' if n else ''}" for n in itertools.count())
-        name = next(name for name in names if not os.path.exists(name))
-        os.replace(os.path.join(self.directory, str(step)), name)
-        self._manager.reload()
-        return name
+    def _pass_over(self, damaged: Mapping[int, Damaged], taken: int) -> None:
+        if jax.process_index() == 0:
+            for step, error in damaged.items():
+                told = f"{error.told}; step {taken} is taken instead"
+                if not self._read_only:
+                    told += f", and the damaged one moved to {move_aside(self.directory, step)}"
+                warn(told)
+        all_said("")  # that they are moved
+        if not self._read_only:
+            self._manager.reload()
 
     def _is_complete(self, step: int) -> bool:
-        here = self._manager.directory / str(step)
-        return (here / "state" / "_METADATA").exists() and (here / "meta" / "metadata").exists()
+        return all((self._item(step, item) / file).exists() for item, file in WHOLE)
+
+    def _item(self, step: int, name: str) -> Any:
+        return self._manager.directory / str(step) / name
 
     def _existing(self, step: int | None) -> int:
         self._manager.wait_until_finished()
@@ -327,15 +358,16 @@ class Checkpointer:
         return steps[-1] if step is None else step
 
     def _meta(self, step: int) -> tuple[dict[str, Any], dict[Path, int] | None]:
-        return taken_apart(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        return taken_apart(self._handlers["meta"].restore(self._item(step, "meta")))
 
     def _stored(self, step: int) -> _Stored:
-        with self.reading(step):
-            tree, (_, saved) = self._manager.item_metadata(step)["state"].tree, self._meta(step)
+        with self._agreed(step):
+            tree = self._handlers["state"].metadata(self._item(step, "state")).tree
+            _, saved = self._meta(step)
             shapes = {path: jax.ShapeDtypeStruct(tuple(x.shape), canonical(x.dtype)) for path, x in flatten(tree)}
             if saved is not None and saved.keys() != shapes.keys():
                 raise ValueError(f"{'/'.join(min(saved.keys() ^ shapes.keys()))} was not saved, or is lost")
-            return _Stored(shapes, saved)
+        return _Stored(shapes, saved)
 
     def _read(self, step: int, shapes: Mapping[Path, jax.ShapeDtypeStruct], stored: _Stored) -> dict[Path, jax.Array]:
         """Leaves of ``shapes`` in their dtypes, compared with their sums before they are cast to these."""
@@ -344,14 +376,13 @@ class Checkpointer:
             for path, shape in shapes.items()
         }
         tree = nest(as_stored)
-        restore = ocp.args.PyTreeRestore(
-            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
-        )
-        with self.reading(step):
-            read = dict(flatten(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]))
+        how = ocp.checkpoint_utils.construct_restore_args(tree)
+        restore = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
+        with self._agreed(step):  # by the handler: the manager would wait for a process that has met damage
+            read = dict(flatten(self._handlers["state"].restore(self._item(step, "state"), args=restore)))
         if stored.sums is not None:
             found = sums(read)
-            with self.reading(step):
+            with self._agreed(step):
                 check(found, stored.sums)
         for path, shape in shapes.items():  # one after the other: never all in both dtypes
             if read[path].dtype != shape.dtype:
@@ -376,6 +407,19 @@ class Checkpointer:
             raise Damaged(f"{where} is damaged ({told})", others) from error
 
     @contextlib.contextmanager
+    def _agreed(self, step: int) -> Iterator[None]:
+        """`reading` by all processes, which must not wait for each other in the block: damage at one is at all."""
+        damaged = None
+        try:
+            with self.reading(step):
+                yield
+        except Damaged as error:
+            damaged = error
+        for process, told in enumerate(all_said("" if damaged is None else damaged.told)):
+            if told:
+                raise damaged or Damaged(f"{told} at process {process}", self.steps())
+
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
@@ -383,7 +427,8 @@ class Checkpointer:
             reason = disk_reason(error)
             if not reason:
                 raise
-            for path in () if self._read_only else self._manager.directory.iterdir():
+            alone = jax.process_count() == 1  # else others are still writing there; the next start removes it
+            for path in self._manager.directory.iterdir() if alone and not self._read_only else ():
                 if _TEMPORARY in path.name:  # of a reader they are what the run is writing
                     with contextlib.suppress(OSError):
                         path.rmtree()
@@ -436,45 +481,6 @@ def load_meta(directory: str | os.PathLike, *, step: int | None = None) -> dict[
     return read_run(directory, step, Checkpointer.meta)
 
 
-def versions() -> dict[str, str]:
-    """What the checkpoint was written with."""
-    names = ("greedy_distill_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # the package itself, run from a checkout that is not installed
-    return found
-
-
-def source_commit() -> str | None:
-    """The commit of the checkout that this package runs from; None for an installed package or without git."""
-    try:
-        command, here = ["git", "rev-parse", "HEAD"], os.path.dirname(os.path.abspath(__file__))
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keeps Orbax from warning that a read-only directory is read-only."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _absolute(directory: str | os.PathLike) -> str:
     directory = os.fspath(directory)
     return directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether Orbax logs something else than a disk error, which `save`, `wait` or `close` tell in one line."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not disk_reason(error) and "os_error_code" not in record.getMessage()

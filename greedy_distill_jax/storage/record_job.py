@@ -80,7 +80,9 @@ class _Shard:
     def close(self) -> dict[str, Any]:
         with _disk():
             self._writer.close()
-        return {"file": self.partial.target.name, "records": self._records, "sha256": self._digest.hexdigest()}
+            size = self.partial.path.stat().st_size
+        told = {"file": self.partial.target.name, "records": self._records, "bytes": size}
+        return {**told, "sha256": self._digest.hexdigest()}
 
     def abort(self) -> None:
         with contextlib.suppress(OSError), _disk():  # it may be what failed, or be closed

@@ -96,6 +96,10 @@ class ShardedSource:
         """
         # The codec is a path, which may move; reasons of what was skipped hold paths and the words of a version.
         content = {key: value for key, value in self.info.items() if key not in ("codec", "skipped")}
+        content["shards"] = {
+            split: [{key: value for key, value in shard.items() if key != "bytes"} for shard in shards]
+            for split, shards in self.info["shards"].items()
+        }  # another version may compress the same records otherwise
         return fingerprint([json.dumps(content, sort_keys=True)])
 
     @property
@@ -116,19 +120,21 @@ class Shards:
       paths: of the files.
     """
 
-    def __init__(self, shards: Sequence[tuple[Path, int]], kind: RecordKind) -> None:
+    def __init__(self, shards: Sequence[tuple[Path, int, int | None]], kind: RecordKind) -> None:
         """Opens the files.
 
         Args:
-          shards: (path, number of records it must hold) of each.
+          shards: (path, number of records it must hold, bytes it must have, None where they are not known) of each.
           kind: of the records, for messages.
 
         Raises:
-          UserError: a file that is missing, damaged or holds another number of records.
+          UserError: a file that is missing, damaged, of another size, or holds another number of records.
         """
-        self.paths, self._readers = [path for path, _ in shards], []
-        for path, records in shards:
+        self.paths, self._readers = [path for path, *_ in shards], []
+        for path, records, size in shards:
             try:
+                if size not in (None, there := path.stat().st_size):
+                    raise ValueError(f"it has {there} bytes instead of {size}")
                 reader = ArrayRecordDataSource([os.fspath(path)])
                 found = len(reader)
             except (OSError, ValueError, RuntimeError) as error:
@@ -141,7 +147,7 @@ class Shards:
                     field="directory",
                 )
             self._readers.append(reader)
-        self._ends = np.cumsum([records for _, records in shards], dtype=np.int64)
+        self._ends = np.cumsum([records for _, records, _ in shards], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -191,4 +197,5 @@ def read_dataset(directory: str | os.PathLike, kind: RecordKind) -> dict[str, An
 
 def open_shards(directory: Path, info: Mapping[str, Any], kind: RecordKind, split: str) -> Shards:
     """Opens the shards of a split, of a finished folder or of one whose dataset.json is about to be written."""
-    return Shards([(directory / s["file"], int(s["records"])) for s in info["shards"].get(split, [])], kind)
+    shards = info["shards"].get(split, [])
+    return Shards([(directory / s["file"], int(s["records"]), s.get("bytes")) for s in shards], kind)

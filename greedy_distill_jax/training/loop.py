@@ -35,7 +35,7 @@ class Progress:
 
     def start(self) -> TrainState:
         """The state to go on from: of the newest checkpoint that can be read, or of step 0."""
-        if self.checkpointer.latest_step() is None:
+        if not self.checkpointer.agreed_steps():
             state = initial_state(self.job)
         else:
             self.first, (meta, state) = self.checkpointer.newest(self._read)
@@ -166,6 +166,7 @@ def run_loop(
     feed, compiled, told = Feed(job, at.first), set(), set()
     with progress(settings.steps, at.first, settings.stage, enabled=show) as bar:
         while at.step < settings.steps and stop.begins(at.step + 1):
+            at.checkpointer.check()
             batches, at.step = feed(at.step + 1), at.step + 1
             state, metrics, due = run_parts(job.parts, at.step, state, frozen, batches, job.mesh)
             state = state._replace(step=_placed(at.step, job.state_sharding.step))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from greedy_distill_jax.data.augment import augmented
-from greedy_distill_jax.data.loader import make_loader
+from greedy_distill_jax.data.loader import SkipBadRecords, make_loader
 from greedy_distill_jax.data.sources import registry
 from greedy_distill_jax.data.sources.protocol import captions_of, check_example
 from greedy_distill_jax.data.sources.registry import load_source
@@ -137,6 +137,10 @@ def test_too_many_bad_records_raise():
     reached = r"3 bad records, max_bad_records=2; .*index 8"
     with pytest.warns(UserWarning, match="index [25]"), pytest.raises(UserError, match=reached):
         _indices(_loader(Listed(20, bad=(2, 5, 8)), shuffle=False, max_bad_records=2, num_threads=0), 9)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=f"^{reached}") as error:  # one source in another
+        source = SkipBadRecords(Listed(20, bad=(2, 5, 8)), 2)
+        _indices(_loader(source, shuffle=False, max_bad_records=2, num_threads=0), 9)
+    assert str(error.value).count("bad records") == 1
     with pytest.raises(UserError, match=r"max_bad_records=0; .*index 2"):
         _indices(_loader(Listed(20, bad=(2,)), shuffle=False, max_bad_records=0), 3)
     with pytest.warns(UserWarning), pytest.raises(UserError, match="all 4 records are bad"):

@@ -65,6 +65,7 @@ TEACHER, DMD, RL = (f"configs/wan1_3b/{name}.py" for name in ("teacher", "dmd", 
         (["--topology=v5e:4x4", "--search"], "--topology: 'v5e:4x4' is no generation of chips"),
         (["--topology=v5e:4x4", "--size=1080p"], "--size: frames of '1080p' are not known; choose from 480p, 720p"),
         (["--topology=v5e:4x4", "--json=/not/there/x.json"], "--json: /not/there/x.json cannot be written"),
+        (["--topology=v5e:4x4", "--host-days=0"], "--host-days: it is 0; it must be above 0"),
         ([], "--topology is missing"),
     ],
 )
@@ -241,13 +242,19 @@ def fake_compiler(monkeypatch, fits):
 def test_search_keeps_the_global_batch(monkeypatch, capsys, tmp_path):
     asked = fake_compiler(monkeypatch, lambda job: job.mesh.size >= 64)
     arguments = ["--topology=v5e", "--search", f"--json={tmp_path / 'out.json'}"]
+    arguments += ["--host-days=100", "--write-rate=2"]
     assert command.main(["train", f"--config={TEACHER}", *arguments]) == 0
-    assert "smallest slice of v5e that fits: v5e:8x8, with --config.data.accumulate=4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "smallest slice of v5e that fits: v5e:8x8, with --config.data.accumulate=4" in out
+    assert "by each of 16 processes; save every " in out and "(a fault per host and 100 days, 2 GB/s per process" in out
     records = json.loads((tmp_path / "out.json").read_text())
     assert [record["topology"] for record in records] == ["v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"]
     assert [record["facts"]["accumulate"] for record in records] == [64, 32, 16, 8, 4]
     assert {record["facts"]["batch"] for record in records} == {64} and len(asked) == 5
     assert {record["facts"]["microbatch_per_group"] for record in records} == {1}
+    known, saved = records[-1]["facts"], records[-1]["checkpoint"]
+    kept = sum(known[name] for name in ("parameters", "ema_parameters", "optimizer_parameters"))
+    assert 0 <= saved["bytes"] - 4 * kept < 100 and saved["bytes_per_process"] == saved["bytes"] / 16
 
 
 @needs_libtpu

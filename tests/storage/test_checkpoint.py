@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage import checkpoint
 from greedy_distill_jax.storage.checkpoint import Checkpointer, Damaged, load_meta, load_params
 
 
@@ -161,7 +162,7 @@ def test_a_reader_sees_what_a_writer_adds(workdir):
 
 
 @pytest.mark.parametrize("damage", ["no_state", "no_meta", "empty", "temporary"])
-def test_a_half_written_step_is_skipped_and_written_again(workdir, damage):
+def test_a_half_written_step_is_skipped_and_written_again(workdir, capsys, damage):
     state = make_state(1)
     with Checkpointer(workdir) as checkpointer:
         checkpointer.save(1, state, meta(1))
@@ -175,6 +176,9 @@ def test_a_half_written_step_is_skipped_and_written_again(workdir, damage):
             subprocess.run(["rm", "-rf", path], check=True)
     assert load_meta(workdir)["data_position"] == 32
     with Checkpointer(workdir) as checkpointer:
+        missing = "meta/metadata" if damage == "no_meta" else "state/_METADATA"
+        told = f"step 2 is not whole (it has no {missing}); it is passed over, and moved to {workdir}-damaged-2\n"
+        assert capsys.readouterr().err.endswith(told if damage != "temporary" else "")
         assert checkpointer.latest_step() == 1
         assert_same_bits(checkpointer.restore(None, shapes_of(state)), state)
         assert checkpointer.save(2, state, meta(2))
@@ -197,7 +201,7 @@ def test_a_chunk_that_does_not_decode_is_damage(workdir, monkeypatch):
             def restore(*args, raised=raised, **kwargs):
                 raise raised
 
-            monkeypatch.setattr(checkpointer._manager, "restore", restore)
+            monkeypatch.setattr(checkpointer._handlers["meta"], "restore", restore)
             with pytest.raises(expected, match=str(raised)):
                 checkpointer.meta(1)
 
@@ -242,15 +246,13 @@ def test_a_damaged_step_is_told_and_the_last_good_one_taken(workdir, capsys, wha
         assert checkpointer.steps() == [1, 2]
 
 
-@pytest.mark.parametrize("processes, read_only, prefix", [(2, False, ""), (2, True, ""), (1, False, "gs://")])
-def test_nobody_goes_back_a_step_alone(workdir, monkeypatch, processes, read_only, prefix):
+def test_a_remote_step_is_not_moved(workdir):
     for step in (1, 2):
         for item, name in (("state", "_METADATA"), ("meta", "metadata")):
             (file := workdir / str(step) / item / name).parent.mkdir(parents=True)
             file.write_text("{}")
-    with Checkpointer(workdir, read_only=read_only) as checkpointer:
-        checkpointer.directory = prefix + checkpointer.directory
-        monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.directory = "gs://" + checkpointer.directory
 
         def read(step):
             if step == 2:
@@ -260,7 +262,33 @@ def test_nobody_goes_back_a_step_alone(workdir, monkeypatch, processes, read_onl
         with pytest.raises(UserError, match=f"^run step 2 is damaged .x.; move {workdir}/2 away, then run the same"):
             checkpointer.newest(read)
         assert checkpointer.steps() == [1, 2] and not list(workdir.parent.glob("*-damaged-*"))
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_step_that_another_process_cannot_read_is_passed_over(workdir, monkeypatch, capsys, read_only):
+    folder, state = workdir / "checkpoints", {"x": jnp.arange(5.0)}
+    with Checkpointer(folder, async_save=False) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, state, meta(step))
+    asked = []
+
+    def all_said(text):  # by this process, and by one that does not see step 3 and finds step 2 damaged
+        asked.append(text)
+        return [text, "1 2" if text == "1 2 3" else "run step 2 is damaged (y)" * (asked.count("") == 2)]
+
+    with Checkpointer(folder, read_only=read_only) as checkpointer:
+        monkeypatch.setattr(checkpoint, "all_said", all_said)
+        step, (position, found) = checkpointer.newest(
+            lambda step: (checkpointer.meta(step)["data_position"], checkpointer.restore(step, shapes_of(state)))
+        )
         monkeypatch.undo()
+        assert (step, position) == (1, 32)
+        assert_same_bits(found, state)
+        assert checkpointer.steps() == ([1, 2, 3] if read_only else [1, 3])
+    told = "warning: run step 2 is damaged (y) at process 1; step 1 is taken instead"
+    assert (
+        told + ("\n" if read_only else f", and the damaged one moved to {folder}-damaged-2") in capsys.readouterr().err
+    )
 
 
 def test_a_disk_that_refuses_is_no_damage(workdir, monkeypatch):
@@ -281,7 +309,7 @@ def test_a_disk_that_refuses_is_no_damage(workdir, monkeypatch):
         assert (workdir / "2.orbax-checkpoint-tmp").exists(), "a reader removed what the run is writing"
         with monkeypatch.context() as patch:
             denied = PermissionError(errno.EACCES, "Permission denied")
-            patch.setattr(checkpointer._manager, "restore", mock.Mock(side_effect=denied))
+            patch.setattr(checkpointer._handlers["meta"], "restore", mock.Mock(side_effect=denied))
             with pytest.raises(UserError, match=r"step 1 cannot be read \(Permission denied\)") as error:
                 checkpointer.newest(checkpointer.meta)
             assert not isinstance(error.value, Damaged)

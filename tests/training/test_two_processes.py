@@ -8,14 +8,20 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.storage.checkpoint import Checkpointer, load_params
 from greedy_distill_jax.storage.lock import held
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.train import train
 from greedy_distill_jax.training.metrics import read_scalars
 
 CONFIG = """
-import os, pathlib, time
+import os, pathlib, resource, time
 import jax
 from greedy_distill_jax.distribution import agreement
 from greedy_distill_jax.errors import Diverged
@@ -34,6 +40,8 @@ def scalars(self, step, *args):
     hold(step)
     if step == 4 and os.environ.get("FAIL") in (str(jax.process_index()), "all"):
         raise Diverged("not finite")
+    if step == 4 and os.environ.get("FULL") == str(jax.process_index()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))  # of a checkpoint it writes larger files
 def opened(*args):
     hold("setup")
     return open_data(*args)
@@ -42,9 +50,9 @@ agreement.ANSWER, stop._LEADER = 200.0, 10.0  # the machine may be busy
 if os.environ.get("FAIL") == "all":
     stop._SAME = 4.0
 def get_config(stage="teacher"):
-    changes = dict(optimizer__name="muon", optimizer__final=0.05)  # its state, and a rate that decays
-    return train_config(stage, steps=16, checkpoint__every=5, mesh__data=4, **changes)
+    return train_config(stage, steps=16, checkpoint__every=5, mesh__fsdp=4, mesh__data=1, **CHANGES)
 """
+CHANGES = dict(optimizer__name="muon", optimizer__final=0.05)  # its state, and a rate that decays
 
 
 def joined(env):
@@ -66,7 +74,7 @@ class _Pair:
 
     def __init__(self, tmp_path, workdir, env, hold="none", changes=(), own=((), ())):
         config, self.hold = tmp_path / "config.py", tmp_path / f"{hold}-"
-        config.write_text(CONFIG)
+        config.write_text(f"{CONFIG}\nCHANGES = {CHANGES}\n")
         env = {**joined(env), "HOLD": str(self.hold)}
         command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={config}", f"--workdir={workdir}"]
         self.files = [tmp_path / f"err{index}" for index in (0, 1)]
@@ -111,6 +119,7 @@ def _saved(workdir):
 @pytest.mark.slow
 @pytest.mark.subprocesses
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, subprocess_env):
+    """A step that is damaged since is passed over by both; one process goes on with what two have saved."""
     workdir = tmp_path / "run"
     stops = [
         (4, signal.SIGTERM, (1,), 0),
@@ -125,10 +134,21 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, subproc
             assert step <= kept < step + 4
             assert pair.said().count(f"saved step {kept} of 16") == 1, pair.said()
             assert pair.said().count(f"stopping after step {kept}") == 1, pair.said()
-    with _Pair(tmp_path, workdir, subprocess_env) as pair:
-        assert pair.codes() == [0, 0], pair.said()
-    assert _saved(workdir) == 16
-    assert [line["step"] for line in read_scalars(workdir)] == list(range(1, 17))
+            assert pair.said().count("is damaged") == (step == 12), pair.said()
+        if step == 8:
+            for file in (workdir / "checkpoints" / str(kept) / "state" / "ocdbt.process_1" / "d").iterdir():
+                file.write_bytes(bytes(len(file.read_bytes())))
+    assert f"checkpoints-damaged-{kept}" not in {path.name for path in workdir.iterdir()}
+    assert [path.name[:20] for path in workdir.glob("checkpoints-*")] == ["checkpoints-damaged-"]
+    for name, mesh in (("run", dict(mesh__data=2, mesh__fsdp=4)), ("undisturbed", dict(mesh__data=8))):
+        config = tiny.train_config("teacher", steps=16, checkpoint__every=5, **CHANGES, **mesh)
+        train(config, tmp_path / name, show_progress=False)
+    own, other = (read_scalars(tmp_path / name) for name in ("run", "undisturbed"))
+    assert [line["step"] for line in own] == list(range(1, 17))
+    np.testing.assert_allclose([x["teacher/loss"] for x in own], [x["teacher/loss"] for x in other], rtol=1e-5)
+    averages = [load_params(tmp_path / name / "checkpoints", "nets/teacher/ema") for name in ("run", "undisturbed")]
+    norm, apart = (optax.tree.norm(tree) for tree in (averages[1], jax.tree.map(jnp.subtract, *averages)))
+    assert apart < 1e-5 * norm
 
 
 @pytest.mark.slow
@@ -186,6 +206,20 @@ def test_an_error_of_one_process_ends_the_other_inside_its_step(tmp_path, subpro
     for index, text in enumerate(said):
         assert ("error: not finite" if fails in (str(index), "all") else other) in text
         assert text.count("error:") == 1 and "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.subprocesses
+def test_a_disk_that_is_full_to_one_process_ends_both_and_keeps_the_last_step(tmp_path, subprocess_env):
+    workdir = tmp_path / "run"
+    changes = ("--config.checkpoint.every=2", "--config.steps=100000")
+    with _Pair(tmp_path, workdir, {**subprocess_env, "FULL": "1"}, changes=changes) as pair:
+        assert pair.codes() == [2, 2], pair.said()
+        first, second = (file.read_text() for file in pair.files)
+    kept = _saved(workdir)
+    line = f"{workdir}/checkpoints cannot be written (File too large); step {kept} is kept. Free space and run the same"
+    assert f"error: {line}" in second and f"error: process 1 has ended ({line}" in first
+    assert kept in (2, 4) and "Traceback" not in first + second
 
 
 SHARE = """

@@ -19,7 +19,7 @@ import greedy_distill_jax
 from greedy_distill_jax.distribution.agreement import ServiceStore, Store
 from greedy_distill_jax.distribution.hosts.join import Joined
 from greedy_distill_jax.errors import Lost, UserError
-from greedy_distill_jax.storage.checkpoint import versions
+from greedy_distill_jax.storage.versions import versions
 
 _SLICE = 1.0  # seconds of one wait, between which Python sees signals
 _NAMED = 3  # differences and processes that a line names

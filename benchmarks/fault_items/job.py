@@ -1,0 +1,143 @@
+"""A training in several processes of this machine: started, watched, and what it leaves."""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import run_hashes
+from processes import Process, variables
+
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage.checkpoint import Checkpointer
+
+CONFIG = Path(__file__).with_name("config.py")
+DEVICES = 4  # of all processes together
+_PAUSE = 0.002  # seconds between two looks
+
+
+class Job:
+    """A training command in several processes.
+
+    Args:
+      root: folder of all jobs; they share compiled programs in it.
+      name: of the job's folder in it.
+      processes: how many; each has its part of four devices.
+      changes: of the configuration, such as "steps=8".
+      silence: seconds without a sign of life after which a process counts as gone.
+      own: more variables of some processes.
+      folders: in which each process runs; None for this one.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        processes: int,
+        changes: Sequence[str],
+        *,
+        silence: float,
+        own: Mapping[int, Mapping[str, str]] | None = None,
+        folders: Sequence[Path] | None = None,
+    ):
+        self.workdir, self.begun = root / name, time.monotonic()
+        changes = (f"compile_cache={root / 'compiled'}", *changes)
+        command = [sys.executable, "-m", "greedy_distill_jax.train", f"--config={CONFIG}", f"--workdir={self.workdir}"]
+        command += [f"--config.{change}" for change in changes]
+        here = str(Path(__file__).parents[2])
+        paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        more = {"SILENCE_TIMEOUT": f"{silence:g}", "PYTHONPATH": paths}
+        self.processes = [
+            Process(command, env | more | (own or {}).get(index, {}), folders[index] if folders else None)
+            for index, env in enumerate(variables(processes, DEVICES // processes))
+        ]
+
+    def steps(self) -> list[int]:
+        """The whole checkpoints."""
+        return sorted(int(name) for name in self._checkpoints() if name.isdigit())
+
+    def saving(self) -> list[str]:
+        """Folders of checkpoints that are being written, or were when their writer was killed."""
+        return [name for name in self._checkpoints() if "orbax-checkpoint-tmp" in name]
+
+    def logged(self) -> int:
+        """Steps whose scalars are written."""
+        try:
+            return (self.workdir / "scalars.jsonl").read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
+    def _checkpoints(self) -> list[str]:
+        try:
+            return os.listdir(self.workdir / "checkpoints")
+        except FileNotFoundError:
+            return []
+
+    def wait(self, reached: Any, limit: float) -> bool:
+        """Waits until ``reached()`` holds; False if a process has ended before, UserError after ``limit`` seconds."""
+        until = time.monotonic() + limit
+        while not reached():
+            if any(process.ended for process in self.processes):
+                return False
+            if time.monotonic() > until:
+                said = " / ".join(line for process in self.processes for _, line in process.said[-2:])
+                raise UserError(f"a training did not come so far within {limit:g} s ({said}); give it more: --limit.")
+            time.sleep(_PAUSE)
+        return True
+
+    def gone(self, limit: float, but: Sequence[int] = ()) -> bool:
+        """Waits until all processes, ``but`` some, have ended; False after ``limit`` seconds."""
+        until = time.monotonic() + limit
+        others = [process for index, process in enumerate(self.processes) if index not in but]
+        while not all(process.ended for process in others) and time.monotonic() < until:
+            time.sleep(_PAUSE)
+        return all(process.ended for process in others)
+
+    def codes(self) -> list[int | None]:
+        """Exit codes of all processes, -9 for one that was killed, None for one that runs."""
+        return [process.code() for process in self.processes]
+
+    def said(self, since: float) -> list[list[str]]:
+        """Lines of every process after a moment."""
+        return [[line for moment, line in process.said if moment >= since and line] for process in self.processes]
+
+    def end(self) -> None:
+        """Ends all for certain."""
+        for process in self.processes:
+            process.end()
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.end()
+
+
+def hashes(workdir: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run, hashes of all its arrays and of all scalars that the run logged."""
+    with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
+        step = checkpointer.latest_step()
+        nets = checkpointer.restore_subtree(step, "nets")
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nets):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return {
+        "step": step,
+        "arrays": total.hexdigest()[:16],
+        "scalars": run_hashes.scalars(workdir / "scalars.jsonl"),
+    }
+
+
+def finished(job: Job, limit: float) -> dict[str, Any]:
+    """Lets a job end; hashes of what it leaves. UserError if it does not end with 0 in time."""
+    with job:
+        if not job.gone(limit) or set(job.codes()) != {0}:
+            said = " / ".join(line for process in job.processes for _, line in process.said[-3:])
+            raise UserError(f"{job.workdir}: a training that nobody disturbs ended with {job.codes()} ({said}).")
+    return hashes(job.workdir)

@@ -1,0 +1,144 @@
+"""What happens to a training of several processes when some of it fails, on this machine.
+
+    python benchmarks/faults.py --kills 100 --output benchmarks/results/faults
+
+A tiny training over 1, 2 and 4 processes is killed (SIGKILL) at random moments, at one process or at all, half of them
+aimed into a save, and started again by the same command: the run that ends has to be, bit for bit, the one that nobody
+disturbed with as many processes, no checkpoint may be lost, and all processes have to be gone within the time after
+which silence counts (--silence) and that of an end. Then other faults happen to one of two processes: what each says,
+how it ends, seconds until all are gone. And a run of two processes goes on with 1, 2 and 4 on other meshes: how far its
+losses and its average are from those of an undisturbed one. Results are appended to a file of lines (--resume-from;
+beside --output by default), and the same command goes on where it stopped. Exits with 1 if anything was not as it
+should be.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from fault_items import kills, moves, others
+
+from greedy_distill_jax import cli
+from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.measure import environment, record
+from greedy_distill_jax.ranges import Natural, Positive
+
+PARTS = ("kills", "faults", "moves")
+
+
+def read(path: Path, seed: int) -> dict[tuple[str, Any], dict[str, Any]]:
+    """Results that are there already, by kind and name; UserError for kills of another seed."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue  # cut off by a kill
+        if result.get("seed", seed) != seed:
+            raise UserError(f"{path} holds kills of seed {result['seed']}, not {seed}; name another file.")
+        kind = next(kind for kind in ("undisturbed", "kill", "fault", "move") if kind in result)
+        found[kind, result[kind]] = result
+    return found
+
+
+def missing(args: argparse.Namespace, found: Mapping[tuple[str, Any], Any]) -> list[tuple[str, Any]]:
+    """What is still to be run, in this order."""
+    wanted: list[tuple[str, Any]] = []
+    if "kills" in args.only:
+        used = kills.PROCESSES[: max(0, args.kills)]
+        wanted += [("undisturbed", count) for count in used] + [("kill", number) for number in range(args.kills)]
+    wanted += [("fault", name) for name in others.FAULTS if "faults" in args.only]
+    wanted += [("move", name) for name in moves.MESHES if "moves" in args.only]
+    return [key for key in wanted if key not in found]
+
+
+def run(root: Path, key: tuple[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Runs one of ``missing``."""
+    kind, name = key
+    times = args.silence, args.limit
+    if kind == "undisturbed":
+        return {"undisturbed": name, **kills.undisturbed(root, name, *times)}
+    if kind == "kill":
+        return kills.killed(root, args.seed, name, *times)
+    if kind == "fault":
+        return others.happened(root, name, *times)
+    if not (root / "whole").exists():
+        moves.begun(root, *times)
+    return moves.moved(root, name, *times)
+
+
+def summary(results: Mapping[tuple[str, Any], Mapping[str, Any]], silence: float) -> tuple[str, list[str]]:
+    """Tables of all results, and what was not as it should be."""
+    of = {kind: {name: x for (k, name), x in results.items() if k == kind} for kind, _ in results}
+    tables, bad = [], []
+    if kinds := of.get("kill"):
+        cells = []
+        for count in kills.PROCESSES:
+            mine = [found for found in kinds.values() if found["processes"] == count]
+            verdicts = {f["kill"]: kills.verdict(f, _reference(of, count), silence) for f in mine}
+            bad += [f"kill {number}: {verdict}" for number, verdict in verdicts.items() if verdict]
+            killed = [found for found in mine if "codes" in found]
+            inside = sum(found["inside_save"] for found in killed)
+            codes = sorted({code for found in killed for code in found["codes"] if code not in (None, -9)})
+            slowest = max((found["seconds"] for found in killed), default=None)
+            equal = sum(not verdict for verdict in verdicts.values())
+            cells.append([count, len(mine), inside, equal, ", ".join(map(str, codes)), slowest])
+        header = ["processes", "kills", "inside a save", "as undisturbed, bit for bit", "codes of the others"]
+        tables.append(record.table([*header, "seconds until all were gone, at most"], cells))
+    if faults := of.get("fault"):
+        header = ["fault", "process 0 ends with", "and says", "process 1 ends with", "and says"]
+        tables.append(record.table([*header, "seconds until all were gone"], others.rows(faults)))
+        bad += [f"{name}: {found['codes']}" for name, found in faults.items() if not found["good"]]
+    if moved := of.get("move"):
+        cells = [[name, f"{x['losses']:.1e}", f"{x['average']:.1e}"] for name, x in moved.items()]
+        header = ["begun with 2 processes (data 2, fsdp 2), goes on with", "losses, apart", "average, apart"]
+        tables.append(record.table(header, cells))
+        bad += [f"{name}: apart by {max(x['losses'], x['average'])}" for name, x in moved.items() if not x["good"]]
+    return "\n\n".join(tables), bad
+
+
+def _reference(of: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    found = of.get("undisturbed", {}).get(processes, {"step": "unknown"})
+    return {key: value for key, value in found.items() if key != "undisturbed"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=cli.number(Natural), default=100, help="how many (default: 100)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts alone (default: all)")
+    parser.add_argument("--seed", type=cli.number(Natural), default=0, help="of the moments (default: 0)")
+    parser.add_argument("--silence", type=cli.number(Positive), default=15.0, help="SILENCE_TIMEOUT (default: 15)")
+    parser.add_argument("--limit", type=cli.number(Positive), default=600.0, help="seconds of a wait (default: 600)")
+    parser.add_argument("--resume-from", type=Path, help="file of results (default: beside --output)")
+    parser.add_argument("--output", type=Path, help="write tables to this name with .md, figures with .json")
+    args = parser.parse_args(argv)
+    lines = args.resume_from or (args.output and args.output.with_suffix(".lines.jsonl"))
+    results = read(lines, args.seed) if lines else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for key in missing(args, results):
+            results[key] = found = run(Path(folder), key, args)
+            print(json.dumps(found), flush=True)
+            if lines:
+                with open(lines, "a") as file:
+                    file.write(json.dumps(found) + "\n")
+    tables, bad = summary(results, args.silence)
+    print(tables, *bad, sep="\n")
+    if args.output:
+        told = {"command": record.command_line("benchmarks/faults.py", argv or sys.argv[1:]), "silence": args.silence}
+        result = {**told, "results": list(results.values()), "bad": bad, **environment.environment()}
+        record.write_json(args.output.with_suffix(".json"), result | {"clock": "wall time"})
+        text = f"{result['device']}, {result['cpu']}; SILENCE_TIMEOUT={args.silence:g}.\n\n{tables}\n"
+        args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,30 @@
+"""Folders that have the name of a checkpoint's step and are none, or a damaged one: they stay, beside the others."""
+
+import itertools
+import os
+import sys
+
+WHOLE = (("state", "_METADATA"), ("meta", "metadata"))  # files of a step, without which it is not whole
+
+
+def move_aside(directory: str, step: int) -> str:
+    """Moves a step out of a local folder of checkpoints; returns where it is now."""
+    names = (f"{directory}-damaged-{step}{f'.{n}' if n else ''}" for n in itertools.count())
+    name = next(name for name in names if not os.path.exists(name))
+    os.replace(os.path.join(directory, str(step)), name)
+    return name
+
+
+def move_parts_aside(directory: str) -> None:
+    """Moves what is no whole step, as a copy that was cut off, with a warning; one that is written has another name."""
+    for step in sorted(int(name) for name in os.listdir(directory) if name.isdecimal()):
+        path = os.path.join(directory, str(step))
+        missing = ["/".join(file) for file in WHOLE if not os.path.exists(os.path.join(path, *file))]
+        if missing:
+            told = f"{directory} step {step} is not whole (it has no {missing[0]})"
+            warn(f"{told}; it is passed over, and moved to {move_aside(directory, step)}")
+
+
+def warn(told: str) -> None:
+    """Says a warning."""
+    print(f"warning: {told}", file=sys.stderr, flush=True)
