@@ -7,15 +7,19 @@ Random weights. The peer is a causal student in the manner of Self-Forcing, writ
 (`torch_causal.py`): preallocated key cache, torch's fused attention, eager, and with --compile under
 `torch.compile` as well. It gets our causal student's weights, noise and dtype, makes the same number of evaluations and
 the clean pass, and its frames are compared with ours at every chunk; in bfloat16, where they can only be near, both are
-compared in float32 at a small size first. Ours is timed twice: the same causal student, and ETM + SDD cut from a
-teacher of that size, which is another model. Chunks are timed in turns after the window is full; medians per latent
-frame. On a CPU times are CPU time of one pinned thread, on a GPU synchronised wall time, and PyTorch and jax share the
-GPU's memory.
+compared in float32 at a small size first. ETM + SDD, cut from a teacher of that size and another model, is timed in the
+same way beside the PyTorch student that `convert export --format torch-student` writes of it. Chunks are timed in turns
+after the window is full; medians per latent frame. On a CPU times are CPU time of one pinned thread, on a GPU
+synchronised wall time, and PyTorch and jax share the GPU's memory.
 """
 
+import dataclasses
+import importlib.util
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,19 +36,59 @@ from greedy_distill_jax.measure import clock, environment, record
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.streaming.session import programs
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.weights.source import TreeSource
+from greedy_distill_jax.weights.write import write
 
 EAGER, COMPILED = "eager PyTorch, causal", "compiled PyTorch, causal"
+EXPORTED, EXPORTED_COMPILED = "eager PyTorch, exported ETM + SDD", "compiled PyTorch, exported ETM + SDD"
 CAUSAL, ETM_SDD = "ours, causal", "ours, ETM + SDD (another model)"
+OURS_OF = {EAGER: CAUSAL, COMPILED: CAUSAL, EXPORTED: ETM_SDD, EXPORTED_COMPILED: ETM_SDD}
 # Largest difference of a chunk, relative to its standard deviation; errors add up over a stream.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
-def _ours(size: Size, student: str, plan: StepPlan):
-    """(run, text rows, state and programs of a stream); kernels are stored in the dtype that they are used in."""
-    run = size.run(student, read_settings(size.config(student), imagine_runs=True).wan.dtype)
-    text = tiny.text_rows(1, jax.random.key(1), run.model.cfg.base)
-    own = programs(make_streamer(run.model, plan))
-    return run, text, own.init(run.params, text, jax.random.key(2), run.latent_shape[1:]), own
+class Exported:
+    """A stream of the PyTorch student that ETM + SDD is exported to, with the calls of ``TorchCausal``."""
+
+    def __init__(self, ours: "Ours", plan: StepPlan, device: str, *, compiled: bool):
+        import torch
+
+        self.torch, cfg = torch, ours.run.model.cfg
+        self.device = torch.device(device)
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "student"
+            write(TreeSource(cfg, ours.run.params, {"plan": dataclasses.asdict(plan)}), target, "torch-student")
+            spec = importlib.util.spec_from_file_location("torch_student", target / "torch_student.py")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            dtype = getattr(torch, cfg.base.dtype)
+            student = module.Student.from_pretrained(target, device=device, dtype=dtype).eval()
+        if compiled:
+            student.compile()
+        text = torch.from_numpy(np.array(ours.text, np.float32)).to(self.device)
+        self.stream = student.stream(text, ours.run.latent_shape[1:3])
+
+    def tensor(self, value: np.ndarray):
+        """An array [B, g, H, W, C] as the exported student has it, [B, g, C, H, W]."""
+        return self.torch.from_numpy(np.array(value)).permute(0, 1, 4, 2, 3).to(self.device)
+
+    def step(self, noise: Sequence[Any]) -> Any:
+        """The next clean chunk [B, g, H, W, C], ready."""
+        x = self.stream.step(list(noise))
+        if self.device.type == "cuda":
+            self.torch.cuda.synchronize(self.device)
+        return x.permute(0, 1, 3, 4, 2)
+
+
+class Ours:
+    """A stream of ours; kernels are stored in the dtype that they are used in."""
+
+    def __init__(self, size: Size, student: str, plan: StepPlan):
+        self.run = size.run(student, read_settings(size.config(student), imagine_runs=True).wan.dtype)
+        self.text = tiny.text_rows(1, jax.random.key(1), self.run.model.cfg.base)
+        self.programs = programs(make_streamer(self.run.model, plan))
+        shape = self.run.latent_shape[1:]
+        self.state = self.programs.init(self.run.params, self.text, jax.random.key(2), shape)
 
 
 def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: str) -> dict:
@@ -54,42 +98,46 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
       size: of ``sizes.SIZES``.
       steps: denoising steps.
       repeats: timed chunks.
-      peers: of (EAGER, COMPILED).
+      peers: of ``OURS_OF``.
       device: PyTorch's name of the device.
 
     Raises:
       RuntimeError: the frames of a peer are not ours.
     """
     plan = StepPlan((noise_levels.uniform_steps(steps, 5.0),), "renoise")
-    run, text, state, own = _ours(size, "causal", plan)
-    etm_run, _, etm_state, etm = _ours(size, "etm_sdd", plan)
+    ours = {CAUSAL: Ours(size, "causal", plan), ETM_SDD: Ours(size, "etm_sdd", plan)}
+    run, etm_cfg = ours[CAUSAL].run, ours[ETM_SDD].run.model.cfg
     cfg = run.model.cfg
-    options = dict(device=device, dtype=cfg.base.dtype)
-    inputs = run.params, cfg, np.asarray(text, np.float32), plan.sigmas[0], run.latent_shape[1:3]
-    others = {name: TorchCausal(*inputs, **options, compiled=name == COMPILED) for name in peers}
-    etm_chunk = etm_run.model.cfg.chunk
-    laps, worst = clock.Laps(), 0.0
+    inputs = run.params, cfg, np.asarray(ours[CAUSAL].text, np.float32), plan.sigmas[0], run.latent_shape[1:3]
+
+    def peer_of(name):
+        if OURS_OF[name] == ETM_SDD:
+            return Exported(ours[ETM_SDD], plan, device, compiled=name == EXPORTED_COMPILED)
+        return TorchCausal(*inputs, device=device, dtype=cfg.base.dtype, compiled=name == COMPILED)
+
+    others = {name: peer_of(name) for name in peers}
+    laps, worst = clock.Laps(), dict.fromkeys(ours, 0.0)
     # Chunks until every slot is filled, and one more with the shapes that stay, which compiles.
-    warm = max(own.warm_up, etm.warm_up) + 2
+    warm = max(one.programs.warm_up for one in ours.values()) + 2
 
     for number in range(warm + repeats):
-        noise = step_noise(state, steps)
-        counts = number >= warm
-        state, ours = laps.time(CAUSAL, own.step(number), run.params, state, per=cfg.chunk, counts=counts)
-        ours = np.asarray(ours, np.float32)
-        for name, peer in others.items():
-            theirs = laps.time(name, peer.step, [peer.tensor(x) for x in noise], per=cfg.chunk, counts=counts)
-            theirs = theirs.float().cpu().numpy()
-            difference = float(np.abs(theirs - ours).max() / ours.std())
-            if not difference < TOLERANCE[cfg.base.dtype]:  # not a number is no pass either
-                raise RuntimeError(f"chunk {number}: {name} differs by {difference:.1e}; no times of unlike work")
-            worst = max(worst, difference)
-        etm_state, _ = laps.time(ETM_SDD, etm.step(number), etm_run.params, etm_state, per=etm_chunk, counts=counts)
+        for kind, one in ours.items():
+            options = dict(per=one.run.model.cfg.chunk, counts=number >= warm)
+            noise = step_noise(one.state, steps)
+            one.state, x = laps.time(kind, one.programs.step(number), one.run.params, one.state, **options)
+            x = np.asarray(x, np.float32)
+            for name, peer in ((name, peer) for name, peer in others.items() if OURS_OF[name] == kind):
+                theirs = laps.time(name, peer.step, [peer.tensor(y) for y in noise], **options)
+                difference = float(np.abs(theirs.float().cpu().numpy() - x).max() / x.std())
+                if not difference < TOLERANCE[cfg.base.dtype]:  # not a number is no pass either
+                    raise RuntimeError(f"chunk {number}: {name} differs by {difference:.1e}; no times of unlike work")
+                worst[kind] = max(worst[kind], difference)
     ms = {name: laps.median_ms(name) for name in (*peers, CAUSAL, ETM_SDD)}
     return {
         "ms_per_latent_frame": ms,
-        "ratios": {f"{peer} / {name}": ms[peer] / ms[name] for peer in peers for name in (CAUSAL, ETM_SDD)},
-        "largest_difference": worst,
+        "ratios": {f"{peer} / {name}": ms[peer] / ms[name] for peer in peers for name in _beside(peer, peers)},
+        "largest_difference": max(worst.values()),
+        "largest_difference_of": worst,
         "config": {
             "latents": size.latent_shape,
             "dim": cfg.base.dim,
@@ -99,10 +147,17 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
             "window": cfg.window,
             "sink": cfg.sink,
             "dtype": cfg.base.dtype,
-            "etm_layers": len(etm_run.model.cfg.etm_layers),
-            "sdd_layers": len(etm_run.model.cfg.sdd_layers),
+            "etm_layers": len(etm_cfg.etm_layers),
+            "sdd_layers": len(etm_cfg.sdd_layers),
         },
     }
+
+
+def _beside(peer: str, peers: Sequence[str]) -> list[str]:
+    """What a peer's time is divided by: ours, and of a compiled one its eager self."""
+    if OURS_OF[peer] == CAUSAL:
+        return [CAUSAL, ETM_SDD]
+    return [ETM_SDD] + [EXPORTED] * (peer == EXPORTED_COMPILED and EXPORTED in peers)
 
 
 def _torch_device() -> str:
@@ -127,14 +182,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["small", "medium"])
     parser.add_argument("--steps", type=int, default=4, help="evaluations per chunk, besides the clean pass (4)")
     parser.add_argument("--repeats", type=int, default=5, help="chunks that are timed (5)")
-    parser.add_argument("--compile", action="store_true", help="time the peer under torch.compile, too")
+    parser.add_argument("--compile", action="store_true", help="time PyTorch under torch.compile, too")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.repeats < 1:
         raise UserError(f"--steps {args.steps} --repeats {args.repeats}: both must be at least 1.")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch memory on a GPU
     clock.one_thread()
-    device, peers = _torch_device(), (EAGER, COMPILED) if args.compile else (EAGER,)
+    device, peers = _torch_device(), tuple(OURS_OF) if args.compile else (EAGER, EXPORTED)
     dtypes = {read_settings(SIZES[name].config("causal"), imagine_runs=True).wan.dtype for name in args.size}
     result = {
         **environment.environment(),
@@ -167,7 +222,7 @@ def main(argv: list[str]) -> None:
         "width",
         *(f"{name}, ms/frame" for name in (*peers, CAUSAL, ETM_SDD)),
         *next(iter(result["sizes"].values()))["ratios"],
-        "causal frames differ by",
+        "frames differ by",
     ]
     print(record.table(header, rows))
 

@@ -1,9 +1,10 @@
 """The causal student in PyTorch, in the manner of Self-Forcing: a peer to compare numbers and times with.
 
 Plain functions over Wan's tensors by their names, on any device of PyTorch, in one dtype throughout (rotations and
-what depends on a timestep only are prepared in float64). Keys are cached rotated in one preallocated buffer per layer;
-every call of a chunk overwrites the chunk's slots, and a chunk that finds the window full moves the history behind the
-sink towards the front first (docs/method.md, section 4.2).
+what depends on a timestep only are prepared in float64). Keys are cached in one preallocated buffer per layer, rotated
+to their place in the video, or un-rotated where positions are those within the window; every call of a chunk overwrites
+the chunk's slots, and a chunk that finds the window full moves the history behind the sink towards the front first
+(docs/method.md, section 4.2). A new prompt recomputes keys in the buffer as it lies there (section 4.3).
 """
 
 from collections.abc import Sequence
@@ -14,29 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from greedy_distill_jax.models.students.config import CausalConfig
-from greedy_distill_jax.streaming.loop import initial_noise
+from greedy_distill_jax.streaming.loop import CONTEXT_FOLD, initial_noise
 from greedy_distill_jax.weights.source import TreeSource
 from greedy_distill_jax.weights.write import tensors_of
 
 THETA = 10_000.0
 
 
-def step_noise(state: Any, steps: int) -> list[np.ndarray]:
-    """What the next step of one of our streams draws, for ``TorchCausal.step``."""
+def step_noise(state: Any, steps: int, *, context: bool = False) -> list[np.ndarray]:
+    """What the next step of one of our streams draws, for ``TorchCausal.step``; ``context``: for what it keeps, too."""
     key, shape = jax.random.split(state.key)[1], state.last.shape
-    more = [jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in range(1, steps)]
+    folds = [*range(1, steps), *([CONTEXT_FOLD] if context else [])]
+    more = [jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in folds]
     return [np.asarray(x) for x in (initial_noise(key, shape), *more)]
 
 
 class TorchCausal:
-    """A stream of one causal student: absolute positions, a clean pass after every chunk.
+    """A stream of one causal student, with a pass over every chunk as it is kept.
 
     Args:
       params: the student's parameters, our tree.
-      cfg: of the student; rope_mode "absolute", context "clean", a velocity head.
+      cfg: of the student; context "clean", a velocity head.
       text: encoder rows [B, M, C].
       sigmas: of the denoising steps, re-noised in between.
       grid: rows and columns of a latent frame.
+      context_sigma: noise level that chunks are kept at.
       device: PyTorch's name of it.
       dtype: of weights, activations and cache, "float32" or "bfloat16"; norms and softmax accumulate in float32.
       compiled: ``torch.compile`` the network once the window is full and every shape stays as it is.
@@ -50,15 +53,16 @@ class TorchCausal:
         sigmas: Sequence[float],
         grid: tuple[int, int],
         *,
+        context_sigma: float = 0.0,
         device: str = "cpu",
         dtype: str = "float32",
         compiled: bool = False,
     ):
         import torch
 
-        if (cfg.rope_mode, cfg.context, cfg.base.prediction) != ("absolute", "clean", "velocity"):
-            raise ValueError(f"TorchCausal streams absolute positions, clean context and a velocity head, got {cfg}.")
-        self.torch, self.cfg, self.sigmas, self.index = torch, cfg, tuple(sigmas), 0
+        if (cfg.context, cfg.base.prediction) != ("clean", "velocity"):
+            raise ValueError(f"TorchCausal streams clean context and a velocity head, got {cfg}.")
+        self.torch, self.cfg, self.sigmas, self.level, self.index = torch, cfg, tuple(sigmas), context_sigma, 0
         base = cfg.base
         named = tensors_of(TreeSource(base, params), "original", "float32")
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
@@ -68,13 +72,13 @@ class TorchCausal:
         self.tokens = cfg.chunk * self.frame_tokens
         slots = (cfg.sink_chunks + cfg.ring_chunks + 1) * self.tokens
         shape = (len(text), slots, base.num_heads, base.head_dim)
-        names = [f"blocks.{layer}" for layer in range(base.num_layers)]
+        layers = range(base.num_layers)
         with torch.inference_mode():
-            rows = self._mlp("text_embedding", self.tensor(text), torch.nn.functional.gelu)
-            self.text = [self._key_value(f"{name}.cross_attn", rows) for name in names]
-            self.cache = [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in names]
-            self.times = {sigma: self._time(sigma, len(text)) for sigma in (*self.sigmas, 0.0)}
+            self.text = self._project(text)
+            self.cache = [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in layers]
+            self.times = {sigma: self._time(sigma, len(text)) for sigma in {*self.sigmas, context_sigma}}
         self.filled = 0  # tokens in the cache, without the chunk in the making
+        self.frames = None  # of the chunks in the cache, or that were there last, as they are kept
         self.compiled = torch.compile(self._velocity, dynamic=False) if compiled else None
 
     def tensor(self, value: np.ndarray):
@@ -82,23 +86,59 @@ class TorchCausal:
         return self.torch.from_numpy(np.array(value)).to(self.device, self.dtype)
 
     def step(self, noise: Sequence[Any]) -> Any:
-        """The next clean chunk [B, g, H, W, C], ready; ``noise``: what it starts from, one more per further step.
+        """The next clean chunk [B, g, H, W, C], ready.
 
-        Both are tensors of the peer's device (``tensor``).
+        Args:
+          noise: what it starts from, one more per further step, and where chunks are kept at a noise level one for
+            that; tensors of the peer's device (``tensor``).
         """
         torch, after = self.torch, (*self.sigmas[1:], 0.0)
         with torch.inference_mode():
             full = self._make_room()
             velocity = self.compiled if full and self.compiled else self._velocity
-            rope, x = self._rope(), noise[0]
-            for sigma, next_sigma, fresh in zip(self.sigmas, after, (*noise[1:], None)):
-                x0 = x - sigma * velocity(x, self.times[sigma], rope, self.filled)
+            ropes, x = self._ropes(self.filled, 1, self.index), noise[0]
+            for sigma, next_sigma, fresh in zip(self.sigmas, after, (*noise[1 : len(after)], None)):
+                x0 = x - sigma * velocity(x, self.times[sigma], ropes, self.filled)
                 x = x0 if fresh is None else (1 - next_sigma) * x0 + next_sigma * fresh
-            velocity(x, self.times[0.0], rope, self.filled, with_head=False)
+            kept = (1 - self.level) * x + self.level * noise[-1] if self.level else x
+            velocity(kept, self.times[self.level], ropes, self.filled, with_head=False)
+            if self.cfg.recache:
+                frames = kept if self.frames is None else torch.cat([self.frames, kept], dim=1)
+                self.frames = frames[:, -self.cfg.chunk * (self.cfg.sink_chunks + self.cfg.ring_chunks + 1) :]
         self.filled, self.index = self.filled + self.tokens, self.index + 1
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return x
+
+    def switch_prompt(self, text: np.ndarray) -> None:
+        """The next chunks follow other rows [B, M, C]; keys are recomputed where the student's configuration says so.
+
+        The recache of LongLive's window: all its frames pass through the network at once, their keys go over those in
+        the buffer and everything there is seen. A sink that outlives the switch is not written over, once there are
+        frames that are no longer in the buffer. That of the ring: the oldest chunk leaves first, and the sink stays.
+        """
+        cfg = self.cfg
+        with self.torch.inference_mode():
+            self.text = self._project(text)
+            if not cfg.recache or not self.index:
+                return
+            sink, first = cfg.sink_chunks * self.tokens, 0
+            if cfg.recache_of == "ring":
+                self._make_room()
+                first = sink
+            chunks = (self.filled - first) // self.tokens
+            if not chunks:
+                return
+            ropes = self._ropes(first, chunks, self.index - chunks)
+            passed = cfg.recache_of == "window" and cfg.global_sink and self.index * self.tokens > self.filled
+            before = [[x[:, : sink if passed else first].clone() for x in pair] for pair in self.cache]
+            frames = self.frames[:, -chunks * cfg.chunk :]
+            self._velocity(frames, self.times[self.level], ropes, first, with_head=False, protected=before)
+
+    def _project(self, text: np.ndarray):
+        """Keys and values of the text, per layer."""
+        rows = self._mlp("text_embedding", self.tensor(text), self.torch.nn.functional.gelu)
+        return [self._key_value(f"blocks.{layer}.cross_attn", rows) for layer in range(self.cfg.base.num_layers)]
 
     def _make_room(self) -> bool:
         """Whether the cache was full; then it has lost the oldest chunk behind the sink."""
@@ -118,17 +158,28 @@ class TorchCausal:
         e = self._mlp("time_embedding", e, torch.nn.functional.silu)
         return e, self._linear("time_projection.1", torch.nn.functional.silu(e)).unflatten(-1, (6, -1))
 
-    def _rope(self):
-        """cos and sin [tokens, 1, K / 2] of the chunk's own tokens."""
+    def _ropes(self, first: int, chunks: int, number: int):
+        """Rotations of the queries of chunks behind ``first`` tokens, from chunk ``number``, and of the keys they see.
+
+        Absolute positions: of the own keys. Relative ones: of the whole buffer, whose places are the positions.
+        """
+        if self.cfg.rope_mode == "absolute":
+            own = self._rope(number, chunks)
+            return own, own
+        place = first // self.tokens
+        return self._rope(place, chunks), self._rope(0, place + chunks)
+
+    def _rope(self, chunk: int, chunks: int):
+        """cos and sin [tokens, 1, K / 2] of chunks from position ``chunk`` on."""
         torch, pairs = self.torch, self.cfg.base.head_dim // 2
-        start, angles = self.index * self.cfg.chunk, []
-        sizes = (self.cfg.chunk, *self.grid)
+        start, angles = chunk * self.cfg.chunk, []
+        sizes = (chunks * self.cfg.chunk, *self.grid)
         for axis, size in enumerate(sizes):
             count = pairs // 3 if axis else pairs - 2 * (pairs // 3)
             position = torch.arange(size, dtype=torch.float64) + (0 if axis else start)
             angle = position[:, None] * THETA ** (-torch.arange(count, dtype=torch.float64) / count)
             angles.append(angle.reshape([size if n == axis else 1 for n in range(3)] + [count]).expand(*sizes, count))
-        angle = torch.cat(angles, dim=-1).reshape(self.tokens, 1, pairs)
+        angle = torch.cat(angles, dim=-1).reshape(chunks * self.tokens, 1, pairs)
         return tuple(x.float().to(self.device) for x in (angle.cos(), angle.sin()))
 
     def _rotate(self, x, rope):
@@ -163,10 +214,14 @@ class TorchCausal:
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         return self._linear(f"{name}.o", out.flatten(2))
 
-    def _velocity(self, x, times, rope, filled: int, with_head: bool = True):
-        """The network's answer for the chunk behind ``filled`` tokens; its keys and values go into the cache."""
-        torch, base, end, (e, e0) = self.torch, self.cfg.base, filled + self.tokens, times
+    def _velocity(self, x, times, ropes, filled: int, with_head: bool = True, protected=None):
+        """The network's answer for frames behind ``filled`` tokens; their keys and values go into the cache.
+
+        ``protected``: per layer keys and values that stay in front of it.
+        """
+        torch, base, (e, e0), (rope_q, rope_k) = self.torch, self.cfg.base, times, ropes
         p, (rows, columns) = base.patch, self.grid
+        end, absolute = filled + x.shape[1] * self.frame_tokens, self.cfg.rope_mode == "absolute"
         kernel, bias = (self.weights[f"patch_embedding.{part}"] for part in ("weight", "bias"))
         h = torch.nn.functional.conv3d(x.permute(0, 4, 1, 2, 3), kernel, bias, stride=(1, p, p))
         h = h.flatten(2).transpose(1, 2)
@@ -176,9 +231,12 @@ class TorchCausal:
             shift1, scale1, gate1, shift2, scale2, gate2 = m.unbind(1)
             y = self._norm(h) * (1 + scale1) + shift1
             own, v = self._key_value(f"{name}.self_attn", y)
-            keys[:, filled:end], values[:, filled:end] = self._rotate(own, rope), v
-            q = self._rotate(self._heads(f"{name}.self_attn.q", y, True), rope)
-            h = h + self._attend(f"{name}.self_attn", q, keys[:, :end], values[:, :end]) * gate1
+            keys[:, filled:end], values[:, filled:end] = self._rotate(own, rope_k) if absolute else own, v
+            for buffer, old in zip((keys, values), protected[layer] if protected else ()):
+                buffer[:, : old.shape[1]] = old
+            q = self._rotate(self._heads(f"{name}.self_attn.q", y, True), rope_q)
+            seen = keys[:, :end] if absolute else self._rotate(keys[:, :end], rope_k)
+            h = h + self._attend(f"{name}.self_attn", q, seen, values[:, :end]) * gate1
             q = self._heads(f"{name}.cross_attn.q", self._norm(h, f"{name}.norm3"), True)
             h = h + self._attend(f"{name}.cross_attn", q, *text)
             y = self._norm(h) * (1 + scale2) + shift2

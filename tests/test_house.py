@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import greedy_distill_jax
+from greedy_distill_jax.weights.write import student_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "greedy_distill_jax"
@@ -19,8 +20,8 @@ FOLDERS = ("greedy_distill_jax", "configs", "launch", "tests", "benchmarks")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 TORCH = ("torch", "transformers", "diffusers")
 TORCH_ALLOWED = ("testing", "text", "weights")
-# Copied into exported folders, where it runs by itself; the package never imports it.
-TORCH_FILE = PACKAGE / "weights" / "torch_student.py"
+# Joined into one file of exported folders, which runs by itself; the package imports neither.
+TORCH_FILES = [PACKAGE / "weights" / name for name in ("torch_networks.py", "torch_student.py")]
 
 
 def command(name):
@@ -75,7 +76,7 @@ def test_imports_of_a_module(path):
     for name, at_import in imported(ast.parse(path.read_text(encoding="utf-8"))):
         if name in TORCH:
             assert top in TORCH_ALLOWED, f"{relative(path)} imports {name}: only {TORCH_ALLOWED} may"
-            assert not at_import or path == TORCH_FILE, f"{relative(path)} imports {name} outside a function"
+            assert not at_import or path in TORCH_FILES, f"{relative(path)} imports {name} outside a function"
         if name == "orbax":
             assert top == "storage"
         if name == "grain":
@@ -89,7 +90,7 @@ def test_a_module_has_a_docstring(path):
 
 
 def test_the_torch_file_needs_torch_and_safetensors_only():
-    found = {name for name, _ in imported(ast.parse(TORCH_FILE.read_text(encoding="utf-8")))}
+    found = {name for name, _ in imported(ast.parse(student_file()))}
     assert found - set(sys.stdlib_module_names) == {"torch", "safetensors"}
 
 
@@ -136,7 +137,7 @@ def test_the_public_face_is_lazy_and_documented():
 
 @pytest.mark.subprocesses
 def test_importing_every_module_starts_no_backend():
-    modules = [p for p in MODULES if p != TORCH_FILE]
+    modules = [p for p in MODULES if p not in TORCH_FILES]
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in modules]
     code = (
         f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
@@ -175,7 +176,7 @@ OPTIONAL = {
 def test_setup_lists_what_the_package_imports(monkeypatch):
     base = {re.split(r"[><=\[]", r)[0].lower() for r in setup_arguments(monkeypatch)["install_requires"]}
     external = {}
-    for path in (p for p in MODULES if p != TORCH_FILE):
+    for path in (p for p in MODULES if p not in TORCH_FILES):
         for name, at_import in imported(ast.parse(path.read_text(encoding="utf-8"))):
             if name not in sys.stdlib_module_names and name != "greedy_distill_jax":
                 external.setdefault(name, []).append((relative(path), at_import))

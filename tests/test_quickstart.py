@@ -157,6 +157,19 @@ def test_the_loss_notebook_runs(finished, kernel_env):
 
 
 @pytest.mark.subprocesses
+def test_the_export_notebook_runs(finished, kernel_env):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[torch]'")
+    outputs = _execute(ROOT / "notebooks" / "03_export_to_torch.ipynb", kernel_env | {"QUICKSTART": str(finished)})
+    shown = [kind for output in outputs for kind in output.get("data", {})]
+    assert shown.count("image/gif") == 1 and shown.count("image/png") == 1
+    said = "".join(output.get("text", "") for output in outputs)
+    (difference,) = re.findall(r"differ by (\S+) at most", said)
+    assert float(difference) < 1e-3
+    (graphs,) = re.findall(r"graphs after each of 30 chunks: \[(.*)\]", said)
+    assert graphs.split(", ")[-20:] == ["4"] * 20
+
+
+@pytest.mark.subprocesses
 def test_the_reward_notebook_runs(finished, kernel_env):
     env = kernel_env | {"QUICKSTART": str(finished), "MINUTES": "0.05"}
     outputs = _execute(ROOT / "notebooks" / "04_rewards.ipynb", env)

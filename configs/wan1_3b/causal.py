@@ -25,6 +25,7 @@ def get_config(arg: str = "longlive"):
     config.student.chunk = 3
     own = config.student.causal
     own.window, own.sink, own.recache = (12, 3, True) if arg == "longlive" else (0, 0, False)
+    own.recache_of = "window" if arg == "longlive" else "ring"
     config.sample.steps = 4  # with shift 5: t = 1000, 937.5, 833.3, 625
     config.sample.sampler = "renoise"
     config.sample.guidance = 1.0

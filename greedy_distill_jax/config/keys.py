@@ -78,7 +78,9 @@ class Causal:
     sink: Natural = 3  # first latent frames that stay visible
     max_frames: Natural = 0  # window 0 holds the whole history up to this length; 0 = data.frames
     rope_mode: str = "absolute"  # absolute | relative (positions within the window: for endless streams)
-    recache: bool = False  # a prompt switch recomputes the keys in the window
+    recache: bool = False  # a prompt switch recomputes keys
+    recache_of: str = "ring"  # ring | window (LongLive: an older chunk joins in, and early the sink)
+    global_sink: bool = True  # of the latter: the sink outlives a switch; False: the window's oldest frames become it
 
 
 @dataclasses.dataclass(frozen=True)

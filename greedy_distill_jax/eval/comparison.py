@@ -15,6 +15,7 @@ from greedy_distill_jax.data.sources.moving_shapes import is_shapes
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.videos import held_out_videos, sampled
 from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.storage.checkpoint import load_meta
 
 HORIZON = 8  # rollouts are this many times longer than training videos
 TAKEN = ("", "data", "teacher", "stage1", "stage1_few_steps")  # rows of every report
@@ -154,6 +155,12 @@ def _about(name: str, run: Run, directory: Path, steps: int | str) -> str:
 def _load(field: str, directory: str | Path, is_student: bool, row: str = "") -> Run:
     """A run of the wanted kind; errors are the argument's."""
     try:
+        if "train_cpu_s" not in load_meta(Path(directory).expanduser() / "checkpoints"):
+            raise UserError(
+                f"{directory} holds weights that were imported; a report compares runs on the data that they were "
+                f"trained on here. Look at its videos with `python -m greedy_distill_jax.sample`, or train a run from "
+                f"them (config.teacher_from, config.student_from) and evaluate that."
+            )
         run = Run.load(directory)
     except UserError as error:
         raise UserError(f"{row}{error}", field) from error

@@ -49,7 +49,7 @@ class CausalState(NamedTuple):
     cache: KeyValue | None  # [layers, B, (sink + ring) * tokens, N, K]
     slots: Int32[Array, " slots"]  # [sink + ring]: which chunk each cache slot holds, -1 for none
     text: KeyValue  # [layers, B, M, N, K]
-    frames: Float32[Array, "B T H W C"] | None  # with ``recache`` T = ring * g: those behind the ring's keys, as kept
+    frames: Float32[Array, "B T H W C"] | None  # T = ``cfg.recached_frames``, as kept: the ring's, or the last in order
     context_text: KeyValue | None = None  # the text of a clean pass with weights of its own
 
     AXES = MappingProxyType(
@@ -93,14 +93,14 @@ class CausalStreamer:
         cfg, batch = self.cfg, text_BMC.shape[0]
         last = parallel.varying(jnp.zeros((batch, cfg.chunk, *latent_shape), jnp.float32))
         slots = cfg.sink_chunks + cfg.ring_chunks
-        frames = parallel.varying(jnp.zeros((batch, cfg.ring_chunks * cfg.chunk, *latent_shape), jnp.float32))
+        frames = parallel.varying(jnp.zeros((batch, cfg.recached_frames, *latent_shape), jnp.float32))
         return CausalState(
             index=jnp.int32(0),
             key=key,
             last=last,
             cache=self._empty(last, slots) if slots else None,
             slots=jnp.full((slots,), -1, jnp.int32),
-            frames=frames if cfg.recache and cfg.ring_chunks else None,
+            frames=frames if cfg.recached_frames else None,
             **self._project_text(params, text_BMC),
         )
 
@@ -122,11 +122,13 @@ class CausalStreamer:
     def switch_prompt(self, params: Any, state: CausalState, text_BMC: Float[Array, "B M D"]) -> CausalState:
         """The same stream under new prompts: cached text is replaced, the visual history stays.
 
-        With ``CausalConfig.recache`` the keys of the ring are recomputed from its frames as they are kept (with
-        "last_step_kv" clean) under the new text, in one bidirectional pass that also sees the sink; the sink keeps its
-        keys, as LongLive's global sink does. It costs one forward pass over the ring, and the state holds the ring's
-        latents: at 1.3B, 480p and window 12 they are 2.4 MB beside 2.6 GB of keys. (LongLive recomputes one chunk
-        more, which no later chunk sees.)
+        With ``CausalConfig.recache`` keys are recomputed from frames as they are kept (with "last_step_kv" clean)
+        under the new text, in one bidirectional pass, which costs a forward pass over these frames; the state holds
+        their latents, at 1.3B, 480p and window 12 up to 4.8 MB beside 2.6 GB of keys. ``recache_of`` "ring": the
+        ring's, which also see the sink, whose keys stay. "window": as LongLive does, whose cache holds one chunk more
+        than later chunks see: all frames, the sink's included, of a video no longer than the window; then the ring's
+        and that chunk's, beside the sink (``global_sink``), or the whole window's, whose first frames become the sink.
+        (LongLive's frames are clean whatever ``context_noise`` says; ours are at the level they are kept at.)
         """
         state = self.with_text(params, state, text_BMC)
         return state if state.frames is None else self._recached(params, state)
@@ -136,32 +138,76 @@ class CausalStreamer:
         return state._replace(**self._project_text(params, text_BMC))
 
     def _recached(self, params, state: CausalState) -> CausalState:
-        cfg, grid, tokens = self.cfg, grid_of(state.last, self.cfg.base), self.student.chunk_tokens(state.last)
-        layout, sink = patterns.causal_recache(cfg, tokens), cfg.sink_chunks
-        positions = self._positions(state)
-        before = jax.tree.map(lambda c: c[:, :, : sink * tokens], state.cache)
-        own = (
+        cfg, sink, ring = self.cfg, self.cfg.sink_chunks, self.cfg.ring_chunks
+        if cfg.recache_of == "ring":
+            filled, chunks = self._filled(state), state.slots[sink:]
+            own = self._again(params, state, chunks, state.frames, self._positions(state), filled, sink)
+            return state._replace(cache=self._refilled(state.cache, own, jnp.arange(-sink, ring)))
+        held = len(state.frames[0]) // cfg.chunk
+        chunks = jnp.maximum(state.index - held, 0) + jnp.arange(held)
+        chunks = jnp.where(chunks < state.index, chunks, -1)
+        position = jnp.maximum(chunks - jnp.maximum(state.index - held, 0), 0)  # as the last chunk saw them
+        position = chunks if cfg.rope_mode == "absolute" else position
+
+        def whole(state):
+            filled = jnp.clip(state.index, 1, held)
+            own = self._again(params, state, chunks, state.frames, jnp.maximum(position, 0), filled, 0)
+            slots = jnp.where(state.slots >= 0, state.slots.at[:sink].set(chunks[:sink]), -1)
+            place = jnp.where(slots >= 0, slots - chunks[0], -1)
+            return self._refilled(state.cache, own, place), slots
+
+        def behind_the_sink(state):
+            at = jnp.concatenate([self._positions(state)[:sink], position[sink:]])
+            frames = state.frames[:, sink * cfg.chunk :]
+            own = self._again(params, state, chunks[sink:], frames, at, held, sink)
+            place = jnp.where(jnp.arange(sink + ring) < sink, -1, state.slots - chunks[sink])
+            return self._refilled(state.cache, own, place), state.slots
+
+        if cfg.global_sink and sink:
+            cache, slots = jax.lax.cond(state.index <= held, whole, behind_the_sink, state)
+        else:
+            cache, slots = whole(state)
+        return state._replace(cache=cache, slots=slots)
+
+    def _again(self, params, state: CausalState, chunks, frames, positions, filled, sink: int) -> KeyValue:
+        """Keys of ``frames``, the chunks of these numbers (-1 for none), at once: each sees the sink and all of them.
+
+        ``positions`` of [sink | chunks], of which the first ``filled`` are there.
+        """
+        grid, tokens = grid_of(state.last, self.cfg.base), self.student.chunk_tokens(state.last)
+        layout = patterns.causal_recache(self.cfg, tokens, sink, len(chunks))
+        before = jax.tree.map(lambda c: c[:, :, : sink * tokens], state.cache) if sink else None
+        return (
             self.student.dit(layout, with_head=False, emit=("own",))
             .apply(
                 {"params": self.student.network(params, context=True)},
-                state.frames,
-                self._ring_sigma(state),
+                frames,
+                self._kept_sigma(chunks, len(frames)),
                 rope_q=self.student.rope(positions[sink:], grid),
                 rope_k=self.student.rope(positions, grid),
-                lengths=jnp.broadcast_to(self._filled(state), (cfg.ring_chunks,)),
-                layer=Layer(cache=before if sink else None, text=self._context_text(state)),
+                lengths=jnp.broadcast_to(filled, (len(chunks),)),
+                layer=Layer(cache=before, text=self._context_text(state)),
             )[1]
             .own
         )
-        return state._replace(cache=jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), before, own))
 
-    def _ring_sigma(self, state: CausalState):
-        """Noise levels of the ring's frames, [B, ring * g] or [B, 1]; slots that hold nothing yet count as clean."""
+    def _refilled(self, cache: KeyValue, own: KeyValue, place: Int32[Array, " slots"]) -> KeyValue:
+        """The cache with chunk ``place`` of ``own`` in every slot, negative ones as they are."""
+
+        def taken(cache, own):
+            slots, chunks = (x.reshape(*x.shape[:2], -1, tokens, *x.shape[3:]) for x in (cache, own))
+            new = jnp.take(chunks, jnp.maximum(place, 0), axis=2)
+            return jnp.where((place >= 0)[:, None, None, None], new, slots).reshape(cache.shape)
+
+        tokens = cache.k.shape[2] // len(place)
+        return jax.tree.map(taken, cache, own)
+
+    def _kept_sigma(self, chunks: Int32[Array, " chunks"], videos: int) -> Float32[Array, "B _"]:
+        """Noise levels of the frames of these chunks, [B, chunks * g] or [B, 1]; those of none count as clean."""
         if self.plan.keeps_clean:
-            return jnp.zeros((len(state.frames), 1), jnp.float32)
-        chunks = state.slots[self.cfg.sink_chunks :]
+            return jnp.zeros((videos, 1), jnp.float32)
         sigma = jnp.where(chunks >= 0, self.plan.context_sigma(jnp.maximum(chunks, 0)), 0.0)
-        return jnp.broadcast_to(jnp.repeat(sigma, self.cfg.chunk)[None], state.frames.shape[:2])
+        return jnp.broadcast_to(jnp.repeat(sigma, self.cfg.chunk)[None], (videos, len(chunks) * self.cfg.chunk))
 
     def step(self, params: Any, state: CausalState) -> tuple[CausalState, Float32[Array, "B g H W C"]]:
         """Makes the next chunk: (new state, clean latents [B, g, H, W, C])."""
@@ -248,7 +294,10 @@ class CausalStreamer:
 
     def _positions(self, state: CausalState) -> Int32[Array, " slots"]:
         """Positions at which the next chunk sees the slots; 0 for those that hold nothing yet."""
-        return jnp.where(state.slots >= 0, patterns.causal_positions(self.cfg, state.slots, state.index), 0)
+        slots, sink = state.slots, jnp.arange(self.cfg.sink_chunks, dtype=jnp.int32)
+        if self.cfg.rope_mode == "relative":  # a sink stays in front, also one that a recache took from the window
+            slots = jnp.where(slots >= 0, slots.at[: len(sink)].set(sink), -1)
+        return jnp.where(slots >= 0, patterns.causal_positions(self.cfg, slots, state.index), 0)
 
     def _context_text(self, state: CausalState) -> KeyValue:
         return state.context_text if self.student.own_context else state.text
@@ -302,6 +351,10 @@ class CausalStreamer:
         )
         if state.frames is None:
             return state
+        if cfg.recache_of == "window":
+            held = len(state.frames[0]) // cfg.chunk
+            frames = jnp.where(i < held, state.frames, jnp.roll(state.frames, -cfg.chunk, axis=1))
+            return state._replace(frames=write_slot(frames, x, jnp.minimum(i, held - 1), axis=1))
         in_sink = i < cfg.sink_chunks
         place = jnp.where(in_sink, 0, slot - cfg.sink_chunks)
         return state._replace(frames=write_slot(state.frames, x, place, in_sink, axis=1))

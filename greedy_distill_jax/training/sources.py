@@ -106,4 +106,6 @@ def _serves(field: str, stored, wanted) -> bool:
 
 def _meaning(field: str, value):
     """A field's value, equal where the same parameters give the same numbers."""
-    return {("context", "fused"): "clean", ("recache", True): False}.get((field, value), value)
+    if field in ("recache", "recache_of", "global_sink"):  # of streams alone
+        return None
+    return {("context", "fused"): "clean"}.get((field, value), value)

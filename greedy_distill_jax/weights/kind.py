@@ -88,7 +88,8 @@ def with_kind(
         why += f"; {', '.join(f'{name} {fields[name]}' for name in assumed)} assumed, as Self-Forcing has it"
     try:
         # A student with a sink is of LongLive's kind, which recomputes keys at a prompt switch.
-        return CausalConfig(wan, **fields, max_frames=_FRAMES, recache=fields["sink"] > 0), why
+        longlive = dict(recache=True, recache_of="window") if fields["sink"] else {}
+        return CausalConfig(wan, **fields, max_frames=_FRAMES, **longlive), why
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}", "window") from error
 

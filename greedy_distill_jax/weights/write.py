@@ -3,9 +3,12 @@
 Everything appears whole or not at all (see `replacing`).
 """
 
+import ast
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,8 @@ from greedy_distill_jax.weights.torch_files import import_torch, save_torch, to_
 
 WRITABLE = ("original", "diffusers", "causal-pt", "torch-student")
 SHARD_BYTES = 5 * 10**9
-STUDENT_FILE = "torch_student.py"
+NETWORKS_FILE, STUDENT_FILE = "torch_networks.py", "torch_student.py"
+_NETWORKS = "greedy_distill_jax.weights.torch_networks"
 
 
 def tensors_of(source: Source, naming: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -91,9 +95,24 @@ def write(
         config = _student_config(source, dict(student or {})) if is_student else _wan_config(source, form)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if is_student:
-            shutil.copyfile(Path(__file__).with_name(STUDENT_FILE), partial / STUDENT_FILE)
+            (partial / STUDENT_FILE).write_text(student_file(), encoding="utf-8")
             if codec is not None:
                 shutil.copyfile(codec, partial / codec.name)
+
+
+def student_file() -> str:
+    """The PyTorch student in one file, `torch_networks` in front of `torch_student`, that imports nothing of ours."""
+    sources = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (NETWORKS_FILE, STUDENT_FILE)]
+    imports, bodies = set(), []
+    for source in sources:
+        doc, *body = ast.parse(source).body
+        found = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports |= {ast.unparse(node) for node in found if getattr(node, "module", "") != _NETWORKS}
+        bodies.append("".join(source.splitlines(keepends=True)[found[-1].end_lineno :]).strip("\n"))
+    header = "".join(source.splitlines(keepends=True)[: doc.end_lineno])
+    library = {line for line in imports if re.match(r"\w+ (\w+)", line)[1] in sys.stdlib_module_names}
+    groups = ("\n".join(sorted(lines, key=lambda x: (x[0] == "f", x))) for lines in (library, imports - library))
+    return "\n".join([header, *(f"{group}\n" for group in groups), "\n\n\n".join(bodies), ""])
 
 
 def _write_safetensors(source: Source, folder: Path, stem: str, naming: str, dtype: str, shard_bytes: int) -> None:

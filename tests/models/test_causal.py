@@ -310,6 +310,26 @@ def test_recache_keeps_the_sink_and_reads_only_filled_slots(made):
     np.testing.assert_allclose(step(params, after)[1], same, atol=1e-6)
 
 
+def test_what_a_recache_recomputes_matters():
+    """As long as the video is in the window a sink is recomputed either way; later each choice gives other frames."""
+    choices = [{}, dict(recache_of="window"), dict(recache_of="window", global_sink=False)]
+    made = {}
+    for choice in range(3):
+        student = _student(window=4, sink=1, recache=True, **choices[choice])
+        params, streamer = _params(student), CausalStreamer(student, StepPlan(((1.0,),)))
+        step, switch = jax.jit(streamer.step), jax.jit(streamer.switch_prompt)
+        state = streamer.init(params, tiny.text_rows(1, jax.random.key(3)), jax.random.key(7), LATENT)
+        for i in range(7):
+            if i in (3, 6):
+                other = switch(params, state, tiny.text_rows(1, jax.random.key(4)))
+                made[i, choice] = step(params, other)[1]
+            state, _ = step(params, state)
+    np.testing.assert_allclose(made[3, 1], made[3, 2], atol=1e-6)
+    for i, *pair in ((3, 0, 1), (6, 0, 1), (6, 0, 2), (6, 1, 2)):
+        one, other = (made[i, choice] for choice in pair)
+        assert float(jnp.abs(one - other).max()) > 1e-3, (i, pair)
+
+
 def test_the_state_does_not_grow_and_the_step_compiles_once():
     student = _student(recache=True)
     params, streamer = _params(student), CausalStreamer(student, StepPlan(((1.0, 0.5), (1.0,)), "renoise"))
@@ -328,6 +348,8 @@ def test_the_state_does_not_grow_and_the_step_compiles_once():
     "changes, message",
     [
         (dict(chunk=0), "chunk >= 1"),
+        (dict(recache_of="sink"), "recache_of"),
+        (dict(global_sink=False), "recache_of 'ring' leaves the sink alone"),
         (dict(sink=-1), "sink >= 0; got 1 and -1"),
         (dict(chunk=3, window=10, sink=3), "window is 10 latent frames.*multiple of 3"),
         (dict(chunk=3, window=12, sink=2), "sink is 2 latent frames.*multiple of 3"),

@@ -12,7 +12,7 @@ from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.testing import tiny, wan_folder
 from greedy_distill_jax.train import train
 from tests.conftest import exit_code
-from tests.parity.test_torch_student import from_torch, jax_stream, loaded, to_torch
+from tests.parity.test_torch_student import from_torch, jax_stream, loaded, step_noise
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'greedy_distill_jax[parity]'")
@@ -65,6 +65,6 @@ def test_from_a_model_folder_and_clips_to_a_streaming_pytorch_student(real_clips
     rows = run.text([prompt])
     frames, noise = jax_stream(run.model, run.params, rows, run.streamer().plan, run.latent_shape[1:], 6)
     stream = loaded(tmp_path / "torch").stream(torch.from_numpy(np.array(rows)), run.latent_shape[1:3])
-    made = [from_torch(stream.step([to_torch(n) for n in row])) for row in np.asarray(noise)]
+    made = [from_torch(stream.step(row)) for row in step_noise(run.streamer().plan, noise)]
     scale = max(1.0, float(np.abs(frames).std()))
     np.testing.assert_allclose(np.concatenate(made, axis=1) / scale, np.asarray(frames) / scale, atol=2e-5, rtol=0)

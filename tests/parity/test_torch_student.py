@@ -79,6 +79,14 @@ def jax_stream(student, params, text, plan, latent=LATENT, length=FRAMES):
     return jnp.concatenate(list(frames), axis=1), noise
 
 
+def step_noise(plan, noise):
+    """Of ``jax_stream``'s noise what every step of the PyTorch student takes."""
+    for i, row in enumerate(np.asarray(noise)):
+        sigmas, level = plan.sigmas[: i + 1][-1], plan.context_sigmas[: i + 1][-1]
+        taken = [*row[: len(sigmas) if plan.sampler == "renoise" else 1], *([row[-1]] if level else [])]
+        yield [to_torch(x) for x in taken]
+
+
 DIAGONAL = (("clean", (0.0,)), ("clean", (0.0, 0.357)), ("last_step_kv", (0.0,)))
 CASES = pairwise(OPTIONS)
 CASES += [
@@ -110,7 +118,7 @@ def test_parallel_and_streamed(case, tmp_path):
 
     frames, noise = jax_stream(student, params, text, plan)
     stream = other.stream(text_t, LATENT[:2])
-    made = [from_torch(stream.step([to_torch(n) for n in row])) for row in np.asarray(noise)]
+    made = [from_torch(stream.step(row)) for row in step_noise(plan, noise)]
     scale = max(1.0, float(np.abs(frames).std()))
     np.testing.assert_allclose(np.concatenate(made, axis=1) / scale, np.asarray(frames) / scale, atol=TOLERANCE, rtol=0)
 

@@ -105,7 +105,7 @@ def test_a_recache_reads_the_frames_as_they_are_kept():
     state, step = streamer.init(params, a, jax.random.key(7), LATENT), jax.jit(streamer.step)
     for _ in range(3):
         state, _ = step(params, state)
-    np.testing.assert_allclose(streamer._ring_sigma(state)[0], [0.0, 0.357, 0.357], atol=1e-7)
+    np.testing.assert_allclose(streamer._kept_sigma(state.slots, 1)[0], [0.0, 0.357, 0.357], atol=1e-7)
     np.testing.assert_array_equal(state.frames[:, 2:], state.last)
     other = step(params, streamer.switch_prompt(params, state, b))[1]
     clean = streamer.switch_prompt(params, state._replace(slots=jnp.zeros_like(state.slots)), b)  # all told level 0

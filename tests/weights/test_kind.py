@@ -72,6 +72,7 @@ def test_a_published_causal_student(published, benchmarks, tmp_path, capsys):
     assert run("import", published, tmp_path / "ll", *SIZES, *LONGLIVE) == 0
     longlive = Run.load(tmp_path / "ll", needs_codec=False).model.cfg
     assert (longlive.chunk, longlive.window, longlive.sink, longlive.recache) == (3, 12, 3, True)
+    assert (longlive.recache_of, longlive.global_sink) == ("window", True)
 
     peer, latent, text = benchmarks("torch_causal"), (4, 6, 4), tiny.text_rows(1, jax.random.key(1))
     for found, chunks in ((cfg, 2), (longlive, 6)):

@@ -9,6 +9,7 @@ FUSIONS: tuple[str, ...] = ("selfkv", "xattn2", "replace", "add", "concat", "ada
 ROPE_MODES = ("clamped", "absolute", "fixed")
 
 CONTEXT_MODES = ("clean", "last_step_kv", "fused")
+RECACHES = ("ring", "window")  # whose keys a prompt switch recomputes
 ETM_INPUTS = ("kept", "clean")
 
 CONTEXT_WEIGHTS = ("shared", "own")
@@ -86,8 +87,11 @@ class CausalConfig:
     longer one the oldest frames behind the sink fall out. rope_mode: "absolute" frame positions (keys cached rotated)
     or "relative": positions 0, 1, ... within the window (keys cached un-rotated, rotated at use), which keeps an
     endless stream among the positions of training. context: a chunk's keys come from an extra "clean" pass or are
-    the "last_step_kv" of its own denoising. recache: a prompt switch recomputes the keys of the frames in the window
-    under the new prompt (LongLive), the sink's excepted. context_weights: as in ``StudentConfig``.
+    the "last_step_kv" of its own denoising. recache: a prompt switch recomputes keys under the new prompt, those
+    ``recache_of`` the "ring" alone, or of the "window" (LongLive): one chunk more, which the ring's see though no later
+    one does, and while the video is no longer than the window the sink's. global_sink: LongLive's option of that name:
+    later the sink keeps the keys of the first prompt; without it, the oldest frames of the window become the sink.
+    context_weights: as in ``StudentConfig``.
     """
 
     base: WanConfig = dataclasses.field(default_factory=WanConfig)
@@ -98,10 +102,13 @@ class CausalConfig:
     rope_mode: str = "absolute"
     context: str = "clean"
     recache: bool = False
+    recache_of: str = "ring"
+    global_sink: bool = True
     context_weights: str = "shared"
 
     def __post_init__(self):
         check_choice(self, "rope_mode", ("absolute", "relative"))
+        check_choice(self, "recache_of", RECACHES)
         check_choice(self, "context", ("clean", "last_step_kv"))
         _check_context_weights(self)
         if self.chunk < 1 or self.sink < 0:
@@ -114,11 +121,22 @@ class CausalConfig:
                     f"CausalConfig.{field} is {value} latent frames, which do not divide into chunks of {self.chunk}; "
                     f"use a multiple of {self.chunk}."
                 )
+        if not self.global_sink and self.recache_of != "window":
+            raise ValueError(
+                f"CausalConfig.global_sink is False, but recache_of {self.recache_of!r} leaves the sink alone; use "
+                f"recache_of 'window', or leave it at True."
+            )
         if frames < self.sink + self.chunk:
             raise ValueError(
                 f"CausalConfig.{name} is {frames}; it holds the sink of {self.sink} frames and the own chunk of "
                 f"{self.chunk}, so it needs at least {self.sink + self.chunk}."
             )
+
+    @property
+    def recached_frames(self) -> int:
+        """Latent frames that a stream holds for a recache."""
+        chunks = {"ring": self.ring_chunks, "window": self.sink_chunks + self.ring_chunks + 1}[self.recache_of]
+        return chunks * self.chunk if self.recache and self.sink_chunks + self.ring_chunks else 0
 
     @property
     def sink_chunks(self) -> int:

@@ -167,7 +167,6 @@ def causal_step(cfg: CausalConfig, tokens: int) -> Layout:
     return _step(tokens, cfg.sink_chunks + cfg.ring_chunks, absolute=cfg.rope_mode == "absolute")
 
 
-def causal_recache(cfg: CausalConfig, tokens: int) -> Layout:
-    """The ring's chunks at once, each against [sink | ring]: bidirectional, as LongLive's recache."""
-    keys = cfg.sink_chunks + cfg.ring_chunks
-    return Layout.full(cfg.ring_chunks, tokens, keys, rotate_at_use=cfg.rope_mode != "absolute")
+def causal_recache(cfg: CausalConfig, tokens: int, sink: int, own: int) -> Layout:
+    """``own`` chunks at once, each against [``sink`` cached ones | all of them]."""
+    return Layout.full(own, tokens, sink + own, rotate_at_use=cfg.rope_mode != "absolute")

@@ -1,0 +1,138 @@
+"""A causal student as it is published, from end to end: in, streamed, trained further, out to PyTorch and back."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from greedy_distill_jax import convert, evaluate, sample
+from greedy_distill_jax.config import read_settings
+from greedy_distill_jax.data.sources.moving_shapes import captions
+from greedy_distill_jax.data.sources.registry import load_source
+from greedy_distill_jax.data.video_io import probe
+from greedy_distill_jax.models.students.causal import CausalStudent
+from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.runs import conversion
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.streaming.causal import CausalStreamer
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.text.write_store import write_text_store
+from greedy_distill_jax.train import train
+from greedy_distill_jax.weights.open import open_source
+from greedy_distill_jax.weights.pipeline import save_codec
+from greedy_distill_jax.weights.source import TreeSource
+from greedy_distill_jax.weights.verify import compare
+from greedy_distill_jax.weights.write import tensors_of
+from tests.conftest import exit_code
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
+
+LONGLIVE = {"chunk": 3, "window": 12, "sink": 3}
+PROMPTS = captions("train")[:3]
+
+
+class Rows:
+    """An encoder of random rows, the same for the same prompt; of all its rows the last is padding."""
+
+    def __init__(self, text_len, text_dim):
+        self.text_len, self.text_dim = text_len, text_dim
+
+    def __call__(self, prompts):
+        rows = np.zeros((len(prompts), self.text_len, self.text_dim), np.float32)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[:-1] = np.random.default_rng(sum(map(ord, prompt))).normal(size=row[:-1].shape)
+        return rows
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with model.pt (generator_ema, critic), what encodes prompts and what decodes latents."""
+    home, settings = tmp_path_factory.mktemp("published"), read_settings(tiny.train_config())
+    wan = dataclasses.replace(settings.wan, prediction="velocity")
+    parts = {}
+    for seed, name in enumerate(("generator_ema", "critic")):
+        source = TreeSource(wan, tiny.random_params(Teacher(wan), seed, (1, 4, 4, wan.channels)))
+        state = tensors_of(source, "original", "float32")
+        parts[name] = {f"model.{key}": torch.from_numpy(x.copy()) for key, x in state}
+    torch.save(parts, home / "model.pt")
+    every = [*captions("train"), *captions("held_out"), settings.data.negative_prompt]
+    encoder, plan = Rows(wan.text_len, wan.text_dim), dict(text_len=wan.text_len, text_dim=wan.text_dim)
+    write_text_store(every, home / "text", lambda: encoder, plan=plan, dtype="float32", progress=False)
+    codec = load_source("moving_shapes")[1]
+    save_codec(codec, home)
+    sizes = ["--heads", wan.num_heads, "--text-len", wan.text_len]
+    frames = [word for name, value in LONGLIVE.items() if name != "chunk" for word in (f"--{name}", value)]
+    with pytest.MonkeyPatch.context() as patch:  # a smaller video than Wan's
+        patch.setattr(conversion, "WAN_LATENT", (21, *codec.latent_shape(16, 16)[:2]))
+        assert exit_code(convert.main, "import", home / "model.pt", home / "student", *sizes, *frames) == 0
+        assert exit_code(convert.main, "import", home / "model.pt", home / "teacher", *sizes, "--part", "critic") == 0
+    return home
+
+
+def test_it_streams_as_its_peer_and_through_the_command(home, benchmarks, tmp_path):
+    run = Run.load(home / "student", text=str(home / "text"), codec=home / "codec.npz")
+    cfg = dataclasses.replace(run.model.cfg, base=dataclasses.replace(run.model.cfg.base, dtype="float32"))
+    plan, latent = run.settings.plan, run.latent_shape[1:]
+    streamer = CausalStreamer(CausalStudent(cfg), plan)
+    rows = [run.text([prompt]) for prompt in PROMPTS]
+    peer = benchmarks("torch_causal")
+    other = peer.TorchCausal(run.params, cfg, np.asarray(rows[0]), plan.sigmas[0], latent[:2])
+    state = streamer.init(run.params, rows[0], jax.random.key(7), latent)
+    step, switch = jax.jit(streamer.step), jax.jit(streamer.switch_prompt)
+    for i in range(8):
+        if i in (3, 6):  # within the window, and behind it
+            state = switch(run.params, state, rows[i // 3])
+            other.switch_prompt(np.asarray(rows[i // 3]))
+        noise = peer.step_noise(state, len(plan.sigmas[0]))
+        state, ours = step(run.params, state)
+        theirs, scale = other.step([other.tensor(x) for x in noise]).numpy(), max(1.0, float(jnp.std(ours)))
+        np.testing.assert_allclose(theirs / scale, np.asarray(ours) / scale, atol=1e-5, rtol=1e-5, err_msg=f"chunk {i}")
+
+    options = ["--checkpoint", home / "student", "--codec", home / "codec.npz", "--text", home / "text"]
+    options += ["--frames", 9, "--prompt", PROMPTS[0], "--switch", f"6:{PROMPTS[1]}", "--output", tmp_path / "out.mp4"]
+    assert exit_code(sample.main, *options) == 0
+    assert probe(tmp_path / "out.mp4").frames == 9
+
+
+def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path):
+    imported = Run.load(home / "student", needs_codec=False)
+    student = imported.settings
+    changes = {f"model__{name}": value for name, value in dataclasses.asdict(student.model).items() if value}
+    changes |= {f"student__causal__{name}": value for name, value in dataclasses.asdict(student.student.causal).items()}
+    config = tiny.train_config(
+        "dmd",
+        **changes,
+        student__kind="causal",
+        student__chunk=LONGLIVE["chunk"],
+        student_from=str(home / "student"),
+        teacher_from=str(home / "teacher"),
+        data__text=str(home / "text"),
+        data__frames=6,
+        distill__generator_every=1,
+        steps=2,  # the first of which warms up from a rate of 0
+        checkpoint__every=2,
+    )
+    state = train(config, tmp_path / "stage2", show_progress=False)
+    pairs = zip(jax.tree.leaves(state.nets["student"].params), jax.tree.leaves(imported.params), strict=True)
+    moved = [float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max()) for a, b in pairs]
+    assert all(np.isfinite(moved)) and 0 < max(moved) < 0.1  # updated, from what was imported
+
+    trained = open_source(tmp_path / "stage2", part="params")
+    target = tmp_path / "out.pt"
+    options = ["--format", "causal-pt", "--part", "params"]
+    assert exit_code(convert.main, "export", tmp_path / "stage2", target, *options) == 0
+    held = torch.load(target, weights_only=True)["generator_ema"]
+    assert set(held) == set(torch.load(home / "model.pt", weights_only=True)["generator_ema"])
+    assert exit_code(convert.main, "import", target, tmp_path / "back") == 0
+    back = open_source(tmp_path / "back")
+    assert compare(back, trained) == [] and back.cfg == trained.cfg
+
+
+def test_it_is_not_evaluated_as_it_is(home, tmp_path, capsys):
+    options = ["--teacher", home / "teacher", "--student", home / "student", "--output", tmp_path / "report"]
+    assert exit_code(evaluate.main, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --teacher: ") and "holds weights that were imported" in error
+    assert "config.teacher_from" in error and not (tmp_path / "report").exists()
