@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in jobs:  # these read a configuration file and its overrides
         with cli.places(**PLACES):
             return jobs[argv[0]](argv[1:])
-    from greedy_distill_jax.ops.attention.aot import TOPOLOGIES
+    from greedy_distill_jax.ops.attention.aot import CARDS, TOPOLOGIES
     from greedy_distill_jax.pods.compile_decoders import DECODERS, compile_decoders
     from greedy_distill_jax.pods.compile_kernels import compile_kernels, sweep_blocks
 
@@ -123,7 +123,10 @@ def main(argv: Sequence[str]) -> int:
         ("vae", "compile the streaming decoders"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--target", action="append", choices=list(TOPOLOGIES), help="default: all; may repeat")
+        targets, usual = list(TOPOLOGIES), "default: all"
+        if name == "kernels":
+            targets, usual = [*targets, *CARDS], f"default: {', '.join(TOPOLOGIES)}"
+        command.add_argument("--target", action="append", choices=targets, help=f"{usual}; may repeat")
         if name == "kernels":
             command.add_argument("--only", default="", help="only workloads whose name contains this")
             command.add_argument("--no-bundles", action="store_true", help="do not count bundles (faster)")

@@ -1,10 +1,13 @@
-"""The attention op's named workloads, compiled for devices that are not there: memory, useful work per bundle."""
+"""The attention op's named workloads, compiled for devices that are not there.
+
+Of TPU kernels the useful work per bundle is counted, of those for NVIDIA cards registers and spills.
+"""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import aot, sweep
+from greedy_distill_jax.ops.attention import aot, backends, sweep
 from greedy_distill_jax.pods.kernels import SPECS
 
 
@@ -12,7 +15,7 @@ def compile_kernels(targets: Sequence[str], only: str, bundles: bool, say: Calla
     """Compiles the workloads whose name contains ``only``, forward and backward.
 
     Args:
-      targets: names of ``aot.TOPOLOGIES``.
+      targets: names of ``aot.TOPOLOGIES`` and ``aot.CARDS``.
       only: part of the names.
       bundles: whether the useful work per bundle is counted, and compared with the tuned table; once in a process,
         before the first use of libtpu.
@@ -22,30 +25,48 @@ def compile_kernels(targets: Sequence[str], only: str, bundles: bool, say: Calla
       What failed, or got worse than the tuned table says.
 
     Raises:
-      UserError: libtpu is not installed.
+      UserError: libtpu, or for cards jax's CUDA plugin, is not installed.
     """
     failures = []
+    bundles = bundles and not set(targets) <= set(aot.CARDS)
     if not any(only in name for name in SPECS):
         raise UserError(f"no workload has {only!r} in its name; they are {', '.join(SPECS)}", "only")
     with aot.bundle_dump() if bundles else contextlib.nullcontext() as dump:
         for target in targets:
             mesh = aot.target_mesh(target)
-            say(f"{target}, libtpu {aot.libtpu_version()}")
+            say(f"{target}, {aot.compiler_version(target)}")
             for name, spec in SPECS.items():
                 if only not in name:
                     continue
                 try:
-                    done = aot.compile_spec(spec, mesh, dump=dump)
+                    done = aot.compile_spec(spec, mesh, dump=None if target in aot.CARDS else dump)
+                except UserError as error:  # another backend runs it there
+                    say(f"  {name:28s} {error}")
+                    continue
                 except Exception as error:  # whatever the compiler says is the answer; the rest is still compiled
                     say(f"  {name:28s} FAILED: {str(error).splitlines()[0][:160]}")
                     failures.append(f"{target} {name}")
                     continue
                 memory = "  ".join(f"{part} {size / 2**20:.0f} MiB" for part, size in done["memory"].items())
                 work = "  ".join(f"{k} {v}" for k, v in done.get("kflop_per_bundle", {}).items())
-                say(f"  {name:28s} {memory}" + (f"  kFLOP per bundle: {work}" if work else ""))
-            if bundles:
+                assembled = done.get("assembled", {})
+                work += "  ".join(f"{k} {v['registers']} ({v['spilled']})" for k, v in assembled.items())
+                kind = "registers (bytes spilled)" if target in aot.CARDS else "kFLOP per bundle"
+                say(f"  {name:28s} {memory}" + (f"  {kind}: {work}" if work else ""))
+                failures += [f"{target} {name}: {line}" for line in spills(assembled)]
+            if bundles and target not in aot.CARDS:
                 failures += sweep.regressions(target, dump, report=lambda line: say(f"  {line}"))
     return failures
+
+
+def spills(assembled: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Kernels that write more of their registers to memory than their records allow."""
+    allowed = {name: kernel.spilled for backend in backends.BACKENDS for name, kernel in backend.kernels.items()}
+    return [
+        f"{name} spills {found['spilled']} bytes of a thread's registers, and its record allows {allowed[name]}"
+        for name, found in assembled.items()
+        if found["spilled"] > allowed[name]
+    ]
 
 
 def sweep_blocks(targets: Sequence[str], say: Callable[[str], None]) -> None:

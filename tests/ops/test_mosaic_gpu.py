@@ -1,6 +1,7 @@
 """The Hopper kernels emulated, against a float64 oracle, and the tables that tell them what to compute."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,18 @@ from hypothesis import given, strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select, tuning
+from greedy_distill_jax.ops.attention import Pattern, aot, chunk_attention, select, tuning
 from greedy_distill_jax.ops.attention.backends import mosaic_gpu
 from greedy_distill_jax.ops.attention.backends.hopper import tables
 from greedy_distill_jax.ops.attention.tuning import Blocks
+from greedy_distill_jax.pods import compile_kernels, kernels
 from greedy_distill_jax.testing.attention import dense_attention, relative_error
 
 emulated = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason=f"jax {jax.__version__} cannot emulate GPU kernels, 0.11.2 can"
+)
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's compiler for NVIDIA cards is not installed"
 )
 SMALL = Blocks((128, 64), (128, 64), (64, 128))
 LISTS = Pattern.from_table([(1,), (), (2, 0)], q_chunk=72, k_chunk=136, num_k_chunks=3)
@@ -135,6 +140,22 @@ def test_parts_of_tiles_are_merged(few_sms, pattern):
 @emulated
 def test_three_warpgroups_equal_dense():
     _check(Pattern.full(1, 200, 2, 72), heads=1, blocks=Blocks((192, 64), (192, 64), (64, 192)))
+
+
+@needs_plugin
+def test_kernels_are_assembled_for_cards_that_are_not_there():
+    """For sm_90a, within their records' spills: of a stream's call in parts, and of a table forward and backward."""
+    specs = {name: kernels.SPECS[f"1.3b 480p {name}"] for name in ("causal step", "etm")}
+    assert _plan(specs["causal step"]).split and not _plan(specs["etm"]).split
+    for spec in specs.values():
+        made = aot.compile_spec(spec, aot.target_mesh("h200"))["assembled"]
+        assert made.keys() == mosaic_gpu.KERNELS.keys() and not compile_kernels.spills(made), made
+    assert compile_kernels.spills({"dq_kernel": {"registers": 168, "spilled": 8}})
+
+
+def _plan(spec):
+    _, work = tables.visits(tables.by_query(spec.pattern.merged()), spec.pattern.merged().k_chunk, 128)
+    return tables.schedule(work, 1, spec.heads, -(-spec.pattern.merged().q_chunk // 128), may_split=True)
 
 
 # --- where it runs ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import select
+from greedy_distill_jax.ops.attention import backends, select
 from greedy_distill_jax.ops.attention.api import chunk_attention
 from greedy_distill_jax.ops.attention.arg_specs import Spec
 from greedy_distill_jax.ops.attention.backends.record import Backend
@@ -34,6 +35,10 @@ from greedy_distill_jax.ops.attention.tuning import Blocks
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 CARDS = {path.stem: path for path in sorted((Path(__file__).parent / "cards").glob("*.txtpb"))}
 CUDA_JAX = "0.11.2"  # the oldest that was seen to compile for described cards
+DUMP = "MOSAIC_GPU_DUMP_PTXAS"
+_ENTRY = re.compile(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'(.*?Used \d+ registers)", re.DOTALL)
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 
 
@@ -55,9 +60,10 @@ def target_mesh(target: str) -> Mesh:
     Raises:
       UserError: no such target, or libtpu is not installed.
     """
-    if target not in TOPOLOGIES:
-        raise UserError(f"unknown target {target!r}; choose from {', '.join(TOPOLOGIES)}.")
-    return Mesh(np.array(describe(TOPOLOGIES[target]).devices[:1]), ("device",))
+    found = {**TOPOLOGIES, **{name: f"{name}:1" for name in CARDS}}
+    if target not in found:
+        raise UserError(f"unknown target {target!r}; choose from {', '.join(found)}.")
+    return Mesh(np.array(describe(found[target]).devices[:1]), ("device",))
 
 
 def describe(topology: str):
@@ -113,6 +119,30 @@ def interruptible(work: Callable[[], Any]) -> Any:
     return result.result()
 
 
+@contextlib.contextmanager
+def assembler_report() -> Iterator[dict[str, dict[str, int]]]:
+    """{kernel: {registers of a thread, bytes that it spills}} of the Mosaic GPU kernels that are compiled meanwhile.
+
+    NVIDIA's assembler prints them; what else goes to standard output and error meanwhile is lost.
+    """
+    found: dict[str, dict[str, int]] = {}
+    sys.stdout.flush(), sys.stderr.flush()
+    with tempfile.TemporaryFile("w+") as said, contextlib.ExitStack() as back:
+        for stream in (1, 2):
+            kept = os.dup(stream)
+            back.callback(os.close, kept)
+            back.callback(os.dup2, kept, stream)
+            os.dup2(said.fileno(), stream)
+        os.environ[DUMP] = "1"
+        back.callback(os.environ.pop, DUMP)
+        yield found
+        back.close()
+        said.seek(0)
+        for name, text in _ENTRY.findall(said.read()):
+            registers, spills = _REGISTERS.search(text), _SPILLS.search(text)
+            found[name] = {"registers": int(registers[1]), "spilled": int(spills[1]) + int(spills[2])}
+
+
 def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: Path | None = None) -> dict:
     """Compiles forward and backward of one workload.
 
@@ -124,19 +154,18 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
 
     Returns:
       seconds; memory {arguments, outputs, temporaries, code} in bytes; with ``dump`` bundles {kernel: number} and
-      kflop_per_bundle {kernel: useful kFLOP of one grid step per bundle}.
+      kflop_per_bundle {kernel: useful kFLOP of one grid step per bundle}; for a card assembled {kernel: {registers,
+      spilled}}, unless the same kernel was compiled in this process before.
 
     Raises:
-      UserError: the best backend there has no kernels.
+      UserError: no kernels run that there.
     """
     shapes = spec.shapes(NamedSharding(mesh, PartitionSpec()))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        backend = select.choose(None, shapes[0], spec.pattern, function=spec.name)
-    if not backend.kernels:
-        raise UserError(f"{spec.name}: the best backend there is {backend.name!r}, which has no kernels to compile.")
+        backend = _with_kernels(spec, shapes[0])
 
     def forward(q, k, v):
-        return chunk_attention(q, k, v, spec.pattern, blocks=blocks)
+        return chunk_attention(q, k, v, spec.pattern, implementation=backend.name, blocks=blocks)
 
     def both(q, k, v, g):
         out, pull = jax.vjp(forward, q, k, v)
@@ -144,7 +173,9 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
 
     before = set(dump.iterdir()) if dump else set()
     start = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    card = mesh.devices.flat[0].platform != "tpu"
+    report = assembler_report() if card else contextlib.nullcontext()
+    with report as assembled, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         stats = interruptible(jax.jit(both).lower(*shapes).compile).memory_analysis()
     result = {
         "seconds": time.perf_counter() - start,
@@ -155,6 +186,8 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
             "code": stats.generated_code_size_in_bytes,
         },
     }
+    if card:
+        result["assembled"] = assembled
     if dump:
         result["bundles"] = _bundles(set(dump.iterdir()) - before, backend)
         result["kflop_per_bundle"] = {
@@ -162,6 +195,18 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
             for name, count in result["bundles"].items()
         }
     return result
+
+
+def _with_kernels(spec: Spec, q) -> Backend:
+    """The first backend with kernels that can run a workload on the device that is being traced for."""
+    reasons = []
+    for backend in backends.BACKENDS:
+        if backend.kernels:
+            try:
+                return select.choose(backend.name, q, spec.pattern, function=spec.name)
+            except UserError as error:
+                reasons.append(str(error).removeprefix(f"{spec.name}: ").partition(";")[0])
+    raise UserError(f"no kernels run it there: {'; '.join(reasons)}.")
 
 
 def _bundles(files: set[Path], backend: Backend) -> dict[str, int]:
@@ -183,6 +228,12 @@ def _useful_kflop(spec: Spec, name: str, blocks: Blocks | None, mesh: Mesh, back
     by_query, by_key = pattern.block_lists(*getattr(blocks, kernel.blocks))
     steps = len((by_key if kernel.by_key else by_query).outer)
     return 2 * kernel.matmuls * spec.dim * pattern.pairs / steps / 1e3
+
+
+def compiler_version(target: str) -> str:
+    """The package that compiles for a target, and its installed version."""
+    package = "jax-cuda13-plugin" if target in CARDS else "libtpu"
+    return f"{package} {importlib.metadata.version(package)}"
 
 
 def libtpu_version() -> str:

@@ -23,7 +23,8 @@ from greedy_distill_jax.ops.attention.tuning import Blocks
 KERNELS = {
     "forward_kernel": Kernel(2, "forward"),
     "dq_kernel": Kernel(3, "dq"),
-    "dkv_kernel": Kernel(4, "dkv", by_key=True),
+    # Two accumulators take half of the registers; what is spilled is spilled where a block is partly masked.
+    "dkv_kernel": Kernel(4, "dkv", by_key=True, spilled=104),
 }
 HEAD_DIMS = (64, 128)
 MULTIPLE = 8  # tokens: blocks begin at rows of 8 in memory
