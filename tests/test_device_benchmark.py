@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from greedy_distill_jax.ops.attention import Pattern, backends, tuning
+from greedy_distill_jax.ops.attention import Pattern, backends, select, tuning
 from tests.conftest import ROOT
 
 ITEMS = ("ceilings", "correctness", "streaming", "torch_peer", "attention", "training", "trace")
@@ -138,7 +138,7 @@ def test_rows_of_the_correctness_item(chosen):
     "item, rows",
     [
         ("torch_peer", {"float32, tiny", "eager", "compiled"}),
-        ("training", {"stage 1", "critic", "generator", "rollout gradient"}),
+        ("training", {"stage 1", "stage 1, Hopper kernels", "critic", "generator", "rollout gradient"}),
         ("trace", {"stage 1", "frame, 4 steps"}),
     ],
 )
@@ -201,10 +201,18 @@ def test_rows_are_written_judged_and_kept(items, tmp_path, capsys):
     assert "some: failed: failed: RuntimeError: no such kernel" in capsys.readouterr().out
 
 
-def test_the_scan_is_what_is_traced_meanwhile(items):
-    scan, before = items("scan"), backends.BACKENDS
-    with scan.by_scan():
+def test_other_ways_to_attend_are_for_what_is_traced_meanwhile(items, monkeypatch):
+    ways, before = items("ways"), backends.BACKENDS
+    with ways.by_scan():
         assert backends.names() == ("xla", "reference")
+    assert backends.BACKENDS is before
+    with pytest.raises(items("record").NotHere, match="needs an NVIDIA H100 or H200"):
+        ways.by_kernels()
+    monkeypatch.setattr(select, "device", lambda: ("gpu", "NVIDIA H200"))
+    q, frame = jnp.zeros((1, 1560, 1, 128), jnp.bfloat16), Pattern.full(1, 1560)
+    with ways.by_kernels():
+        assert select.choose(None, q, frame, function="f").name == "mosaic_gpu"
+        assert select.choose(None, q.astype(jnp.float32), frame, function="f").name == "xla"
     assert backends.BACKENDS is before
 
 

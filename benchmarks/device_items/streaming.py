@@ -1,6 +1,6 @@
 """ETM + SDD as a stream with random weights: ms per latent frame by steps, context and decoder.
 
-Frames are checked against those that XLA's scan makes (``scan.py``). Every stream does the same work at every frame, so
+Frames are checked against those that XLA's scan makes (``ways.py``). Every stream does the same work at every frame, so
 that the cost does not depend on which are timed.
 """
 
@@ -18,7 +18,7 @@ import second_start
 import stream
 from sizes import SIZES
 
-from device_items import ceilings, scan
+from device_items import ceilings, ways
 from device_items.record import Record
 from device_items.timing import error
 from greedy_distill_jax.diffusion.step_plan import StepPlan
@@ -29,7 +29,7 @@ from greedy_distill_jax.testing import tiny
 EARLY, LATE, SPAN = 20, 100, 16
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of a frame against one by the scan, relative norm
 VIDEO = 4  # frames of video per latent frame
-OURS, SCAN = "ours", "XLA scan"
+OURS, SCAN, KERNELS = "ours", "XLA scan", "Hopper kernels"
 
 
 class Streams:
@@ -55,7 +55,7 @@ class Streams:
         make = functools.partial(stream.Stream, self.run, context, StepPlan(stream.SCHEDULES[str(steps)], "renoise"))
         if way == OURS:
             return make(text)
-        with scan.by_scan():
+        with ways.by_scan() if way == SCAN else ways.by_kernels():
             return make(text)
 
     @functools.cached_property
@@ -77,7 +77,9 @@ def run(record: Record) -> None:
     row("4 steps + tiny VAE", decoded, codec="tiny VAE")
     row("4 steps, no context pass", steady, steps=4, context="last_step_kv")
     row("diagonal, no context pass", steady, steps="diagonal", context="last_step_kv", opening=True)
+    row("4 steps, Hopper kernels", steady, way=KERNELS, steps=4)
     row("2 steps", steady, steps=2)
+    row("2 steps, Hopper kernels", steady, way=KERNELS, steps=2)
     row("1 step", steady, steps=1)
     row("4 steps + Wan VAE", decoded, needs=40.0, codec="Wan VAE")
     row("4 steps, XLA scan", steady, needs=10.0, way=SCAN, steps=4, share=0.1)

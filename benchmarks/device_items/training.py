@@ -4,7 +4,7 @@ import jax
 import train_step
 from sizes import SIZES
 
-from device_items import ceilings
+from device_items import ceilings, ways
 from device_items.record import Record
 from greedy_distill_jax.pods.jobs import STREAM, build_job
 
@@ -13,8 +13,10 @@ def run(record: Record) -> None:
     """Stage 1, the steps of stage 2, and the gradient of a self-made video."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     ceiling = ceilings.matmul_flops(record, dtype)
-    for name, needs in (("stage 1", 50), ("critic", 55), ("generator", 55)):
+    for name, needs in (("stage 1", 50), ("generator", 55), ("critic", 55)):
         record.row(name, lambda n=name: step(record, n, ceiling), needs=needs)
+        if name != "critic":
+            record.row(f"{name}, Hopper kernels", lambda n=name: step_by_kernels(record, n, ceiling), needs=needs)
     record.row("rollout gradient", lambda: gradient(record), needs=60)
 
 
@@ -29,6 +31,12 @@ def step(record: Record, name: str, ceiling: float) -> dict:
     figures |= {"program GiB": row["program_bytes"]["total"] / 2**30, "compile s": row["compile_s"]}
     # `train_step.measure` raises where a metric is not finite or an update changes nothing.
     return {"figures": figures, **row}
+
+
+def step_by_kernels(record: Record, name: str, ceiling: float) -> dict:
+    """The same by the Hopper kernels."""
+    with ways.by_kernels():
+        return step(record, name, ceiling)
 
 
 def gradient(record: Record) -> dict:

@@ -49,10 +49,11 @@ def compile_kernels(targets: Sequence[str], only: str, bundles: bool, say: Calla
                     continue
                 memory = "  ".join(f"{part} {size / 2**20:.0f} MiB" for part, size in done["memory"].items())
                 work = "  ".join(f"{k} {v}" for k, v in done.get("kflop_per_bundle", {}).items())
+                say(f"  {name:28s} {memory}" + (f"  kFLOP per bundle: {work}" if work else ""))
                 assembled = done.get("assembled", {})
-                work += "  ".join(f"{k} {v['registers']} ({v['spilled']})" for k, v in assembled.items())
-                kind = "registers (bytes spilled)" if target in aot.CARDS else "kFLOP per bundle"
-                say(f"  {name:28s} {memory}" + (f"  {kind}: {work}" if work else ""))
+                for kernel, found in assembled.items():
+                    registers = f"{found['registers']} registers, {found['spilled']} bytes spilled"
+                    say(f"    {kernel:15s} {registers}, {done['estimates'][kernel]}")
                 failures += [f"{target} {name}: {line}" for line in spills(assembled)]
             if bundles and target not in aot.CARDS:
                 failures += sweep.regressions(target, dump, report=lambda line: say(f"  {line}"))

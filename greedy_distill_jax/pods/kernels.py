@@ -29,6 +29,8 @@ def _network(model: str, size: str, frames: int = FRAMES) -> Iterator[Spec]:
         "etm": patterns.etm_parallel(etm_sdd, frames, tokens).pattern,
         "sdd": patterns.sdd_parallel(etm_sdd, frames, tokens).pattern,
         "causal": patterns.causal_parallel(causal, frames // causal.chunk, chunk).pattern,
+        "sdd step": patterns.sdd_step(etm_sdd, tokens).pattern,
+        "etm step": patterns.etm_step(etm_sdd, tokens).pattern,
         "causal step": patterns.causal_step(causal, chunk).pattern,
     }
     for name, pattern in calls.items():
@@ -40,7 +42,7 @@ def _specs() -> Iterator[Spec]:
     yield Spec("tiny etm", tiny, heads=2, dim=64, dtype="float32")
     yield from _network("1.3b", "480p")
     for spec in _network("14b", "720p"):
-        if spec.name.endswith(("etm", "sdd", "step")):
+        if spec.name.endswith(("etm", "sdd", "causal step")):
             # One of four chips that share the heads: SDD's pass over a video does not fit a v5e with all of them.
             yield dataclasses.replace(spec, heads=spec.heads // 4)
     wan = WanConfig()

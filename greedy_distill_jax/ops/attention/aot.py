@@ -155,7 +155,7 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     Returns:
       seconds; memory {arguments, outputs, temporaries, code} in bytes; with ``dump`` bundles {kernel: number} and
       kflop_per_bundle {kernel: useful kFLOP of one grid step per bundle}; for a card assembled {kernel: {registers,
-      spilled}}, unless the same kernel was compiled in this process before.
+      spilled}} and estimates {kernel: what its backend can say of it}.
 
     Raises:
       UserError: no kernels run that there.
@@ -188,6 +188,10 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     }
     if card:
         result["assembled"] = assembled
+        sizes = blocks or backend.blocks(
+            mesh.devices.flat[0].device_kind, spec.pattern.q_chunk, spec.pattern.k_chunk, spec.dim, spec.dtype
+        )
+        result["estimates"] = backend.estimates(spec.pattern, shapes[0], sizes)
     if dump:
         result["bundles"] = _bundles(set(dump.iterdir()) - before, backend)
         result["kflop_per_bundle"] = {

@@ -7,6 +7,9 @@ A card's tuned table (``tuned/h100.json``, ``tuned/h200.json``), which a measure
 chunks the kernels beat cuDNN. Elsewhere they run where they are asked for by name.
 """
 
+import dataclasses
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -18,6 +21,7 @@ from greedy_distill_jax.ops.attention.backends.hopper import (
 )
 from greedy_distill_jax.ops.attention.backends.hopper.parts import Launch
 from greedy_distill_jax.ops.attention.backends.record import Backend, Call, Kernel, Request
+from greedy_distill_jax.ops.attention.pattern import Pattern
 from greedy_distill_jax.ops.attention.tuning import Blocks
 
 KERNELS = {
@@ -92,14 +96,49 @@ def _launch(call: Call, q_BLNK, lengths_Q, *, keys: bool, pair: tuple[int, int],
     pattern = call.pattern.merged() if lengths_Q is None else call.pattern
     rows = tables.by_key(pattern) if keys else tables.by_query(pattern)
     counts = None if lengths_Q is None else tables.visible(pattern, rows, lengths_Q, keys=keys)
-    outer, inner = (pattern.q_chunk, pattern.k_chunk)[:: -1 if keys else 1]
-    tile, block = pair[:: -1 if keys else 1]
+    (outer, inner), (tile, block) = (
+        two[:: -1 if keys else 1] for two in ((pattern.q_chunk, pattern.k_chunk), tuple(pair))
+    )
     visits, work = tables.visits(rows, inner, block, counts)
     batch, _, heads, dim = q_BLNK.shape
     interpret = plgpu.InterpretGPUParams() if call.interpret is True else call.interpret or None
     launch = Launch(batch, heads, dim, q_BLNK.dtype, outer, len(rows), tile, block, interpret)
     plan = tables.schedule(work, batch, heads, launch.tiles, may_split=not whole and counts is None)
     return launch, visits, plan
+
+
+class Estimate(NamedTuple):
+    """What can be said of a kernel without a card.
+
+    Attributes:
+      shared_bytes: of shared memory for a thread block, of which an H100 has 227 KiB.
+      parts: whether tiles are split.
+      busy: ``tables.busy``.
+      useful: pairs of the table over those in the visited blocks.
+    """
+
+    shared_bytes: int
+    parts: bool
+    busy: float
+    useful: float
+
+    def __str__(self) -> str:
+        tiles = "tiles in parts" if self.parts else "whole tiles"
+        share = f"busy {self.busy:.0%} x useful {self.useful:.0%} = {self.busy * self.useful:.0%}"
+        return f"{self.shared_bytes / 1024:.0f} KiB shared, {tiles}, {share}"
+
+
+def estimates(pattern: Pattern, q_BLNK, pairs: Blocks) -> dict[str, Estimate]:
+    """{kernel: its estimate}; busy x useful is the share of the tensor cores' time that a perfect loop would use."""
+    call, found = Call(pattern, 1.0), {}
+    for name, kernel in KERNELS.items():
+        forward = kernel.blocks == "forward"
+        options = dict(keys=kernel.by_key, pair=getattr(pairs, kernel.blocks), whole=not forward)
+        launch, visits, plan = _launch(call, q_BLNK, None, **options)
+        computed = int(visits.total.sum()) * launch.tiles * launch.tile * launch.block
+        shared = launch.shared_bytes(1 if forward else 2)
+        found[name] = Estimate(shared, plan.split, tables.busy(plan), pattern.pairs / computed)
+    return found
 
 
 BACKEND = Backend(
@@ -112,4 +151,10 @@ BACKEND = Backend(
     backward_flops=3.5,  # seven matmuls over two
     blocks=blocks,
     kernels=KERNELS,
+    estimates=estimates,
 )
+
+
+def preferred() -> Backend:
+    """The backend as one that is taken wherever it can run, whatever a tuned table says: to measure with."""
+    return dataclasses.replace(BACKEND, why_not=lambda request: why_not(request._replace(named=True)))

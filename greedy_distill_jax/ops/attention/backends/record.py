@@ -67,6 +67,8 @@ class Backend:
       backward_flops: operations of its backward pass over those of its forward pass.
       blocks: ``blocks(device kind, query chunk, key chunk, head dim, dtype)`` gives its block sizes; None without.
       kernels: its device kernels by name.
+      estimates: ``estimates(pattern, queries, blocks)`` gives {kernel: what can be said of its speed without a device},
+        to be printed. None without.
       stand_in: ``attend`` for a compiler that has no device to ask: calls with operands, results and workspace of the
         same shapes, which compute nothing. None where the real calls compile without a device.
     """
@@ -81,4 +83,5 @@ class Backend:
     backward_flops: float = FLASH_BACKWARD
     blocks: Callable[[str, int, int, int, str], Blocks] | None = None
     kernels: Mapping[str, Kernel] = dataclasses.field(default_factory=dict, hash=False)
+    estimates: Callable[..., Mapping[str, Any]] | None = None
     stand_in: Callable[..., Any] | None = None

@@ -60,6 +60,10 @@ class Launch:
         """Those that compute."""
         return self.tile // ROWS
 
+    def shared_bytes(self, tiles: int) -> int:
+        """Of shared memory, for so many outer tiles and two sides of the ring; without numbers per token."""
+        return (tiles * self.tile + 2 * STAGES * self.block) * self.dim * jnp.dtype(self.dtype).itemsize
+
     # --- views ----------------------------------------------------------------------------------------------------
 
     def outer_view(self, x_BLNK):

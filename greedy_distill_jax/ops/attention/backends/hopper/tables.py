@@ -156,6 +156,13 @@ def schedule(work: tuple[int, ...], batch: int, heads: int, tiles: int, *, may_s
     return Parts(np.array(parts, np.int32), np.array(bounds, np.int32), True)
 
 
+def busy(plan: Parts) -> float:
+    """The share of the multiprocessors' time, until the last one is done, that goes into visits."""
+    lengths = plan.parts[:, 5] - plan.parts[:, 4]
+    blocks = [int(lengths[a:b].sum()) for a, b in zip(plan.bounds, plan.bounds[1:])]
+    return sum(blocks) / max(SMS * _rounds(blocks), 1)
+
+
 def _split(total: int, tiles: int) -> float:
     """Visits that take as long as parts of equal work and merging them."""
     return total / SMS + MERGING + PART * (tiles + SMS)
