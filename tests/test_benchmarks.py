@@ -96,6 +96,27 @@ def test_stream(benchmark, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("| etm_sdd | diagonal | ")
 
 
+def test_second_start(benchmark, tmp_path, capsys, monkeypatch):
+    """The table and its medians; the starts themselves are a row of ``test_device_benchmark.py``."""
+    second_start, output, seconds = benchmark("second_start"), tmp_path / "start.json", iter(range(1, 100))
+    found = dict(trace_and_lower_s=0.5, compile_or_read_s=0.25, run_s=0.125, process_s=9.0)
+    differences = {"cache": 0.0, "serialised": 0.0}
+
+    def measure(size, student, way, folder):
+        assert (size, student) == ("tiny", "etm_sdd") and folder.is_dir()
+        return {"seconds": float(next(seconds)), **found} | ({} if way == "first" else {"difference": differences[way]})
+
+    monkeypatch.setattr(second_start, "measure", measure)
+    second_start.main(["--size=tiny", "--repeats=3", f"--output={output}"])
+    result = json.loads(output.read_text())
+    assert result.keys() >= ENVIRONMENT and [len(result["repeats"][way]) for way in second_start.WAYS] == [3, 3, 3]
+    assert [result["starts"][way]["seconds"] for way in second_start.WAYS] == [4, 5, 6]
+    assert capsys.readouterr().out.splitlines()[-1] == "| serialised | 6.00 | 0.500 | 0.250 | 0.125 | 9.00 |"
+    differences["cache"] = 0.5
+    with pytest.raises(RuntimeError, match="frames of the start 'cache' differ by 5.0e-01 from the first one's"):
+        second_start.main(["--size=tiny", "--repeats=1"])
+
+
 def test_stream_next_to_torch(benchmark, tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
     stream_torch, output = benchmark("stream_torch"), tmp_path / "torch.json"

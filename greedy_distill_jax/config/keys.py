@@ -255,4 +255,4 @@ class Keys:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log: Log = dataclasses.field(default_factory=Log)
-    compile_cache: str = "~/.cache/greedy_distill_jax/xla"  # "" = none
+    compile_cache: str = "~/.cache/greedy_distill_jax/xla"  # folder that keeps compiled programs; "" = none

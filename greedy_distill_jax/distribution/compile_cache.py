@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-_DAMAGED = re.compile(r"Error reading persistent compilation cache entry for '([\w.<>-]+)': (.*)", re.S)
+_DAMAGED = re.compile(r"Error reading persistent compilation cache entry for '([^']+)': (.*)", re.S)
 
 
 def compiled_ahead(call: Callable[..., Any], *args: Any) -> Any:
