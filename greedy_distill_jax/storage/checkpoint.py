@@ -115,9 +115,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The complete checkpoints, oldest first."""
-        if self._read_only:
-            self._manager.reload()  # the run may have saved more since
-        return sorted(step for step in self._manager.all_steps() if self._is_complete(step))
+        # Of the folder: the manager forgets a step that is to go before the one that replaces it is whole.
+        return sorted(step for step in ocp.utils.checkpoint_steps(self._manager.directory) if self._is_complete(step))
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, or None."""
@@ -432,7 +431,7 @@ class Checkpointer:
                 if _TEMPORARY in path.name:  # of a reader they are what the run is writing
                     with contextlib.suppress(OSError):
                         path.rmtree()
-            kept = max((step for step in self._manager.all_steps() if self._is_complete(step)), default=None)
+            kept = self.latest_step()
             kept = "no step is saved yet" if kept is None else f"step {kept} is kept"
             raise UserError(
                 f"{self.directory} cannot be written ({reason}); {kept}. Free space and run the same command again"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -316,6 +317,26 @@ def test_a_disk_that_refuses_is_no_damage(workdir, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="^a mistake of ours$"):
             patch.setattr(checkpointer._manager, "save", mock.Mock(side_effect=ValueError("a mistake of ours")))
             checkpointer.save(2, state, meta(2))
+
+
+def test_a_write_that_fails_in_the_background_is_told_at_once_and_costs_no_step(workdir):
+    big = {"x": jnp.asarray(np.random.default_rng(0).standard_normal(2**18))}  # does not compress
+    told = r"cannot be written \(File too large\); step 1 is kept"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(UserError, match=told), Checkpointer(workdir, max_to_keep=1) as checkpointer:
+        checkpointer.save(1, {"x": jnp.ones(2)}, meta(1))
+        checkpointer.wait()
+        checkpointer.check()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+            checkpointer.save(2, big, meta(2))
+            until = time.monotonic() + 60
+            with pytest.raises(UserError, match=told):
+                while time.monotonic() < until:
+                    checkpointer.check()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(workdir) == ["1"]
 
 
 KILLED = """
