@@ -25,4 +25,4 @@ if os.environ.get("FAULT") == "nan":
 
 def get_config():
     """Of a run whose steps do not depend on how many there are."""
-    return train_config("teacher", mesh__data=2, mesh__fsdp=2, model__dim=48, model__ffn_dim=96)
+    return train_config("teacher", mesh__data=2, mesh__fsdp=2, model__dim=48, model__ffn_dim=96, ema__decay=0.9)

@@ -140,7 +140,7 @@ def _told(lines: list[str], folder: Path) -> list[str]:
     """What a process says of the fault, without paths of this machine."""
     begins = ("error", "warning", "stopping", "teacher: stopped", "Fatal Python error")
     told = [line for line in lines if line.startswith(begins) or "UserWarning" in line or "distributed service" in line]
-    return [re.sub(rf"\S*/(?={folder.name}/)|{re.escape(os.getcwd())}/", "", line)[:300] for line in told]
+    return [re.sub(rf"[^\s(]*/(?={folder.name}/)|{re.escape(os.getcwd())}/", "", line)[:300] for line in told]
 
 
 def rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:

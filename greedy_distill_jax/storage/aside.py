@@ -16,13 +16,18 @@ def move_aside(directory: str, step: int) -> str:
 
 
 def move_parts_aside(directory: str) -> None:
-    """Moves what is no whole step, as a copy that was cut off, with a warning; one that is written has another name."""
-    for step in sorted(int(name) for name in os.listdir(directory) if name.isdecimal()):
+    """Moves what is newer than the newest whole step and is none, as a copy that was cut off, with a warning.
+
+    What is being written has another name; older parts are of steps that were being removed when the process died.
+    """
+    steps = sorted((int(name) for name in os.listdir(directory) if name.isdecimal()), reverse=True)
+    for step in steps:
         path = os.path.join(directory, str(step))
         missing = ["/".join(file) for file in WHOLE if not os.path.exists(os.path.join(path, *file))]
-        if missing:
-            told = f"{directory} step {step} is not whole (it has no {missing[0]})"
-            warn(f"{told}; it is passed over, and moved to {move_aside(directory, step)}")
+        if not missing:
+            break
+        told = f"{directory} step {step} is not whole (it has no {missing[0]})"
+        warn(f"{told}; it is passed over, and moved to {move_aside(directory, step)}")
 
 
 def warn(told: str) -> None:

@@ -115,18 +115,17 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The complete checkpoints, oldest first."""
-        if self._read_only:
-            self._manager.reload()  # the run may have saved more since
-        return sorted(step for step in self._manager.all_steps() if self._is_complete(step))
+        # Of the folder: the manager forgets a step that is to go before the one that replaces it is whole.
+        return sorted(step for step in ocp.utils.checkpoint_steps(self._manager.directory) if self._is_complete(step))
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def agreed_steps(self) -> list[int]:
-        """The complete checkpoints that every process of the run sees, oldest first; all have to ask."""
-        said = all_said(" ".join(map(str, self.steps())))
-        return sorted(set.intersection(*({int(step) for step in steps.split()} for steps in said)))
+    def seen_steps(self) -> dict[int, bool]:
+        """{step: whether every process of the run sees it}, oldest first; all have to ask, and get the same."""
+        said = [{int(step) for step in steps.split()} for steps in all_said(" ".join(map(str, self.steps())))]
+        return {step: all(step in steps for steps in said) for step in sorted(set.union(*said))}
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
         """Saves a step.
@@ -303,7 +302,7 @@ class Checkpointer:
 
         A run that is written moves them aside, so that it can save these steps again; a remote folder is not moved:
         there a damaged step is an error. Several processes, which all have to call this, take the same step: one that
-        is damaged to any of them is damaged.
+        is damaged to any of them, or not seen by it, is damaged.
 
         Args:
           read: step -> what is wanted of it, by methods of this class.
@@ -315,8 +314,10 @@ class Checkpointer:
           UserError: there is no checkpoint, or none that can be read; they stay where they are.
         """
         damaged: dict[int, Damaged] = {}
-        for step in reversed(self.agreed_steps()):
+        for step, seen in reversed(self.seen_steps().items()):
             try:
+                if not seen:
+                    raise Damaged(f"{self.directory} step {step} is not seen by every process", [])
                 found = read(step)
             except Damaged as error:
                 if not self._read_only and "://" in self.directory:
@@ -336,7 +337,7 @@ class Checkpointer:
             for step, error in damaged.items():
                 told = f"{error.told}; step {taken} is taken instead"
                 if not self._read_only:
-                    told += f", and the damaged one moved to {move_aside(self.directory, step)}"
+                    told += f", and that one moved to {move_aside(self.directory, step)}"
                 warn(told)
         all_said("")  # that they are moved
         if not self._read_only:
@@ -432,7 +433,7 @@ class Checkpointer:
                 if _TEMPORARY in path.name:  # of a reader they are what the run is writing
                     with contextlib.suppress(OSError):
                         path.rmtree()
-            kept = max((step for step in self._manager.all_steps() if self._is_complete(step)), default=None)
+            kept = self.latest_step()
             kept = "no step is saved yet" if kept is None else f"step {kept} is kept"
             raise UserError(
                 f"{self.directory} cannot be written ({reason}); {kept}. Free space and run the same command again"
@@ -440,11 +441,12 @@ class Checkpointer:
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
-    """Whether a complete checkpoint lies in a directory; creates nothing."""
-    if not os.path.isdir(os.path.expanduser(directory)):
-        return False
-    with Checkpointer(directory, read_only=True) as checkpointer:
-        return checkpointer.latest_step() is not None
+    """Whether any process of the run, which all have to ask, sees a complete checkpoint; creates nothing."""
+    there = os.path.isdir(os.path.expanduser(directory))
+    if there:
+        with Checkpointer(directory, read_only=True) as checkpointer:
+            there = checkpointer.latest_step() is not None
+    return any(all_said("there" if there else ""))
 
 
 def read_run(directory: str | os.PathLike, step: int | None, read: Callable[[Checkpointer, int], T]) -> T:

@@ -35,7 +35,7 @@ class Progress:
 
     def start(self) -> TrainState:
         """The state to go on from: of the newest checkpoint that can be read, or of step 0."""
-        if not self.checkpointer.agreed_steps():
+        if not self.checkpointer.seen_steps():
             state = initial_state(self.job)
         else:
             self.first, (meta, state) = self.checkpointer.newest(self._read)
