@@ -100,15 +100,25 @@ class TorchCausal:
             for sigma, next_sigma, fresh in zip(self.sigmas, after, (*noise[1 : len(after)], None)):
                 x0 = x - sigma * velocity(x, self.times[sigma], ropes, self.filled)
                 x = x0 if fresh is None else (1 - next_sigma) * x0 + next_sigma * fresh
-            kept = (1 - self.level) * x + self.level * noise[-1] if self.level else x
-            velocity(kept, self.times[self.level], ropes, self.filled, with_head=False)
-            if self.cfg.recache:
-                frames = kept if self.frames is None else torch.cat([self.frames, kept], dim=1)
-                self.frames = frames[:, -self.cfg.chunk * (self.cfg.sink_chunks + self.cfg.ring_chunks + 1) :]
-        self.filled, self.index = self.filled + self.tokens, self.index + 1
+            self._keep(velocity, x, noise[-1], ropes)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return x
+
+    def observe(self, x: Any, noise: Any = None) -> None:
+        """A given clean chunk in place of the next one; ``noise``: for what is kept of it at a noise level."""
+        with self.torch.inference_mode():
+            self._make_room()
+            self._keep(self._velocity, x, noise, self._ropes(self.filled, 1, self.index))
+
+    def _keep(self, velocity, x, noise, ropes) -> None:
+        """The pass over a finished chunk, whose keys stay in the cache."""
+        kept = (1 - self.level) * x + self.level * noise if self.level else x
+        velocity(kept, self.times[self.level], ropes, self.filled, with_head=False)
+        if self.cfg.recache:
+            frames = kept if self.frames is None else self.torch.cat([self.frames, kept], dim=1)
+            self.frames = frames[:, -self.cfg.chunk * (self.cfg.sink_chunks + self.cfg.ring_chunks + 1) :]
+        self.filled, self.index = self.filled + self.tokens, self.index + 1
 
     def switch_prompt(self, text: np.ndarray) -> None:
         """The next chunks follow other rows [B, M, C]; keys are recomputed where the student's configuration says so.

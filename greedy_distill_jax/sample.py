@@ -21,8 +21,9 @@ from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 
 OPTIONS = ("frames", "steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output", "weights")
 PLACES = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
-PLACES |= {"switches": "--switch", "path": "--output", "directory": "--checkpoint", "folder": "--model"}
-OF_A_STUDENT, OF_A_TEACHER = ("switch",), ("negative_prompt", "solver", "shift", "guidance")
+PLACES |= {"switches": "--switch", "context_sigma": "--context-sigma"}
+PLACES |= {"path": "--output", "directory": "--checkpoint", "folder": "--model"}
+OF_A_STUDENT, OF_A_TEACHER = ("switch", "context_sigma"), ("negative_prompt", "solver", "shift", "guidance")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -75,7 +76,8 @@ def _videos(run, args: argparse.Namespace) -> Iterator:
 
     if run.is_student:
         args.frames = args.frames or Timeline(run.codec.temporal_stride, run.model.cfg.chunk).fill(options.FRAMES)
-        more = dict(seed=args.seed, steps=args.steps, weights=args.weights or "compute")
+        more = {name: getattr(args, name) for name in ("seed", "steps", "context_sigma")}
+        more["weights"] = args.weights or "compute"
         sessions = [run.session([prompt], **more) for prompt in args.prompt]
         playing = [session.play(args.frames, args.switches) for session in sessions]
         return (np.concatenate(frames) for frames in zip(*playing, strict=True))

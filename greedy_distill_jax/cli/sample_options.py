@@ -34,6 +34,12 @@ def parse_steps(value: str) -> int | str:
     return value if set(value) & set(",./") or value.startswith("diagonal") else number(Steps)(value)
 
 
+def parse_levels(value: str) -> float | tuple[float, ...]:
+    """Reads "0.1" as a number and "0,0.1" as one per chunk; StepPlan says which are noise levels."""
+    levels = tuple(number(NotNegative)(level) for level in value.split(","))
+    return levels if len(levels) > 1 else levels[0]
+
+
 def parser(description: str) -> Parser:
     """Returns the parser of the command."""
     out = Parser(prog="python -m greedy_distill_jax.sample", description=description)
@@ -66,6 +72,8 @@ def parser(description: str) -> Parser:
     student = out.add_argument_group("streaming students")
     more = dict(type=text, action="append", default=[], metavar='FRAME:"PROMPT"')
     student.add_argument("--switch", **more, help="new prompt from a frame on")
+    kept = "noise level at which chunks are kept for later ones, the first one clean; 0.1,0.1 is one per chunk"
+    student.add_argument("--context-sigma", type=parse_levels, metavar="LEVEL", help=f"{kept} (default: the run's)")
     teacher = out.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")
     teacher.add_argument("--negative-prompt", type=text, metavar="TEXT", help="unconditional branch (Wan2.1's own)")
     teacher.add_argument("--solver", choices=("euler", "unipc", "unipc_wan"), help="(unipc)")

@@ -58,15 +58,15 @@ class Settings(keys.Keys):
         """How the student denoises its chunks, and the level at which it keeps them."""
         return self.plan_with()
 
-    def plan_with(self, steps: Any = None) -> StepPlan:
-        """``plan`` with other steps, see ``StepPlan.parse``; an error about these has the field "steps"."""
-        s = self.sample
-        given = s.steps if steps is None else steps
+    def plan_with(self, steps: Any = None, context_sigma: Any = None) -> StepPlan:
+        """``plan`` with other steps and context, see ``StepPlan.parse``, whose names are the fields of errors."""
+        s, given = self.sample, {"steps": steps, "context_sigma": context_sigma}
+        own = {name: getattr(s, name) for name, value in given.items() if value is None}
         try:
-            plan = StepPlan.parse(given, shift=s.shift, sampler=s.sampler, context_sigma=s.context_sigma)
+            plan = StepPlan.parse(**given | own, shift=s.shift, sampler=s.sampler)
             plan.check_context(self.student.context)
         except UserError as error:
-            fields = {"sampler", "context_sigma"} | ({"steps"} if steps is None else set())
+            fields = {"sampler", *own}
             raise error.at({field: f"config.sample.{field}" for field in fields}) from error
         return plan
 

@@ -198,11 +198,14 @@ class Run:
                 print(f"warning: {warning}.", file=sys.stderr)
         self.told |= {*found, *unknown}
 
-    def streamer(self, steps: Any = None) -> Streamer | CausalStreamer:
-        """The student's streaming functions with this run's step plan; ``steps`` changes it, see ``StepPlan.parse``."""
+    def streamer(self, steps: Any = None, context_sigma: Any = None) -> Streamer | CausalStreamer:
+        """The student's streaming functions with this run's step plan.
+
+        ``steps`` and ``context_sigma`` change it, see ``StepPlan.parse``.
+        """
         if not self.is_student:
             raise UserError("a teacher makes whole videos and cannot stream; give a student's run", "directory")
-        chosen, trained = self.settings.plan_with(steps), self.settings.plan
+        chosen, trained = self.settings.plan_with(steps, context_sigma), self.settings.plan
         chunks = max(len(chosen.sigmas), len(trained.sigmas))
         last = [plan.last_sigmas(chunks).tolist() for plan in (chosen, trained)]
         if self.model.cfg.context == "last_step_kv" and last[0] != last[1]:
@@ -251,6 +254,7 @@ class Run:
         *,
         seed: int | Key[Array, "*B"] = 0,
         steps: Any = None,
+        context_sigma: Any = None,
         weights: str = "compute",
     ) -> Session:
         """Opens a stream of the student, one video per prompt.
@@ -260,12 +264,13 @@ class Run:
         Args:
           prompts: one for each video.
           seed: of the noise, as for ``Session``.
-          steps: as for ``streamer``.
+          steps, context_sigma: as for ``streamer``.
           weights: as for ``Session``. Several sessions share them if they are opened on ``computing()``.
         """
         if jax.config.jax_compilation_cache_dir is None:
             use_compile_cache(self.settings.compile_cache)
-        streamer, options = self.streamer(steps), dict(latent_shape=self.latent_shape[1:], weights=weights)
+        streamer = self.streamer(steps, context_sigma)
+        options = dict(latent_shape=self.latent_shape[1:], weights=weights)
         return Session(streamer, self.params, self.codec, self.text, prompts, seed=seed, **options)
 
     def sample_latents(

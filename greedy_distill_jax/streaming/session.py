@@ -51,6 +51,7 @@ class Programs(NamedTuple):
       filling: the step of a stream's first ``warm_up`` chunks. It serves all others, too, only slower.
       steady: the step of all others: no slot is empty, nothing is hidden, and the number of denoising calls is fixed.
       switch_prompt: ``(params, state, text [B, M, D]) -> state``.
+      observe: ``(params, state, x0 [B, g, H, W, C]) -> state``, a given chunk in place of the next one.
       warm_up: see ``Streamer.warm_up``.
     """
 
@@ -58,6 +59,7 @@ class Programs(NamedTuple):
     filling: Step
     steady: Step
     switch_prompt: Callable[..., Any]
+    observe: Callable[..., Any]
     warm_up: int
 
     def step(self, made: int) -> Step:
@@ -98,7 +100,8 @@ def _programs(student_config, plan: StepPlan, chosen_from: tuple[Backend, ...]) 
         for s in (streamer, streamer.steady())
     )
     init, switch = jax.jit(streamer.init, static_argnums=3), jax.jit(streamer.switch_prompt, donate_argnums=1)
-    return Programs(init, filling, steady, switch, streamer.warm_up)
+    observe = jax.jit(lambda params, state, x0: streamer.observe(params, state, x0)[0], donate_argnums=1)
+    return Programs(init, filling, steady, switch, observe, streamer.warm_up)
 
 
 class Session:
@@ -150,6 +153,7 @@ class Session:
         self._programs, self._params, self._codec, self._text = programs(streamer), params, codec, text
         self._videos, self._chunk, self._decoder, self._made = len(prompts), streamer.cfg.chunk, None, 0
         self._ahead: list[Array] | None = None  # frames that ``play`` has started and nobody has seen
+        self._given: list[Array] = []  # chunks that come before any that is made
         self._ready, self._as_latents = 0, False  # chunks that need no compiler; whether any was read as latents
         keys, self._rows = noise_keys(seed, len(prompts)), text(prompts)
         self.state = self._programs.init(params, self._rows, keys, tuple(latent_shape))
@@ -183,6 +187,28 @@ class Session:
             raise ValueError(f"switch_prompts: {len(prompts)} prompts for {self._videos} videos; give one for each.")
         self.state = self._programs.switch_prompt(self._params, self.state, self._text(prompts))
 
+    def give(self, latents: Float[Array | np.ndarray, "B T H W C"]) -> None:
+        """Makes the next chunks be these: a first frame, the beginning of a video, or what somebody else made.
+
+        They are handed out like chunks that the student makes, which go on behind them, and the frames of a video count
+        them. Their keys are those of a finished chunk, or with context "last_step_kv" of one that is noised to the
+        level of the last step.
+
+        Args:
+          latents: clean, whole chunks for every video.
+
+        Raises:
+          ValueError: another number of videos, another size, or frames that do not divide into chunks.
+        """
+        latents, (videos, chunk, *size) = jax.numpy.asarray(latents, jax.numpy.float32), self.state.last.shape
+        shape = tuple(latents.shape)
+        if latents.ndim != 5 or shape[:1] + shape[2:] != (videos, *size) or not shape[1] or shape[1] % chunk:
+            raise ValueError(
+                f"give: latents of shape {shape}; give [{videos}, T, {', '.join(map(str, size))}] with T a multiple of "
+                f"the student's chunk of {chunk} latent frames."
+            )
+        self._given += jax.numpy.split(latents, shape[1] // chunk, axis=1)
+
     def next_latents(self) -> Float32[Array, "B g H W C"]:
         """Makes the next chunk and returns its latents."""
         self._as_latents = True
@@ -192,6 +218,10 @@ class Session:
 
     def _next(self, use: Callable[[Array], Any]) -> Any:
         """What ``use`` makes of the next chunk's latents, which the device does before the pass for later chunks."""
+        if self._given:
+            x0, self._made = self._given.pop(0), self._made + 1
+            self.state = self._programs.observe(self._params, self.state, x0)
+            return use(x0)
         step = self._programs.step(self._made)
         state, chunk = step.make(self._params, self.state)
         try:

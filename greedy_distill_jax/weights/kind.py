@@ -80,6 +80,12 @@ def with_kind(
                 f"{asked.frames[name]} is given, but {path} is taken as a teacher ({why}); choose kind causal.", name
             )
         return wan, why
+    if config.get("independent_first_frame"):
+        raise UserError(
+            f"{path}: its config.json has independent_first_frame, a first chunk of one frame; all chunks of a causal "
+            f"student here have the same size, so its videos would not be those it was trained for.",
+            "kind",
+        )
     said = {ours: config[theirs] for theirs, ours in CAUSAL_KEYS.items() if theirs in config}
     fields = {"chunk": _CHUNK, "window": _WINDOW, "sink": _SINK} | said | asked.frames
     if fields["window"] == -1:

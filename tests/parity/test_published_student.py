@@ -71,7 +71,7 @@ def home(tmp_path_factory):
     return home
 
 
-def test_it_streams_as_its_peer_and_through_the_command(home, benchmarks, tmp_path):
+def test_it_streams_as_its_peer_and_through_the_command(home, benchmarks, tmp_path, capsys):
     run = Run.load(home / "student", text=str(home / "text"), codec=home / "codec.npz")
     cfg = dataclasses.replace(run.model.cfg, base=dataclasses.replace(run.model.cfg.base, dtype="float32"))
     plan, latent = run.settings.plan, run.latent_shape[1:]
@@ -94,6 +94,11 @@ def test_it_streams_as_its_peer_and_through_the_command(home, benchmarks, tmp_pa
     options += ["--frames", 9, "--prompt", PROMPTS[0], "--switch", f"6:{PROMPTS[1]}", "--output", tmp_path / "out.mp4"]
     assert exit_code(sample.main, *options) == 0
     assert probe(tmp_path / "out.mp4").frames == 9
+    assert run.streamer(context_sigma=(0.1,)).plan.context_sigmas == (0.1,)
+    for level, said in (("0.7,0.7", "kept at noise level 0.7, above 0.625"), ("-1", "it must be at least 0")):
+        assert exit_code(sample.main, *options, f"--context-sigma={level}") == 2
+        error = capsys.readouterr().err
+        assert "--context-sigma" in error and said in error
 
 
 def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path):

@@ -10,6 +10,8 @@ import pytest
 from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.streaming.causal import CausalStreamer
+from greedy_distill_jax.streaming.loop import CONTEXT_FOLD, draw_noise, split_key
+from greedy_distill_jax.streaming.session import Session
 from greedy_distill_jax.testing import tiny
 
 pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
@@ -64,6 +66,42 @@ def test_streams_the_same_frames(benchmarks, case):
         theirs = other.step([other.tensor(x) for x in noise]).numpy()
         scale = max(1.0, float(jnp.std(ours)))
         np.testing.assert_allclose(theirs / scale, np.asarray(ours) / scale, atol=1e-5, rtol=0, err_msg=f"chunk {i}")
+
+
+def test_goes_on_behind_given_frames(benchmarks):
+    """A prefix of two chunks, kept at a noise level, then chunks of its own and a switch that recomputes all."""
+    peer, level = benchmarks("torch_causal"), 0.1
+    base = dataclasses.replace(tiny.BASE, prediction="velocity", dtype="float32", remat="none", num_layers=2)
+    cfg = tiny.causal_config(base=base, chunk=2, window=8, sink=2, **WINDOW)
+    streamer = CausalStreamer(CausalStudent(cfg), StepPlan((SIGMAS,), "renoise", (level,)))
+    params = tiny.random_params(streamer.student, latent_shape=(1, *LATENT))
+    texts = [tiny.text_rows(2, jax.random.key(1 + n)) for n in range(2)]
+    given = np.asarray(jax.random.normal(jax.random.key(3), (2, 4, *LATENT), jnp.float32))
+    other = peer.TorchCausal(params, cfg, np.asarray(texts[0]), SIGMAS, LATENT[:2], context_sigma=level)
+
+    class Text:
+        """Rows of one prompt, then of another."""
+
+        def __call__(self, prompts):
+            return texts[prompts[0] == "then"]
+
+    session = Session(streamer, params, None, Text(), ["first", "first"], seed=7, latent_shape=LATENT)
+    session.give(given)
+    for i in range(6):
+        if i == 4:
+            session.switch_prompts("then")
+            other.switch_prompt(np.asarray(texts[1]))
+        shape = session.state.last.shape
+        key = split_key(session.state.key)[1]
+        drawn = [other.tensor(draw_noise(key, n, shape)) for n in (0, 1, 2, CONTEXT_FOLD)]
+        ours = np.asarray(session.next_latents())
+        if i < 2:
+            np.testing.assert_array_equal(ours, given[:, 2 * i : 2 * i + 2])
+            other.observe(other.tensor(ours), drawn[-1])
+        else:
+            theirs = other.step(drawn).numpy()
+            scale = max(1.0, float(ours.std()))
+            np.testing.assert_allclose(theirs / scale, ours / scale, atol=1e-5, rtol=0, err_msg=f"chunk {i}")
 
 
 def test_refuses_what_it_does_not_stream(benchmarks):

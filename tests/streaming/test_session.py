@@ -53,6 +53,18 @@ def test_a_seed_and_a_prompt_are_a_video():
     assert (first[1] != latents(session("ac"), 3)[1]).any()
 
 
+def test_a_stream_goes_on_behind_what_it_is_given(codec):
+    first = latents(session(), 4)
+    again = session()
+    again.give(first[:, :2])
+    np.testing.assert_allclose(latents(again, 4), first, atol=1e-5)
+    for bad in (first[:1], first[..., :-1], first[:, :0]):
+        with pytest.raises(ValueError, match=r"give: latents of shape .*; give \[2, T, 4, 4, 4\]"):
+            again.give(bad)
+    with pytest.raises(ValueError, match="multiple of the student's chunk of 2"):
+        session(chunk=2).give(first[:, :3])
+
+
 @pytest.mark.parametrize("model", [Student(tiny.student_config()), CausalStudent(tiny.causal_config())])
 def test_a_video_does_not_depend_on_its_place_nor_on_its_company(model):
     alone, among = latents(session("b", model=model), 3), latents(session("abb", model=model), 3)

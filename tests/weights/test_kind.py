@@ -178,6 +178,9 @@ def test_frames_that_are_no_causal_students(tmp_path, capsys):
     ):
         assert run("import", tmp_path / "in.safetensors", tmp_path / "no", *SIZES, *options) == 2
         assert re.search(said, (error := capsys.readouterr().err)), error
+    (tmp_path / "config.json").write_text(json.dumps({"local_attn_size": -1, "independent_first_frame": True}))
+    assert run("inspect", tmp_path / "in.safetensors", *SIZES) == 2
+    assert "config.json has independent_first_frame, a first chunk of one frame" in capsys.readouterr().err
     write(TreeSource(BASE, tiny.random_params(Teacher(BASE))), tmp_path / "wan", "original")
     assert run("inspect", tmp_path / "wan", "--sink", "3") == 2
     assert "--sink: 3 is given, but" in capsys.readouterr().err
