@@ -27,6 +27,7 @@ from greedy_distill_jax.distribution.hosts import alike
 from greedy_distill_jax.distribution.hosts.join import check_devices, check_joined, join_hosts
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import Stopped, UserError
+from greedy_distill_jax.pods.jobs import not_taken
 from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.storage.lock import sole_writer
 from greedy_distill_jax.training.job import prepare_job
@@ -77,6 +78,8 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         state, frozen = progress.start(), jax.device_put(job.stage.frozen, job.frozen_sharding)
         progress.job = job = job._replace(given={}, stage=job.stage._replace(frozen={}))  # their memory is needed now
         if main:
+            for other in not_taken(settings, job.mesh, job.latent_shape):
+                print(f"attention: {other}.", file=sys.stderr)
             save_codec(job.codec, workdir)
         if progress.first >= settings.steps and main:
             print(

@@ -7,6 +7,8 @@ frames whole (configs/wan1_3b/sample.py) every device then runs what they run, i
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -266,7 +268,18 @@ def rollout_trips(settings: Settings, chunk: int, frames: int) -> float:
 
 def attention_of(settings: Settings, mesh: Mesh, latent_shape: tuple[int, ...]) -> Backend:
     """The backend that self-attention takes on these devices, for chunks of one latent frame."""
+    return _ask(functools.partial(select.choose, None, function="chunk_attention"), settings, mesh, latent_shape)
+
+
+def not_taken(settings: Settings, mesh: Mesh, latent_shape: tuple[int, ...]) -> list[str]:
+    """The backends that could run there as well, each with the reason why it is not taken."""
+    others = _ask(select.passed_over, settings, mesh, latent_shape)
+    return [f"not {name}, because {why}" for name, why in others.items()]
+
+
+def _ask(question: Callable, settings: Settings, mesh: Mesh, latent_shape: tuple[int, ...]):
+    """``question(queries, pattern)`` of one latent frame on these devices."""
     wan, (_, height, width, _) = settings.wan, latent_shape
     q = jax.ShapeDtypeStruct((1, 8, wan.num_heads, wan.head_dim), jnp.dtype(wan.dtype))
     frame = Pattern.full(1, height * width // wan.patch**2 // mesh.shape[RULES.columns[0]])
-    return on_mesh(lambda: select.choose(None, q, frame, function="chunk_attention"), mesh)()
+    return on_mesh(lambda: question(q, frame), mesh)()

@@ -11,7 +11,7 @@ from greedy_distill_jax.pods import costs, hlo, topologies
 from greedy_distill_jax.pods.compile_step import Compiled, compile_step
 from greedy_distill_jax.pods.facts import facts
 from greedy_distill_jax.pods.goodput import Faults, saving
-from greedy_distill_jax.pods.jobs import STREAM, Job, build_job, device_bytes
+from greedy_distill_jax.pods.jobs import STREAM, Job, attention_of, build_job, device_bytes, not_taken
 from greedy_distill_jax.pods.remedies import remedies
 from greedy_distill_jax.pods.topologies import GIB
 
@@ -38,7 +38,7 @@ def report(
     chip, steps = topologies.CHIPS[generation], []
     job = build_job(settings, topologies.devices(name), size, only, one_video=search)
     known, saved = facts(job), saving(job, faults or Faults())
-    for line in (*_header(job, known, name), _of_checkpoints(saved)):
+    for line in (*_header(job, known, name), _of_attention(job), _of_checkpoints(saved)):
         say(line)
     for step in job.steps:
         done = compile_step(job, step, chip.hbm)
@@ -98,6 +98,11 @@ def _header(job: Job, known: dict[str, Any], name: str) -> Iterator[str]:
         yield f"  FLOPs: {', '.join(assumed)}: not losses of the library, taken to call every network they ask for once"
     for tree in dict.fromkeys(tree for step in job.steps for tree in step.holds):
         yield f"  {tree}: {device_bytes(*job.trees[tree]) / GIB:.2f} GiB per device"
+
+
+def _of_attention(job: Job) -> str:
+    place = job.settings, job.mesh, job.latent_shape
+    return f"  attention: {', '.join([attention_of(*place).name, *not_taken(*place)])}"
 
 
 def _of_checkpoints(saved: dict[str, float | int]) -> str:

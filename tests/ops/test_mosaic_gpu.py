@@ -174,6 +174,10 @@ def test_it_is_the_default_only_where_a_measurement_says_so(monkeypatch):
         assert _choose() == expected
         assert _choose(tokens=3600) == "cudnn"
     assert _choose("mosaic_gpu", tokens=3600) == "mosaic_gpu", "by name it runs without"
+    frame = jnp.zeros((1, 3600, 1, 128), jnp.bfloat16)
+    (why,) = select.passed_over(frame, Pattern.full(1, 3600)).values()
+    assert why == "tuned/h200.json does not say that it is the fastest for 3600x3600 dim 128 bfloat16"
+    assert not select.passed_over(frame.astype(jnp.float32), Pattern.full(1, 3600)), "none but XLA's can run"
 
 
 @pytest.mark.parametrize(

@@ -40,17 +40,7 @@ def choose(
     Raises:
       UserError: an unknown name, or a backend that cannot run here; the message says why and what can.
     """
-    platform, kind = device()
-    request = Request(
-        "gpu" if platform == "cuda" else platform,
-        kind,
-        q_BLNK.shape[-1],
-        q_BLNK.dtype,
-        pattern.q_chunk,
-        pattern.k_chunk,
-        bool(interpret) and name is not None,
-        name is not None,
-    )
+    request = _request(q_BLNK, pattern, interpret, named=name is not None)
 
     def reason(backend: Backend) -> str | None:
         if derivative == "jvp" and not backend.forward_mode:
@@ -73,3 +63,17 @@ def choose(
             field="implementation",
         )
     return found[name]
+
+
+def _request(q_BLNK, pattern: Pattern, interpret: Any, *, named: bool) -> Request:
+    platform, kind = device()
+    platform = "gpu" if platform == "cuda" else platform
+    shape = q_BLNK.shape[-1], q_BLNK.dtype, pattern.q_chunk, pattern.k_chunk
+    return Request(platform, kind, *shape, interpret=bool(interpret) and named, named=named)
+
+
+def passed_over(q_BLNK: Any, pattern: Pattern) -> dict[str, str]:
+    """{backend that would run if it were asked for by name: why another one is taken without}; as for ``choose``."""
+    usual, named = (_request(q_BLNK, pattern, False, named=named) for named in (False, True))
+    reasons = {b.name: b.why_not(usual) for b in backends.BACKENDS if b.why_not(named) is None}
+    return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -186,7 +186,7 @@ class _Launch:
     def run(self, kernel, pairs, lengths_Q, specs, inputs, out_specs, out_shape, scratch):
         """Calls ``kernel`` once per visit."""
         name = kernel.__name__.strip("_")
-        matmuls, _, by_key = KERNELS[name]
+        kind, by_key = KERNELS[name], KERNELS[name].by_key
         visits = self._visits(pairs, lengths_Q, by_key)
         bound = functools.partial(
             kernel,
@@ -209,7 +209,7 @@ class _Launch:
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
             ),
             cost_estimate=pl.CostEstimate(
-                flops=2 * matmuls * work * self.dim,
+                flops=2 * kind.matmuls * work * self.dim,
                 transcendentals=work,
                 bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *out_shape)),
             ),
