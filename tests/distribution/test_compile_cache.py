@@ -1,6 +1,8 @@
 """Programs that are kept: found again, never stale, mended where they are damaged, refused where others could write."""
 
 import os
+import pathlib
+import types
 import warnings
 
 import jax
@@ -75,7 +77,8 @@ def test_what_others_wrote_is_not_run(start, tmp_path, capsys, monkeypatch, whos
     if whose == "folder":
         monkeypatch.setattr(compile_cache.os, "geteuid", lambda: own + 1)
     else:
-        monkeypatch.setattr(compile_cache.os, "geteuid", iter([own, own + 1]).__next__)
+        theirs = types.SimpleNamespace(st_uid=own + 1)
+        monkeypatch.setattr(pathlib.PosixPath, "lstat", lambda path: theirs)
     start(folder)
     said = {
         "folder": f"belongs to another user (uid {own}), whose programs are not run; choose one of your own",
