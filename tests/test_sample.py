@@ -65,6 +65,18 @@ def test_a_prompt_gives_the_video_it_gives_alone(run, tmp_path, capsys):
     assert (_sample(tmp_path / "other", "--frames", 4, "--seed", 4)[0] != alone[0]).any()
 
 
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_a_second_start_compiles_nothing(run, tmp_path, start):
+    folder, videos, counts = tmp_path / "programs", [], []
+    for _ in range(2):
+        start(folder)
+        videos += _sample(tmp_path / "out", "--frames", 4, "--compile-cache", folder)
+        counts.append((start.read, start.kept))
+    (_, kept), (read, more) = counts
+    assert kept >= 5 and read >= kept and more == 0
+    np.testing.assert_array_equal(*videos)
+
+
 def _warnings(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
 

@@ -4,13 +4,14 @@ jax finds a program by its lowered text, its compiler's options and flags, the v
 and the devices it is for. So no program of other code is ever run; what a start still pays is tracing and lowering.
 """
 
+import contextlib
 import glob
 import os
 import re
 import stat
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,19 @@ def _unsafe(folder: Path) -> str:
         found = folder.stat()
         if found.st_uid != os.geteuid():
             return f"belongs to another user (uid {found.st_uid}), whose programs are not run; choose one of your own"
+        if any(owner != found.st_uid for owner in _owners(folder)):
+            return "holds files of another user, which are not run; remove them"
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            if any(file.lstat().st_uid != os.geteuid() for file in folder.iterdir()):
-                return "holds files of another user, which are not run; remove them"
             folder.chmod(0o700)
     except OSError as error:
         return f"cannot be used ({error.strerror or error}); choose another"
     return ""
+
+
+def _owners(folder: Path) -> Iterator[int]:
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed a damaged one
+            yield file.lstat().st_uid
 
 
 class _Mending:

@@ -1,43 +1,16 @@
 """Programs that are kept: found again, never stale, mended where they are damaged, refused where others could write."""
 
 import os
+import pathlib
+import types
 import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from greedy_distill_jax.distribution import compile_cache
-from greedy_distill_jax.distribution.compile_cache import compiled_ahead, use_compile_cache
-
-
-@pytest.fixture
-def start(tmp_path, monkeypatch):
-    """``start()``: as a process that has just begun; then ``start.read`` and ``start.kept`` count programs."""
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in options}
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def begin(folder=tmp_path / "cache"):
-        jax.clear_caches()
-        use_compile_cache(str(folder))
-        compilation_cache.reset_cache()
-        begin.read = begin.kept = 0
-
-    def listen(event, **_):
-        begin.read += event.endswith("/cache_hits")
-        begin.kept += event.endswith("/cache_misses")
-
-    jax.monitoring.register_event_listener(listen)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        yield begin
-    jax.monitoring.unregister_event_listener(listen)
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
+from greedy_distill_jax.distribution.compile_cache import compiled_ahead
 
 X = jnp.arange(3.0)
 
@@ -104,7 +77,8 @@ def test_what_others_wrote_is_not_run(start, tmp_path, capsys, monkeypatch, whos
     if whose == "folder":
         monkeypatch.setattr(compile_cache.os, "geteuid", lambda: own + 1)
     else:
-        monkeypatch.setattr(compile_cache.os, "geteuid", iter([own, own + 1]).__next__)
+        theirs = types.SimpleNamespace(st_uid=own + 1)
+        monkeypatch.setattr(pathlib.PosixPath, "lstat", lambda path: theirs)
     start(folder)
     said = {
         "folder": f"belongs to another user (uid {own}), whose programs are not run; choose one of your own",
