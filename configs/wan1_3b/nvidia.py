@@ -7,6 +7,11 @@
 The settings of ``teacher.py``, ``teacher_forcing.py``, ``causal.py`` or ``dmd.py``, the global batch of 64 included,
 for cards that each hold a whole video. jax takes three quarters of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION says
 otherwise.
+
+Not yet run with this batch. Compiled, the generator's step of stage 2 needs 71.6 of 73.6 GiB on one H100, 74.8 of 131.1
+on an H200 and 29.0 on each of eight H100, stage 1 55.1 on one H100 (cuDNN's calls are estimated: docs/pods.md):
+
+    python -m greedy_distill_jax.compile train --config=configs/wan1_3b/nvidia.py:dmd@h100:1 --topology=h100:1
 """
 
 from configs.wan1_3b import causal, dmd, teacher, teacher_forcing
