@@ -1,4 +1,4 @@
-"""The causal student: the teacher's parameters, who sees whom, streaming equals full, the recache of LongLive."""
+"""The causal student: the teacher's parameters, who sees whom, streaming equals full, recaches at a prompt switch."""
 
 import dataclasses
 

@@ -79,18 +79,18 @@ def test_another_dtype(convert, dtype, folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "graphs"),
+    ("options", "chunks", "graphs"),
     [
-        ({"context": "clean", "sink": 1}, 4),
-        ({"context": "fused", "fusion": "selfkv", "rope_mode": "absolute"}, 4),
-        ({"context_weights": "own", "fusion": "adaln", "anchor": False}, 6),
-        ({"window": 1, "fusion": "replace"}, 3),  # an ETM that sees its own slot alone has no first chunks
+        ({"context": "clean", "sink": 1}, 30, 4),
+        ({"context": "fused", "fusion": "selfkv", "rope_mode": "absolute"}, 10, 4),
+        ({"context_weights": "own", "fusion": "adaln", "anchor": False}, 10, 6),
+        ({"window": 1, "fusion": "replace"}, 10, 3),  # an ETM that sees its own slot alone has no first chunks
     ],
     ids=["sink", "fused", "own", "narrow"],
 )
-def test_compiles_a_fixed_number_of_graphs(options, graphs, tmp_path):
-    student = loaded(folder_of(tmp_path / "out", **options))
-    eager, compiled = frames(student, 30, switch=17), []
+def test_compiles_a_fixed_number_of_graphs(options, chunks, graphs, tmp_path):
+    student, switch = loaded(folder_of(tmp_path / "out", **options)), chunks // 2
+    eager, compiled = frames(student, chunks, switch=switch), []
 
     def backend(module, inputs):
         compiled.append(module)
@@ -99,8 +99,8 @@ def test_compiles_a_fixed_number_of_graphs(options, graphs, tmp_path):
     torch._dynamo.reset()
     student.compile(backend=backend)
     stream = student.stream(text(), LATENT[:2], generator=torch.Generator().manual_seed(0))
-    for i in range(30):
-        if i == 17:
+    for i in range(chunks):
+        if i == switch:
             stream.switch_prompt(text(seed=2))
         torch.testing.assert_close(stream.step(), eager[:, i : i + 1], atol=1e-5, rtol=1e-5)
     assert len(compiled) == graphs
