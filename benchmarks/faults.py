@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=cli.number(Natural), default=100, help="how many (default: 100)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts alone (default: all)")
+    parser.add_argument("--tables", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--seed", type=cli.number(Natural), default=0, help="of the moments (default: 0)")
     parser.add_argument("--silence", type=cli.number(Positive), default=15.0, help="SILENCE_TIMEOUT (default: 15)")
     parser.add_argument("--limit", type=cli.number(Positive), default=600.0, help="seconds of a wait (default: 600)")
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = args.resume_from or (args.output and args.output.with_suffix(".lines.jsonl"))
     results = read(lines, args.seed) if lines else {}
     with tempfile.TemporaryDirectory() as folder:
-        for key in missing(args, results):
+        for key in () if args.tables else missing(args, results):
             results[key] = found = run(Path(folder), key, args)
             print(json.dumps(found), flush=True)
             if lines:

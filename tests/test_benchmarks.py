@@ -273,13 +273,14 @@ def test_faults(benchmark, tmp_path, capsys, monkeypatch):
     faults = benchmark("faults")
     whole = {"step": 12, "arrays": "a", "scalars": "b"}
     killed = dict(seed=0, processes=1, codes=[-9], seconds=1.0, all_gone=True, inside_save=True, **whole)
-    killed |= dict(steps_before=[3, 6], steps_after=[6])
+    killed |= dict(steps_before=[3, 6], steps_after=[6], logged=7)
     silence, wrong = 15.0, faults.kills.verdict
     assert wrong(killed, whole, silence) == ""
     assert wrong({**killed, "arrays": "c"}, whole, silence) == "it ended otherwise"
     assert wrong({**killed, "steps_after": [3]}, whole, silence) == "a checkpoint was lost"
     assert wrong({**killed, "all_gone": False}, whole, silence) == "a process stayed"
     assert wrong({**killed, "seconds": 36.0}, whole, silence) == "late"
+    assert wrong({**killed, "seconds": 36.0, "logged": 0}, whole, silence) == ""
     assert wrong({"kill": 0, "moment": "none in time"}, whole, silence) == "no kill before the end"
 
     ran = []

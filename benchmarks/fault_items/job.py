@@ -17,6 +17,7 @@ from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.checkpoint import Checkpointer
 
 CONFIG = Path(__file__).with_name("config.py")
+JOIN = 120.0  # JOIN_TIMEOUT: one that is killed before it has joined is missed for so long
 DEVICES = 4  # of all processes together
 _PAUSE = 0.002  # seconds between two looks
 
@@ -51,7 +52,7 @@ class Job:
         command += [f"--config.{change}" for change in changes]
         here = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        more = {"SILENCE_TIMEOUT": f"{silence:g}", "PYTHONPATH": paths}
+        more = {"SILENCE_TIMEOUT": f"{silence:g}", "JOIN_TIMEOUT": f"{JOIN:g}", "PYTHONPATH": paths}
         self.processes = [
             Process(command, env | more | (own or {}).get(index, {}), folders[index] if folders else None)
             for index, env in enumerate(variables(processes, DEVICES // processes))

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fault_items.job import Job, finished, hashes
+from fault_items.job import JOIN, Job, finished, hashes
 
 PROCESSES = (1, 2, 4)
 STEPS, EVERY, KEEP = 12, 3, 2
@@ -100,7 +100,8 @@ def verdict(found: dict[str, Any], reference: dict[str, str], silence: float) ->
         return "a checkpoint was lost"
     if any(found.get(key) != value for key, value in reference.items()):
         return "it ended otherwise"
-    return "" if found["seconds"] <= silence + MARGIN else "late"
+    most = silence if found["logged"] else JOIN  # before the first step it may not have joined yet
+    return "" if found["seconds"] <= most + MARGIN else "late"
 
 
 MARGIN = 20.0  # seconds, with the time of a process to end, after which "gone" is late

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 from types import SimpleNamespace
 
@@ -320,6 +321,7 @@ def test_others_that_do_not_come_are_worth_another_start(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", late)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(join, "coordinator", lambda: "127.0.0.1:1234")
+    monkeypatch.setattr(join, "_wait_for_first", lambda *_: None)
     with pytest.raises(Lost) as error:
         join._join(find(ADDRESS | COUNT | INDEX), 7)
     code, line = cli.outcome(error.value)
@@ -328,6 +330,23 @@ def test_others_that_do_not_come_are_worth_another_start(monkeypatch):
         "DEADLINE_EXCEEDED: Barrier timed out.); at 127.0.0.1 every host finds itself, so give another address if "
         "there are several"
     )
+
+
+def test_a_first_process_that_does_not_come_is_a_line(monkeypatch):
+    """And not the abort of jax's client, which would wait for it."""
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{first.getsockname()[1]}"
+        found = Found("variables", {"coordinator_address": address, "num_processes": 2, "process_id": 1})
+        with pytest.raises(Lost, match=rf"^the other processes, at {address}, did not come within 1 s \(variables; "):
+            join._join(found, 1)
+        assert not joined
+        first.listen()
+        join._join(found, 1)
+    assert joined[0]["process_id"] == 1
 
 
 def test_a_metadata_server_that_does_not_answer_is_a_line(monkeypatch):

@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from greedy_distill_jax.storage.records import first_line
 
 TIMEOUT = "JOIN_TIMEOUT"  # variable: seconds in which all processes have to come
 _SECONDS, _SILENCE = 300, 100  # seconds: the timeout without one; without a sign of life a process is dead to jax
+
+_PAUSE = 0.5  # seconds between two looks for process 0, and of one
 
 
 class Joined(NamedTuple):
@@ -176,8 +179,12 @@ def _join(found: Found, seconds: int) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     where = found.arguments.get("coordinator_address", "the first of the job")
     limits: dict[str, Any] = {"initialization_timeout": seconds, "heartbeat_timeout_seconds": _SILENCE}
+    stopped = f"stopped while waiting for the other processes, at {where}"
+    if found.arguments.get("process_id") and "coordinator_address" in found.arguments:
+        with saying(stopped):
+            _wait_for_first(found, seconds)
     try:
-        with saying(f"stopped while waiting for the other processes, at {where}"):
+        with saying(stopped):
             jax.distributed.initialize(**found.arguments, **limits)
     except ValueError as error:
         raise UserError(
@@ -193,8 +200,22 @@ def _join(found: Found, seconds: int) -> None:
         ) from error
 
 
+def _wait_for_first(found: Found, seconds: int) -> None:
+    """Waits until process 0 listens; Lost if it does not in time, of which jax would abort with a stack of C++."""
+    name, _, port = found.arguments["coordinator_address"].rpartition(":")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((name.strip("[]"), int(port)), timeout=_PAUSE).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise Lost(_did_not_come(found, seconds, error.strerror or str(error))) from error
+        time.sleep(_PAUSE)
+
+
 def _did_not_come(found: Found, seconds: int, reason: str) -> str:
-    where = coordinator() or "the first of the job"
+    where = coordinator() or found.arguments.get("coordinator_address", "the first of the job")
     loopback = _loopback(where.rpartition(":")[0].strip("[]"), socket.getaddrinfo)
     hint = f"; at {loopback} every host finds itself, so give another address if there are several" * bool(loopback)
     return f"the other processes, at {where}, did not come within {seconds} s ({found.source}; {reason}){hint}"
