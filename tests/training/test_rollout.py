@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,9 @@ OWN = [
     dict(context_weights="own", plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative", sdd="params"),
     dict(context_weights="own", plan=OLD, causal=True, chunk=2, window=4, sink=0, sdd="none"),
 ]
+DEFAULTS = {name: getattr(tiny.STUDENT, name, "params") for name in OPTIONS}
+# Pairs of options that occur in those.
+GIVEN = [{name: case.get(name, DEFAULTS[name]) for name in OPTIONS} for case in PLANS + OWN if "causal" not in case]
 
 
 @functools.cache
@@ -131,7 +135,7 @@ def _slope(gradient, direction):
     return optax.tree.vdot(gradient, direction) / optax.tree.norm(direction)
 
 
-@pytest.mark.parametrize("case", [*pairwise(OPTIONS), *CAUSAL, *PLANS, *OWN], ids=_name)
+@pytest.mark.parametrize("case", [*pairwise(OPTIONS, GIVEN), *CAUSAL, *PLANS, *OWN], ids=_name)
 def test_parallel_and_sequential_forms_agree(case):
     case = dict(case)
     grads = ContextGrad(case.pop("etm", "params"), case.pop("sdd"))
@@ -146,6 +150,12 @@ def test_parallel_and_sequential_forms_agree(case):
     for name in parallel.keys() & {"sdd_context", "dit_context"}:
         zero = [float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(parallel[name])]
         assert all(zero) if grads.sdd == "none" else not any(zero)
+
+
+def test_every_pair_of_options_occurs():
+    found = {pair for case in (*pairwise(OPTIONS, GIVEN), *GIVEN) for pair in itertools.combinations(case.items(), 2)}
+    both = itertools.combinations(OPTIONS, 2)
+    assert found == {((a, x), (b, y)) for a, b in both for x in OPTIONS[a] for y in OPTIONS[b]}
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
