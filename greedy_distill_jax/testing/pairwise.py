@@ -5,12 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """A small list of full assignments that covers every pair of values of two options (greedy, deterministic)."""
+def pairwise(options: Mapping[str, Sequence[Any]], given: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """A small list of full assignments that covers every pair of values of two options (greedy, deterministic).
+
+    Args:
+      options: values by name.
+      given: full assignments that are run anyway; their pairs need no other.
+    """
     names = list(options)
     left = {
         frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]
     }
+    for case in given:
+        left -= {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
     cases = []
     while left:
         case = dict(min(left, key=lambda pair: sorted(map(str, pair))))

@@ -5,6 +5,7 @@ Counted in FLOPs of the programs that are timed, which are the same on every mac
 
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import pytest
 
 from greedy_distill_jax.diffusion import noise_levels
 from greedy_distill_jax.diffusion.step_plan import StepPlan
-from greedy_distill_jax.eval.time_per_frame import causal_frame, time_per_frame
+from greedy_distill_jax.eval.comparison import Comparison
+from greedy_distill_jax.eval.time_per_frame import causal_frame, time_per_frame, timed_lengths
 from greedy_distill_jax.measure import clock
 from greedy_distill_jax.models.students.make import make_student
 from greedy_distill_jax.models.wan.dit import Teacher
@@ -54,6 +56,16 @@ def test_work_per_frame_grows_for_the_others():
     for work, passes in ((causal, len(sigmas) + 1), (whole, 1)):
         assert np.diff(work) / np.diff(lengths) == pytest.approx(passes * pairs, rel=1e-3)
         assert work[-1] > 1.2 * work[0]
+
+
+@pytest.mark.parametrize("latent, expected", [((4, 4), (32, 256, 1024)), ((8, 8), (32, 256))])
+def test_a_teacher_with_few_tokens_is_timed_at_1024_frames_too(latent, expected):
+    student = SimpleNamespace(latent_shape=(4, *latent, 4))
+    teacher = SimpleNamespace(model=Teacher(tiny.BASE))
+    comparison = mock.Mock(spec=Comparison, teacher=teacher, student=student, lengths=None)
+    assert timed_lengths(comparison) == expected
+    comparison.lengths = (8,)
+    assert timed_lengths(comparison) == (8,)
 
 
 @pytest.mark.parametrize("kind", STUDENTS)

@@ -19,7 +19,7 @@ from greedy_distill_jax.losses.pair import draw_pair
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs.run import Run
-from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
+from greedy_distill_jax.storage.checkpoint import load_meta
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.gaussian import gaussian
 from greedy_distill_jax.train import train
@@ -29,7 +29,7 @@ from greedy_distill_jax.training.metrics import read_scalars
 from greedy_distill_jax.training.stages import dmd as stage2, scores as of_scores
 from greedy_distill_jax.training.stages.teacher_forcing import looking_back
 from greedy_distill_jax.training.state import Net, TrainState
-from greedy_distill_jax.weights.pipeline import save_codec
+from tests.training.start import begin
 
 LATENT = (4, 4, 4, 16)
 CONTEXTS = ("clean", "fused", "last_step_kv")
@@ -241,17 +241,6 @@ def run_config(sources, **changes):
     if config.distill.fake != "critic":
         config.distill.generator_every = 1
     return config
-
-
-def begin(config, workdir):
-    """The state that a run begins with, saved as its step 0, or the one it has: no update is compiled for it."""
-    job = prepare_job(read_settings(config), workdir, make_mesh({"data": -1}))
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        progress = loop.Progress(job, workdir, checkpointer)
-        state = progress.start()
-        progress.save(state)
-    save_codec(job.codec, workdir)
-    return state
 
 
 def assert_same(a, b):

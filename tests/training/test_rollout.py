@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,9 @@ OWN = [
     dict(context_weights="own", plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative", sdd="params"),
     dict(context_weights="own", plan=OLD, causal=True, chunk=2, window=4, sink=0, sdd="none"),
 ]
+DEFAULTS = {name: getattr(tiny.STUDENT, name, "params") for name in OPTIONS}
+# Pairs of options that occur in those.
+GIVEN = [{name: case.get(name, DEFAULTS[name]) for name in OPTIONS} for case in PLANS + OWN if "causal" not in case]
 
 
 @functools.cache
@@ -75,33 +79,40 @@ def _setup(seed=1, **model):
     return *parts, params, text, draw(params, jax.random.key(seed))
 
 
-def _gradient(act, params):
+def _gradient(act):
+    """params -> (value, video, gradient), jitted."""
     weights = jax.random.normal(jax.random.key(9), (2, FRAMES, *LATENT))
 
     @jax.jit
-    def both(params):
+    def of(params):
         def value(params):
             action = act(params)
             return jnp.sum(weights * action), action
 
-        (_, action), grads = jax.value_and_grad(value, has_aux=True)(params)
-        return action, grads
+        (value, action), grads = jax.value_and_grad(value, has_aux=True)(params)
+        return value, action, grads
 
-    return both(params)
+    return of
 
 
 @functools.cache
 def _recomputed(grads, **model):
     """(video, gradient) of the parallel form; several tests ask for the same one."""
     student, _, params, text, drawn = _setup(**model)
-    return _gradient(lambda p: rollouts.recompute(student, p, text, drawn, grads), params)
+    return _gradient(lambda p: rollouts.recompute(student, p, text, drawn, grads))(params)[1:]
+
+
+@functools.cache
+def _replay(grads, *, frames=False, segment=0, **model):
+    """params -> (value, video, gradient) of the sequential form."""
+    _, streamer, _, text, drawn = _setup(**model)
+    return _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, grads, frames=frames, segment=segment))
 
 
 @functools.cache
 def _replayed(grads, *, frames=False, segment=0, **model):
     """(video, gradient) of the sequential form."""
-    _, streamer, params, text, drawn = _setup(**model)
-    return _gradient(lambda p: rollouts.replay(streamer, p, text, drawn, grads, frames=frames, segment=segment), params)
+    return _replay(grads, frames=frames, segment=segment, **model)(_setup(**model)[2])[1:]
 
 
 def _name(case):
@@ -113,7 +124,18 @@ def _distance(a, b):
     return optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(b)
 
 
-@pytest.mark.parametrize("case", [*pairwise(OPTIONS), *CAUSAL, *PLANS, *OWN], ids=_name)
+@jax.jit
+def _moved(params, direction, step):
+    """``params`` after a step of this length in that direction."""
+    return jax.tree.map(lambda p, d: p + step / optax.tree.norm(direction) * d, params, direction)
+
+
+@jax.jit
+def _slope(gradient, direction):
+    return optax.tree.vdot(gradient, direction) / optax.tree.norm(direction)
+
+
+@pytest.mark.parametrize("case", [*pairwise(OPTIONS, GIVEN), *CAUSAL, *PLANS, *OWN], ids=_name)
 def test_parallel_and_sequential_forms_agree(case):
     case = dict(case)
     grads = ContextGrad(case.pop("etm", "params"), case.pop("sdd"))
@@ -130,6 +152,12 @@ def test_parallel_and_sequential_forms_agree(case):
         assert all(zero) if grads.sdd == "none" else not any(zero)
 
 
+def test_every_pair_of_options_occurs():
+    found = {pair for case in (*pairwise(OPTIONS, GIVEN), *GIVEN) for pair in itertools.combinations(case.items(), 2)}
+    both = itertools.combinations(OPTIONS, 2)
+    assert found == {((a, x), (b, y)) for a, b in both for x in OPTIONS[a] for y in OPTIONS[b]}
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
 def test_context_gradients_are_those_of_the_two_passes(causal):
     """``none`` is the gradient through the denoising call, ``params`` that plus the one through the context pass."""
@@ -137,7 +165,8 @@ def test_context_gradients_are_those_of_the_two_passes(causal):
     student, _, params, text, drawn = _setup(**model)
     apart = make_student(dataclasses.replace(student.cfg, context_weights="own"))
     stopped, whole = (_recomputed(ContextGrad("params", g), **model)[1] for g in ("none", "params"))
-    _, both = _gradient(lambda p: rollouts.recompute(apart, p, text, drawn, ContextGrad()), apart.with_context(params))
+    of = _gradient(lambda p: rollouts.recompute(apart, p, text, drawn, ContextGrad()))
+    both = of(apart.with_context(params))[2]
     denoise, context = (both["dit"], both["dit_context"]) if causal else (both["sdd"], both["sdd_context"])
     stopped, whole = (x if causal else x["sdd"] for x in (stopped, whole))
     assert _distance(denoise, stopped) < 1e-5
@@ -148,7 +177,7 @@ def test_context_gradients_are_those_of_the_two_passes(causal):
 
 
 def test_every_stop_changes_the_gradient():
-    found = [_recomputed(grads)[1]["sdd"] for grads in (ContextGrad(), ContextGrad("params", "none"))]
+    found = [_recomputed(grads, plan=NOISY)[1]["sdd"] for grads in (ContextGrad(), ContextGrad("params", "none"))]
     assert _distance(*found) > 1e-2
 
 
@@ -159,27 +188,19 @@ def test_gradient_through_frames_is_the_whole_derivative(changes):
     # Against the change of the replayed video itself when the parameters move a little.
     _, streamer, params, text, drawn = _setup(**changes)
     assert drawn.keys is None or float(drawn.sigma_T[-1]) > float(drawn.keys.sigma_T[-1]), "some chunks leave early"
-    weights = jax.random.normal(jax.random.key(9), (2, FRAMES, *LATENT))
-
-    @jax.jit
-    @jax.value_and_grad
-    def value(params):
-        action = rollouts.replay(streamer, params, text, drawn, ContextGrad(), frames=True)
-        return jnp.sum(weights * action)
-
-    grads = value(params)[1]
+    value = _replay(ContextGrad(), frames=True, segment=0, **changes)
+    grads = value(params)[2]
     _, stopped = _replayed(ContextGrad(), **changes)
     assert _distance(stopped, grads) > 1e-2
     step = 1e-2
     for direction in (grads, stopped):  # the second has parts across the gradient
-        unit = optax.tree.scale(1 / optax.tree.norm(direction), direction)
-        ahead, behind = (value(jax.tree.map(lambda p, d, s=s: p + s * d, params, unit))[0] for s in (step, -step))
-        np.testing.assert_allclose((ahead - behind) / (2 * step), optax.tree.vdot(grads, unit), rtol=2e-2)
+        ahead, behind = (value(_moved(params, direction, s))[0] for s in (step, -step))
+        np.testing.assert_allclose((ahead - behind) / (2 * step), _slope(grads, direction), rtol=2e-2)
 
 
 def test_segments_cut_the_flow_between_them():
-    _, streamer, params, text, drawn = _setup()
-    flow = {n: _replayed(ContextGrad(), frames=True, segment=n)[1] for n in (0, 2)}
+    _, streamer, params, text, drawn = _setup(plan=NOISY)
+    flow = {n: _replayed(ContextGrad(), frames=True, segment=n, plan=NOISY)[1] for n in (0, 2)}
     assert _distance(flow[2], flow[0]) > 1e-3
     with pytest.raises(ValueError, match="segment is 4 chunks, which does not divide the 6"):
         rollouts.replay(streamer, params, text, drawn, ContextGrad(), segment=4)
