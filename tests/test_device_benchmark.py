@@ -119,9 +119,9 @@ def test_a_tuned_table_from_rows(items, tmp_path):
         "ms": {"stream it": 1.0, "train it": 8.0},
         "cudnn_ms": {"stream it": 2.0, "train it": 7.5},
     }
-    assert written["fastest"] == [key] and written["device"] == "NVIDIA H200"
-    rows["stream it: cuDNN"] = row(1.4)
-    assert json.loads(tune.write(tmp_path, "h200", about, rows, works, peers).read_text())["fastest"] == []
+    assert written["fastest"] == [] and written["device"] == "NVIDIA H200", "not for what is slower"
+    rows["train it: slices"] = row(3.0, 8.5)
+    assert json.loads(tune.write(tmp_path, "h200", about, rows, works, peers).read_text())["fastest"] == [key]
     rows["stream it: cuDNN"] = {"status": "wrong", "why": "x"}
     assert tune.write(tmp_path, "h200", about, rows, works, peers) is None
 

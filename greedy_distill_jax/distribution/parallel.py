@@ -29,7 +29,6 @@ from jaxtyping import Array, Float, Int32
 from greedy_distill_jax.distribution.sharding import RULES, specs
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import Pattern, chunk_attention, select
-from greedy_distill_jax.ops.varying import varying_axes
 
 WIDTH = 3  # axis of the columns in [B, T, H, W, C]
 OURS = tuple({axis for axes in dataclasses.astuple(RULES) for axis in axes})  # mesh axes
@@ -153,15 +152,6 @@ def varying(tree):
     if parts == 1:
         return tree
     return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
-
-
-def summed_as(x, like):
-    """Sums a hand-written cotangent ``x`` over the stripes where ``like``, what it belongs to, is the same on all.
-
-    Differentiation by jax does so by itself.
-    """
-    over = tuple(varying_axes(x) - varying_axes(like))
-    return jax.lax.psum(x, over) if over else x
 
 
 def settled(x):

@@ -52,8 +52,9 @@ def compile_kernels(targets: Sequence[str], only: str, bundles: bool, say: Calla
                 say(f"  {name:28s} {memory}" + (f"  kFLOP per bundle: {work}" if work else ""))
                 assembled = done.get("assembled", {})
                 for kernel, found in assembled.items():
-                    registers = f"{found['registers']} registers, {found['spilled']} bytes spilled"
-                    say(f"    {kernel:15s} {registers}, {done['estimates'][kernel]}")
+                    known = [f"{found['registers']} registers", f"{found['spilled']} bytes spilled"]
+                    known += [str(done["estimates"][kernel])] if "estimates" in done else []
+                    say(f"    {kernel:15s} {', '.join(known)}")
                 failures += [f"{target} {name}: {line}" for line in spills(assembled)]
             if bundles and target not in aot.CARDS:
                 failures += sweep.regressions(target, dump, report=lambda line: say(f"  {line}"))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import Pattern, chunk_attention
@@ -185,6 +186,27 @@ def test_shard_map_over_batch_and_heads(implementation):
     sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 4, check_vma=checked))
     for ours, exact in zip(sharded(*inputs), _exact(pattern, None, *inputs), strict=True):
         assert relative_error(ours, exact) < 2e-5
+
+
+@pytest.mark.parametrize("implementation, blocks", [("mosaic_tpu", (8, 8)), ("mosaic_gpu", (128, 64))])
+def test_gradients_of_what_is_the_same_on_all_devices_are_summed(implementation, blocks):
+    """As by XLA: a query of its own for every device, keys and values that all have."""
+    from jax.sharding import Mesh, PartitionSpec as P
+
+    if implementation == "mosaic_gpu" and not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip(f"jax {jax.__version__} cannot emulate GPU kernels, 0.11.2 can")
+    q, k = (jax.ShapeDtypeStruct((n, 72, 1, 64), jnp.bfloat16) for n in (2, 1))
+
+    def sums(**options):
+        def loss(q, k, v):
+            out = chunk_attention(q, k, v, Pattern.full(1, 72), **options)
+            return jax.lax.psum(jnp.sum(out.astype(jnp.float32)), "d")
+
+        split = dict(mesh=Mesh(np.array(jax.devices()[:2]), ("d",)), in_specs=(P("d"), P(), P()), out_specs=P())
+        return str(jax.make_jaxpr(jax.grad(jax.shard_map(loss, **split), (0, 1, 2)))(q, k, k)).count("psum")
+
+    kernels = dict(implementation=implementation, interpret=True, blocks=Blocks(blocks, blocks, blocks[::-1]))
+    assert sums(**kernels) == sums(implementation="xla") == sums(implementation="reference") > 2
 
 
 @pytest.mark.parametrize(

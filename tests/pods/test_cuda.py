@@ -18,7 +18,7 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.ops.attention import Pattern, aot, select
+from greedy_distill_jax.ops.attention import Pattern, aot, select, tuning
 from greedy_distill_jax.ops.attention.api import chunk_attention
 from greedy_distill_jax.ops.attention.calls import recorded_calls
 from greedy_distill_jax.pods import hlo, topologies
@@ -32,6 +32,7 @@ CUDNN, GRADIENT = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"  # target
 def lower(monkeypatch):
     """``(make, *shapes)`` -> (StableHLO for CUDA of what ``make()`` jits, the attention calls that are traced)."""
     monkeypatch.setattr(select, "device", lambda: ("cuda", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(tuning, "record", lambda target: {})  # a table may prefer the kernels
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)  # else: cuDNN is not here
 
     def lower(make):

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from greedy_distill_jax.distribution.parallel import summed_as
 from greedy_distill_jax.models.parameter import parameter
 from greedy_distill_jax.models.wan.config import WanConfig
+from greedy_distill_jax.ops.varying import summed_as
 
 FLOAT32 = ("time_in", "time_out", "time_projection", "projection")  # names of the layers that ``float32_dense`` makes
 

@@ -155,7 +155,7 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     Returns:
       seconds; memory {arguments, outputs, temporaries, code} in bytes; with ``dump`` bundles {kernel: number} and
       kflop_per_bundle {kernel: useful kFLOP of one grid step per bundle}; for a card assembled {kernel: {registers,
-      spilled}} and estimates {kernel: what its backend can say of it}.
+      spilled}} and, where its backend has them, estimates {kernel: what can be said of it}.
 
     Raises:
       UserError: no kernels run that there.
@@ -188,10 +188,9 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     }
     if card:
         result["assembled"] = assembled
-        sizes = blocks or backend.blocks(
-            mesh.devices.flat[0].device_kind, spec.pattern.q_chunk, spec.pattern.k_chunk, spec.dim, spec.dtype
-        )
-        result["estimates"] = backend.estimates(spec.pattern, shapes[0], sizes)
+        if backend.estimates is not None:
+            sizes = blocks or backend.blocks(mesh.devices.flat[0].device_kind, spec.pattern, spec.dim, spec.dtype)
+            result["estimates"] = backend.estimates(spec.pattern, shapes[0], sizes)
     if dump:
         result["bundles"] = _bundles(set(dump.iterdir()) - before, backend)
         result["kflop_per_bundle"] = {
@@ -228,7 +227,7 @@ def _useful_kflop(spec: Spec, name: str, blocks: Blocks | None, mesh: Mesh, back
     """kFLOP of one average grid step, counted on unmasked pairs."""
     pattern, kernel = spec.pattern, backend.kernels[name]
     kind = mesh.devices.flat[0].device_kind
-    blocks = blocks or backend.blocks(kind, pattern.q_chunk, pattern.k_chunk, spec.dim, spec.dtype)
+    blocks = blocks or backend.blocks(kind, pattern, spec.dim, spec.dtype)
     by_query, by_key = pattern.block_lists(*getattr(blocks, kernel.blocks))
     steps = len((by_key if kernel.by_key else by_query).outer)
     return 2 * kernel.matmuls * spec.dim * pattern.pairs / steps / 1e3

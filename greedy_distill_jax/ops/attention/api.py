@@ -12,6 +12,7 @@ from greedy_distill_jax.ops.attention import select
 from greedy_distill_jax.ops.attention.backends.record import Backend, Call
 from greedy_distill_jax.ops.attention.pattern import Pattern
 from greedy_distill_jax.ops.attention.tuning import Blocks
+from greedy_distill_jax.ops.varying import varying_alike
 
 DERIVATIVES = ("vjp", "jvp")
 
@@ -46,7 +47,8 @@ def chunk_attention(
         the rest; ``jax.jvp`` raises TypeError), "jvp" for tangents by ``jax.jvp``, as consistency losses need
         them under a stop-gradient.
       blocks: block sizes of a backend that has them; None takes the tuned ones.
-      interpret: emulates Pallas kernels on any platform (True or ``pltpu.InterpretParams``).
+      interpret: emulates Pallas kernels on any platform (True, ``pltpu.InterpretParams`` or
+        ``plgpu.InterpretGPUParams``).
 
     Returns:
       [B, L, N, K] in the dtype of ``v``; the softmax is in float32. A query that sees no key gets zeros.
@@ -73,6 +75,7 @@ def chunk_attention(
         function="chunk_attention",
     )
     call = _call(backend, pattern, q_BLNK, scale, blocks, interpret)
+    q_BLNK, k_BSNK, v_BSNK = varying_alike(q_BLNK, k_BSNK, v_BSNK)  # backends give gradients of one type
     if derivative == "jvp" or backend.backward is None:
         return backend.attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call)
     try:
@@ -91,8 +94,7 @@ def _call(backend: Backend, pattern: Pattern, q_BLNK, scale: float | None, block
     """The static part of a call, scale and block sizes filled in."""
     scale = 1.0 / math.sqrt(q_BLNK.shape[-1]) if scale is None else scale
     if blocks is None and backend.blocks is not None:
-        device_kind, dim = select.device()[1], q_BLNK.shape[-1]
-        blocks = backend.blocks(device_kind, pattern.q_chunk, pattern.k_chunk, dim, str(q_BLNK.dtype))
+        blocks = backend.blocks(select.device()[1], pattern, q_BLNK.shape[-1], str(q_BLNK.dtype))
     return Call(pattern, scale, blocks, interpret)
 
 

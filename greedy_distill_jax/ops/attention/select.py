@@ -32,7 +32,7 @@ def choose(
     Args:
       name: of the backend that the caller asks for, None for the best that can run on this platform.
       q_BLNK: queries, of which dtype and head dim count.
-      pattern: who sees whom, of which the tokens of a chunk count.
+      pattern: who sees whom.
       derivative: "jvp" where the call has to pass ``jax.jvp``.
       interpret: whether kernels are emulated; only a named backend is.
       function: who asks, for the message.
@@ -68,8 +68,8 @@ def choose(
 def _request(q_BLNK, pattern: Pattern, interpret: Any, *, named: bool) -> Request:
     platform, kind = device()
     platform = "gpu" if platform == "cuda" else platform
-    shape = q_BLNK.shape[-1], q_BLNK.dtype, pattern.q_chunk, pattern.k_chunk
-    return Request(platform, kind, *shape, interpret=bool(interpret) and named, named=named)
+    interpret = bool(interpret) and named
+    return Request(platform, kind, q_BLNK.shape[-1], q_BLNK.dtype, pattern, interpret, named)
 
 
 def passed_over(q_BLNK: Any, pattern: Pattern) -> dict[str, str]:

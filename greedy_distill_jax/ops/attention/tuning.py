@@ -57,14 +57,14 @@ def record(target: str) -> dict:
     return json.loads(path(target).read_text()) if path(target).is_file() else {}
 
 
-def tuned(target: str, q_chunk: int, k_chunk: int, dim: int, dtype: str) -> Blocks | None:
-    """The blocks of one workload in a target's table; None where it has none."""
-    found = record(target).get("blocks", {}).get(key(q_chunk, k_chunk, dim, dtype))
+def tuned(target: str, name: str) -> Blocks | None:
+    """The blocks of an entry of a target's table; None where it has none."""
+    found = record(target).get("blocks", {}).get(name)
     return Blocks(**{name: tuple(pair) for name, pair in found.items()}) if found else None
 
 
 def choose(device_kind: str, q_chunk: int, k_chunk: int, dim: int, dtype: str) -> Blocks:
     """Blocks for one workload on one kind of TPU (as jax names it, or a target's name)."""
     pair = default_blocks(q_chunk, k_chunk)
-    found = tuned(TARGETS.get(device_kind, device_kind), q_chunk, k_chunk, dim, dtype)
-    return found or Blocks(pair, pair, pair)
+    name = key(q_chunk, k_chunk, dim, dtype)
+    return tuned(TARGETS.get(device_kind, device_kind), name) or Blocks(pair, pair, pair)

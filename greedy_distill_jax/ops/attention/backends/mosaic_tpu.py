@@ -399,6 +399,6 @@ BACKEND = Backend(
     backward,
     partitionable=False,
     backward_flops=3.5,
-    blocks=tuning.choose,
+    blocks=lambda kind, pattern, dim, dtype: tuning.choose(kind, pattern.q_chunk, pattern.k_chunk, dim, dtype),
     kernels=KERNELS,
 )

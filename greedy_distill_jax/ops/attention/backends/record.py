@@ -19,8 +19,7 @@ class Request(NamedTuple):
     kind: str  # of the device, as jax names it
     head_dim: int
     dtype: Any
-    q_chunk: int
-    k_chunk: int
+    pattern: Pattern
     interpret: bool  # kernels are emulated, on any platform
     named: bool  # asked for by name: not whether it is the best there
 
@@ -65,7 +64,7 @@ class Backend:
       forward_mode: whether ``jax.jvp`` goes through ``attend``.
       partitionable: whether the compiler can partition it over a mesh. What it cannot runs under ``shard_map``.
       backward_flops: operations of its backward pass over those of its forward pass.
-      blocks: ``blocks(device kind, query chunk, key chunk, head dim, dtype)`` gives its block sizes; None without.
+      blocks: ``blocks(device kind, pattern, head dim, dtype)`` gives its block sizes; None without.
       kernels: its device kernels by name.
       estimates: ``estimates(pattern, queries, blocks)`` gives {kernel: what can be said of its speed without a device},
         to be printed. None without.
@@ -81,7 +80,7 @@ class Backend:
     forward_mode: bool = False
     partitionable: bool = True
     backward_flops: float = FLASH_BACKWARD
-    blocks: Callable[[str, int, int, int, str], Blocks] | None = None
+    blocks: Callable[[str, Pattern, int, str], Blocks] | None = None
     kernels: Mapping[str, Kernel] = dataclasses.field(default_factory=dict, hash=False)
     estimates: Callable[..., Mapping[str, Any]] | None = None
     stand_in: Callable[..., Any] | None = None

@@ -65,8 +65,8 @@ def _kernel(launch: Launch, scale: float, by_key: bool, *refs, tiles, rows, side
         refs[6:11],
         refs[11:],
     )
-    warpgroup, block = lax.axis_index(parts.PARALLEL), lax.axis_index("block")
-    example, chunk, head, place = (parts_ref[block, i] for i in range(4))
+    warpgroup, thread_block = lax.axis_index(parts.PARALLEL), lax.axis_index(parts.GRID)
+    example, chunk, head, place = (parts_ref[thread_block, i] for i in range(4))
     total, columns = total_ref[chunk], launch.columns(head)
 
     @pl.when(warpgroup < launch.warpgroups)
@@ -111,7 +111,7 @@ def _kernel(launch: Launch, scale: float, by_key: bool, *refs, tiles, rows, side
                 plgpu.barrier_arrive(ring.done.at[slot])
             return carry
 
-        middle = jnp.minimum(full_ref[chunk], total)
+        middle = full_ref[chunk]
         carry = tuple(parts.zeros(ROWS, launch.dim) for _ in outs)
         carry = lax.fori_loop(0, middle, functools.partial(visit, masked=False), carry)
         carry = lax.fori_loop(middle, total, functools.partial(visit, masked=True), carry)
@@ -127,11 +127,11 @@ def _kernel(launch: Launch, scale: float, by_key: bool, *refs, tiles, rows, side
         plgpu.set_max_registers(parts.LOADING, action="decrease")
 
         def sources(i):
-            tokens = pl.ds(pl.multiple_of(starts_ref[chunk, i], 8), launch.block)
-            found = [[ref.at[example, tokens, columns]] for ref in inner_refs]
+            where, tokens = launch.inner_place(starts_ref[chunk, i])
+            found = [[ref.at[example * launch.inner_chunks + where, tokens, columns]] for ref in inner_refs]
             if by_key:
                 for source, ref in zip(found, row_refs):
-                    source.append(ref.at[example * launch.heads + head, tokens])
+                    source.append(ref.at[(example * launch.heads + head) * launch.inner_chunks + where, tokens])
             return found
 
         parts.load(sides, sources, jnp.int32(0), total, jnp.int32(0))

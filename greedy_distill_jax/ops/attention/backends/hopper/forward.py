@@ -55,7 +55,8 @@ def _merged(out, lse, launch: Launch, plan: tables.Parts):
     peak = jnp.max(lse_parts, axis=-2, keepdims=True)
     shares = jnp.exp2(lse_parts - peak)
     total = jnp.sum(shares, axis=-2, keepdims=True)
-    values = out[index].astype(jnp.float32)
+    # Where there is no part another one's values were read, which may be NaN: 0 x NaN would spread.
+    values = jnp.where(there[..., None, None], out[index], jnp.zeros((), out.dtype)).astype(jnp.float32)
     merged = jnp.einsum("bcntpr,bcntprk->bctrnk", shares / total, values).astype(launch.dtype)
     merged = merged.reshape(launch.batch * launch.chunks, launch.tiles * launch.tile, -1)
     whole = (peak + jnp.log2(total))[..., 0, :].reshape(launch.row_shape)
@@ -65,8 +66,8 @@ def _merged(out, lse, launch: Launch, plan: tables.Parts):
 def _kernel(launch: Launch, factor: float, split: bool, *refs, tile, row, sides, staging, loaded, turn):
     """``factor``: from products of q and k to powers of 2."""
     q_ref, k_ref, v_ref, parts_ref, bounds_ref, starts_ref, valid_ref, full_ref, total_ref, out_ref, lse_ref = refs
-    warpgroup, block = lax.axis_index(parts.PARALLEL), lax.axis_index("block")
-    mine = bounds_ref[block], bounds_ref[block + 1]
+    warpgroup, thread_block = lax.axis_index(parts.PARALLEL), lax.axis_index(parts.GRID)
+    mine = bounds_ref[thread_block], bounds_ref[thread_block + 1]
     keys, values = sides
 
     def take_turns():
@@ -79,8 +80,8 @@ def _kernel(launch: Launch, factor: float, split: bool, *refs, tile, row, sides,
 
         With lengths known at run time a chunk can have fewer visits than its tiles were planned with.
         """
-        example, chunk, head, place, first, end = (parts_ref[part, i] for i in range(6))
-        return example, chunk, head, place, first, end if split else total_ref[chunk]
+        example, chunk, head, place, *visits = (parts_ref[part, i] for i in range(6))
+        return example, chunk, head, place, *(jnp.minimum(visit, total_ref[chunk]) for visit in visits)
 
     def compute(part, count):
         example, chunk, head, place, first, end = numbers_of(part)
@@ -148,8 +149,9 @@ def _kernel(launch: Launch, factor: float, split: bool, *refs, tile, row, sides,
             example, chunk, head, _, first, end = numbers_of(part)
 
             def sources(i):
-                tokens = pl.ds(pl.multiple_of(starts_ref[chunk, i], 8), launch.block)
-                return [(ref.at[example, tokens, launch.columns(head)],) for ref in (k_ref, v_ref)]
+                where, tokens = launch.inner_place(starts_ref[chunk, i])
+                rows = example * launch.inner_chunks + where
+                return [(ref.at[rows, tokens, launch.columns(head)],) for ref in (k_ref, v_ref)]
 
             return parts.load(sides, sources, first, end, count)
 

@@ -2,8 +2,8 @@
 
 A thread block is two or three *warpgroups* of 128 threads that compute, 64 rows of the outer tile each, and one that
 loads the inner blocks by TMA into a ring of slots ahead of them. Copies by TMA end at the end of a chunk (outer views)
-or of the tokens (inner views), so nothing is padded in memory. Emulated (``interpret``), arrays are padded instead, and
-what a product makes goes into the next one through shared memory and not in registers.
+or of what the inner side is cut into, so that no token is padded in memory. Emulated (``interpret``), arrays are padded
+instead, and what a product makes goes into the next one through shared memory and not in registers.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from greedy_distill_jax.ops.varying import varying_as
 ROWS = 64  # of a warpgroup's matrix product
 STAGES = 2  # slots of the ring
 NEVER = -1e30
-REGISTERS = {2: 240, 3: 152}  # of a thread that computes, by warpgroups; one that loads keeps LOADING
+REGISTERS = {2: 240, 3: 160}  # of a thread that computes, by warpgroups; one that loads keeps LOADING
 LOADING = 24
 LAYOUT = plgpu.Layout.WGMMA
-PARALLEL = "warpgroup"  # name of the axis of warpgroups
+GRID, PARALLEL = "thread_block", "warpgroup"  # names of axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Launch:
       dtype: of all arrays but statistics.
       outer: tokens of an outer chunk.
       chunks: outer chunks of an example.
+      inner_chunks: what an example's inner tokens are cut into, so that a block ends at the end of one: the chunks
+        where some may not be read, 1 where blocks lie across chunks.
+      inner: tokens of one of these.
       tile: tokens of an outer tile.
       block: tokens of an inner block.
       interpret: what the kernel is emulated with; None on a device.
@@ -46,6 +49,8 @@ class Launch:
     dtype: Any
     outer: int
     chunks: int
+    inner_chunks: int
+    inner: int
     tile: int
     block: int
     interpret: Any
@@ -76,8 +81,9 @@ class Launch:
         return x[:, : self.outer].reshape(self.batch, -1, self.heads, self.dim)
 
     def inner_view(self, x_BSNK):
-        """[B, S, N, K] -> [B, S, N K]."""
-        return self._padded(x_BSNK.reshape(self.batch, -1, self.heads * self.dim), 1, self.block)
+        """[B, S, N, K] -> [B inner chunks, tokens, N K]."""
+        x = x_BSNK.reshape(self.batch * self.inner_chunks, self.inner, self.heads * self.dim)
+        return self._padded(x, 1, self.block)
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -95,8 +101,8 @@ class Launch:
         return x.swapaxes(1, 2).reshape(self.batch, self.heads, -1)
 
     def inner_row(self, x_BNS):
-        """[B, N, S] -> [B N, S]."""
-        return self._padded(x_BNS.reshape(self.batch * self.heads, -1), 1, self.block)
+        """[B, N, S] -> [B N inner chunks, tokens]."""
+        return self._padded(x_BNS.reshape(-1, self.inner), 1, self.block)
 
     def _padded(self, x, axis: int, more: int):
         if not self.interpret:
@@ -108,6 +114,11 @@ class Launch:
     def columns(self, head):
         """A head's part of the lanes."""
         return pl.ds(head * self.dim, self.dim)
+
+    def inner_place(self, start):
+        """(inner chunk of an example, tokens in it) of the block that begins at token ``start``."""
+        chunk, token = lax.div(start, jnp.int32(self.inner)), lax.rem(start, jnp.int32(self.inner))
+        return chunk, pl.ds(pl.multiple_of(token, 8), self.block)
 
     def rows(self, tile, warpgroup):
         """A warpgroup's tokens of an outer chunk."""
@@ -140,10 +151,12 @@ class Launch:
             out_type=tuple(out_types),
             scratch_types=scratch,
             grid=(grid,),
-            grid_names=("block",),
+            grid_names=(GRID,),
             num_threads=self.warpgroups + 1,
             thread_name=PARALLEL,
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
             **({"interpret": self.interpret} if self.interpret else {}),
         )(*inputs)
         return [varying_as(x, inputs[0]) for x in made]

@@ -2,7 +2,9 @@
 
 A *visit* is one block of the inner side (keys; for dk and dv, queries) that a tile of the outer side meets.
 Neighbouring chunks of a list are one run of tokens, so that a block may lie across chunks; only the last block of a run
-is partly masked. Full visits come first: the loop over them has no mask.
+is partly masked. What lies behind a run in such a block is read and weighs 0, so it has to be finite; with lengths that
+are known at run time, where free slots may hold anything, every chunk is a run and nothing behind it is read. Full
+visits come first: the loop over them has no mask.
 """
 
 import functools
@@ -15,7 +17,7 @@ import numpy as np
 
 from greedy_distill_jax.ops.attention.pattern import Pattern
 
-SMS = 132  # multiprocessors of an H100 SXM and of an H200; with fewer some thread blocks wait for their turn
+SMS = 132  # multiprocessors of an H100 SXM and of an H200; on a card with fewer parts take two rounds
 # What splitting costs, in visits: the launch that merges parts, and each part's share of what it moves.
 MERGING, PART = 4, 2 / SMS
 
@@ -157,7 +159,7 @@ def schedule(work: tuple[int, ...], batch: int, heads: int, tiles: int, *, may_s
 
 
 def busy(plan: Parts) -> float:
-    """The share of the multiprocessors' time, until the last one is done, that goes into visits."""
+    """The share of the multiprocessors' time, until the last one is done, that goes into visits; 0 without any."""
     lengths = plan.parts[:, 5] - plan.parts[:, 4]
     blocks = [int(lengths[a:b].sum()) for a, b in zip(plan.bounds, plan.bounds[1:])]
     return sum(blocks) / max(SMS * _rounds(blocks), 1)
