@@ -17,6 +17,7 @@ from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.training.metrics import read_scalars
 from tests.conftest import exit_code
 from tests.docs.documents import blocks
+from tests.training.start import begin
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +31,11 @@ def registries(monkeypatch):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """A run directory of a student, after one update: text and latents of the quickstart's sizes, narrow networks."""
+    """A run directory of a student, before an update: text and latents of the quickstart's sizes, narrow networks."""
     workdir = tmp_path_factory.mktemp("docs") / "student"
-    config = tiny.train_config("teacher_forcing", steps=1, data__frames=8)
+    config = tiny.train_config("teacher_forcing", data__frames=8)
     config.model.text_dim, config.model.text_len = None, None
-    training.train(config, workdir, show_progress=False)
+    begin(config, workdir)
     return workdir
 
 
