@@ -31,7 +31,6 @@ import jax
 import numpy as np
 import stream
 from jax.experimental import serialize_executable
-from jax.experimental.compilation_cache import compilation_cache
 from sizes import SIZES
 
 from greedy_distill_jax import cli
@@ -58,7 +57,6 @@ def start(size_name: str, student: str, way: str, folder: Path) -> dict[str, Any
     arguments = (run.params, text, noise_keys(0, 1), run.latent_shape[1:])
     jax.block_until_ready(arguments[:3])
     use_compile_cache(str(folder / "cache"))  # from here on; weights are drawn with the cache that the process has
-    compilation_cache.reset_cache()
     read = _timed_compiler()
     begin = clock.now()
     own = programs(make_streamer(run.model, plan))

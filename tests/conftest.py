@@ -245,8 +245,8 @@ def start(tmp_path, monkeypatch):
 
     def begin(folder=tmp_path / "cache"):
         jax.clear_caches()
-        use_compile_cache(str(folder))
         compilation_cache.reset_cache()
+        use_compile_cache(str(folder))
         begin.read = begin.kept = 0
 
     def listen(event, **_):

@@ -61,14 +61,19 @@ class StreamDecoder:
 
     def __init__(self, codec: VideoCodec):
         self._codec, self._state = codec, codec.open_decoder()
-        self._decode_next = jax.jit(codec.decode_next, donate_argnums=1)
+        # All streams of a codec share its program.
+        self._decode_next = vars(codec).setdefault("_jitted", jax.jit(codec.decode_next, donate_argnums=1))
 
     def prepare(self, latents_BFhwC: Float32[Array, "B F h w C"]) -> None:
         """Compiles what latents of such a shape need, whose values do not count; nothing is run."""
         state, known = self._codec.open_decoder(), []
-        placed = latents_BFhwC.sharding if latents_BFhwC.committed else None
-        latent = jax.ShapeDtypeStruct(latents_BFhwC[:, 0].shape, latents_BFhwC.dtype, sharding=placed)
-        while (shapes := jax.tree.map(lambda x: (x.shape, x.dtype), state)) not in known:
+        placed, (batch, _, *size) = latents_BFhwC.sharding if latents_BFhwC.committed else None, latents_BFhwC.shape
+        latent = jax.ShapeDtypeStruct((batch, *size), latents_BFhwC.dtype, sharding=placed)
+
+        def kind(x):
+            return x.shape, x.dtype, x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+
+        while (shapes := jax.tree.map(kind, state)) not in known:
             known.append(shapes)
             state, _ = compiled_ahead(self._decode_next, self._codec.params, state, latent)
 

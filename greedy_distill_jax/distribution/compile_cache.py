@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
+_refused: set[str] = set()  # folders that were warned of
 _DAMAGED = re.compile(r"Error reading persistent compilation cache entry for '([^']+)': (.*)", re.S)
 
 
@@ -47,23 +49,31 @@ def _is_placed(x: Any) -> bool:
 
 
 def use_compile_cache(path: str) -> None:
-    """Keeps every compiled program in ``path`` from run to run; "" changes nothing.
+    """Keeps every compiled program in ``path`` from run to run, in place of another folder; "" changes nothing.
 
     Programs are run as they are read: a folder that others can put files into is not used, and a line on standard error
-    says why. A damaged file is named in a line, removed, and its program compiled and kept again.
+    says why, once. A damaged file is named in a line, removed, and its program compiled and kept again.
     """
     if not path:
         return
     folder = Path(path).expanduser()
-    if why := _unsafe(folder):
-        print(f"warning: compile_cache {folder} {why}; programs are compiled anew.", file=sys.stderr)
-        jax.config.update("jax_compilation_cache_dir", None)
+    if why := "is no folder of this machine; choose one" if "://" in path else _unsafe(folder):
+        if path not in _refused:
+            print(f"warning: compile_cache {path} {why}; programs are compiled anew.", file=sys.stderr)
+        _refused.add(path)
+        _keep_in(None)
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    _keep_in(str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start makes dozens of small ones
     if not isinstance(warnings.showwarning, _Mending):
         warnings.showwarning = _Mending(warnings.showwarning)
     warnings.showwarning.folder = folder
+
+
+def _keep_in(folder: str | None) -> None:
+    if jax.config.jax_compilation_cache_dir != folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # jax opens its folder once, at the first compilation
 
 
 def _unsafe(folder: Path) -> str:
@@ -75,7 +85,7 @@ def _unsafe(folder: Path) -> str:
             return f"belongs to another user (uid {found.st_uid}), whose programs are not run; choose one of your own"
         if any(owner != found.st_uid for owner in _owners(folder)):
             return "holds files of another user, which are not run; remove them"
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):  # whatever the modes of the files in it
             folder.chmod(0o700)
     except OSError as error:
         return f"cannot be used ({error.strerror or error}); choose another"
@@ -100,7 +110,12 @@ class _Mending:
             self.show(message, *args, **kwargs)
             return
         name, why = found[1], found[2].splitlines()[0]
-        for file in self.folder.glob(f"{glob.escape(name)}-*-cache"):
-            file.unlink(missing_ok=True)
-        told = f"a kept program {name!r} is damaged ({why}): all of that name are removed and compiled anew"
+        told = f"a kept program {name!r} is damaged ({why})"
+        if jax.process_index() == 0:  # of several processes the one that writes
+            told += ": all of that name are removed and compiled anew"
+            try:
+                for file in self.folder.glob(f"{glob.escape(name)}-*-cache"):
+                    file.unlink(missing_ok=True)
+            except OSError as error:
+                told = f"a kept program {name!r} is damaged ({why}) and cannot be removed ({error.strerror or error})"
         print(f"warning: compile_cache {self.folder}: {told}.", file=sys.stderr)

@@ -155,7 +155,8 @@ def _about(name: str, run: Run, directory: Path, steps: int | str) -> str:
 def _load(field: str, directory: str | Path, is_student: bool, row: str = "") -> Run:
     """A run of the wanted kind; errors are the argument's."""
     try:
-        if "train_cpu_s" not in load_meta(Path(directory).expanduser() / "checkpoints"):
+        checkpoints = Path(directory).expanduser() / "checkpoints"
+        if checkpoints.is_dir() and "train_cpu_s" not in load_meta(checkpoints):
             raise UserError(
                 f"{directory} holds weights that were imported; a report compares runs on the data that they were "
                 f"trained on here. Look at its videos with `python -m greedy_distill_jax.sample`, or train a run from "

@@ -11,7 +11,7 @@ from flax.errors import ScopeParamShapeError
 def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> jax.Array:
     """``module.param(name, init, shape, float32)``, without what Flax does to check one that is there.
 
-    Flax traces ``init`` for it at every call, a seventh of the time that a network takes to trace.
+    Flax traces ``init`` for it at every call, which takes a good part of the time that a network takes to trace.
 
     Raises:
       flax.errors.ScopeParamShapeError: the parameter that is there has another shape.

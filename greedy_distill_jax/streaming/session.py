@@ -66,16 +66,25 @@ class Programs(NamedTuple):
         """The step of a stream that has made so many chunks."""
         return self.filling if made < self.warm_up else self.steady
 
-    def prepare(self, params: Any, state: Any, text: Float[Array, "B M D"], chunks: int | None, switches: bool) -> None:
+    def prepare(
+        self,
+        params: Any,
+        state: Any,
+        text: Float[Array, "B M D"],
+        made: int,
+        chunks: int | None,
+        switches: bool,
+    ) -> None:
         """Compiles what a stream needs to come this far, nothing of which is run; see ``Session.prepare``.
 
         Args:
           params, state, text: of the stream.
+          made: chunks that it has made.
           chunks: that it will have made then; None for no end.
           switches: whether prompts may be switched on the way.
         """
-        steps = (self.filling, self.steady)[: 2 if chunks is None or chunks > self.warm_up else 1]
-        for step in steps:
+        needed = {self.filling: made < self.warm_up, self.steady: chunks is None or chunks > self.warm_up}
+        for step in (step for step, needs in needed.items() if needs):
             made = compiled_ahead(step.make, params, state)
             compiled_ahead(step.finish, params, *made)
         if switches:
@@ -100,8 +109,11 @@ def _programs(student_config, plan: StepPlan, chosen_from: tuple[Backend, ...]) 
         for s in (streamer, streamer.steady())
     )
     init, switch = jax.jit(streamer.init, static_argnums=3), jax.jit(streamer.switch_prompt, donate_argnums=1)
-    observe = jax.jit(lambda params, state, x0: streamer.observe(params, state, x0)[0], donate_argnums=1)
-    return Programs(init, filling, steady, switch, observe, streamer.warm_up)
+
+    def observe(params, state, x0):
+        return streamer.observe(params, state, x0)[0]
+
+    return Programs(init, filling, steady, switch, jax.jit(observe, donate_argnums=1), streamer.warm_up)
 
 
 class Session:
@@ -171,7 +183,8 @@ class Session:
           switches: prompts may be switched.
         """
         last = None if chunks is None else self._made + chunks
-        self._programs.prepare(self._params, self.state, self._rows, last, switches)
+        begins = self._made + len(self._given)
+        self._programs.prepare(self._params, self.state, self._rows, begins, last, switches)
         if frames and self._codec is not None:
             self._decoder = self._decoder or StreamDecoder(self._codec)
             self._decoder.prepare(self.state.last)
@@ -200,14 +213,17 @@ class Session:
         Raises:
           ValueError: another number of videos, another size, or frames that do not divide into chunks.
         """
-        latents, (videos, chunk, *size) = jax.numpy.asarray(latents, jax.numpy.float32), self.state.last.shape
-        shape = tuple(latents.shape)
+        (videos, chunk, *size), shape = self.state.last.shape, tuple(latents.shape)
         if latents.ndim != 5 or shape[:1] + shape[2:] != (videos, *size) or not shape[1] or shape[1] % chunk:
             raise ValueError(
                 f"give: latents of shape {shape}; give [{videos}, T, {', '.join(map(str, size))}] with T a multiple of "
                 f"the student's chunk of {chunk} latent frames."
             )
+        latents = jax.numpy.array(latents, jax.numpy.float32)  # a copy: whose array it is may write into it
+        if self.state.last.committed:
+            latents = jax.device_put(latents, self.state.last.sharding)
         self._given += jax.numpy.split(latents, shape[1] // chunk, axis=1)
+        compiled_ahead(self._programs.observe, self._params, self.state, self._given[-1])
 
     def next_latents(self) -> Float32[Array, "B g H W C"]:
         """Makes the next chunk and returns its latents."""
@@ -234,7 +250,7 @@ class Session:
         """Makes the next chunk and returns its frames of video.
 
         Raises:
-          RuntimeError: chunks were read as latents before, which the decoder has not seen.
+          RuntimeError: chunks were read as latents before, which the decoder has not seen; or there is no codec.
         """
         return on_host(self._start_frames() if self._ahead is None else self._take())
 
@@ -243,9 +259,11 @@ class Session:
         return ahead
 
     def _start_frames(self) -> list[Array]:
+        if self._codec is None:
+            raise RuntimeError("the stream has no codec that makes video of its latents; read next_latents.")
         if self._as_latents:
             raise RuntimeError("next_frames after next_latents: the decoder missed chunks; read one or the other.")
-        if self._made >= self._ready:
+        if self._decoder is None or self._made >= self._ready:
             self.prepare()
         return self._next(self._decoder.start)
 
@@ -264,6 +282,8 @@ class Session:
           UserError: a length (field "frames") or a switch (field "switches") that does not fit, before anything is
             made.
         """
+        if self._codec is None:
+            raise RuntimeError("the stream has no codec that makes video of its latents; read next_latents.")
         timeline, switches = Timeline(self._codec.temporal_stride, self._chunk), dict(switches or {})
         chunks = timeline.latent_frames(frames) // self._chunk
         check_switches(switches, frames)
@@ -272,7 +292,7 @@ class Session:
 
     def _play(self, chunks: int, prompts: Mapping[int, str]) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
         begun = self._ahead is not None
-        if self._made + chunks - begun > self._ready:
+        if self._decoder is None or self._made + chunks - begun > self._ready:
             self.prepare(chunks - begun)
         for chunk in range(begun, chunks):
             if chunk in prompts:

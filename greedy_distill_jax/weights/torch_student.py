@@ -90,8 +90,12 @@ class Student(nn.Module):
             ("noisy", noisy, (None, count * g, cfg.channels, None, None)),
             ("sigma", sigma, noisy.shape[:2]),
             ("history", history, noisy.shape),
+            ("history_sigma", history_sigma, noisy.shape[:2]),
+            ("sdd_history", sdd_history, noisy.shape),
+            ("sdd_history_sigma", sdd_history_sigma, noisy.shape[:2]),
         ):
-            _check(name, given, shape)
+            if given is not None:
+                _check(name, given, shape)
         ropes = self._ropes(noisy.shape, noisy.device)
         rope_z = ropes(0)
 

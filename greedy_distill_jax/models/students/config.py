@@ -121,6 +121,11 @@ class CausalConfig:
                     f"CausalConfig.{field} is {value} latent frames, which do not divide into chunks of {self.chunk}; "
                     f"use a multiple of {self.chunk}."
                 )
+        if self.recache_of != "ring" and not self.recache:
+            raise ValueError(
+                f"CausalConfig.recache_of is {self.recache_of!r}, but recache is False, so that a prompt switch "
+                f"recomputes nothing; set recache to True, or leave recache_of at 'ring'."
+            )
         if not self.global_sink and self.recache_of != "window":
             raise ValueError(
                 f"CausalConfig.global_sink is False, but recache_of {self.recache_of!r} leaves the sink alone; use "
