@@ -1,8 +1,7 @@
 """Devices: the mesh."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -18,12 +17,13 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
 
     Args:
       shape: size by axis, 1 where it is missing; one may be -1 and takes the remaining devices.
-      devices: in their order; None for all that jax has, in ``by_process`` order.
+      devices: in their order; None for all that jax has, which it lists host by host, so that process p feeds the
+        p-th part of every batch.
 
     Raises:
       UserError: sizes that do not fit the devices (field "mesh").
     """
-    devices = np.asarray(by_process(jax.devices()) if devices is None else devices)
+    devices = np.asarray(jax.devices() if devices is None else devices)
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
     described = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
@@ -39,14 +39,6 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
             "mesh",
         )
     return Mesh(devices.reshape([devices.size // known if s == -1 else s for s in sizes]), AXES)
-
-
-def by_process(devices: Sequence[Any]) -> list[Any]:
-    """Devices process by process: then process p feeds the p-th part of every batch, whatever the other axes are.
-
-    jax has those of a slice of TPUs by number, which goes along a row of chips, over the parts of several hosts.
-    """
-    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def batch_parts(mesh: Mesh) -> int:

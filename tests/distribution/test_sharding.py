@@ -1,7 +1,5 @@
 """The one table, and 8 virtual devices against one."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from greedy_distill_jax.diffusion.step_plan import StepPlan
-from greedy_distill_jax.distribution.mesh import by_process, make_mesh
+from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.parallel import check_columns, on_mesh
 from greedy_distill_jax.distribution.sharding import RULES, TABLE, leaf_paths, rows_of, shardings
 from greedy_distill_jax.errors import UserError
@@ -99,16 +97,6 @@ def test_a_mesh_that_does_not_fit_names_the_devices(shape):
 
 
 MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
-
-
-def test_each_process_feeds_its_own_part_of_a_slice():
-    """Of 4x4 chips on four hosts of 2x2 each, numbered along the rows."""
-    chips = [SimpleNamespace(id=4 * y + x, process_index=2 * (y // 2) + x // 2) for y in range(4) for x in range(4)]
-    ordered = by_process(chips)
-    assert [chip.process_index for chip in ordered] == [process for process in range(4) for _ in range(4)]
-    assert [chip.id for chip in ordered[:8]] == [0, 1, 4, 5, 2, 3, 6, 7]
-    own = make_mesh({"data": -1})
-    assert list(own.devices.flat) == by_process(jax.devices())
 
 
 @pytest.mark.slow

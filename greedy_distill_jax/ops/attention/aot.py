@@ -161,8 +161,9 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
       UserError: no kernels run that there.
     """
     shapes = spec.shapes(NamedSharding(mesh, PartitionSpec()))
+    card = mesh.devices.flat[0].platform != "tpu"
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        backend = _with_kernels(spec, shapes[0])
+        backend = _with_kernels(spec, shapes[0], best=not card)
 
     def forward(q, k, v):
         return chunk_attention(q, k, v, spec.pattern, implementation=backend.name, blocks=blocks)
@@ -173,7 +174,6 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
 
     before = set(dump.iterdir()) if dump else set()
     start = time.perf_counter()
-    card = mesh.devices.flat[0].platform != "tpu"
     report = assembler_report() if card else contextlib.nullcontext()
     with report as assembled, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         stats = interruptible(jax.jit(both).lower(*shapes).compile).memory_analysis()
@@ -200,9 +200,14 @@ def compile_spec(spec: Spec, mesh: Mesh, *, blocks: Blocks | None = None, dump: 
     return result
 
 
-def _with_kernels(spec: Spec, q) -> Backend:
-    """The first backend with kernels that can run a workload on the device that is being traced for."""
+def _with_kernels(spec: Spec, q, *, best: bool) -> Backend:
+    """The first backend with kernels that can run a workload on the device that is being traced for.
+
+    ``best``: it has to be what runs there when no backend is named.
+    """
     reasons = []
+    if best and not (backend := select.choose(None, q, spec.pattern, function=spec.name)).kernels:
+        raise UserError(f"the best backend there is {backend.name!r}, which has no kernels to compile.")
     for backend in backends.BACKENDS:
         if backend.kernels:
             try:
