@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from greedy_distill_jax.cli import progress as progress_lines
 from greedy_distill_jax.cli.progress import _Lines, progress
@@ -47,7 +48,10 @@ def test_scalars_jsonl(workdir, monkeypatch):
     assert read_scalars(workdir / "nothing") == []
 
 
-def test_a_resumed_run_drops_what_the_killed_one_wrote_after_its_checkpoint(workdir):
+def test_a_resumed_run_drops_what_the_killed_one_wrote_after_its_checkpoint(workdir, monkeypatch):
+    # Files of one second are read in the order of their names, which end with a number that a process counts up: .10
+    # comes before .9. Another process begins at 0.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with MetricWriter(workdir) as writer:
         for step in range(1, 9):
             writer.scalars(step, {"loss": step})
