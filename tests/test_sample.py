@@ -69,9 +69,10 @@ def test_a_prompt_gives_the_video_it_gives_alone(run, tmp_path, capsys):
 def test_a_second_start_compiles_nothing(run, tmp_path, start):
     folder, videos, counts = tmp_path / "programs", [], []
     for _ in range(2):
-        start(folder)
+        start(tmp_path / "another")
         videos += _sample(tmp_path / "out", "--frames", 4, "--compile-cache", folder)
         counts.append((start.read, start.kept))
+    assert list(folder.glob("jit_make-*-cache")) and not list((tmp_path / "another").glob("jit_make-*"))
     (_, kept), (read, more) = counts
     assert kept >= 5 and read >= kept and more == 0
     np.testing.assert_array_equal(*videos)

@@ -65,10 +65,11 @@ class StreamDecoder:
         self._decode_next = vars(codec).setdefault("_jitted", jax.jit(codec.decode_next, donate_argnums=1))
 
     def prepare(self, latents_BFhwC: Float32[Array, "B F h w C"]) -> None:
-        """Compiles what latents of such a shape need, whose values do not count; nothing is run."""
+        """Compiles what latents of such a shape need, whose values do not count; only one frame is cut out."""
         state, known = self._codec.open_decoder(), []
-        placed, (batch, _, *size) = latents_BFhwC.sharding if latents_BFhwC.committed else None, latents_BFhwC.shape
-        latent = jax.ShapeDtypeStruct((batch, *size), latents_BFhwC.dtype, sharding=placed)
+        placed = latents_BFhwC.sharding if latents_BFhwC.committed else None
+        first = latents_BFhwC[:, 0]  # as ``start`` does it, which is a program, too
+        latent = jax.ShapeDtypeStruct(first.shape, first.dtype, sharding=placed)
 
         def kind(x):
             return x.shape, x.dtype, x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None

@@ -12,14 +12,16 @@ from greedy_distill_jax.models.wan.config import WanConfig
 KINDS = ("teacher", "causal")
 # Key of a causal model's config.json -> field; a window of -1 is the whole history.
 CAUSAL_KEYS = {"num_frame_per_block": "chunk", "local_attn_size": "window", "sink_size": "sink"}
+# What no published file says: kept under our own names, so that a student is the same after it went out and back.
+OWN_KEYS = ("rope_mode", "recache", "recache_of", "global_sink")
 # Where nothing says it: Self-Forcing's, chunks of 3 latent frames that see the whole video of 21.
 _CHUNK, _WINDOW, _SINK, _FRAMES = 3, 0, 0, 21
 
 
-def causal_json(cfg: CausalConfig) -> dict[str, int]:
+def causal_json(cfg: CausalConfig) -> dict[str, Any]:
     """What a causal model's config.json says besides the sizes."""
     said = {theirs: getattr(cfg, ours) for theirs, ours in CAUSAL_KEYS.items()}
-    return said | {"local_attn_size": cfg.window or -1}
+    return said | {"local_attn_size": cfg.window or -1} | {name: getattr(cfg, name) for name in OWN_KEYS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,8 @@ def with_kind(
     try:
         # A student with a sink is of LongLive's kind, which recomputes keys at a prompt switch.
         longlive = dict(recache=True, recache_of="window") if fields["sink"] else {}
-        return CausalConfig(wan, **fields, max_frames=_FRAMES, **longlive), why
+        own = {name: config[name] for name in OWN_KEYS if name in config}
+        return CausalConfig(wan, **fields, max_frames=_FRAMES, **{**longlive, **own}), why
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}", "window") from error
 

@@ -139,6 +139,38 @@ def test_nothing_is_compiled_in_mid_stream(codec, compilations, causal, placed, 
     assert compilations == []
 
 
+def test_given_chunks_and_another_reader_compile_nothing_either(codec, compilations):
+    """Frames after a stream was made ready for latents; chunks that are given while it runs."""
+    model, plan = Student(tiny.student_config(chunk=1)), StepPlan(((1.0, 0.55),))  # of this test alone
+    params = jax.device_put(tiny.random_params(model), jax.devices()[0])
+    stream = Session(make_streamer(model, plan), params, codec, encoder("a"), ["a"], latent_shape=SHAPE)
+    stream.prepare(frames=False)
+    assert stream.next_frames().shape[1] == 1
+    given = np.random.default_rng(0).standard_normal((1, 2, *SHAPE)).astype(np.float32)
+    expected = given.copy()
+    stream.give(given)
+    given[:] = 0  # it was copied
+    compilations.clear()
+    seen = [stream.next_frames() for _ in range(stream._programs.warm_up + 3)]
+    assert compilations == [] and len(seen) > 3
+    other = Session(make_streamer(model, plan), params, None, encoder("a"), ["a"], latent_shape=SHAPE)
+    other.next_latents()
+    other.give(expected)
+    np.testing.assert_array_equal(np.concatenate([other.next_latents() for _ in range(2)], axis=1), expected)
+    with pytest.raises(RuntimeError, match="no codec that makes video"):
+        other.next_frames()
+
+
+def test_decoders_of_a_codec_share_their_program(codec, compilations):
+    model, plan = Student(tiny.student_config(chunk=1)), StepPlan(((1.0, 0.5),))
+    for _ in range(2):
+        compilations.clear()
+        stream = Session(make_streamer(model, plan), tiny.random_params(model), codec, text, ["a"], latent_shape=SHAPE)
+        compilations.clear()
+        stream.prepare()
+    assert compilations == []
+
+
 def test_a_short_stream_compiles_what_it_needs(compilations):
     model, plan = Student(tiny.student_config(chunk=1)), StepPlan(((1.0, 0.6),))  # of this test alone
     stream = Session(make_streamer(model, plan), tiny.random_params(model), None, text, ["a"], latent_shape=SHAPE)
