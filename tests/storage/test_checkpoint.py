@@ -19,7 +19,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage import checkpoint
 from greedy_distill_jax.storage.checkpoint import Checkpointer, Damaged, load_meta, load_params
 
 
@@ -263,33 +262,6 @@ def test_a_remote_step_is_not_moved(workdir):
         with pytest.raises(UserError, match=f"^run step 2 is damaged .x.; move {workdir}/2 away, then run the same"):
             checkpointer.newest(read)
         assert checkpointer.steps() == [1, 2] and not list(workdir.parent.glob("*-damaged-*"))
-
-
-@pytest.mark.parametrize("read_only", [False, True])
-def test_a_step_that_another_process_cannot_read_is_passed_over(workdir, monkeypatch, capsys, read_only):
-    folder, state = workdir / "checkpoints", {"x": jnp.arange(5.0)}
-    with Checkpointer(folder, async_save=False) as checkpointer:
-        for step in (1, 2, 3):
-            checkpointer.save(step, state, meta(step))
-    asked = []
-
-    def all_said(text):  # by this process, and by one that does not see step 3 and finds step 2 damaged
-        asked.append(text)
-        return [text, "1 2" if text == "1 2 3" else "run step 2 is damaged (y)" * (asked.count("") == 2)]
-
-    with Checkpointer(folder, read_only=read_only) as checkpointer:
-        monkeypatch.setattr(checkpoint, "all_said", all_said)
-        step, (position, found) = checkpointer.newest(
-            lambda step: (checkpointer.meta(step)["data_position"], checkpointer.restore(step, shapes_of(state)))
-        )
-        monkeypatch.undo()
-        assert (step, position) == (1, 32)
-        assert_same_bits(found, state)
-        assert checkpointer.steps() == ([1, 2, 3] if read_only else [1])
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"warning: {folder} step 3 is not seen by every process; step 1 is taken instead")
-    told = "warning: run step 2 is damaged (y) at process 1; step 1 is taken instead"
-    assert second == told + ("" if read_only else f", and that one moved to {folder}-damaged-2")
 
 
 def test_a_disk_that_refuses_is_no_damage(workdir, monkeypatch):
