@@ -13,7 +13,6 @@ without.
 import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -27,8 +26,8 @@ from jax.sharding import Sharding
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.arrays import HANDLERS
 from greedy_distill_jax.storage.aside import WHOLE, move_aside, move_parts_aside, warn
-from greedy_distill_jax.storage.background import telling
-from greedy_distill_jax.storage.disk import OF_DAMAGE, check_writable, disk_reason
+from greedy_distill_jax.storage.background import telling, telling_commit, wait_while
+from greedy_distill_jax.storage.disk import OF_DAMAGE, absolute, check_writable, disk_reason
 from greedy_distill_jax.storage.log import quiet, say_only_news
 from greedy_distill_jax.storage.messages import Damaged, check_architecture, check_leaves, none_in
 from greedy_distill_jax.storage.records import first_line
@@ -49,7 +48,6 @@ from greedy_distill_jax.storage.versions import versions
 
 LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
 _OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
-_PAUSE = 0.01  # seconds between two looks at a save
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of steps that are being written
 
 T = TypeVar("T")
@@ -81,7 +79,7 @@ class Checkpointer:
         read_only: bool = False,
         write_bytes: int | None = None,
     ):
-        self.directory, self._read_only = _absolute(directory), read_only
+        self.directory, self._read_only = absolute(directory), read_only
         self._failure: BaseException | None = None  # of a write in the background
         say_only_news()
         if not read_only:
@@ -91,6 +89,9 @@ class Checkpointer:
                     move_parts_aside(self.directory)
         elif "://" not in self.directory and not os.path.isdir(self.directory):
             raise none_in(self.directory)
+        commit = None  # of a remote folder: Orbax chooses by its kind
+        if "://" not in self.directory:
+            commit = telling_commit(ocp.path.atomicity.AtomicRenameTemporaryPath, self._failed)
         with quiet():
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else max_to_keep,
@@ -98,6 +99,7 @@ class Checkpointer:
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 read_only=read_only,
+                temporary_path_class=commit,
             )
             limited = {} if write_bytes is None else dict(save_concurrent_gb=write_bytes / 1e9, use_compression=False)
             self._handlers = {
@@ -141,7 +143,7 @@ class Checkpointer:
 
         Raises:
           UserError: this step, or one before that was written in the background, could not be written.
-          Lost: not every process sees whether this step exists.
+          Lost: not every process sees whether this step exists, or one does not end writing that before.
         """
         json.dumps(meta)  # fails here, not after an older step of that name is gone
         step = int(step)
@@ -295,9 +297,8 @@ class Checkpointer:
 
     def _wait_for_others(self) -> None:
         """Of several processes, waits for the step that is being written, and no longer than until it has failed."""
-        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
-            self.check()
-            time.sleep(_PAUSE)
+        if jax.process_count() > 1:
+            wait_while(self._manager.is_saving_in_progress, self.check, self.directory)
 
     def newest(self, read: Callable[[int], T]) -> tuple[int, T]:
         """Reads the newest checkpoint that is not damaged; those after it are named in a warning.
@@ -494,8 +495,3 @@ def load_params(
 def load_meta(directory: str | os.PathLike, *, step: int | None = None) -> dict[str, Any]:
     """Reads the JSON saved with a checkpoint; step as for `read_run`."""
     return read_run(directory, step, Checkpointer.meta)
-
-
-def _absolute(directory: str | os.PathLike) -> str:
-    directory = os.fspath(directory)
-    return directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))

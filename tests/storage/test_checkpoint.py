@@ -17,8 +17,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from orbax.checkpoint import path
 
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.errors import Lost, UserError
+from greedy_distill_jax.storage import background, checkpoint
 from greedy_distill_jax.storage.checkpoint import Checkpointer, Damaged, load_meta, load_params
 
 
@@ -309,6 +311,36 @@ def test_a_write_that_fails_in_the_background_is_told_at_once_and_costs_no_step(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(workdir) == ["1"]
+
+
+def test_a_commit_that_fails_in_the_background_is_told_at_once(workdir, monkeypatch):
+    """As the rename to the step's name does where a quota is used up."""
+    full, renamed = OSError(errno.EDQUOT, "Disk quota exceeded"), path.atomicity.async_path.rename
+
+    async def rename(source, target):
+        if target.name == "2":
+            raise full
+        await renamed(source, target)
+
+    told = r"cannot be written \(Disk quota exceeded\); step 1 is kept"
+    monkeypatch.setattr(path.atomicity.async_path, "rename", rename)
+    with pytest.raises(UserError, match=told), Checkpointer(workdir) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"x": jnp.ones(2)}, meta(step))
+        until = time.monotonic() + 60
+        with pytest.raises(UserError, match=told):
+            while time.monotonic() < until:
+                checkpointer.check()
+    assert os.listdir(workdir) == ["1"]
+
+
+def test_a_save_that_another_process_does_not_end_is_waited_for_a_bounded_time(workdir, monkeypatch):
+    with Checkpointer(workdir, async_save=False) as checkpointer, monkeypatch.context() as patch:
+        patch.setattr(checkpoint.jax, "process_count", lambda: 2)
+        patch.setattr(background, "LONGEST", 0.0)
+        patch.setattr(checkpointer._manager, "is_saving_in_progress", lambda: True)
+        with pytest.raises(Lost, match=f"^{workdir}: the step before is not written by all processes in 0 s; look"):
+            checkpointer.wait()
 
 
 KILLED = """
