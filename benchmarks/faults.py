@@ -8,8 +8,8 @@ disturbed with as many processes, no checkpoint may be lost, and all processes h
 which silence counts (--silence) and that of an end. Then other faults happen to one of two processes: what each says,
 how it ends, seconds until all are gone. And a run of two processes goes on with 1, 2 and 4 on other meshes: how far its
 losses and its average are from those of an undisturbed one. Results are appended to a file of lines (--resume-from;
-beside --output by default), and the same command goes on where it stopped. Exits with 1 if anything was not as it
-should be.
+beside --output by default) with commit, versions and --silence, and the same command goes on where it stopped. Exits
+with 1 if anything was not as it should be.
 """
 
 import argparse
@@ -23,29 +23,13 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from fault_items import kills, moves, others
+from fault_items import kills, lines, moves, others
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import environment, record
 from greedy_distill_jax.ranges import Natural, Positive
 
 PARTS = ("kills", "faults", "moves")
-
-
-def read(path: Path, seed: int) -> dict[tuple[str, Any], dict[str, Any]]:
-    """Results that are there already, by kind and name; UserError for kills of another seed."""
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            result = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill
-        if result.get("seed", seed) != seed:
-            raise UserError(f"{path} holds kills of seed {result['seed']}, not {seed}; name another file.")
-        kind = next(kind for kind in ("undisturbed", "kill", "fault", "move") if kind in result)
-        found[kind, result[kind]] = result
-    return found
 
 
 def missing(args: argparse.Namespace, found: Mapping[tuple[str, Any], Any]) -> list[tuple[str, Any]]:
@@ -74,15 +58,20 @@ def run(root: Path, key: tuple[str, Any], args: argparse.Namespace) -> dict[str,
     return moves.moved(root, name, *times)
 
 
-def summary(results: Mapping[tuple[str, Any], Mapping[str, Any]], silence: float) -> tuple[str, list[str]]:
-    """Tables of all results, and what was not as it should be."""
+def summary(results: Mapping[tuple[str, Any], Mapping[str, Any]], given: float) -> tuple[str, list[str]]:
+    """Tables of all results, and what was not as it should be.
+
+    Args:
+      results: by kind and name.
+      given: SILENCE_TIMEOUT of those that do not record it.
+    """
     of = {kind: {name: x for (k, name), x in results.items() if k == kind} for kind, _ in results}
     tables, bad = [], []
     if kinds := of.get("kill"):
         cells = []
         for count in kills.PROCESSES:
             mine = [found for found in kinds.values() if found["processes"] == count]
-            verdicts = {f["kill"]: kills.verdict(f, _reference(of, count), silence) for f in mine}
+            verdicts = {f["kill"]: kills.verdict(f, _reference(of, count), f.get("silence", given)) for f in mine}
             bad += [f"kill {number}: {verdict}" for number, verdict in verdicts.items() if verdict]
             killed = [found for found in mine if "codes" in found]
             inside = sum(found["inside_save"] for found in killed)
@@ -106,7 +95,7 @@ def summary(results: Mapping[tuple[str, Any], Mapping[str, Any]], silence: float
 
 def _reference(of: Mapping[str, Any], processes: int) -> dict[str, Any]:
     found = of.get("undisturbed", {}).get(processes, {"step": "unknown"})
-    return {key: value for key, value in found.items() if key != "undisturbed"}
+    return {key: value for key, value in found.items() if key not in ("undisturbed", *lines.MADE_BY)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,22 +110,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume-from", type=Path, help="file of results (default: beside --output)")
     parser.add_argument("--output", type=Path, help="write tables to this name with .md, figures with .json")
     args = parser.parse_args(argv)
-    lines = args.resume_from or (args.output and args.output.with_suffix(".lines.jsonl"))
-    results = read(lines, args.seed) if lines else {}
+    path = args.resume_from or (args.output and args.output.with_suffix(".lines.jsonl"))
+    results = lines.read(path, args.seed) if path else {}
+    here = {"silence": args.silence, **environment.environment()}
+    here = {name: here[name] for name in lines.MADE_BY}
     with tempfile.TemporaryDirectory() as folder:
         for key in () if args.tables else missing(args, results):
-            results[key] = found = run(Path(folder), key, args)
+            results[key] = found = {**run(Path(folder), key, args), **here}
             print(json.dumps(found), flush=True)
-            if lines:
-                with open(lines, "a") as file:
-                    file.write(json.dumps(found) + "\n")
+            if path:
+                lines.append(path, found)
     tables, bad = summary(results, args.silence)
     print(tables, *bad, sep="\n")
     if args.output:
-        told = {"command": record.command_line("benchmarks/faults.py", argv or sys.argv[1:]), "silence": args.silence}
-        result = {**told, "results": list(results.values()), "bad": bad, **environment.environment()}
-        record.write_json(args.output.with_suffix(".json"), result | {"clock": "wall time"})
-        text = f"{result['device']}, {result['cpu']}; SILENCE_TIMEOUT={args.silence:g}.\n\n{tables}\n"
+        made, told = lines.made_by(list(results.values()))
+        command = record.command_line("benchmarks/faults.py", argv or sys.argv[1:])
+        result = {"command": command, "results": list(results.values()), "bad": bad, **made, "clock": "wall time"}
+        record.write_json(args.output.with_suffix(".json"), result)
+        text = "\n\n".join([*told, tables]) + "\n"
         args.output.with_suffix(".md").write_text(text, encoding="utf-8")
     return int(bool(bad))
 

@@ -42,7 +42,7 @@ TRAIN_FLAGS = JOB_FLAGS | {
     "search": (bool, False, "find the smallest slice of the generation that fits"),
     "json": (str, "", "write the figures to this file, too"),
     "host-days": (float, None, "days between two faults of one host, for how often to save (default: 264)"),
-    "write-rate": (float, None, "GB per second that one process writes of a checkpoint (default: 1)"),
+    "write-rate": (float, None, "GB per second that one host writes of a checkpoint, all its processes (default: 1)"),
     "restart": (float, None, "seconds from a fault to the next new step (default: 300)"),
 }
 PLACES = {name.replace("-", "_"): f"--{name}" for name in TRAIN_FLAGS}

@@ -75,7 +75,7 @@ run() { # runs a command in the background, where signals to this script reach i
   return "$code"
 }
 
-failures=0 before="$(newest)"
+failures=0 before="$(newest)" # the newest step ever seen: a damaged one that is moved away and made again is none
 while :; do
   run "$ROOT/launch/preflight.py" "--devices=$DEVICES" "$@"
   code=$?
@@ -86,7 +86,7 @@ while :; do
   [ -z "$stopped" ] || exit "$code"
   case "$code" in 75 | 134 | 135 | 137 | 139 | 253) ;; *) exit "$code" ;; esac
   after="$(newest)"
-  if [ "$after" != "$before" ]; then failures=0 before="$after"; fi
+  if [ "${after:--1}" -gt "${before:--1}" ]; then failures=0 before="$after"; fi
   if [ "$failures" -ge "$RESTARTS" ]; then
     say "train.sh: exit code $code; no further start after $failures without a new checkpoint (RESTARTS=$RESTARTS)"
     exit "$code"

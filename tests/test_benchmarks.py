@@ -307,6 +307,16 @@ def test_faults(benchmark, tmp_path, capsys, monkeypatch):
     with open(tmp_path / "faults.lines.jsonl", "a") as lines:
         lines.write('{"cut off')
     assert faults.main(command) == 1 and len(ran) == len(faults.others.FAULTS)
+    result = json.loads((tmp_path / "faults.json").read_text())
+    assert result["silence"] == 15.0 and {x["commit"] for x in result["results"]} == {result["commit"]}
+    old = dict(fault="NaN at process 1", codes=[4, 4], seconds=1.0, said=[[], []], good=True)  # of an older version
+    faults.lines.append(tmp_path / "faults.lines.jsonl", old)
+    assert faults.main([*command, "--tables", "--silence=20"]) == 1
+    told, older = (tmp_path / "faults.md").read_text().split("\n\n")[:2]
+    assert re.match(rf"{len(ran) + 1} results: CPU, .*; SILENCE_TIMEOUT=15; commit {result['commit']}; python ", told)
+    assert older == "1 result: commit, versions and SILENCE_TIMEOUT are not recorded."
+    result = json.loads((tmp_path / "faults.json").read_text())
+    assert result["commit"] == result["silence"] == "differs"
     with pytest.raises(UserError, match="holds kills of seed 0, not 1"):
         faults.main([*command, "--seed=1"])
 

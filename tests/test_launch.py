@@ -128,6 +128,16 @@ def test_a_new_checkpoint_gives_all_restarts_back(job, tmp_path):
     assert [int(step) for step in re.findall(r"from step (\d+)", done.stderr)] == [9, 10, 11]
 
 
+def test_a_step_that_is_moved_away_and_made_again_gives_no_restart_back(job, tmp_path):
+    env, calls, plan = job
+    steps = tmp_path / "run" / "checkpoints"
+    moved, again = f"mv {steps}/20 {steps}-damaged-20; exit 75", f"mkdir {steps}/20; exit 75"
+    plan(0, f"mkdir -p {steps}/9 {steps}/20; exit 75", 0, moved, 0, again, 0, moved.replace("-20", "-20.1"), 0, again)
+    done = run("launch/train.sh", "--config=x", f"--workdir={tmp_path}/run", env=env | {"RESTARTS": "2"})
+    assert done.returncode == 75 and kinds(calls()) == ["preflight", "train"] * 3
+    assert re.findall(r"from step (\d+) in 0 s \((\d)", done.stderr) == [("20", "1"), ("9", "2")]
+
+
 @pytest.mark.parametrize(
     "number, ends, code", [(signal.SIGTERM, 0, 0), (signal.SIGTERM, 75, 75), (signal.SIGINT, 0, 0)]
 )

@@ -43,7 +43,10 @@ def _signal(number: int, *processes: int) -> Callable[[Job, Path], None]:
 
 
 def _pause(job: Job, folder: Path) -> None:
-    """Less than the time after which silence counts: the job goes on, and is told to stop for an end to come."""
+    """Less than the time after which silence counts: the job goes on, and is told to stop for an end to come.
+
+    Seconds until all are gone count from the stop, with the pause and the steps after it.
+    """
     job.processes[1].told(signal.SIGSTOP)
     time.sleep(_PAUSE)
     job.processes[1].told(signal.SIGCONT)
@@ -53,7 +56,10 @@ def _pause(job: Job, folder: Path) -> None:
 
 
 def _fill(index: int) -> Callable[[Job, Path], None]:
-    """What a process writes from now on fails; the kernel says "File too large" of a limit, not "No space"."""
+    """What a process writes from now on fails; the kernel says "File too large" of a limit, not "No space".
+
+    Process 0 meets it in its scalars, after every step; another one in its part of the next checkpoint.
+    """
 
     def act(job: Job, folder: Path) -> None:
         resource.prlimit(job.processes[index].pid, resource.RLIMIT_FSIZE, (_BYTES, _BYTES))

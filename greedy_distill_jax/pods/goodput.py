@@ -24,7 +24,7 @@ class Faults(NamedTuple):
 
     host_days: days between two faults of one host; the default is that of 2,048 hosts with 8 H100 each, which met 419
     unexpected interruptions in 54 days ("The Llama 3 Herd of Models", 2024, section 3.3.4).
-    write_rate: GB per second that one process writes.
+    write_rate: GB per second that the processes of one host write together.
     restart: seconds from a fault to the next new step.
     """
 
@@ -64,15 +64,15 @@ def goodput(every: float, save: float, between: float, restart: float) -> float:
 
 def saving(job: Job, faults: Faults) -> dict[str, float | int]:
     """Bytes of a checkpoint of a job, and how often to save it; seconds, and a save taken to cost all its writing."""
-    leaves, processes = jax.tree.leaves(job.trees["state"][0]), hosts(job.mesh)
+    leaves, number = jax.tree.leaves(job.trees["state"][0]), hosts(job.mesh)
     size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-    save = size / processes / (faults.write_rate * 1e9)
-    between = faults.host_days * _DAY / processes
+    save = size / number / (faults.write_rate * 1e9)
+    between = faults.host_days * _DAY / number
     every = interval(save, between)
     return {
         "bytes": size,
-        "processes": processes,
-        "bytes_per_process": size / processes,
+        "hosts": number,
+        "bytes_per_host": size / number,
         "save": save,
         "between_faults": between,
         "every": every,

@@ -107,9 +107,9 @@ def _of_attention(job: Job) -> str:
 
 def _of_checkpoints(saved: dict[str, float | int]) -> str:
     return (
-        f"  checkpoint: {saved['bytes'] / GIB:.2f} GiB, {saved['bytes_per_process'] / GIB:.2f} GiB by each of "
-        f"{saved['processes']} processes; save every {saved['every'] / 60:.3g} minutes: goodput {saved['goodput']:.3f} "
-        f"(a fault per host and {saved['host_days']:g} days, {saved['write_rate']:g} GB/s per process, "
+        f"  checkpoint: {saved['bytes'] / GIB:.2f} GiB, {saved['bytes_per_host'] / GIB:.2f} GiB by each of "
+        f"{saved['hosts']} hosts; save every {saved['every'] / 60:.3g} minutes: goodput {saved['goodput']:.3f} "
+        f"(a fault per host and {saved['host_days']:g} days, {saved['write_rate']:g} GB/s per host, "
         f"{saved['restart']:g} s to start again)"
     )
 

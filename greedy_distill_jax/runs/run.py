@@ -122,7 +122,7 @@ class Run:
 
         def read(checkpoints: Checkpointer, step: int):
             meta = checkpoints.meta(step)
-            with checkpoints.reading(step):
+            with checkpoints.agreed(step, "config"):
                 settings, network = stored_settings(meta["config"]), meta["network"]
             return meta, settings, checkpoints.restore_subtree(step, f"nets/{network}/ema", sharding=sharding)
 

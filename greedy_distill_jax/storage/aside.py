@@ -4,14 +4,23 @@ import itertools
 import os
 import sys
 
+from greedy_distill_jax.errors import UserError
+
 WHOLE = (("state", "_METADATA"), ("meta", "metadata"))  # files of a step, without which it is not whole
 
 
 def move_aside(directory: str, step: int) -> str:
-    """Moves a step out of a local folder of checkpoints; returns where it is now."""
-    names = (f"{directory}-damaged-{step}{f'.{n}' if n else ''}" for n in itertools.count())
+    """Moves a step out of a local folder of checkpoints; returns where it is now. UserError if that cannot be."""
+    beside = os.path.realpath(directory)  # of a link to another disk, on that disk
+    names = (f"{beside}-damaged-{step}{f'.{n}' if n else ''}" for n in itertools.count())
     name = next(name for name in names if not os.path.exists(name))
-    os.replace(os.path.join(directory, str(step)), name)
+    try:
+        os.replace(os.path.join(directory, str(step)), name)
+    except OSError as error:
+        raise UserError(
+            f"{directory}/{step} is damaged, and cannot be moved to {name} ({error.strerror}); move it out of that "
+            f"folder, then run the same command again"
+        ) from error
     return name
 
 

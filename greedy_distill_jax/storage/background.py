@@ -1,11 +1,16 @@
-"""Orbax handlers whose writes in the background tell of a failure at once.
+"""Orbax handlers, and a commit of Orbax, which tell of a failure in the background at once.
 
 Of several processes, Orbax's thread at the one that fails first waits for the others, whose threads wait for its part:
 minutes pass before anybody is told.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
+
+from greedy_distill_jax.errors import Lost
+
+PAUSE, LONGEST = 0.01, 1200.0  # seconds between two looks at a save, and of a wait for it: as long as Orbax's threads
 
 
 def telling(handler: Any, failed: Callable[[BaseException], None]) -> Any:
@@ -24,6 +29,37 @@ def telling(handler: Any, failed: Callable[[BaseException], None]) -> Any:
 
     handler.async_save, handler.finalize = async_save, finalized
     return handler
+
+
+def telling_commit(path: type, failed: Callable[[BaseException], None]) -> type:
+    """Returns the kind of temporary path, which calls ``failed``, in a thread, with what its commit raises."""
+
+    class Told(path):
+        async def finalize(self) -> None:
+            try:
+                await super().finalize()
+            except BaseException as error:
+                failed(error)
+                raise
+
+    return Told
+
+
+def wait_while(saving: Callable[[], bool], check: Callable[[], None], directory: str) -> None:
+    """Waits for the save of a step, and calls ``check``, which raises what has failed, meanwhile.
+
+    Raises:
+      Lost: it does not end, as where another process does not write its part.
+    """
+    until = time.monotonic() + LONGEST
+    while saving():
+        check()
+        if time.monotonic() > until:
+            raise Lost(
+                f"{directory}: the step before is not written by all processes in {LONGEST:.0f} s; look at the disk "
+                f"and at the other processes, then run the same command again"
+            )
+        time.sleep(PAUSE)
 
 
 class _Told:

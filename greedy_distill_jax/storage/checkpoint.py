@@ -13,7 +13,6 @@ without.
 import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -27,13 +26,13 @@ from jax.sharding import Sharding
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.arrays import HANDLERS
 from greedy_distill_jax.storage.aside import WHOLE, move_aside, move_parts_aside, warn
-from greedy_distill_jax.storage.background import telling
-from greedy_distill_jax.storage.disk import OF_DAMAGE, check_writable, disk_reason
+from greedy_distill_jax.storage.background import telling, telling_commit, wait_while
+from greedy_distill_jax.storage.disk import OF_DAMAGE, absolute, check_writable, disk_reason
 from greedy_distill_jax.storage.log import quiet, say_only_news
 from greedy_distill_jax.storage.messages import Damaged, check_architecture, check_leaves, none_in
 from greedy_distill_jax.storage.records import first_line
 from greedy_distill_jax.storage.sums import check, sums, taken_apart, with_sums
-from greedy_distill_jax.storage.together import all_said
+from greedy_distill_jax.storage.together import all_said, all_see
 from greedy_distill_jax.storage.trees import (
     Path,
     canonical,
@@ -49,7 +48,6 @@ from greedy_distill_jax.storage.versions import versions
 
 LAYOUT = 2  # of the state: 1 had params, ema, opt_state, critic; 2 has nets/NAME/{params,ema,opt_state}
 _OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
-_PAUSE = 0.01  # seconds between two looks at a save
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of steps that are being written
 
 T = TypeVar("T")
@@ -81,7 +79,7 @@ class Checkpointer:
         read_only: bool = False,
         write_bytes: int | None = None,
     ):
-        self.directory, self._read_only = _absolute(directory), read_only
+        self.directory, self._read_only = absolute(directory), read_only
         self._failure: BaseException | None = None  # of a write in the background
         say_only_news()
         if not read_only:
@@ -91,6 +89,9 @@ class Checkpointer:
                     move_parts_aside(self.directory)
         elif "://" not in self.directory and not os.path.isdir(self.directory):
             raise none_in(self.directory)
+        commit = None  # of a remote folder: Orbax chooses by its kind
+        if "://" not in self.directory:
+            commit = telling_commit(ocp.path.atomicity.AtomicRenameTemporaryPath, self._failed)
         with quiet():
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else max_to_keep,
@@ -98,6 +99,7 @@ class Checkpointer:
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 read_only=read_only,
+                temporary_path_class=commit,
             )
             limited = {} if write_bytes is None else dict(save_concurrent_gb=write_bytes / 1e9, use_compression=False)
             self._handlers = {
@@ -122,10 +124,10 @@ class Checkpointer:
         """The newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def seen_steps(self) -> dict[int, bool]:
-        """{step: whether every process of the run sees it}, oldest first; all have to ask, and get the same."""
-        said = [{int(step) for step in steps.split()} for steps in all_said(" ".join(map(str, self.steps())))]
-        return {step: all(step in steps for steps in said) for step in sorted(set.union(*said))}
+    def seen_steps(self) -> list[int]:
+        """The complete checkpoints as every process of the run sees them; all have to ask. `Lost` where they differ."""
+        seen = all_see(self.directory, "steps", lambda: " ".join(map(str, self.steps())))
+        return [int(step) for step in seen.split()]
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
         """Saves a step.
@@ -141,14 +143,16 @@ class Checkpointer:
 
         Raises:
           UserError: this step, or one before that was written in the background, could not be written.
+          Lost: not every process sees whether this step exists, or one does not end writing that before.
         """
         json.dumps(meta)  # fails here, not after an older step of that name is gone
         step = int(step)
         self._wait_for_others()
-        if step in self._manager.all_steps():
-            if self._is_complete(step) and not force:
-                return False
-            self._manager.delete(step)
+        there = all_see(self.directory, f"step {step}", lambda: self._known(step), self._manager.reload)
+        if there == "whole" and not force:
+            return False
+        if there:
+            self._manager.delete(step)  # waits for the others
         leaves = {path: storable(leaf) for path, leaf in flatten(state)}
         meta = with_sums({"layout": LAYOUT, "versions": versions(), **meta}, leaves)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(leaves)), meta=ocp.args.JsonSave(meta))
@@ -256,7 +260,7 @@ class Checkpointer:
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (None for the newest)."""
         step = self._existing(step)
-        with self._agreed(step):
+        with self.agreed(step, "meta"):
             meta, _ = self._meta(step)
             if isinstance(meta.get("config"), str):
                 json.loads(meta["config"])  # a text of JSON within JSON
@@ -293,16 +297,16 @@ class Checkpointer:
 
     def _wait_for_others(self) -> None:
         """Of several processes, waits for the step that is being written, and no longer than until it has failed."""
-        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
-            self.check()
-            time.sleep(_PAUSE)
+        if jax.process_count() > 1:
+            wait_while(self._manager.is_saving_in_progress, self.check, self.directory)
 
     def newest(self, read: Callable[[int], T]) -> tuple[int, T]:
         """Reads the newest checkpoint that is not damaged; those after it are named in a warning.
 
         A run that is written moves them aside, so that it can save these steps again; a remote folder is not moved:
         there a damaged step is an error. Several processes, which all have to call this, take the same step: one that
-        is damaged to any of them, or not seen by it, is damaged.
+        is damaged to any of them is damaged. One that some do not see is neither passed over, which would train again
+        what is saved, nor moved: it may be whole.
 
         Args:
           read: step -> what is wanted of it, by methods of this class.
@@ -312,12 +316,11 @@ class Checkpointer:
 
         Raises:
           UserError: there is no checkpoint, or none that can be read; they stay where they are.
+          Lost: the processes do not see the same steps.
         """
         damaged: dict[int, Damaged] = {}
-        for step, seen in reversed(self.seen_steps().items()):
+        for step in reversed(self.seen_steps()):
             try:
-                if not seen:
-                    raise Damaged(f"{self.directory} step {step} is not seen by every process", [])
                 found = read(step)
             except Damaged as error:
                 if not self._read_only and "://" in self.directory:
@@ -339,9 +342,14 @@ class Checkpointer:
                 if not self._read_only:
                     told += f", and that one moved to {move_aside(self.directory, step)}"
                 warn(told)
-        all_said("")  # that they are moved
+        all_said("damaged steps moved")
         if not self._read_only:
             self._manager.reload()
+
+    def _known(self, step: int) -> str:
+        if step not in self._manager.all_steps():
+            return ""
+        return "whole" if self._is_complete(step) else "not whole"
 
     def _is_complete(self, step: int) -> bool:
         return all((self._item(step, item) / file).exists() for item, file in WHOLE)
@@ -362,7 +370,7 @@ class Checkpointer:
         return taken_apart(self._handlers["meta"].restore(self._item(step, "meta")))
 
     def _stored(self, step: int) -> _Stored:
-        with self._agreed(step):
+        with self.agreed(step, "shapes"):
             tree = self._handlers["state"].metadata(self._item(step, "state")).tree
             _, saved = self._meta(step)
             shapes = {path: jax.ShapeDtypeStruct(tuple(x.shape), canonical(x.dtype)) for path, x in flatten(tree)}
@@ -379,11 +387,11 @@ class Checkpointer:
         tree = nest(as_stored)
         how = ocp.checkpoint_utils.construct_restore_args(tree)
         restore = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
-        with self._agreed(step):  # by the handler: the manager would wait for a process that has met damage
+        with self.agreed(step, "arrays"):  # by the handler: the manager would wait for a process that has met damage
             read = dict(flatten(self._handlers["state"].restore(self._item(step, "state"), args=restore)))
         if stored.sums is not None:
             found = sums(read)
-            with self._agreed(step):
+            with self.agreed(step, "sums"):
                 check(found, stored.sums)
         for path, shape in shapes.items():  # one after the other: never all in both dtypes
             if read[path].dtype != shape.dtype:
@@ -391,8 +399,7 @@ class Checkpointer:
         return read
 
     @contextlib.contextmanager
-    def reading(self, step: int) -> Iterator[None]:
-        """What goes wrong in here is a damaged step (`Damaged`), unless the disk failed; UserErrors pass."""
+    def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -408,15 +415,22 @@ class Checkpointer:
             raise Damaged(f"{where} is damaged ({told})", others) from error
 
     @contextlib.contextmanager
-    def _agreed(self, step: int) -> Iterator[None]:
-        """`reading` by all processes, which must not wait for each other in the block: damage at one is at all."""
+    def agreed(self, step: int, what: str) -> Iterator[None]:
+        """What goes wrong in here is a damaged step (`Damaged`), unless the disk failed; UserErrors pass.
+
+        All processes have to come here, and must not wait for each other in the block: damage at one is at all.
+
+        Args:
+          step: that is read.
+          what: is read of it, one word.
+        """
         damaged = None
         try:
-            with self.reading(step):
+            with self._reading(step):
                 yield
         except Damaged as error:
             damaged = error
-        for process, told in enumerate(all_said("" if damaged is None else damaged.told)):
+        for process, told in enumerate(all_said(f"{what} of step {step}", damaged.told if damaged else "")):
             if told:
                 raise damaged or Damaged(f"{told} at process {process}", self.steps())
 
@@ -446,7 +460,7 @@ def has_checkpoint(directory: str | os.PathLike) -> bool:
     if there:
         with Checkpointer(directory, read_only=True) as checkpointer:
             there = checkpointer.latest_step() is not None
-    return any(all_said("there" if there else ""))
+    return any(all_said("has a checkpoint", "there" if there else ""))
 
 
 def read_run(directory: str | os.PathLike, step: int | None, read: Callable[[Checkpointer, int], T]) -> T:
@@ -481,8 +495,3 @@ def load_params(
 def load_meta(directory: str | os.PathLike, *, step: int | None = None) -> dict[str, Any]:
     """Reads the JSON saved with a checkpoint; step as for `read_run`."""
     return read_run(directory, step, Checkpointer.meta)
-
-
-def _absolute(directory: str | os.PathLike) -> str:
-    directory = os.fspath(directory)
-    return directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))

@@ -10,6 +10,12 @@ from greedy_distill_jax.errors import UserError
 OF_DAMAGE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO)  # the disk works, what is on it does not
 
 
+def absolute(directory: str | os.PathLike) -> str:
+    """The path from the root on; of another file system (`scheme://`) as it is."""
+    directory = os.fspath(directory)
+    return directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
+
+
 def disk_reason(error: BaseException | None, but: tuple[int, ...] = ()) -> str:
     """Returns what the system said that is behind an error of a library; "" if it is not about the disk.
 

@@ -345,8 +345,9 @@ def test_a_first_process_that_does_not_come_is_a_line(monkeypatch):
             join._join(found, 1)
         assert not joined
         first.listen()
-        join._join(found, 1)
-    assert joined[0]["process_id"] == 1
+        monkeypatch.setattr(join.time, "monotonic", iter([0.0, 3.2]).__next__)
+        join._join(found, 7)
+    assert joined[0]["process_id"] == 1 and joined[0]["initialization_timeout"] == 4, "the rest of the time"
 
 
 def test_a_metadata_server_that_does_not_answer_is_a_line(monkeypatch):

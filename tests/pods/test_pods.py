@@ -246,7 +246,7 @@ def test_search_keeps_the_global_batch(monkeypatch, capsys, tmp_path):
     assert command.main(["train", f"--config={TEACHER}", *arguments]) == 0
     out = capsys.readouterr().out
     assert "smallest slice of v5e that fits: v5e:8x8, with --config.data.accumulate=4" in out
-    assert "by each of 16 processes; save every " in out and "(a fault per host and 100 days, 2 GB/s per process" in out
+    assert "by each of 16 hosts; save every " in out and "(a fault per host and 100 days, 2 GB/s per host" in out
     records = json.loads((tmp_path / "out.json").read_text())
     assert [record["topology"] for record in records] == ["v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"]
     assert [record["facts"]["accumulate"] for record in records] == [64, 32, 16, 8, 4]
@@ -254,7 +254,7 @@ def test_search_keeps_the_global_batch(monkeypatch, capsys, tmp_path):
     assert {record["facts"]["microbatch_per_group"] for record in records} == {1}
     known, saved = records[-1]["facts"], records[-1]["checkpoint"]
     kept = sum(known[name] for name in ("parameters", "ema_parameters", "optimizer_parameters"))
-    assert 0 <= saved["bytes"] - 4 * kept < 100 and saved["bytes_per_process"] == saved["bytes"] / 16
+    assert 0 <= saved["bytes"] - 4 * kept < 100 and saved["bytes_per_host"] == saved["bytes"] / 16
 
 
 @needs_libtpu

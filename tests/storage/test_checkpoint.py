@@ -17,9 +17,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from orbax.checkpoint import path
 
-from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.storage import checkpoint
+from greedy_distill_jax.errors import Lost, UserError
+from greedy_distill_jax.storage import background, checkpoint
 from greedy_distill_jax.storage.checkpoint import Checkpointer, Damaged, load_meta, load_params
 
 
@@ -265,33 +266,6 @@ def test_a_remote_step_is_not_moved(workdir):
         assert checkpointer.steps() == [1, 2] and not list(workdir.parent.glob("*-damaged-*"))
 
 
-@pytest.mark.parametrize("read_only", [False, True])
-def test_a_step_that_another_process_cannot_read_is_passed_over(workdir, monkeypatch, capsys, read_only):
-    folder, state = workdir / "checkpoints", {"x": jnp.arange(5.0)}
-    with Checkpointer(folder, async_save=False) as checkpointer:
-        for step in (1, 2, 3):
-            checkpointer.save(step, state, meta(step))
-    asked = []
-
-    def all_said(text):  # by this process, and by one that does not see step 3 and finds step 2 damaged
-        asked.append(text)
-        return [text, "1 2" if text == "1 2 3" else "run step 2 is damaged (y)" * (asked.count("") == 2)]
-
-    with Checkpointer(folder, read_only=read_only) as checkpointer:
-        monkeypatch.setattr(checkpoint, "all_said", all_said)
-        step, (position, found) = checkpointer.newest(
-            lambda step: (checkpointer.meta(step)["data_position"], checkpointer.restore(step, shapes_of(state)))
-        )
-        monkeypatch.undo()
-        assert (step, position) == (1, 32)
-        assert_same_bits(found, state)
-        assert checkpointer.steps() == ([1, 2, 3] if read_only else [1])
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"warning: {folder} step 3 is not seen by every process; step 1 is taken instead")
-    told = "warning: run step 2 is damaged (y) at process 1; step 1 is taken instead"
-    assert second == told + ("" if read_only else f", and that one moved to {folder}-damaged-2")
-
-
 def test_a_disk_that_refuses_is_no_damage(workdir, monkeypatch):
     state = {"x": jnp.arange(5.0)}
     with Checkpointer(workdir, async_save=False) as checkpointer:
@@ -337,6 +311,36 @@ def test_a_write_that_fails_in_the_background_is_told_at_once_and_costs_no_step(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(workdir) == ["1"]
+
+
+def test_a_commit_that_fails_in_the_background_is_told_at_once(workdir, monkeypatch):
+    """As the rename to the step's name does where a quota is used up."""
+    full, renamed = OSError(errno.EDQUOT, "Disk quota exceeded"), path.atomicity.async_path.rename
+
+    async def rename(source, target):
+        if target.name == "2":
+            raise full
+        await renamed(source, target)
+
+    told = r"cannot be written \(Disk quota exceeded\); step 1 is kept"
+    monkeypatch.setattr(path.atomicity.async_path, "rename", rename)
+    with pytest.raises(UserError, match=told), Checkpointer(workdir) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"x": jnp.ones(2)}, meta(step))
+        until = time.monotonic() + 60
+        with pytest.raises(UserError, match=told):
+            while time.monotonic() < until:
+                checkpointer.check()
+    assert os.listdir(workdir) == ["1"]
+
+
+def test_a_save_that_another_process_does_not_end_is_waited_for_a_bounded_time(workdir, monkeypatch):
+    with Checkpointer(workdir, async_save=False) as checkpointer, monkeypatch.context() as patch:
+        patch.setattr(checkpoint.jax, "process_count", lambda: 2)
+        patch.setattr(background, "LONGEST", 0.0)
+        patch.setattr(checkpointer._manager, "is_saving_in_progress", lambda: True)
+        with pytest.raises(Lost, match=f"^{workdir}: the step before is not written by all processes in 0 s; look"):
+            checkpointer.wait()
 
 
 KILLED = """

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -119,7 +120,7 @@ def _saved(workdir):
 @pytest.mark.slow
 @pytest.mark.subprocesses
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, subprocess_env):
-    """A step that is damaged since is passed over by both; one process goes on with what two have saved."""
+    """A step that is damaged since is passed over by both; two processes or one go on with what two have saved."""
     workdir = tmp_path / "run"
     stops = [
         (4, signal.SIGTERM, (1,), 0),
@@ -140,15 +141,21 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, subproc
                 file.write_bytes(bytes(len(file.read_bytes())))
     assert f"checkpoints-damaged-{kept}" not in {path.name for path in workdir.iterdir()}
     assert [path.name[:20] for path in workdir.glob("checkpoints-*")] == ["checkpoints-damaged-"]
+    shutil.copytree(workdir, tmp_path / "pair")
+    with _Pair(tmp_path, tmp_path / "pair", subprocess_env) as pair:
+        assert pair.codes() == [0, 0], pair.said()
+        assert pair.said().count("teacher: 16/16 ") == 1 and _saved(tmp_path / "pair") == 16, pair.said()
     for name, mesh in (("run", dict(mesh__data=2, mesh__fsdp=4)), ("undisturbed", dict(mesh__data=8))):
         config = tiny.train_config("teacher", steps=16, checkpoint__every=5, **CHANGES, **mesh)
         train(config, tmp_path / name, show_progress=False)
-    own, other = (read_scalars(tmp_path / name) for name in ("run", "undisturbed"))
-    assert [line["step"] for line in own] == list(range(1, 17))
-    np.testing.assert_allclose([x["teacher/loss"] for x in own], [x["teacher/loss"] for x in other], rtol=1e-5)
-    averages = [load_params(tmp_path / name / "checkpoints", "nets/teacher/ema") for name in ("run", "undisturbed")]
-    norm, apart = (optax.tree.norm(tree) for tree in (averages[1], jax.tree.map(jnp.subtract, *averages)))
-    assert apart < 1e-5 * norm
+    other = load_params(tmp_path / "undisturbed" / "checkpoints", "nets/teacher/ema")
+    losses = [x["teacher/loss"] for x in read_scalars(tmp_path / "undisturbed")]
+    for name in ("run", "pair"):
+        lines = read_scalars(tmp_path / name)
+        assert [line["step"] for line in lines] == list(range(1, 17))
+        np.testing.assert_allclose([x["teacher/loss"] for x in lines], losses, rtol=1e-5)
+        own = load_params(tmp_path / name / "checkpoints", "nets/teacher/ema")
+        assert optax.tree.norm(jax.tree.map(jnp.subtract, own, other)) < 1e-5 * optax.tree.norm(other)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
 from greedy_distill_jax.training.sources import load_sources
+from greedy_distill_jax.weights.kind import Asked, causal_json, with_kind
 from greedy_distill_jax.weights.open import open_source
 from greedy_distill_jax.weights.pipeline import save_codec, transformer_config
 from greedy_distill_jax.weights.source import HASHED, TreeSource
@@ -94,6 +95,9 @@ def test_a_published_causal_student(published, benchmarks, tmp_path, capsys):
     assert run("export", tmp_path / "sf", tmp_path / "whole", "--format", "original") == 0
     said = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert (said["local_attn_size"], said["sink_size"], said["num_frame_per_block"]) == (-1, 0, 3)
+    own = dataclasses.replace(back.cfg, rope_mode="relative", recache_of="ring")  # what no published file says
+    here, asked = causal_json(own), Asked()
+    assert with_kind(tmp_path, own.base, asked, part="", wrapper="", config=here)[0] == own
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["_class_name"] == "CausalWanModel" and (said["local_attn_size"], said["sink_size"]) == (12, 3)
     assert run("import", tmp_path / "out.pt", tmp_path / "again", "--kind", "teacher") == 2

@@ -178,11 +178,13 @@ def _join(found: Found, seconds: int) -> None:
     # Its service takes SIGTERM away from Python, to ask for a checkpoint in a way that knows no Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
     where = found.arguments.get("coordinator_address", "the first of the job")
-    limits: dict[str, Any] = {"initialization_timeout": seconds, "heartbeat_timeout_seconds": _SILENCE}
+    until = time.monotonic() + seconds
     stopped = f"stopped while waiting for the other processes, at {where}"
     if found.arguments.get("process_id") and "coordinator_address" in found.arguments:
         with saying(stopped):
-            _wait_for_first(found, seconds)
+            _wait_for_first(found, until, seconds)
+    left = max(1, round(until - time.monotonic()))  # jax takes whole seconds
+    limits: dict[str, Any] = {"initialization_timeout": left, "heartbeat_timeout_seconds": _SILENCE}
     try:
         with saying(stopped):
             jax.distributed.initialize(**found.arguments, **limits)
@@ -200,10 +202,9 @@ def _join(found: Found, seconds: int) -> None:
         ) from error
 
 
-def _wait_for_first(found: Found, seconds: int) -> None:
+def _wait_for_first(found: Found, until: float, seconds: int) -> None:
     """Waits until process 0 listens; Lost if it does not in time, of which jax would abort with a stack of C++."""
     name, _, port = found.arguments["coordinator_address"].rpartition(":")
-    until = time.monotonic() + seconds
     while True:
         try:
             socket.create_connection((name.strip("[]"), int(port)), timeout=_PAUSE).close()

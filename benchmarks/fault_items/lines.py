@@ -1,0 +1,53 @@
+"""Results of runs of this benchmark, a line of JSON each, with what made it: a later run may be of other code."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from greedy_distill_jax.errors import UserError
+
+MADE_BY = ("device", "cpu", "versions", "commit", "silence")  # in every line; older ones have none of them
+
+
+def read(path: Path, seed: int) -> dict[tuple[str, Any], dict[str, Any]]:
+    """Results that are there already, by kind and name; UserError for kills of another seed."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue  # cut off by a kill
+        if result.get("seed", seed) != seed:
+            raise UserError(f"{path} holds kills of seed {result['seed']}, not {seed}; name another file.")
+        kind = next(kind for kind in ("undisturbed", "kill", "fault", "move") if kind in result)
+        found[kind, result[kind]] = result
+    return found
+
+
+def append(path: Path, result: Mapping[str, Any]) -> None:
+    """Adds a result, in a line of its own also after one that was cut off."""
+    text = json.dumps(result) + "\n"
+    with open(path, "a+b") as file:
+        if end := file.tell():
+            file.seek(end - 1)
+            text = text if file.read() == b"\n" else f"\n{text}"
+        file.write(text.encode())
+
+
+def made_by(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What made results: of all, "differs" where they differ and "not recorded"; and in lines, with how many each."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(json.dumps([result.get(name) for name in MADE_BY]), []).append(result)
+    told = []
+    for group in groups.values():
+        first, count = group[0], f"{len(group)} {'result' if len(group) == 1 else 'results'}"
+        if "commit" not in first:
+            told.append(f"{count}: commit, versions and SILENCE_TIMEOUT are not recorded.")
+            continue
+        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+        place = f"{first['device']}, {first['cpu']}; SILENCE_TIMEOUT={first['silence']:g}"
+        told.append(f"{count}: {place}; commit {first['commit'] or 'unknown'}; {versions}.")
+    values = {name: [result.get(name, "not recorded") for result in results] for name in MADE_BY}
+    return {name: of[0] if of and all(x == of[0] for x in of) else "differs" for name, of in values.items()}, told
