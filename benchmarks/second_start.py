@@ -67,7 +67,7 @@ def start(size_name: str, student: str, way: str, folder: Path) -> dict[str, Any
     else:
         compiled_ahead(own.init, *arguments)
         state = own.init(*arguments)
-        own.prepare(run.params, state, text, None, True)
+        own.prepare(run.params, state, text, 0, None, True)
     ready = clock.now()
     made = jax.block_until_ready(own.filling.make(run.params, state))
     end, at = clock.now(), time.time()
