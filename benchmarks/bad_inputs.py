@@ -30,7 +30,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from bad_items import case, judge, kinds, made
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import environment, record
 from greedy_distill_jax.ranges import Count, Natural, Positive
 
@@ -121,18 +120,8 @@ def results_of(numbers: list[int], workers: list[Worker]) -> Iterator[dict[str, 
 
 
 def read(path: Path, seed: int) -> dict[int, dict[str, Any]]:
-    """Results by case that are there already; UserError for those of another seed."""
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            result = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill
-        if result.get("seed", seed) != seed:
-            raise UserError(f"{path} holds results of seed {result['seed']}, not {seed}; name another file.")
-        if "case" in result:
-            found[result["case"]] = result
-    return found
+    """Results by case that are there already; see ``record.read_lines``."""
+    return {result["case"]: result for result in record.read_lines(path, seed) if "case" in result}
 
 
 def table(results: Mapping[int, Mapping[str, Any]]) -> tuple[str, dict[str, dict[str, int]]]:
@@ -167,16 +156,15 @@ def run(args: argparse.Namespace, lines: Path) -> dict[int, dict[str, Any]]:
     start, missing = time.monotonic(), [n for n in numbers if n not in found]
     lines.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(lines, "a", buffering=1) as file:
-            for done, result in enumerate(results_of(missing, workers), 1):
-                file.write(json.dumps({"seed": args.seed, **result}) + "\n")
-                found[result["case"]] = result
-                if result["verdict"] in judge.FAULTS:
-                    said = result.get("why", result["code"])
-                    print(f"case {result['case']} ({result['kind']}): {result['verdict']}: {said}", flush=True)
-                if done % 500 == 0 or done == len(missing):
-                    rate = (time.monotonic() - start) / done
-                    print(f"{done} of {len(missing)} cases, {1e3 * rate:.0f} ms each", flush=True)
+        for done, result in enumerate(results_of(missing, workers), 1):
+            record.append_line(lines, {"seed": args.seed, **result})
+            found[result["case"]] = result
+            if result["verdict"] in judge.FAULTS:
+                said = result.get("why", result["code"])
+                print(f"case {result['case']} ({result['kind']}): {result['verdict']}: {said}", flush=True)
+            if done % 500 == 0 or done == len(missing):
+                rate = (time.monotonic() - start) / done
+                print(f"{done} of {len(missing)} cases, {1e3 * rate:.0f} ms each", flush=True)
     finally:
         for worker in workers:
             worker.end()

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[key] = found = {**run(Path(folder), key, args), **here}
             print(json.dumps(found), flush=True)
             if path:
-                lines.append(path, found)
+                record.append_line(path, found)
     tables, bad = summary(results, args.silence)
     print(tables, *bad, sep="\n")
     if args.output:

@@ -310,7 +310,7 @@ def test_faults(benchmark, tmp_path, capsys, monkeypatch):
     result = json.loads((tmp_path / "faults.json").read_text())
     assert result["silence"] == 15.0 and {x["commit"] for x in result["results"]} == {result["commit"]}
     old = dict(fault="NaN at process 1", codes=[4, 4], seconds=1.0, said=[[], []], good=True)  # of an older version
-    faults.lines.append(tmp_path / "faults.lines.jsonl", old)
+    faults.record.append_line(tmp_path / "faults.lines.jsonl", old)
     assert faults.main([*command, "--tables", "--silence=20"]) == 1
     told, older = (tmp_path / "faults.md").read_text().split("\n\n")[:2]
     assert re.match(rf"{len(ran) + 1} results: CPU, .*; SILENCE_TIMEOUT=15; commit {result['commit']}; python ", told)

@@ -5,34 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.measure import record
 
 MADE_BY = ("device", "cpu", "versions", "commit", "silence")  # in every line; older ones have none of them
 
 
 def read(path: Path, seed: int) -> dict[tuple[str, Any], dict[str, Any]]:
-    """Results that are there already, by kind and name; UserError for kills of another seed."""
+    """Results that are there already, by kind and name; see ``record.read_lines``."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            result = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill
-        if result.get("seed", seed) != seed:
-            raise UserError(f"{path} holds kills of seed {result['seed']}, not {seed}; name another file.")
+    for result in record.read_lines(path, seed, "kills"):
         kind = next(kind for kind in ("undisturbed", "kill", "fault", "move") if kind in result)
         found[kind, result[kind]] = result
     return found
-
-
-def append(path: Path, result: Mapping[str, Any]) -> None:
-    """Adds a result, in a line of its own also after one that was cut off."""
-    text = json.dumps(result) + "\n"
-    with open(path, "a+b") as file:
-        if end := file.tell():
-            file.seek(end - 1)
-            text = text if file.read() == b"\n" else f"\n{text}"
-        file.write(text.encode())
 
 
 def made_by(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:

@@ -66,7 +66,7 @@ def parser(description: str) -> Parser:
     out.add_argument(
         "--upscale", type=number(Natural), default=0, help="pixels per pixel; 0 makes small videos about 128 wide"
     )
-    kept = "keeps compiled programs for the next start (default: the run's config.compile_cache); '' keeps none"
+    kept = "keeps compiled programs (default: the run's config.compile_cache); '' leaves that to jax's own variables"
     out.add_argument("--compile-cache", metavar="DIR", help=kept)
     out.add_argument("--output", default="out.mp4", help=".mp4, .webm or .gif")
     student = out.add_argument_group("streaming students")

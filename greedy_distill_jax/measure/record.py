@@ -1,10 +1,36 @@
-"""What a benchmark leaves: a JSON file for programs and a Markdown table for people."""
+"""What a benchmark leaves: a JSON file for programs, a Markdown table for people, lines of JSON to go on from."""
 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from greedy_distill_jax.errors import UserError
+
+
+def read_lines(path: Path, seed: int, what: str = "results") -> list[dict[str, Any]]:
+    """Results of earlier runs, a line each, without what a kill cut off; UserError for those of another seed."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue  # cut off by a kill
+        if result.get("seed", seed) != seed:
+            raise UserError(f"{path} holds {what} of seed {result['seed']}, not {seed}; name another file.")
+        found.append(result)
+    return found
+
+
+def append_line(path: Path, result: Mapping[str, Any]) -> None:
+    """Adds a result, in a line of its own also after one that was cut off."""
+    text = json.dumps(result) + "\n"
+    with open(path, "a+b") as file:
+        if end := file.tell():
+            file.seek(end - 1)
+            text = text if file.read() == b"\n" else f"\n{text}"
+        file.write(text.encode())
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:

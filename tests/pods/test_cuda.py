@@ -2,11 +2,7 @@
 
 import dataclasses
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +20,7 @@ from greedy_distill_jax.ops.attention.calls import recorded_calls
 from greedy_distill_jax.pods import hlo, topologies
 from greedy_distill_jax.pods.jobs import STREAM, build_job
 from greedy_distill_jax.streaming.make import make_streamer
+from tests.pods.compiled import compile_train
 
 CUDNN, GRADIENT = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"  # targets of XLA's custom calls
 
@@ -218,16 +215,9 @@ def test_presets_that_there_are_not(arg):
 def test_a_stream_compiles_without_a_card(cards, tmp_path):
     """At full width with two layers: cuDNN's calls by their stand-ins, parameters over the cards of a host."""
     arguments = [f"--config=configs/wan1_3b/nvidia.py:dmd@{cards}", "--config.model.num_layers=2", "--only=stream"]
-    arguments += [f"--topology={cards}", f"--json={tmp_path / 'out.json'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "greedy_distill_jax.compile", "train", *arguments],
-        capture_output=True,
-        text=True,
-        env={name: x for name, x in os.environ.items() if name != "XLA_FLAGS"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "cudnn compiles on a card only: its calls were compiled as calls that compute nothing" in done.stdout
-    ((step,),) = [record["steps"] for record in json.loads((tmp_path / "out.json").read_text())]
+    record, said = compile_train(tmp_path, *arguments, f"--topology={cards}")
+    assert "cudnn compiles on a card only: its calls were compiled as calls that compute nothing" in said
+    (step,) = record["steps"]
     assert step["fits"] and step["memory"]["temporaries"] > 0 and step["hbm"] == int(topologies.CHIPS[cards[:4]].hbm)
     assert {(call["backend"], call["stand_in"]) for call in step["attention_calls"]} == {("cudnn", True)}
     # One chunk: ETM once, SDD four times to denoise; a block each, self-attention and text. The pass for its keys needs

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from greedy_distill_jax.models.flops import Flops
 from greedy_distill_jax.ops.attention import aot
 from greedy_distill_jax.pods import compile_step as step_compiler, facts, hlo, jobs, report, topologies
 from greedy_distill_jax.training.cost import Cost
+from tests.pods.compiled import compile_train
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -468,20 +468,6 @@ def test_the_benchmark_takes_no_other_job(benchmark, monkeypatch, options, messa
 # --- Compiled at full size ------------------------------------------------------------------------------------------
 
 
-def compiled(config, slice_, only, folder):
-    """The command's record of one step at full size."""
-    arguments = [f"--config={config}", f"--topology={slice_}", f"--only={only}", f"--json={folder / 'out.json'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "greedy_distill_jax.compile", "train", *arguments],
-        capture_output=True,
-        text=True,
-        env={name: x for name, x in os.environ.items() if name != "XLA_FLAGS"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    (record,) = json.loads((folder / "out.json").read_text())
-    return record
-
-
 # Training steps take minutes to compile: benchmarks/pods.py does them, and compares each with the published sizes.
 
 
@@ -489,7 +475,8 @@ def compiled(config, slice_, only, folder):
 @pytest.mark.subprocesses
 @needs_libtpu
 def test_streaming_at_1_3b_compiles_for_one_chip_each(published_sizes, tmp_path):
-    record = compiled("configs/wan1_3b/sample.py", "v5e:2x2", "stream", tmp_path)
+    job = "--config=configs/wan1_3b/sample.py", "--topology=v5e:2x2", "--only=stream"
+    record, _ = compile_train(tmp_path, *job)
     wanted = dict(stage="dmd", size="wan1_3b", teacher="wan1_3b", only="stream")
     assert not published_sizes.differences(record, **wanted)
     (step,) = record["steps"]
