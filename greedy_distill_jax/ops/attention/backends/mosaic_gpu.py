@@ -28,9 +28,8 @@ from greedy_distill_jax.ops.attention.tuning import Blocks
 
 KERNELS = {
     "forward_kernel": Kernel(2, "forward"),
-    "dq_kernel": Kernel(3, "dq", spilled=24),  # with blocks of 128 keys
-    # Two accumulators take half of the registers; what is spilled is spilled where a block is partly masked.
-    "dkv_kernel": Kernel(4, "dkv", by_key=True, spilled=104),
+    "dq_kernel": Kernel(3, "dq"),
+    "dkv_kernel": Kernel(4, "dkv", by_key=True),
 }
 HEAD_DIMS = (64, 128)
 MULTIPLE = 8  # tokens: blocks begin at rows of 8 in memory
