@@ -9,6 +9,7 @@ from PIL import Image
 
 from greedy_distill_jax import sample
 from greedy_distill_jax.cli import sample_options
+from greedy_distill_jax.codecs.vae_codec import VAECodec
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import read_frames
@@ -19,6 +20,7 @@ from greedy_distill_jax.runs.given import read_given
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.streaming.recording import Recording
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.vae import TINY, random_params
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.text.vocabulary import vocabulary
 
@@ -200,6 +202,18 @@ def test_given_frames_of_another_size_and_rate_are_fitted_and_named(run, shapes,
     told = "4 of 4 frames are given, cropped and resized from 32x32 to 16x16, resampled from 16 to 8 frames per second"
     assert f"note: {tmp_path / 'in.mp4'}: {told}." in capsys.readouterr().err
     assert np.abs(run.codec.decode(latents)[0].astype(int) - shapes).mean() < 12
+
+
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_given_frames_go_through_an_autoencoder_of_videos(run, given, tmp_path):
+    codec = VAECodec(TINY, random_params(TINY))
+    run = dataclasses.replace(run, codec=codec, latent_shape=(2, *codec.latent_shape(16, 16)))
+    Image.open(given / "frame_1.png").save(given / "frame_3.png")
+    frames = np.stack([np.array(Image.open(given / f"frame_{number}.png")) for number in (1, 2, 3, 10, 11)])
+    np.testing.assert_array_equal(read_given(run, given, fps=8)[0], codec.encode(frames))
+    np.testing.assert_array_equal(read_given(run, given, fps=8, last=1)[0], codec.encode(frames[-1:]))
+    with pytest.raises(UserError, match=r"4 frames do not fit the codec, which makes 1 \+ 4 k of them; choose 1 or 5"):
+        read_given(run, given, fps=8, last=4)
 
 
 @pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)

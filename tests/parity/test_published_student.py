@@ -94,6 +94,13 @@ def test_it_streams_as_its_peer_and_through_the_command(home, benchmarks, tmp_pa
     options += ["--frames", 9, "--prompt", PROMPTS[0], "--switch", f"6:{PROMPTS[1]}", "--output", tmp_path / "out.mp4"]
     assert exit_code(sample.main, *options) == 0
     assert probe(tmp_path / "out.mp4").frames == 9
+    given = ["--given", tmp_path / "out.mp4", "--given-frames", 3, "--output", tmp_path / "longer.mp4"]
+    assert exit_code(sample.main, *options[:-2], *given) == 0
+    assert probe(tmp_path / "longer.mp4").frames == 9
+    told = "out.mp4: 3 of 9 frames are given, cropped and resized from 128x128 to 16x16.\n"
+    assert told in capsys.readouterr().err
+    assert exit_code(sample.main, *options[:-2], *given, "--given-frames", 4) == 2
+    assert "--given-frames: 4 frames do not fit the student's chunk of 3 latent frames" in capsys.readouterr().err
     assert run.streamer(context_sigma=(0.1,)).plan.context_sigmas == (0.1,)
     for level, said in (("0.7,0.7", "kept at noise level 0.7, above 0.625"), ("-1", "it must be at least 0")):
         assert exit_code(sample.main, *options, f"--context-sigma={level}") == 2
