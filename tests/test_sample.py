@@ -205,6 +205,18 @@ def test_given_frames_of_another_size_and_rate_are_fitted_and_named(run, shapes,
 
 
 @pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_given_images_are_taken_as_they_are_shown(run, shapes, tmp_path):
+    turned, clear = Image.fromarray(np.rot90(shapes[0])), Image.fromarray(shapes[0])
+    exif = turned.getexif()
+    exif[0x0112] = 6  # orientation: a quarter turn clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    for name, shown in (("turned.png", shapes[:1]), ("clear.png", np.zeros_like(shapes[:1]))):
+        np.testing.assert_array_equal(read_given(run, tmp_path / name, fps=8)[0], run.codec.encode(shown))
+
+
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
 def test_given_frames_go_through_an_autoencoder_of_videos(run, given, tmp_path):
     codec = VAECodec(TINY, random_params(TINY))
     run = dataclasses.replace(run, codec=codec, latent_shape=(2, *codec.latent_shape(16, 16)))
