@@ -4,8 +4,8 @@
     JAX_PLATFORMS=cpu python benchmarks/train_step.py --size small
 
 Times the jitted functions that `train` runs, built from the configurations of `configs/wan1_3b` (`pods.build_job`), one
-video on one device, rematerialisation as configured: a step of stage 1, and of stage 2 a generator step and a critic
-step. In stage 2 every denoising list runs to its end (`distill.exit=last`), so that the work does not depend on a draw.
+video (`--batch`: more) on one device, rematerialisation as configured: a step of stage 1, and of stage 2 a generator
+step and a critic step. In stage 2 every denoising list runs to its end (`distill.exit=last`), so that the work does not depend on a draw.
 FLOPs are counted in closed form (`flops.py`): "model" what the mathematics asks for, "executed" with recomputation.
 MFU and HFU are their shares of a large matmul's rate, measured in the same run. Last, the gradient of a self-rollout in
 one parallel pass against the chunk-by-chunk loop (`rollout_gradient.py`), whose gradients are compared.
@@ -37,9 +37,10 @@ GRADIENT = "gradient"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of one form's gradient against the other's, by norm
 
 
-def training_settings(size: Size, name: str) -> Settings:
+def training_settings(size: Size, name: str, batch: int = 1) -> Settings:
     """The settings of a step, of runs that need not exist; the work of stage 2 does not depend on a draw."""
     config = size.config(name)
+    config.data.batch = batch
     if config.stage == "dmd":
         config.distill.exit = "last"
     return read_settings(config, imagine_runs=True)
@@ -116,17 +117,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--only", choices=(*STEPS, GRADIENT), nargs="+", default=(*STEPS, GRADIENT))
     parser.add_argument("--repeats", type=int, default=5, help="timed updates after a first one (5)")
+    parser.add_argument("--batch", type=int, default=1, help="videos of an update (1)")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: must be at least 1.")
+    for name, value in (("repeats", args.repeats), ("batch", args.batch)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1.")
     size, begin = SIZES[args.size], time.perf_counter()
     clock.one_thread()
     dtype = read_settings(size.config("dmd"), imagine_runs=True).wan.dtype
     result = {
         "size": args.size,
         "latents": [size.frames, *size.latent_shape],
-        "batch": 1,
+        "batch": args.batch,
         "dtype": dtype,
         "exit": "last",
         **environment.environment(),
@@ -136,7 +139,9 @@ def main(argv: list[str]) -> None:
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     for name in [n for n in STEPS if n in args.only]:
         source, part = STEPS[name]
-        job = build_job(training_settings(size, source), jax.devices()[:1], size.latent_shape[:2], only=part)
+        job = build_job(
+            training_settings(size, source, args.batch), jax.devices()[:1], size.latent_shape[:2], only=part
+        )
         (step,) = [s for s in job.steps if s.name != STREAM]
         row = measure(job, step, args.repeats, ceiling)
         result["steps"][name] = row
