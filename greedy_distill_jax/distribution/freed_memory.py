@@ -1,8 +1,7 @@
 """On a CPU, memory that an update or a frame has freed is kept for the next one.
 
 glibc hands large arrays back to the system as soon as they are freed, and the next step has fresh pages mapped and
-cleared in their place: a third of an update's CPU time at the quickstart's size. On accelerators arrays do not come
-from there.
+cleared in their place (docs/benchmarks.md has what that costs). On accelerators arrays do not come from there.
 """
 
 import ctypes
