@@ -6,7 +6,7 @@ import operator
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import grain
@@ -30,9 +30,16 @@ class SkipBadRecords:
     is named in one warning; more than `limit` different ones raise.
     """
 
-    def __init__(self, source: VideoSource, limit: int) -> None:
-        """Args: `source` to read, `limit` of different bad records (0: the first one raises)."""
-        self._source, self._limit = source, limit
+    def __init__(self, source: VideoSource, limit: int, readers: Callable[[int], Sequence[int]] | None = None) -> None:
+        """Reads `source`.
+
+        Args:
+          source: what to read.
+          limit: of different bad records (0: the first one raises).
+          readers: of a bad record's index, the processes that can read it although they have to skip what this one
+            skips.
+        """
+        self._source, self._limit, self._readers = source, limit, readers
         self._bad: set[int] = set()
         self._lock = threading.Lock()
 
@@ -65,8 +72,15 @@ class SkipBadRecords:
                 "prepare the data again, or raise max_bad_records",
                 field="max_bad_records",
             ) from error
-        if not known:
-            warnings.warn(f"skipped a bad record ({count} of at most {self._limit}): {error}")
+        if known:
+            return
+        if self._readers and (others := self._readers(index)):
+            raise _TooManyBad(
+                f"{error}; but process {others[0]}, which feeds the same rows, can read it, and would train on other "
+                "data; see why this process cannot, or set max_bad_records to 0",
+                field="max_bad_records",
+            ) from error
+        warnings.warn(f"skipped a bad record ({count} of at most {self._limit}): {error}")
 
 
 def make_loader(
@@ -77,17 +91,17 @@ def make_loader(
     global_batch: int,
     seed: int,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     shuffle: bool = True,
     num_threads: int = 2,
     max_bad_records: int = 10,
+    readers: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Endless batches of this process; the global batch at `start` is a function of (seed, start) alone.
 
     Examples form one endless sequence (the source, shuffled anew each epoch); the global batch k is its examples
-    k * global_batch onwards, and process p reads the p-th contiguous part of it. So the position in the data is one
-    number that holds for any number of processes: resume with `start`.
+    k * global_batch onwards, of which a process reads its rows. So the position in the data is one number that holds
+    for any number of processes: resume with `start`.
 
     Args:
       source: random access to captions, with videos, latents or neither.
@@ -96,26 +110,25 @@ def make_loader(
       global_batch: examples per batch over all processes.
       seed: of the shuffle, in [0, 2**32).
       start: global index of the first example, a multiple of `global_batch`.
-      process_index, process_count: which part of every batch to read.
+      rows: of every global batch, which this process reads, in this order; None for all.
       shuffle: False for the order of the source.
       num_threads: threads that prefetch batches; 0 reads in the calling thread.
       max_bad_records: different records of the source that may be bad before it is an error.
+      readers: see `SkipBadRecords`; where several processes read the same rows.
 
     Returns:
       Iterator of {"latents": float32 [b, T, h, w, C], "text": float32 [b, M, D], "captions": list of b strings},
-      b = global_batch / process_count; without "latents" where the source has captions alone, and with "states":
+      b the number of rows; without "latents" where the source has captions alone, and with "states":
       float32 [b, K, T, h, w, C] where it has trajectories.
 
     Raises:
       UserError: numbers out of range, an empty source; while iterating, too many bad records.
     """
-    if global_batch < 1 or process_count < 1 or global_batch % process_count:
-        raise UserError(
-            f"global_batch={global_batch} over process_count={process_count}; use a multiple of process_count",
-            field="global_batch",
-        )
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index={process_index}; use 0 to {process_count - 1}", "process_index")
+    if global_batch < 1:
+        raise UserError(f"global_batch={global_batch}; use at least 1", field="global_batch")
+    rows = range(global_batch) if rows is None else tuple(rows)
+    if not rows or not set(rows) <= set(range(global_batch)):
+        raise UserError(f"rows={list(rows)}; use some of 0 to {global_batch - 1}, rows of a batch", "rows")
     if start < 0 or start % global_batch:
         raise UserError(
             f"start={start} is not a multiple of global_batch={global_batch}; resume with the batch size of the run, "
@@ -126,17 +139,13 @@ def make_loader(
         raise UserError(f"seed={seed}; use 0 to {2**32 - 1}", "seed")
     if not len(source):
         raise UserError(f"{source!r} is empty; give a split with at least one record", "source")
-    examples = grain.MapDataset.source(SkipBadRecords(source, max_bad_records))
+    examples = grain.MapDataset.source(SkipBadRecords(source, max_bad_records, readers))
     if shuffle:
         examples = examples.shuffle(seed=seed)
     examples = examples.repeat()
-    local_batch = global_batch // process_count
-    offset = process_index * local_batch
 
     def read(batch: int) -> dict[str, Any]:
-        first = batch * global_batch + offset
-        items = [examples[index] for index in range(first, first + local_batch)]
-        return collate(items, codec, text_encoder)
+        return collate([examples[batch * global_batch + row] for row in rows], codec, text_encoder)
 
     # Batches are read by number, not by slicing the examples: a slice with a step would interleave the processes' rows.
     batches = grain.MapDataset.range(start // global_batch, sys.maxsize // global_batch).map(read)

@@ -1,10 +1,13 @@
-"""Devices: the mesh."""
+"""Devices: the mesh, and who feeds which part of a batch."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from greedy_distill_jax.errors import UserError
@@ -15,10 +18,13 @@ AXES = ("data", "fsdp", "context", "tensor")
 def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
     """Lays devices out over the axes of ``AXES``.
 
+    TPUs are laid out so that neighbours along an axis are neighbours in their slice's torus, where that can be
+    (``mesh_utils``); several slices are put along the outer axes. Other devices are taken in their order, which is host
+    by host.
+
     Args:
       shape: size by axis, 1 where it is missing; one may be -1 and takes the remaining devices.
-      devices: in their order; None for all that jax has, which it lists host by host, so that process p feeds the
-        p-th part of every batch.
+      devices: None for all that jax has.
 
     Raises:
       UserError: sizes that do not fit the devices (field "mesh").
@@ -38,7 +44,24 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
             "slice of TPUs for a job)",
             "mesh",
         )
-    return Mesh(devices.reshape([devices.size // known if s == -1 else s for s in sizes]), AXES)
+    return Mesh(_laid_out(list(devices.flat), [devices.size // known if s == -1 else s for s in sizes]), AXES)
+
+
+def _laid_out(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, **options)
+    data = math.gcd(slices, sizes[0])
+    if sizes[1] % (fsdp := slices // data):
+        raise UserError(
+            f"mesh: {slices} slices of TPUs are put along data and fsdp, which are {sizes[0]} and {sizes[1]}; make "
+            f"data a multiple of {slices}",
+            "mesh",
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // data, sizes[1] // fsdp, *sizes[2:]), (data, fsdp, 1, 1), **options
+    )
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -46,19 +69,30 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def feeding(parts: int, process: int, processes: int) -> tuple[int, int]:
-    """(the share of every batch that a process feeds, number of shares); (0, 0) where neither number divides the other.
+def parts_of(mesh: Mesh, process: int) -> tuple[int, ...]:
+    """The parts of every batch that a process's devices work on; its rows are those of the parts in this order.
 
-    With more processes than parts, as where ``context`` or ``tensor`` spans hosts, several feed the same share.
-
-    Args:
-      parts: see ``batch_parts``.
-      process, processes: its number, and how many there are.
+    Several processes have the same parts where ``context`` or ``tensor`` spans them.
     """
-    if parts % processes and processes % parts:
-        return 0, 0
-    shares = min(parts, processes)
-    return process * shares // processes, shares
+    parts = mesh.devices.reshape(batch_parts(mesh), -1)
+    return tuple(i for i, devices in enumerate(parts) if any(d.process_index == process for d in devices))
+
+
+def feeding(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """``parts_of`` every process.
+
+    Raises:
+      UserError: processes that share some of their parts and not all, or have not as many.
+    """
+    processes = sorted({device.process_index for device in mesh.devices.flat})
+    found = {process: parts_of(mesh, process) for process in processes}
+    sets = set(found.values())
+    if sum(map(len, sets)) != batch_parts(mesh) or len(set(map(len, sets))) > 1:
+        raise UserError(
+            f"the {batch_parts(mesh)} data and fsdp parts of the mesh do not divide over the {len(processes)} "
+            f"processes, nor these over them; choose another config.mesh."
+        )
+    return found
 
 
 def memory_bytes() -> int:

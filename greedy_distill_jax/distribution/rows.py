@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from greedy_distill_jax.distribution.mesh import batch_parts, feeding
+from greedy_distill_jax.distribution.mesh import batch_parts, feeding, parts_of
 from greedy_distill_jax.distribution.sharding import RULES
 
 
@@ -34,12 +34,29 @@ def global_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     Of several processes with the same rows, as where ``context`` or ``tensor`` spans hosts, the first one's count, for
     a reward may judge twice and not alike. All processes have to call this.
     """
-    rows, processes = np.asarray(rows), jax.process_count()
-    share, shares = feeding(batch_parts(mesh), jax.process_index(), processes)
-    if rows.ndim and shares < processes:
-        rows = multihost_utils.process_allgather(rows)[share * processes // shares]
+    rows = np.asarray(rows)
     sharding = NamedSharding(mesh, RULES.spec(("batch",)[: rows.ndim]))
-    return jax.make_array_from_process_local_data(sharding, rows)
+    if not rows.ndim:
+        return jax.make_array_from_process_local_data(sharding, rows)
+    fed = feeding(mesh)
+    if len(set(fed.values())) < len(fed):
+        first = min(process for process, parts in fed.items() if parts == fed[jax.process_index()])
+        rows = multihost_utils.process_allgather(rows)[first]
+    return assembled(rows, sharding)
+
+
+def assembled(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The array whose rows of this process's parts are ``rows``, see ``mesh.parts_of``; its first axis is the batch."""
+    parts = parts_of(sharding.mesh, jax.process_index())
+    size = len(rows) // len(parts)
+    shape = (size * batch_parts(sharding.mesh), *rows.shape[1:])
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])  # of one part
+        first = parts.index(start // size) * size
+        return rows[(slice(first, first + stop - start), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def whole_here(tree: Any) -> Any:

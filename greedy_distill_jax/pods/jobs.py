@@ -157,7 +157,7 @@ def build_job(
             )
     stage, latent_shape, state, batch, names = build_networks(settings, size, only)
     try:
-        check_mesh(settings, mesh, latent_shape, hosts(mesh))
+        check_mesh(settings, mesh, latent_shape)
         parts, of_state, of_frozen, of_batch = jit_parts(stage, mesh, state, batch)
     except UserError as error:
         raise Misfit(f"{error}{_accumulate_instead(settings, mesh)}") from error

@@ -153,7 +153,7 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
     for warning in averages(settings, stage):
         if jax.process_index() == 0:
             print(f"warning: {warning}", file=sys.stderr)
-    check_mesh(settings, mesh, latent_shape, jax.process_count())
+    check_mesh(settings, mesh, latent_shape)
     batch_shape = settings.kind.batch_shapes(settings, latent_shape, data.raw)
     _check_entries(settings, data, batch_shape)
     with one_line():

@@ -14,8 +14,8 @@ from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.data.loader import make_loader
 from greedy_distill_jax.distribution.agreement import ServiceStore
 from greedy_distill_jax.distribution.compile_cache import compiled_ahead
-from greedy_distill_jax.distribution.mesh import batch_parts, feeding
-from greedy_distill_jax.distribution.rows import Rows, global_rows, whole_here
+from greedy_distill_jax.distribution.mesh import batch_parts, feeding, parts_of
+from greedy_distill_jax.distribution.rows import Rows, assembled, global_rows, whole_here
 from greedy_distill_jax.distribution.sharding import with_shardings
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
@@ -26,6 +26,8 @@ from greedy_distill_jax.training.metrics import UNKNOWN, MetricWriter
 from greedy_distill_jax.training.stages.base import Part, returned
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.training.stop import Stop
+
+READ_ALIKE = 300.0  # seconds in which processes that feed the same rows come to the same record
 
 
 class Progress:
@@ -154,7 +156,8 @@ class Feed:
 
 def _batches(job: Job, seed: int, seen: int) -> Iterator[Batch]:
     data = job.settings.data
-    share, shares = feeding(batch_parts(job.mesh), jax.process_index(), jax.process_count())
+    size = data.batch // batch_parts(job.mesh)
+    rows = [part * size + row for part in parts_of(job.mesh, jax.process_index()) for row in range(size)]
     loader = make_loader(
         job.source,
         codec=job.codec,
@@ -162,19 +165,30 @@ def _batches(job: Job, seed: int, seen: int) -> Iterator[Batch]:
         global_batch=data.batch,
         seed=seed,
         start=seen * data.batch,
-        process_index=share,
-        process_count=shares,
+        rows=rows,
         num_threads=data.threads,
         max_bad_records=data.max_bad_records,
+        readers=_readers(job.mesh),
     )
     while True:
         with cli.places(**DATA_PLACES):
             batch = next(loader)
-        arrays = {
-            name: jax.make_array_from_process_local_data(sharding, batch[name])
-            for name, sharding in job.batch_sharding.items()
-        }
+        arrays = {name: assembled(batch[name], sharding) for name, sharding in job.batch_sharding.items()}
         yield Batch(arrays, batch["captions"])
+
+
+def _readers(mesh: Mesh) -> Callable[[int], list[int]] | None:
+    """Of a bad record, the processes that feed this one's rows and can read it; None where it alone feeds them."""
+    fed, own = feeding(mesh), jax.process_index()
+    if len(set(fed.values())) == len(fed):
+        return None
+    store, others = ServiceStore(), [other for other, parts in fed.items() if parts == fed[own] and other != own]
+
+    def readers(index: int) -> list[int]:
+        store.set(f"bad/{index}/{own}", "")
+        return [other for other in others if store.get(f"bad/{index}/{other}", READ_ALIKE) is None]
+
+    return readers
 
 
 def run_loop(

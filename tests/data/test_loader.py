@@ -91,12 +91,12 @@ def test_start_resumes_exactly(shapes):
     assert (other["latents"] != whole[0]["latents"]).any()
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_slices_of_processes_make_the_global_batch(count):
+@pytest.mark.parametrize("shares", [[(0, 1, 2), (3, 4, 5)], [(0, 5), (1, 2), (3, 4)]])
+def test_rows_of_processes_make_the_global_batch(shares):
     source = Listed(40)
     whole = _indices(_loader(source, start=12), 15)  # past the end of the first epoch
-    parts = [_indices(_loader(source, start=12, process_index=p, process_count=count), 15) for p in range(count)]
-    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+    for rows in shares:
+        np.testing.assert_array_equal(_indices(_loader(source, start=12, rows=rows), 15), whole[:, rows])
 
 
 def test_threads_do_not_matter():
@@ -129,8 +129,19 @@ def test_replacement_does_not_depend_on_history():
         source = Listed(40, bad=(5, 6, 17, 30))
         whole = _indices(_loader(source), 20)
         np.testing.assert_array_equal(_indices(_loader(source, start=60), 10), whole[10:])
-        parts = [_indices(_loader(source, process_index=p, process_count=2), 20) for p in (0, 1)]
-        np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+        for rows in ((0, 4, 5), (1, 2, 3)):
+            np.testing.assert_array_equal(_indices(_loader(source, rows=rows), 20), whole[:, rows])
+
+
+def test_a_record_that_another_process_can_read_is_not_skipped():
+    """Where several processes feed the same rows, all skip a record or none does."""
+    asked = []
+    with pytest.warns(UserWarning, match="index 2"):
+        source = SkipBadRecords(Listed(20, bad=(2,)), 2, lambda index: asked.append(index) or [])
+        assert [source[2]["caption"], source[2]["caption"]] == [Listed(20)[3]["caption"]] * 2 and asked == [2]
+    message = "index 5.*; but process 3, which feeds the same rows, can read it.*set max_bad_records to 0"
+    with pytest.raises(UserError, match=message):
+        _loader(Listed(20, bad=(5,)), shuffle=False, num_threads=0, readers=lambda index: [3]).__next__()
 
 
 def test_too_many_bad_records_raise():
@@ -152,8 +163,8 @@ def test_too_many_bad_records_raise():
     [
         ({"start": 7}, "start=7 is not a multiple of global_batch=6.*at 6"),
         ({"start": -6}, "start=-6"),
-        ({"process_count": 4}, "global_batch=6 over process_count=4"),
-        ({"process_count": 2, "process_index": 2}, "process_index=2"),
+        ({"rows": (4, 6)}, r"rows=\[4, 6\]; use some of 0 to 5"),
+        ({"rows": ()}, r"rows=\[\]"),
         ({"global_batch": 0}, "global_batch=0"),
         ({"seed": -1}, "seed=-1"),
     ],
