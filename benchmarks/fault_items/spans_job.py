@@ -35,7 +35,7 @@ from greedy_distill_jax.training import loop
 from greedy_distill_jax.training.metrics import read_scalars
 from greedy_distill_jax.training.stages import base as stage_base
 
-SIZES = dict(model__dim=48, model__ffn_dim=64, model__num_heads=4, data__batch=8, data__max_bad_records=0)
+SIZES = dict(model__dim=48, model__ffn_dim=64, model__num_heads=4, data__batch=8)
 TRAJECTORIES, PROMPTS, CHUNKS = "trajectories", ("a red square", "a blue circle"), 3
 RATE = 1.0
 _adaptive = stage_base.make_optimizer
