@@ -61,26 +61,30 @@ class SkipBadRecords:
         raise _TooManyBad(f"{self._source!r}: all {len(self)} records are bad; prepare the data again", "source")
 
     def _report(self, index: int, error: ValueError) -> None:
-        with self._lock:
-            known = index in self._bad
-            count = len(self._bad | {index})
-            if count <= self._limit:
-                self._bad.add(index)
-        if count > self._limit:
-            raise _TooManyBad(
-                f"{count} bad records, max_bad_records={self._limit}; the last: {error}; "
-                "prepare the data again, or raise max_bad_records",
-                field="max_bad_records",
-            ) from error
-        if known:
-            return
+        self._count(index, error)
+        # Outside the lock: other processes wait for what the other threads of this one find, too.
         if self._readers and (others := self._readers(index)):
             raise _TooManyBad(
                 f"{error}; but process {others[0]}, which feeds the same rows, can read it, and would train on other "
                 "data; see why this process cannot, or set max_bad_records to 0",
                 field="max_bad_records",
             ) from error
-        warnings.warn(f"skipped a bad record ({count} of at most {self._limit}): {error}")
+        with self._lock:
+            known, count = index in self._bad, self._count(index, error)
+            self._bad.add(index)
+        if not known:
+            warnings.warn(f"skipped a bad record ({count} of at most {self._limit}): {error}")
+
+    def _count(self, index: int, error: ValueError) -> int:
+        """Of different bad records with this one."""
+        count = len(self._bad | {index})
+        if count > self._limit:
+            raise _TooManyBad(
+                f"{count} bad records, max_bad_records={self._limit}; the last: {error}; "
+                "prepare the data again, or raise max_bad_records",
+                field="max_bad_records",
+            ) from error
+        return count
 
 
 def make_loader(
