@@ -3,13 +3,13 @@
     python benchmarks/faults.py --kills 100 --output benchmarks/results/faults
 
 A tiny training over 1, 2 and 4 processes is killed (SIGKILL) at random moments, at one process or at all, half of them
-aimed into a save, and started again by the same command: the run that ends has to be, bit for bit, the one that nobody
-disturbed with as many processes, no checkpoint may be lost, and all processes have to be gone within the time after
-which silence counts (--silence) and that of an end. Then other faults happen to one of two processes: what each says,
-how it ends, seconds until all are gone. And a run of two processes goes on with 1, 2 and 4 on other meshes: how far its
-losses and its average are from those of an undisturbed one. Results are appended to a file of lines (--resume-from;
-beside --output by default) with commit, versions and --silence, and the same command goes on where it stopped. Exits
-with 1 if anything was not as it should be.
+aimed into a save, and started again by the same command, which is killed again, four times in all. After each kill all
+processes have to be gone within the time after which silence counts (--silence) and that of an end, no checkpoint may
+be lost, and each has to be, bit for bit, that of the run that nobody disturbed with as many processes; so has the run
+that ends. Then other faults happen to one of two processes: what each says, how it ends, seconds until all are gone.
+And a run of two processes goes on with 1, 2 and 4 on other meshes: how far its losses and its average are from those of
+an undisturbed one. Results are appended to a file of lines (--resume-from; beside --output by default) with commit,
+versions and --silence, and the same command goes on where it stopped. Exits with 1 if anything was not as it should be.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +32,32 @@ from greedy_distill_jax.ranges import Natural, Positive
 PARTS = ("kills", "faults", "moves")
 
 
-def missing(args: argparse.Namespace, found: Mapping[tuple[str, Any], Any]) -> list[tuple[str, Any]]:
-    """What is still to be run, in this order."""
-    wanted: list[tuple[str, Any]] = []
-    if "kills" in args.only:
-        used = kills.PROCESSES[: max(0, args.kills)]
-        wanted += [("undisturbed", count) for count in used] + [("kill", number) for number in range(args.kills)]
-    wanted += [("fault", name) for name in others.FAULTS if "faults" in args.only]
+def missing(args: argparse.Namespace, found: Mapping[tuple[str, Any], Any]) -> Iterator[tuple[str, Any]]:
+    """What is still to be run, in this order; ``found`` may grow meanwhile."""
+    if "kills" in args.only and args.kills:
+        yield from (key for key in (("undisturbed", count) for count in kills.PROCESSES) if key not in found)
+        for number in range(args.kills):  # a run that ends too early has fewer kills
+            if sum(len(x["kills"]) for (kind, _), x in found.items() if kind == "run") >= args.kills:
+                break
+            if ("run", number) not in found:
+                yield "run", number
+    wanted = [("fault", name) for name in others.FAULTS if "faults" in args.only]
     wanted += [("move", name) for name in moves.MESHES if "moves" in args.only]
-    return [key for key in wanted if key not in found]
+    yield from (key for key in wanted if key not in found)
 
 
-def run(root: Path, key: tuple[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def run(root: Path, key: tuple[str, Any], args: argparse.Namespace, results: Mapping[Any, Any]) -> dict[str, Any]:
     """Runs one of ``missing``."""
     kind, name = key
     times = args.silence, args.limit
     if kind == "undisturbed":
         return {"undisturbed": name, **kills.undisturbed(root, name, *times)}
-    if kind == "kill":
-        return kills.killed(root, args.seed, name, *times)
+    if kind == "run":
+        whole = {count: results["undisturbed", count] for count in kills.PROCESSES}
+        return kills.killed(root, args.seed, name, whole, *times)
     if kind == "fault":
         return others.happened(root, name, *times)
-    if not (root / "whole").exists():
+    if not (root / "whole" / "checkpoints" / str(moves.STEPS)).exists():
         moves.begun(root, *times)
     return moves.moved(root, name, *times)
 
@@ -67,19 +71,19 @@ def summary(results: Mapping[tuple[str, Any], Mapping[str, Any]], given: float) 
     """
     of = {kind: {name: x for (k, name), x in results.items() if k == kind} for kind, _ in results}
     tables, bad = [], []
-    if kinds := of.get("kill"):
+    if runs := of.get("run"):
         cells = []
         for count in kills.PROCESSES:
-            mine = [found for found in kinds.values() if found["processes"] == count]
-            verdicts = {f["kill"]: kills.verdict(f, _reference(of, count), f.get("silence", given)) for f in mine}
-            bad += [f"kill {number}: {verdict}" for number, verdict in verdicts.items() if verdict]
-            killed = [found for found in mine if "codes" in found]
-            inside = sum(found["inside_save"] for found in killed)
-            codes = sorted({code for found in killed for code in found["codes"] if code not in (None, -9)})
-            slowest = max((found["seconds"] for found in killed), default=None)
+            mine = [found for found in runs.values() if found["processes"] == count]
+            verdicts = {x["run"]: kills.verdict(x, of["undisturbed"][count], x.get("silence", given)) for x in mine}
+            bad += [f"run {number}: {line}" for number, verdict in verdicts.items() for line in verdict]
+            made = [kill for found in mine for kill in found["kills"]]
+            inside = sum(kill["inside_save"] for kill in made)
+            codes = sorted({code for kill in made for code in kill["codes"] if code not in (None, -9)})
+            slowest = max((kill["seconds"] for kill in made), default=None)
             equal = sum(not verdict for verdict in verdicts.values())
-            cells.append([count, len(mine), inside, equal, ", ".join(map(str, codes)), slowest])
-        header = ["processes", "kills", "inside a save", "as undisturbed, bit for bit", "codes of the others"]
+            cells.append([count, len(made), inside, len(mine), equal, ", ".join(map(str, codes)), slowest])
+        header = ["processes", "kills", "inside a save", "runs", "as undisturbed, bit for bit", "codes of the others"]
         tables.append(record.table([*header, "seconds until all were gone, at most"], cells))
     if faults := of.get("fault"):
         header = ["fault", "process 0 ends with", "and says", "process 1 ends with", "and says"]
@@ -93,21 +97,17 @@ def summary(results: Mapping[tuple[str, Any], Mapping[str, Any]], given: float) 
     return "\n\n".join(tables), bad
 
 
-def _reference(of: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    found = of.get("undisturbed", {}).get(processes, {"step": "unknown"})
-    return {key: value for key, value in found.items() if key not in ("undisturbed", *lines.MADE_BY)}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=cli.number(Natural), default=100, help="how many (default: 100)")
+    parser.add_argument("--kills", type=cli.number(Natural), default=100, help="at least so many (default: 100)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts alone (default: all)")
     parser.add_argument("--tables", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--seed", type=cli.number(Natural), default=0, help="of the moments (default: 0)")
     parser.add_argument("--silence", type=cli.number(Positive), default=15.0, help="SILENCE_TIMEOUT (default: 15)")
     parser.add_argument("--limit", type=cli.number(Positive), default=600.0, help="seconds of a wait (default: 600)")
     parser.add_argument("--resume-from", type=Path, help="file of results (default: beside --output)")
+    parser.add_argument("--folder", type=Path, help="keeps runs and compiled programs, for the next call, too")
     parser.add_argument("--output", type=Path, help="write tables to this name with .md, figures with .json")
     args = parser.parse_args(argv)
     path = args.resume_from or (args.output and args.output.with_suffix(".lines.jsonl"))
@@ -115,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = {"silence": args.silence, **environment.environment()}
     here = {name: here[name] for name in lines.MADE_BY}
     with tempfile.TemporaryDirectory() as folder:
+        root = args.folder or Path(folder)
         for key in () if args.tables else missing(args, results):
-            results[key] = found = {**run(Path(folder), key, args), **here}
+            results[key] = found = {**run(root, key, args, results), **here}
             print(json.dumps(found), flush=True)
             if path:
                 record.append_line(path, found)

@@ -1,20 +1,22 @@
 """A training in several processes of this machine: started, watched, and what it leaves."""
 
 import hashlib
+import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import run_hashes
 from processes import Process, variables
 
+from greedy_distill_jax.cli import RETRY
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.training.metrics import read_scalars
 
 CONFIG = Path(__file__).with_name("config.py")
 JOIN = 120.0  # JOIN_TIMEOUT: one that is killed before it has joined is missed for so long
@@ -119,26 +121,43 @@ class Job:
         self.end()
 
 
-def hashes(workdir: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run, hashes of all its arrays and of all scalars that the run logged."""
+def hashes(workdir: Path) -> dict[str, list[str]]:
+    """Of every whole step of a run, as text: hashes of all its arrays, and of all that was logged up to it."""
+    if not (workdir / "checkpoints").is_dir():
+        return {}
+    found = {}
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
-        step = checkpointer.latest_step()
-        nets = checkpointer.restore_subtree(step, "nets")
+        for step in checkpointer.steps():
+            try:
+                arrays = _arrays(checkpointer.restore_subtree(step, "nets"))
+            except UserError as error:  # a step that counts as whole and is not
+                arrays = str(error).replace(str(workdir), workdir.name)
+            found[str(step)] = [arrays, _scalars(workdir, step)]
+    return found
+
+
+def _arrays(tree: Any) -> str:
     total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nets):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
         total.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode() + array.tobytes())
-    return {
-        "step": step,
-        "arrays": total.hexdigest()[:16],
-        "scalars": run_hashes.scalars(workdir / "scalars.jsonl"),
-    }
+    return total.hexdigest()[:16]
 
 
-def finished(job: Job, limit: float) -> dict[str, Any]:
-    """Lets a job end; hashes of what it leaves. UserError if it does not end with 0 in time."""
-    with job:
-        if not job.gone(limit) or set(job.codes()) != {0}:
+def _scalars(workdir: Path, last: int) -> str:
+    lines = [{k: v for k, v in line.items() if k != "time"} for line in read_scalars(workdir) if line["step"] <= last]
+    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished(start: Callable[[], Job], limit: float) -> None:
+    """Lets a job that is started end; UserError if it does not end with 0 in time.
+
+    It is started once more where its processes came to each other too late, which a busy machine does.
+    """
+    for left in (1, 0):
+        with start() as job:
+            if job.gone(limit) and set(job.codes()) == {0}:
+                return
+        if not left or set(job.codes()) != {RETRY}:
             said = " / ".join(line for process in job.processes for _, line in process.said[-3:])
             raise UserError(f"{job.workdir}: a training that nobody disturbs ended with {job.codes()} ({said}).")
-    return hashes(job.workdir)

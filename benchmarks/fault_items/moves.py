@@ -29,16 +29,24 @@ def _changes(steps: int, mesh: Mapping[str, int]) -> tuple[str, ...]:
 def begun(root: Path, silence: float, limit: float) -> None:
     """Trains half a run in two processes, which others go on with, and a whole one."""
     for name, steps in (("half", HALF), ("whole", STEPS)):
-        shutil.rmtree(root / name, ignore_errors=True)
-        finished(Job(root, name, 2, _changes(steps, {}), silence=silence), limit)
+
+        def start(name=name, steps=steps) -> Job:
+            shutil.rmtree(root / name, ignore_errors=True)
+            return Job(root, name, 2, _changes(steps, {}), silence=silence)
+
+        finished(start, limit)
 
 
 def moved(root: Path, name: str, silence: float, limit: float) -> dict[str, Any]:
     """Goes on with the half run, and compares with the whole one: losses of every step, the average's parameters."""
     processes, mesh = MESHES[name]
-    shutil.rmtree(root / "moved", ignore_errors=True)
-    shutil.copytree(root / "half", root / "moved")
-    finished(Job(root, "moved", processes, _changes(STEPS, mesh), silence=silence), limit)
+
+    def start() -> Job:
+        shutil.rmtree(root / "moved", ignore_errors=True)
+        shutil.copytree(root / "half", root / "moved")
+        return Job(root, "moved", processes, _changes(STEPS, mesh), silence=silence)
+
+    finished(start, limit)
     far = {"losses": _losses_apart(root), "average": _averages_apart(root)}
     return {"move": name, **far, "good": all(value <= FAR for value in far.values())}
 

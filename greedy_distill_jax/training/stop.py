@@ -26,6 +26,7 @@ _LEADER = 2.0  # seconds that process 0, with the service of all, ends after the
 _PERIOD = 5.0  # seconds between two signs of life, at most
 _LIMITS = {"silence": watchdog.SILENCE, "stall": watchdog.STALL}
 _BROKEN = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
+_LINK = re.compile("Gloo|NCCL|DEADLINE_EXCEEDED")  # what a computation says of the way to the other processes
 _SAME = 1.0  # seconds for an error that all processes meet, so that each says its own
 
 
@@ -119,7 +120,7 @@ class AgreedStop(Stop):
             raise
 
     def _of_another(self, error: BaseException) -> Lost | None:
-        """What a computation failed for, where a process that it needs is gone; None for an error of its own."""
+        """What a computation failed for, where a process that it needs is gone or came late; None for its own error."""
         # A collective that breaks in a call of a jitted function is a ValueError, behind it one of jax's own.
         is_status = type(error) in (ValueError, jax.errors.JaxRuntimeError) and _BROKEN.match(str(error))
         if not is_status or self._ends.is_set():
@@ -128,6 +129,8 @@ class AgreedStop(Stop):
             line = self._watchdog.missing()
         except jax.errors.JaxRuntimeError:
             line = "process 0 does not answer"
+        if not line and _LINK.search(str(error)):
+            line = "a computation of all processes failed, and all of them live"
         return Lost(f"{line} ({first_line(error)[:200]})") if line else None
 
     def begins(self, step: int) -> bool:
