@@ -46,6 +46,21 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def feeding(parts: int, process: int, processes: int) -> tuple[int, int]:
+    """(the share of every batch that a process feeds, number of shares); (0, 0) where neither number divides the other.
+
+    With more processes than parts, as where ``context`` or ``tensor`` spans hosts, several feed the same share.
+
+    Args:
+      parts: see ``batch_parts``.
+      process, processes: its number, and how many there are.
+    """
+    if parts % processes and processes % parts:
+        return 0, 0
+    shares = min(parts, processes)
+    return process * shares // processes, shares
+
+
 def memory_bytes() -> int:
     """Returns the bytes of memory of the first device, or of a machine that computes itself; 0 where nobody says."""
     stats = jax.devices()[0].memory_stats() or {}

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from greedy_distill_jax.distribution.mesh import batch_parts, feeding
 from greedy_distill_jax.distribution.sharding import RULES
 
 
@@ -27,10 +29,29 @@ def local_rows(x: jax.Array) -> np.ndarray:
 
 
 def global_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The array of which every process gives its rows, examples of a batch; a number is the same in all processes."""
-    rows = np.asarray(rows)
+    """The array of which every process gives its rows, examples of a batch; a number is the same in all processes.
+
+    Of several processes with the same rows, as where ``context`` or ``tensor`` spans hosts, the first one's count, for
+    a reward may judge twice and not alike. All processes have to call this.
+    """
+    rows, processes = np.asarray(rows), jax.process_count()
+    share, shares = feeding(batch_parts(mesh), jax.process_index(), processes)
+    if rows.ndim and shares < processes:
+        rows = multihost_utils.process_allgather(rows)[share * processes // shares]
     sharding = NamedSharding(mesh, RULES.spec(("batch",)[: rows.ndim]))
     return jax.make_array_from_process_local_data(sharding, rows)
+
+
+def whole_here(tree: Any) -> Any:
+    """The arrays of a tree, whole on the first device of every process; all processes have to call this.
+
+    Array by array, so that no device but these holds more than one of them whole.
+    """
+    return jax.tree.map(_whole_here, tree)
+
+
+def _whole_here(x: jax.Array) -> jax.Array:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x).addressable_data(0)
 
 
 class Rows(Mapping[str, Any]):

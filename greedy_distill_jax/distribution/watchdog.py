@@ -27,10 +27,14 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class Sign(NamedTuple):
-    """Of life. step: the last that the process has begun. place: of its main thread, in the package's code."""
+    """Of life. step: the last that the process has begun. place: of its main thread, in the package's code.
+
+    own: the last step that the process which hears it had begun then.
+    """
 
     step: int
     place: str
+    own: int = 0
 
 
 class Watchdog:
@@ -77,6 +81,12 @@ class Watchdog:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service ended before
             self._say(_LEFT)
 
+    def slowest(self) -> tuple[int, int, int]:
+        """(process, the last step it had begun, the last that this one had) at the last sign of who is most behind."""
+        behind = ((sign.step - sign.own, other, sign) for other, sign in tuple(self._signs.items()))
+        _, process, sign = min(behind, default=(0, self._process, Sign(0, "")))
+        return process, sign.step, sign.own
+
     def missing(self) -> str:
         """Waits for a new sign of every other process; the line of the first that gives none, "" where all do."""
         others = [other for other in range(self._processes) if other != self._process]
@@ -112,7 +122,8 @@ class Watchdog:
                 of_other.pop(other, None)
         elif text and text != self._texts[other]:
             _, step, place = text.split(" ", 2)
-            self._texts[other], self._signs[other], self._seen[other] = text, Sign(int(step), place), time.monotonic()
+            self._signs[other] = Sign(int(step), place, self._step())
+            self._texts[other], self._seen[other] = text, time.monotonic()
 
     def _look(self) -> None:
         while not self._ends.wait(self._period):

@@ -33,8 +33,9 @@ from greedy_distill_jax.pods import costs
 from greedy_distill_jax.pods.costs import tokens_per_frame
 from greedy_distill_jax.streaming.make import make_streamer
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
+from greedy_distill_jax.training.check_mesh import check_mesh
 from greedy_distill_jax.training.cost import Cost
-from greedy_distill_jax.training.job import check_mesh, jit_parts, one_line, state_shapes
+from greedy_distill_jax.training.job import jit_parts, one_line, state_shapes
 from greedy_distill_jax.training.sources import frozen_runs
 from greedy_distill_jax.training.stages import rl, rl_keys
 from greedy_distill_jax.training.stages.base import Inputs, Stage

@@ -21,8 +21,7 @@ from greedy_distill_jax.config.tree import default_text
 from greedy_distill_jax.data.augment import WORDS, augmented
 from greedy_distill_jax.data.loader import SkipBadRecords, latents_of
 from greedy_distill_jax.data.sources.protocol import captions_of, check_example
-from greedy_distill_jax.distribution.mesh import batch_parts
-from greedy_distill_jax.distribution.parallel import check_columns, check_heads, on_mesh
+from greedy_distill_jax.distribution.parallel import on_mesh
 from greedy_distill_jax.distribution.sharding import shardings, with_shardings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, architecture, data_source
@@ -33,6 +32,7 @@ from greedy_distill_jax.text.protocol import TextEncoder
 from greedy_distill_jax.text.store import check_captions
 from greedy_distill_jax.text.vocabulary import vocabulary
 from greedy_distill_jax.training import audit
+from greedy_distill_jax.training.check_mesh import check_mesh
 from greedy_distill_jax.training.sources import fingerprints, frozen_runs, load_sources
 from greedy_distill_jax.training.stages.base import Inputs, Part, Stage, returned
 from greedy_distill_jax.training.state import TrainState
@@ -343,24 +343,6 @@ def _passed_through_users_code(error: BaseException) -> bool:
     )
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     return any(not file.startswith(known) for file in files)
-
-
-def check_mesh(settings: Settings, mesh: Mesh, latent_shape, processes: int = 1) -> None:
-    """Raises UserError when batch, microbatches, frames or heads do not divide over the mesh."""
-    check_columns(mesh, latent_shape[2] // settings.wan.patch)
-    for wan in settings.kind.sizes(settings):
-        check_heads(mesh, wan.num_heads)
-    batch, count, parts = settings.data.batch, settings.data.accumulate, batch_parts(mesh)
-    if parts % processes:
-        raise UserError(
-            f"the mesh has {parts} data and fsdp parts, which do not divide over the {processes} processes, each of "
-            f"which feeds whole parts; make config.mesh.context or config.mesh.tensor smaller."
-        )
-    if batch % (parts * count):
-        raise UserError(
-            f"config.data.batch is {batch}; it must divide over the {parts} data and fsdp parts of the mesh, times "
-            f"config.data.accumulate = {count}. Change config.data.batch, config.data.accumulate or config.mesh."
-        )
 
 
 def state_shapes(stage: Stage, latent_shape: tuple[int, int, int, int], given=None) -> TrainState:

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from greedy_distill_jax import cli
 from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.data.loader import make_loader
-from greedy_distill_jax.distribution.rows import Rows, global_rows
+from greedy_distill_jax.distribution.agreement import ServiceStore
+from greedy_distill_jax.distribution.mesh import batch_parts, feeding
+from greedy_distill_jax.distribution.rows import Rows, global_rows, whole_here
 from greedy_distill_jax.distribution.sharding import with_shardings
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
@@ -135,6 +137,7 @@ class Feed:
 
 def _batches(job: Job, seed: int, seen: int) -> Iterator[Batch]:
     data = job.settings.data
+    share, shares = feeding(batch_parts(job.mesh), jax.process_index(), jax.process_count())
     loader = make_loader(
         job.source,
         codec=job.codec,
@@ -142,8 +145,8 @@ def _batches(job: Job, seed: int, seen: int) -> Iterator[Batch]:
         global_batch=data.batch,
         seed=seed,
         start=seen * data.batch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
         num_threads=data.threads,
         max_bad_records=data.max_bad_records,
     )
@@ -162,8 +165,8 @@ def run_loop(
 ) -> TrainState:
     """Steps until the last one of the settings, or until ``stop``; returns the last state, saved."""
     at, job = progress_of, progress_of.job
-    settings, alone = job.settings, jax.process_count() == 1
-    feed, compiled, told = Feed(job, at.first), set(), set()
+    settings, feed, compiled = job.settings, Feed(job, at.first), set()
+    samples = Samples(job, writer)
     with progress(settings.steps, at.first, settings.stage, enabled=show) as bar:
         while at.step < settings.steps and stop.begins(at.step + 1):
             at.checkpointer.check()
@@ -177,12 +180,13 @@ def run_loop(
                 mean = at.check()
                 writer.scalars(at.step, {f"{settings.stage}/{name}": x for name, x in mean.items()})
                 shown = {name: x for name, x in mean.items() if name in ("loss", "critic/loss")}
-                bar.set_postfix(**{name.replace("/", "_"): f"{x:.4f}" for name, x in shown.items()})
+                slowest = {"slowest": told} if (told := stop.slowest()) else {}
+                bar.set_postfix(**{name.replace("/", "_"): f"{x:.4f}" for name, x in shown.items()}, **slowest)
             if save:
                 at.save(state)
             every = settings.log.samples_every
-            if alone and every and (last or at.step % every == 0):
-                _write_samples(job, state, at.meta(), at.step, writer, told)
+            if every and (last or at.step % every == 0):
+                samples.write(state, at.meta(), at.step)
             bar.update(1, restart=not due <= compiled)  # the first call of a part compiles it
             compiled |= due
     if at.first < at.step < settings.steps:
@@ -199,10 +203,28 @@ def _placed(step: int, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: np.int32(step))
 
 
-def _write_samples(
-    job: Job, state: TrainState, meta: dict[str, Any], step: int, writer: MetricWriter, told: set[str]
-) -> None:
-    ema = state.nets[job.stage.name].ema
-    run = Run(job.settings, job.stage.model, ema, job.codec, job.encoder, job.latent_shape, meta, told)
-    for number, video in enumerate(run.sample_videos(job.captions, seed=jax.random.key(0))):
-        writer.gif(step, f"samples/{number}: {job.captions[number]}", video)
+class Samples:
+    """Videos of the first captions, by process 0 alone, so that their noise does not depend on how many there are.
+
+    The others wait for it outside of any computation, which would not wait for as long as samples may take.
+    """
+
+    def __init__(self, job: Job, writer: MetricWriter):
+        self._job, self._writer, self._told = job, writer, set()
+        self._store = ServiceStore() if jax.process_count() > 1 else None
+
+    def write(self, state: TrainState, meta: dict[str, Any], step: int) -> None:
+        """Writes the videos of a step's average; all processes have to call this."""
+        job = self._job
+        ema = state.nets[job.stage.name].ema
+        if self._store:
+            ema = whole_here(ema)
+        if jax.process_index():
+            while self._store.get(f"sampled/{step}", 1.0) is None:
+                pass
+            return
+        run = Run(job.settings, job.stage.model, ema, job.codec, job.encoder, job.latent_shape, meta, self._told)
+        for number, video in enumerate(run.sample_videos(job.captions, seed=jax.random.key(0))):
+            self._writer.gif(step, f"samples/{number}: {job.captions[number]}", video)
+        if self._store:
+            self._store.set(f"sampled/{step}", "")

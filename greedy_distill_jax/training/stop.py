@@ -57,6 +57,10 @@ class Stop:
         """Whether this step may begin; asked before each."""
         return not self.signal
 
+    def slowest(self) -> str:
+        """The process that is behind this one, as it last said, "" where none is."""
+        return ""
+
     def _set(self, number: int, _: Any) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
@@ -143,6 +147,11 @@ class AgreedStop(Stop):
         if not decision.step:
             self._unwind(signals.CODES[signal.Signals(decision.signal)])
         return False
+
+    def slowest(self) -> str:
+        """See ``Stop``; of process 0, which hears all others."""
+        process, step, own = self._watchdog.slowest()
+        return f"process {process} at step {step} of {own}" if step < own else ""
 
     def _heard(self, number: int) -> None:
         """In a thread, also while the main one is inside a computation."""

@@ -1,0 +1,80 @@
+"""Mesh axes that span processes: what every stage learns and streams there, held against one process and one device."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from processes import variables
+
+from greedy_distill_jax.errors import UserError
+
+MESHES = {  # of two processes with two devices each, whose devices come one process after the other
+    "one": {"data": 1},
+    "fsdp": {"data": 1, "fsdp": 4},
+    "context": {"data": 1, "context": 2, "tensor": 2},
+    "tensor": {"data": 1, "tensor": 4},
+}
+STEPS = {"teacher": 1, "teacher_forcing": 1, "dmd": 2, "rl": 1, "ode": 1}
+CASES = [f"{stage}:{mesh}" for stage in (*STEPS, "stream") for mesh in ("fsdp", "context", "tensor")]
+FAR = 1e-5
+WAYS = {"1 x 1": (1, 1), "1 x 4": (1, 4), "2 x 2": (2, 2)}
+
+
+def trained(root: Path, way: str, cases: Iterable[str], limit: float, env: dict[str, str] | None = None) -> None:
+    """Trains cases in as many processes and devices as ``way`` says; UserError if they do not end with 0."""
+    processes, devices = WAYS[way]
+    script = Path(__file__).with_name("spans_job.py")
+    paths = (str(script.parents[1]), str(script.parents[2]), os.environ.get("PYTHONPATH"))
+    more = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | (env or {})
+    command = [sys.executable, str(script), str(root), *cases]
+    running = [
+        subprocess.Popen(command, env=one | more, stderr=subprocess.PIPE, text=True)
+        for one in variables(processes, devices)
+    ]
+    try:
+        said = [process.communicate(timeout=limit)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    if any(process.returncode for process in running):
+        codes = [process.returncode for process in running]
+        raise UserError(f"{way}: {' '.join(cases)} ended with {codes}: {' / '.join(text[-2000:] for text in said)}")
+
+
+def apart(root: Path, way: str, case: str) -> dict[str, Any]:
+    """How far a case is from one device: its updates, by norm over all leaves; its scalars, the farthest of them."""
+    stage, mesh = case.split(":")
+    processes, devices = WAYS[way]
+    own = np.load(root / f"{processes}x{devices}-{stage}-{mesh}.npz")
+    one = np.load(root / f"1x1-{stage}-one.npz")
+    if set(own.files) != set(one.files):
+        raise UserError(f"{way}, {case}: {sorted(set(own.files) ^ set(one.files))} are of one of them alone.")
+    far: dict[str, Any] = {"norm": 0.0, "update": 0.0, "scalars": 0.0}
+    nets = sorted({name.split("/")[1] for name in one.files if name.startswith("moved/")})
+    for net in nets:
+        a, b = (
+            np.concatenate([x[n].ravel() for n in sorted(x.files) if n.startswith(f"moved/{net}")]) for x in (own, one)
+        )
+        if np.linalg.norm(b):
+            far["norm"] = max(far["norm"], float(np.linalg.norm(b)))
+            far["update"] = max(far["update"], float(np.linalg.norm(a - b) / np.linalg.norm(b)))
+    for name in one.files:
+        if name.startswith("scalar/") and name.split("/")[-1].startswith(LOSSES):
+            far["scalars"] = max(far["scalars"], float(abs(own[name] - one[name]) / max(abs(one[name]), 1e-3)))
+    return far | {"good": far["norm"] > 0 and max(far["update"], far["scalars"]) <= FAR}
+
+
+LOSSES = ("loss", "flow_matching", "dmd", "grpo", "ode")  # begin the names of scalars that are compared
+
+
+def compared(root: Path, cases: Sequence[str], ways: Sequence[str], limit: float) -> list[dict[str, Any]]:
+    """Trains what cases start from, each on one device, and each in other ways; how far these are."""
+    stages = dict.fromkeys(case.split(":")[0] for case in cases)
+    trained(root, "1 x 1", ["origin", *(f"{stage}:one" for stage in stages)], limit)
+    for way in ways:
+        trained(root, way, cases, limit)
+    return [{"span": f"{case}, {way}", **apart(root, way, case)} for case in cases for way in ways]

@@ -1,0 +1,142 @@
+"""Trains stages on meshes, one after the other in the same processes, and keeps what they learnt and streamed.
+
+    python spans_job.py ROOT CASE...
+
+A case is STAGE:MESH (see ``spans``), also "origin", which trains what the others start from, and "stream". Every update
+is plain gradient descent, so that it is the gradient. Process 0 writes ROOT/CASE.npz.
+"""
+
+import functools
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from fault_items.spans import MESHES, STEPS
+from jax.sharding import NamedSharding, PartitionSpec
+
+from greedy_distill_jax import cli
+from greedy_distill_jax.distribution.hosts.join import join_hosts
+from greedy_distill_jax.distribution.mesh import make_mesh
+from greedy_distill_jax.distribution.parallel import on_mesh
+from greedy_distill_jax.distribution.rows import whole_here
+from greedy_distill_jax.distribution.sharding import leaf_paths, shardings
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.streaming.loop import noise_keys
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.train import train
+from greedy_distill_jax.training import loop
+from greedy_distill_jax.training.metrics import read_scalars
+from greedy_distill_jax.training.stages import base as stage_base
+
+SIZES = dict(model__dim=48, model__ffn_dim=64, model__num_heads=4, data__batch=8, data__max_bad_records=0)
+TRAJECTORIES, PROMPTS, CHUNKS = "trajectories", ("a red square", "a blue circle"), 3
+RATE = 0.1
+_adaptive = stage_base.make_optimizer
+
+
+def config_of(root: Path, stage: str, mesh: str) -> Any:
+    """A run of a few steps from those of "origin"."""
+    changes = SIZES | {"steps": STEPS[stage], "ema__start": 0, "optimizer__warmup": 0}
+    changes |= {f"mesh__{axis}": size for axis, size in MESHES[mesh].items()}
+    changes |= {"log__samples_every": STEPS[stage] if stage == "teacher_forcing" else 0}
+    if stage in ("teacher", "teacher_forcing", "dmd", "ode"):
+        changes["teacher_from"] = str(root / "teacher")
+    if stage in ("dmd", "rl"):
+        changes["student_from"] = str(root / "student")
+    if stage == "rl":
+        changes |= dict(text_dropout=0.0, sample__sampler="renoise", rl__group=2, rl__frames=8, rl__clip=4)
+    if stage == "ode":
+        changes |= {"data__source": f"ode:{root / TRAJECTORIES}", "sample__steps": 2}
+    config = tiny.train_config(stage, **changes)
+    with config.unlocked():
+        if stage in ("rl", "ode"):
+            del config.losses["flow_matching"]
+        if stage == "rl":
+            config.losses.grpo = dict(loss="cm_grpo", weight=1.0, options={})
+            config.rl.step = "stochastic"
+            config.rl.rewards.still = dict(reward="flicker", weight=1.0)
+        if stage == "ode":
+            config.losses.ode = dict(loss="ode", weight=1.0, options={})
+    return config
+
+
+def origin(root: Path) -> None:
+    """A teacher and a student that have learnt a little, so that no gradient is zero."""
+    stage_base.make_optimizer = _adaptive
+    for name, stage, changes in (
+        ("teacher", "teacher", {}),
+        ("student", "teacher_forcing", {"teacher_from": str(root / "teacher")}),
+    ):
+        train(tiny.train_config(stage, steps=2, **SIZES, **changes), root / name, show_progress=False)
+
+
+def learnt(root: Path, stage: str, mesh: str) -> dict[str, np.ndarray]:
+    """What every network of a stage has moved by, and every scalar that was logged."""
+    stage_base.make_optimizer = lambda *args, **kwargs: optax.sgd(RATE)
+    start, first = loop.Progress.start, {}
+
+    def started(self):
+        state = start(self)
+        first.update(_parameters(state))
+        return state
+
+    workdir = root / f"run-{stage}-{mesh}"
+    if jax.process_index() == 0:
+        shutil.rmtree(workdir, ignore_errors=True)
+    loop.Progress.start = started
+    try:
+        last = _parameters(train(config_of(root, stage, mesh), workdir, show_progress=False))
+    finally:
+        loop.Progress.start = start
+    found = {f"moved/{name}": last[name] - x for name, x in first.items()}
+    lines = read_scalars(workdir) if jax.process_index() == 0 else []
+    for line in lines:
+        step = line["step"]
+        found |= {f"scalar/{step}/{k}": np.float64(x) for k, x in line.items() if k not in ("step", "time")}
+    return found
+
+
+def _parameters(state: Any) -> dict[str, np.ndarray]:
+    trees = {name: whole_here(net.params) for name, net in state.nets.items()}
+    return {path: np.asarray(x) for path, x in leaf_paths(trees)}
+
+
+def streamed(root: Path, mesh: str) -> dict[str, np.ndarray]:
+    """Chunks of a student that streams two prompts on the mesh."""
+    mesh = make_mesh(MESHES[mesh])
+    run = Run.load(root / "student", sharding=functools.partial(shardings, mesh=mesh))
+    streamer, shape, text = run.streamer(), tuple(run.latent_shape[1:]), np.asarray(run.text(PROMPTS))
+
+    def init(params, text):
+        return streamer.init(params, text, noise_keys(0, len(PROMPTS)), shape)
+
+    of_state = shardings(jax.eval_shape(on_mesh(init, mesh), run.params, text), mesh)
+    state = jax.jit(on_mesh(init, mesh), out_shardings=of_state)(run.params, text)
+    whole = NamedSharding(mesh, PartitionSpec())
+    step, chunks = jax.jit(on_mesh(streamer.step, mesh), out_shardings=(of_state, whole)), []
+    for _ in range(CHUNKS):
+        state, latents = step(run.params, state)
+        chunks.append(np.asarray(latents.addressable_data(0)))
+    return {"moved/latents": np.concatenate(chunks, axis=1)}
+
+
+def main(argv: list[str]) -> None:
+    """Command line."""
+    root = Path(argv[0])
+    join_hosts()
+    for case in argv[1:]:
+        if case == "origin":
+            origin(root)
+            continue
+        stage, mesh = case.split(":")
+        found = streamed(root, mesh) if stage == "stream" else learnt(root, stage, mesh)
+        if jax.process_index() == 0:
+            np.savez(root / f"{jax.process_count()}x{jax.local_device_count()}-{stage}-{mesh}.npz", **found)
+
+
+if __name__ == "__main__":
+    cli.run(lambda argv: main(argv or sys.argv[1:]))
