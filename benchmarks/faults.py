@@ -8,8 +8,10 @@ processes have to be gone within the time after which silence counts (--silence)
 be lost, and each has to be, bit for bit, that of the run that nobody disturbed with as many processes; so has the run
 that ends. Then other faults happen to one of two processes: what each says, how it ends, seconds until all are gone.
 And a run of two processes goes on with 1, 2 and 4 on other meshes: how far its losses and its average are from those of
-an undisturbed one. Results are appended to a file of lines (--resume-from; beside --output by default) with commit,
-versions and --silence, and the same command goes on where it stopped. Exits with 1 if anything was not as it should be.
+an undisturbed one. And every stage makes its first updates, and a student streams, on meshes whose axes span two
+processes with two devices each, and on the same meshes in one process: how far loss and update are from those of one
+device. Results are appended to a file of lines (--resume-from; beside --output by default) with commit, versions and
+--silence, and the same command goes on where it stopped. Exits with 1 if anything was not as it should be.
 """
 
 import argparse
@@ -23,13 +25,13 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from fault_items import kills, lines, moves, others
+from fault_items import kills, lines, moves, others, spans
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.measure import environment, record
 from greedy_distill_jax.ranges import Natural, Positive
 
-PARTS = ("kills", "faults", "moves")
+PARTS = ("kills", "faults", "moves", "spans")
 
 
 def missing(args: argparse.Namespace, found: Mapping[tuple[str, Any], Any]) -> Iterator[tuple[str, Any]]:
@@ -43,6 +45,7 @@ def missing(args: argparse.Namespace, found: Mapping[tuple[str, Any], Any]) -> I
                 yield "run", number
     wanted = [("fault", name) for name in others.FAULTS if "faults" in args.only]
     wanted += [("move", name) for name in moves.MESHES if "moves" in args.only]
+    wanted += [("span", (case, way)) for case in spans.CASES for way in spans.SPREAD if "spans" in args.only]
     yield from (key for key in wanted if key not in found)
 
 
@@ -57,6 +60,8 @@ def run(root: Path, key: tuple[str, Any], args: argparse.Namespace, results: Map
         return kills.killed(root, args.seed, name, whole, *times)
     if kind == "fault":
         return others.happened(root, name, *times)
+    if kind == "span":
+        return spans.spanned(root / "spans", *name, args.limit)
     if not (root / "whole" / "checkpoints" / str(moves.STEPS)).exists():
         moves.begun(root, *times)
     return moves.moved(root, name, *times)
@@ -94,6 +99,15 @@ def summary(results: Mapping[tuple[str, Any], Mapping[str, Any]], given: float) 
         header = ["begun with 2 processes (data 2, fsdp 2), goes on with", "losses, apart", "average, apart"]
         tables.append(record.table(header, cells))
         bad += [f"{name}: apart by {max(x['losses'], x['average'])}" for name, x in moved.items() if not x["good"]]
+    if spanned := of.get("span"):
+        cells = [[*name, f"{x['update']:.1e}", f"{x['scalars']:.1e}"] for name, x in spanned.items()]
+        header = ["stage, axis", "processes x devices", "update, apart from one device", "losses, apart"]
+        tables.append(record.table(header, cells))
+        bad += [
+            f"{' '.join(name)}: apart by {max(x['update'], x['scalars'])}"
+            for name, x in spanned.items()
+            if not x["good"]
+        ]
     return "\n\n".join(tables), bad
 
 

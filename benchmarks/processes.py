@@ -40,12 +40,12 @@ class Process:
         self._reader.join()
 
 
-def variables(processes: int, devices: int = 1) -> list[dict[str, str]]:
+def variables(processes: int, devices: int = 1, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
     """The environment of each process of a job that joins over loopback, with so many virtual devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = {**os.environ, "TQDM_DISABLE": "1"}
+    env = {**environment, "TQDM_DISABLE": "1"}
     if devices > 1:
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     if processes == 1:

@@ -30,6 +30,7 @@ from greedy_distill_jax.errors import Stopped, UserError
 from greedy_distill_jax.pods.jobs import not_taken
 from greedy_distill_jax.storage.checkpoint import Checkpointer
 from greedy_distill_jax.storage.lock import sole_writer
+from greedy_distill_jax.storage.together import all_said
 from greedy_distill_jax.training.job import prepare_job
 from greedy_distill_jax.training.loop import Progress, run_loop
 from greedy_distill_jax.training.metrics import MetricWriter
@@ -66,6 +67,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         check_joined()
         check_devices(joined, jax.local_device_count(), jax.local_devices()[0].device_kind)
         alike.check_devices_alike(joined)
+        all_said("devices")  # the first collective, while all are here: it waits for a late one for seconds only
         if main := jax.process_index() == 0:
             stack.enter_context(sole_writer(workdir))
         job = prepare_job(settings, workdir, make_mesh(dataclasses.asdict(settings.mesh)))

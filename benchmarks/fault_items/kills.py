@@ -73,13 +73,15 @@ def _kill(job: Job, rng: random.Random, count: int, setup: float, limit: float) 
     old, lines = job.saving(), job.logged()
     base = max([lines, *job.steps(), *(int(name.split(".")[0]) for name in old)])  # what is beyond is of this start
     moment = _wait(job, rng, base, (STEPS - base) // (EACH - count), setup, limit)
+    if moment is None:
+        return None
     everybody = len(job.processes) == 1 or rng.random() < 0.3
     victims = list(range(len(job.processes))) if everybody else [rng.randrange(len(job.processes))]
     before, sent = job.steps(), time.monotonic()
     for victim in victims:
         job.processes[victim].told(signal.SIGKILL)
     in_time = job.gone(limit)
-    if moment is None or -signal.SIGKILL not in job.codes():
+    if -signal.SIGKILL not in job.codes():
         return None
     return {
         "victims": victims,

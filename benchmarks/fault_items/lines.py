@@ -14,8 +14,9 @@ def read(path: Path, seed: int) -> dict[tuple[str, Any], dict[str, Any]]:
     """Results that are there already, by kind and name; see ``record.read_lines``."""
     found = {}
     for result in record.read_lines(path, seed, "kills"):
-        kind = next(kind for kind in ("undisturbed", "run", "fault", "move") if kind in result)
-        found[kind, result[kind]] = result
+        kind = next(kind for kind in ("undisturbed", "run", "fault", "move", "span") if kind in result)
+        name = result[kind]
+        found[kind, tuple(name) if isinstance(name, list) else name] = result
     return found
 
 

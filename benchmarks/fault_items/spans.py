@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,31 @@ MESHES = {  # of two processes with two devices each, whose devices come one pro
 STEPS = {"teacher": 1, "teacher_forcing": 1, "dmd": 2, "rl": 1, "ode": 1}
 CASES = [f"{stage}:{mesh}" for stage in (*STEPS, "stream") for mesh in ("fsdp", "context", "tensor")]
 FAR = 1e-5
+LOSSES = ("loss", "flow_matching", "dmd", "grpo", "ode")  # begin the names of scalars that are compared
 WAYS = {"1 x 1": (1, 1), "1 x 4": (1, 4), "2 x 2": (2, 2)}
+SPREAD = ("2 x 2", "1 x 4")
 
 
-def trained(root: Path, way: str, cases: Iterable[str], limit: float, env: dict[str, str] | None = None) -> None:
-    """Trains cases in as many processes and devices as ``way`` says; UserError if they do not end with 0."""
+def trained(
+    root: Path, way: str, cases: Iterable[str], limit: float, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Trains cases in as many processes and devices as ``way`` says; UserError if they do not end with 0.
+
+    Args:
+      root: folder of all runs.
+      way: of ``WAYS``.
+      cases: see ``spans_job``.
+      limit: seconds.
+      environment: of the processes, besides what joins them.
+    """
     processes, devices = WAYS[way]
     script = Path(__file__).with_name("spans_job.py")
-    paths = (str(script.parents[1]), str(script.parents[2]), os.environ.get("PYTHONPATH"))
-    more = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | (env or {})
+    paths = (str(script.parents[1]), str(script.parents[2]), environment.get("PYTHONPATH"))
+    environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(script), str(root), *cases]
     running = [
-        subprocess.Popen(command, env=one | more, stderr=subprocess.PIPE, text=True)
-        for one in variables(processes, devices)
+        subprocess.Popen(command, env=one, stderr=subprocess.PIPE, text=True)
+        for one in variables(processes, devices, environment)
     ]
     try:
         said = [process.communicate(timeout=limit)[1] for process in running]
@@ -68,13 +80,12 @@ def apart(root: Path, way: str, case: str) -> dict[str, Any]:
     return far | {"good": far["norm"] > 0 and max(far["update"], far["scalars"]) <= FAR}
 
 
-LOSSES = ("loss", "flow_matching", "dmd", "grpo", "ode")  # begin the names of scalars that are compared
-
-
-def compared(root: Path, cases: Sequence[str], ways: Sequence[str], limit: float) -> list[dict[str, Any]]:
-    """Trains what cases start from, each on one device, and each in other ways; how far these are."""
-    stages = dict.fromkeys(case.split(":")[0] for case in cases)
-    trained(root, "1 x 1", ["origin", *(f"{stage}:one" for stage in stages)], limit)
-    for way in ways:
-        trained(root, way, cases, limit)
-    return [{"span": f"{case}, {way}", **apart(root, way, case)} for case in cases for way in ways]
+def spanned(root: Path, case: str, way: str, limit: float) -> dict[str, Any]:
+    """Trains a case in one way, and before on one device what it is compared with where that is not there."""
+    root.mkdir(exist_ok=True)
+    stage = case.split(":")[0]
+    first = [] if (root / "trajectories" / "dataset.json").exists() else ["origin"]
+    if not (root / f"1x1-{stage}-one.npz").exists():
+        trained(root, "1 x 1", [*first, f"{stage}:one"], limit)
+    trained(root, way, [case], limit)
+    return {"span": [case, way], **apart(root, way, case)}

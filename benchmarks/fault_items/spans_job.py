@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from fault_items.spans import MESHES, STEPS
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fault_items.spans import MESHES, STEPS
 from greedy_distill_jax import cli
+from greedy_distill_jax.config import read_settings
+from greedy_distill_jax.data.sources.trajectories import write_trajectories
 from greedy_distill_jax.distribution.hosts.join import join_hosts
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.parallel import on_mesh
@@ -72,6 +74,20 @@ def origin(root: Path) -> None:
         ("student", "teacher_forcing", {"teacher_from": str(root / "teacher")}),
     ):
         train(tiny.train_config(stage, steps=2, **SIZES, **changes), root / name, show_progress=False)
+    run, levels = Run.load(root / "teacher"), read_settings(config_of(root, "ode", "one"), imagine_runs=True)
+    sampler = run.teacher_sampler(steps=4)
+    sigmas = levels.plan.sigmas[0]
+    write_trajectories(
+        [f"a red square number {i}" for i in range(8)],
+        root / TRAJECTORIES,
+        functools.partial(sampler.trajectories, kept=sigmas),
+        run.encoder,
+        run.codec,
+        sigmas=sigmas,
+        latent_shape=run.latent_shape,
+        plan={},
+        progress=False,
+    )
 
 
 def learnt(root: Path, stage: str, mesh: str) -> dict[str, np.ndarray]:

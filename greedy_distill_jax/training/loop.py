@@ -1,7 +1,7 @@
 """The one loop that every stage runs in: batches in, parts in their order, scalars, samples and checkpoints out."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,14 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.data.loader import make_loader
 from greedy_distill_jax.distribution.agreement import ServiceStore
+from greedy_distill_jax.distribution.compile_cache import compiled_ahead
 from greedy_distill_jax.distribution.mesh import batch_parts, feeding
 from greedy_distill_jax.distribution.rows import Rows, global_rows, whole_here
 from greedy_distill_jax.distribution.sharding import with_shardings
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.storage.together import all_said
 from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state
 from greedy_distill_jax.training.metrics import UNKNOWN, MetricWriter
 from greedy_distill_jax.training.stages.base import Part, returned
@@ -94,8 +96,20 @@ class Batch(NamedTuple):
     captions: list[str]
 
 
-def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, batches: Mapping[str, Batch], mesh: Mesh):
-    """(state after the parts of a step, their metrics, names of those that were due); batches by ``Part.order``."""
+def run_parts(
+    parts: tuple[Part, ...],
+    step: int,
+    state: TrainState,
+    frozen,
+    batches: Mapping[str, Batch],
+    mesh: Mesh,
+    compiled: Collection[str] = (),
+):
+    """(state after the parts of a step, their metrics, names of those that were due).
+
+    Batches are by ``Part.order``. Several processes run a part that is not among ``compiled`` once all have compiled
+    it: a first collective waits for who comes late for seconds only (gloo 30, whatever is set).
+    """
     metrics: dict[str, Any] = {}
     carry: Any = {}
     due = [part for part in parts if part.due(step)]
@@ -106,6 +120,9 @@ def run_parts(parts: tuple[Part, ...], step: int, state: TrainState, frozen, bat
             _, found, carry = returned(part, part.call(None, None, *given))
             carry = {name: x if isinstance(x, jax.Array) else global_rows(x, mesh) for name, x in carry.items()}
         else:
+            if jax.process_count() > 1 and part.name not in compiled:
+                compiled_ahead(part.call, state, frozen, batch.arrays, carry)
+                all_said(f"compiled {part.name}")
             state, found, carry = part.call(state, frozen, batch.arrays, carry)
         metrics |= found
     return state, metrics, {part.name for part in due}
@@ -171,7 +188,7 @@ def run_loop(
         while at.step < settings.steps and stop.begins(at.step + 1):
             at.checkpointer.check()
             batches, at.step = feed(at.step + 1), at.step + 1
-            state, metrics, due = run_parts(job.parts, at.step, state, frozen, batches, job.mesh)
+            state, metrics, due = run_parts(job.parts, at.step, state, frozen, batches, job.mesh, compiled)
             state = state._replace(step=_placed(at.step, job.state_sharding.step))
             at.made(metrics)
             last = at.step == settings.steps

@@ -225,20 +225,25 @@ def test_a_process_is_told_with_its_end_armed_first(stopping, monkeypatch):
     assert happened == [("armed", 4, 0.0), "error: process 0 has ended", "woken"]
 
 
-@pytest.mark.parametrize("gone", [True, False])
+GONE = "process 1 gives no sign of life for 1 s"
+LIVE = "a computation of all processes failed, and all of them live"
+GLOO = "UNKNOWN: Gloo AllGather failed: Connection reset by peer"
+
+
 @pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
-def test_a_collective_that_breaks_is_a_lost_process_where_one_is_gone(stopping, monkeypatch, kind, gone):
+@pytest.mark.parametrize(
+    "text, missing, line", [(GLOO, GONE, GONE), (GLOO, "", LIVE), ("INTERNAL: x", GONE, GONE), ("INTERNAL: x", "", "")]
+)
+def test_a_collective_that_breaks_is_a_reason_to_start_again(stopping, monkeypatch, kind, text, missing, line):
+    """Where a process is gone, or it breaks between such as live; other errors that look like it are our own."""
     make, store, _ = stopping
     monkeypatch.setenv("SILENCE_TIMEOUT", "1")
-    error, line = (
-        kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
-        "process 1 gives no sign of life for 1 s",
-    )
-    told = f"{line} ({error})" if gone else f"{kind.__name__}: {error}"
-    monkeypatch.setattr(stop.Watchdog, "missing", lambda _: line * gone)
-    with pytest.raises(Lost if gone else kind), make() as stopped, stopped.telling():
+    error = kind(text)
+    told = f"{line} ({error})" if line else f"{kind.__name__}: {error}"
+    monkeypatch.setattr(stop.Watchdog, "missing", lambda _: missing)
+    with pytest.raises(Lost if line else kind), make() as stopped, stopped.telling():
         raise error
-    code = 75 if gone else 1
+    code = 75 if line else 1
     assert store.texts["end/1"] == f"{code} process 0 has ended ({told}); the others end, too"
 
 

@@ -44,6 +44,20 @@ def test_a_process_that_is_silent_is_named_by_the_first():
     job.close()
 
 
+def test_who_is_most_behind_by_the_last_sign():
+    job = Job(3, silence=LONG)
+    job.steps[0] = 43
+    assert Job(1).watch(0).slowest()[0] == 0
+    job.start(0)
+    for process, step in ((1, 42), (2, 40)):
+        job.store.set(f"alive/{process}", f"7 {step} training/loop.py:1 (run_loop)")
+    until = time.monotonic() + LONG
+    while job.dogs[0].slowest() != (2, 40, 43) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert job.dogs[0].slowest() == (2, 40, 43)
+    job.close()
+
+
 def test_the_step_since_when_a_process_is_silent():
     job = Job(2, silence=0.5)
     job.start(0)
