@@ -1,6 +1,7 @@
 """The benchmarks of streams and training steps, from end to end at the tiny size; what they refuse."""
 
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import json
@@ -8,6 +9,7 @@ import pathlib
 import re
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from greedy_distill_jax.config import read_settings
@@ -269,19 +271,26 @@ def test_stop(benchmark, tmp_path, capsys, monkeypatch):
 
 
 def test_faults(benchmark, tmp_path, capsys, monkeypatch):
-    """Of every kill the run that ends is held against the undisturbed one; what is there is not run again."""
+    """All that a killed run leaves is held against the undisturbed one; what is there is not run again."""
     faults = benchmark("faults")
-    whole = {"step": 12, "arrays": "a", "scalars": "b"}
-    killed = dict(seed=0, processes=1, codes=[-9], seconds=1.0, all_gone=True, inside_save=True, **whole)
-    killed |= dict(steps_before=[3, 6], steps_after=[6], logged=7)
-    silence, wrong = 15.0, faults.kills.verdict
-    assert wrong(killed, whole, silence) == ""
-    assert wrong({**killed, "arrays": "c"}, whole, silence) == "it ended otherwise"
-    assert wrong({**killed, "steps_after": [3]}, whole, silence) == "a checkpoint was lost"
-    assert wrong({**killed, "all_gone": False}, whole, silence) == "a process stayed"
-    assert wrong({**killed, "seconds": 36.0}, whole, silence) == "late"
-    assert wrong({**killed, "seconds": 36.0, "logged": 0}, whole, silence) == ""
-    assert wrong({"kill": 0, "moment": "none in time"}, whole, silence) == "no kill before the end"
+    whole = {"setup": 9.0, "steps": {"3": ["a", "b"], "6": ["c", "d"], "24": ["e", "f"]}}
+    kill = dict(victims=[0], codes=[-9], seconds=1.0, all_gone=True, inside_save=True, joined=True, anew=False)
+    kill |= dict(steps_before=[3, 6], steps_kept={"6": ["c", "d"]})
+    ended = dict(run=0, seed=0, processes=1, kills=[kill, kill], ended=[[0]], said=[], steps={"24": ["e", "f"]})
+
+    def wrong(number=1, ended=ended, **changes):
+        kills = [kill | changes if i == number else kill for i in (0, 1)]
+        return faults.kills.verdict(ended | {"kills": kills}, whole, 15.0)
+
+    assert wrong() == wrong(seconds=36.0, joined=False) == []
+    assert wrong(seconds=36.0) == ["kill 1: late"]
+    assert wrong(all_gone=False) == ["kill 1: a process stayed"]
+    assert wrong(steps_kept={"3": ["a", "b"]}) == ["kill 1: a checkpoint was lost"]
+    assert wrong(anew=True) == ["kill 1: the run had not gone on from its newest checkpoint"]
+    assert wrong(steps_kept={"6": ["x", "d"]}) == ["kill 1: a checkpoint is another one"]
+    assert wrong(ended=ended | {"steps": {"24": ["e", "x"]}}) == ["it ended otherwise"]
+    assert wrong(ended=ended | {"steps": {"6": ["c", "d"]}}) == ["its last step is not there"]
+    assert wrong(ended=ended | {"ended": [[75]], "said": ["error: x"]}) == ["it did not end: ['error: x']"]
 
     ran = []
 
@@ -291,16 +300,16 @@ def test_faults(benchmark, tmp_path, capsys, monkeypatch):
         return dict(fault=name, codes=[75, None], seconds=20.0, said=said, good=name != "SIGTERM at both")
 
     monkeypatch.setattr(faults.kills, "undisturbed", lambda *_: whole)
-    monkeypatch.setattr(faults.kills, "killed", lambda root, seed, number, *_: {**killed, "kill": number})
+    monkeypatch.setattr(faults.kills, "killed", lambda root, seed, number, *_: {**ended, "run": number})
     monkeypatch.setattr(faults.others, "happened", happened)
-    command = ["--kills=1", "--only", "kills", "faults", f"--output={tmp_path / 'faults'}"]
+    command = ["--kills=3", "--only", "kills", "faults", f"--output={tmp_path / 'faults'}"]
     assert faults.main(command) == 1, "one fault ended otherwise"
     assert capsys.readouterr().out.splitlines()[-1] == "SIGTERM at both: [75, None]"
     assert ran == list(faults.others.FAULTS)
     first, _, row, *rest = (tmp_path / "faults.md").read_text().splitlines()[2:]
     assert (
-        first.startswith("| processes | kills | inside a save | as undisturbed")
-        and row == "| 1 | 1 | 1 | 1 |  | 1.00 |"
+        first.startswith("| processes | kills | inside a save | runs | as undisturbed")
+        and row == "| 1 | 4 | 4 | 2 | 2 |  | 1.00 |"
     )
     assert rest[-1].endswith("| 75 | error: process 1 has ended (a\\|b) | stays | nothing | 20.0 |")
     assert json.loads((tmp_path / "faults.json").read_text()).keys() >= ENVIRONMENT | {"results", "bad"}
@@ -313,12 +322,38 @@ def test_faults(benchmark, tmp_path, capsys, monkeypatch):
     faults.record.append_line(tmp_path / "faults.lines.jsonl", old)
     assert faults.main([*command, "--tables", "--silence=20"]) == 1
     told, older = (tmp_path / "faults.md").read_text().split("\n\n")[:2]
-    assert re.match(rf"{len(ran) + 1} results: CPU, .*; SILENCE_TIMEOUT=15; commit {result['commit']}; python ", told)
+    assert re.match(rf"{len(ran) + 4} results: CPU, .*; SILENCE_TIMEOUT=15; commit {result['commit']}; python ", told)
     assert older == "1 result: commit, versions and SILENCE_TIMEOUT are not recorded."
     result = json.loads((tmp_path / "faults.json").read_text())
     assert result["commit"] == result["silence"] == "differs"
     with pytest.raises(UserError, match="holds kills of seed 0, not 1"):
         faults.main([*command, "--seed=1"])
+    faults.record.append_line(tmp_path / "faults.lines.jsonl", {"kill": 0})
+    with pytest.raises(UserError, match="holds results of another version"):
+        faults.main(command)
+
+
+def test_spans_are_compared_by_norm(benchmark, tmp_path, monkeypatch):
+    faults, spans = benchmark("faults"), importlib.import_module("fault_items.spans")
+    made = []
+
+    def trained(root, way, cases, limit):
+        made.append((way, *cases))
+        moved = np.ones(9, np.float32) * (1 + (way == "2 x 2") * 1e-6) * (1 + ("rl:tensor" in cases) * 1e-3)
+        for case in cases:
+            stage, mesh = case.split(":") if ":" in case else ("teacher", "origin")
+            name = f"{way.replace(' ', '')}-{stage}-{mesh}.npz"
+            np.savez(root / name, **{"moved/student/x": moved, "scalar/1/rl/loss": 2.0, "scalar/1/rl/rate": len(way)})
+
+    monkeypatch.setattr(spans, "trained", trained)
+    monkeypatch.setattr(spans, "CASES", ["rl:fsdp", "rl:tensor"])
+    assert faults.main(["--only=spans", f"--folder={tmp_path}", f"--output={tmp_path / 'faults'}"]) == 1
+    assert made[:2] == [("1 x 1", "origin", "rl:one"), ("2 x 2", "rl:fsdp")] and len(made) == 5
+    *_, first, second, third, fourth = (tmp_path / "faults.md").read_text().splitlines()
+    assert first.startswith("| rl:fsdp | 2 x 2 | 9.5e-07 |") and second == "| rl:fsdp | 1 x 4 | 0.0e+00 | 0.0e+00 |"
+    assert third.startswith("| rl:tensor | 2 x 2 | 1.0e-03 |")
+    bad = json.loads((tmp_path / "faults.json").read_text())["bad"]
+    assert len(bad) == 2 and bad[0].startswith("rl:tensor 2 x 2: apart by 0.001")
 
 
 def test_train_step(benchmark, tmp_path, capsys):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import record
 
 MADE_BY = ("device", "cpu", "versions", "commit", "silence")  # in every line; older ones have none of them
@@ -14,7 +15,9 @@ def read(path: Path, seed: int) -> dict[tuple[str, Any], dict[str, Any]]:
     """Results that are there already, by kind and name; see ``record.read_lines``."""
     found = {}
     for result in record.read_lines(path, seed, "kills"):
-        kind = next(kind for kind in ("undisturbed", "run", "fault", "move", "span") if kind in result)
+        kind = next((kind for kind in ("undisturbed", "run", "fault", "move", "span") if kind in result), None)
+        if kind is None:
+            raise UserError(f"{path} holds results of another version; name another file.")
         name = result[kind]
         found[kind, tuple(name) if isinstance(name, list) else name] = result
     return found
