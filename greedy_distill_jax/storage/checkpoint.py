@@ -455,11 +455,12 @@ class Checkpointer:
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
-    """Whether any process of the run, which all have to ask, sees a complete checkpoint; creates nothing."""
-    there = os.path.isdir(os.path.expanduser(directory))
-    if there:
-        with Checkpointer(directory, read_only=True) as checkpointer:
-            there = checkpointer.latest_step() is not None
+    """Whether any process, which all have to ask, sees a complete checkpoint; `Lost` where some see no folder."""
+    folder = os.fspath(os.path.expanduser(directory))
+    if not all_see(folder, "the folder", lambda: "it" if os.path.isdir(folder) else ""):
+        return False
+    with Checkpointer(directory, read_only=True) as checkpointer:
+        there = checkpointer.latest_step() is not None
     return any(all_said("has a checkpoint", "there" if there else ""))
 
 

@@ -70,6 +70,22 @@ def test_a_step_that_another_process_does_not_see_is_neither_moved_nor_removed(f
         assert checkpointer.steps() == [1, 2] and os.listdir(folder.parent) == ["checkpoints"]
 
 
+def test_a_folder_that_another_process_does_not_see_is_no_new_run(folder, monkeypatch):
+    with Checkpointer(folder, async_save=False) as checkpointer:
+        checkpointer.save(1, STATE, {})
+    monkeypatch.setattr(together, "PAUSE", 0.0)
+    for other in ("it", ""):
+        monkeypatch.setattr(together, "all_said", lambda call, text, other=other: [text, other])
+        if other:
+            assert checkpoint.has_checkpoint(folder)
+            continue
+        told = f"^{folder}, the folder: process 0 sees it, process 1 nothing, for 0 s; look whether both hosts"
+        with pytest.raises(Lost, match=told):
+            checkpoint.has_checkpoint(folder)
+    monkeypatch.setattr(together, "all_said", lambda call, text: [text, ""])
+    assert not checkpoint.has_checkpoint(folder.parent / "other") and not (folder.parent / "other").exists()
+
+
 def test_a_damaged_step_stays_on_the_disk_that_a_link_points_to(tmp_path, monkeypatch):
     disk, link = tmp_path / "disk" / "c", tmp_path / "run" / "checkpoints"
     (disk / "2").mkdir(parents=True)
