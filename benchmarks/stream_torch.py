@@ -1,16 +1,17 @@
 """A streamed frame next to PyTorch's at the same size, on the same device, in one run.
 
     JAX_PLATFORMS=cpu python benchmarks/stream_torch.py --output benchmarks/results/stream-torch.json
-    python benchmarks/stream_torch.py --size wan1_3b --compile --output benchmarks/results/stream-torch.json
+    python benchmarks/stream_torch.py --size wan1_3b --compile default reduce-overhead max-autotune-no-cudagraphs \
+        --output benchmarks/results/stream-torch.json
 
 Random weights. The peer is a causal student in the manner of Self-Forcing, written for this comparison
-(`torch_causal.py`): preallocated key cache, torch's fused attention, eager, and with --compile under
-`torch.compile` as well. It gets our causal student's weights, noise and dtype, makes the same number of evaluations and
-the clean pass, and its frames are compared with ours at every chunk; in bfloat16, where they can only be near, both are
-compared in float32 at a small size first. ETM + SDD, cut from a teacher of that size and another model, is timed in the
-same way beside the PyTorch student that `convert export --format torch-student` writes of it. Chunks are timed in turns
-after the window is full; medians per latent frame. On a CPU times are CPU time of one pinned thread, on a GPU
-synchronised wall time, and PyTorch and jax share the GPU's memory.
+(`torch_causal.py`): preallocated key cache, torch's fused attention, eager, and with --compile under `torch.compile` as
+well, in the modes that are named (without a name: its default). It gets our causal student's weights, noise and dtype,
+makes the same number of evaluations and the clean pass, and its frames are compared with ours at every chunk; in
+bfloat16, where they can only be near, both are compared in float32 at a small size first. ETM + SDD, cut from a teacher
+of that size and another model, is timed in the same way beside the PyTorch student that `convert export --format
+torch-student` writes of it. Chunks are timed in turns after the window is full; medians per latent frame. On a CPU
+times are CPU time of one pinned thread, on a GPU synchronised wall time, and PyTorch and jax share the GPU's memory.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,10 +40,25 @@ from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.weights.source import TreeSource
 from greedy_distill_jax.weights.write import write
 
-EAGER, COMPILED = "eager PyTorch, causal", "compiled PyTorch, causal"
-EXPORTED, EXPORTED_COMPILED = "eager PyTorch, exported ETM + SDD", "compiled PyTorch, exported ETM + SDD"
 CAUSAL, ETM_SDD = "ours, causal", "ours, ETM + SDD (another model)"
-OURS_OF = {EAGER: CAUSAL, COMPILED: CAUSAL, EXPORTED: ETM_SDD, EXPORTED_COMPILED: ETM_SDD}
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile
+
+
+class Peer(NamedTuple):
+    """A stream of PyTorch's: of which of our students, and its mode of ``torch.compile``, None for eager."""
+
+    ours: str
+    mode: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its column."""
+        student = "causal" if self.ours == CAUSAL else "exported ETM + SDD"
+        if self.mode is None:
+            return f"eager PyTorch, {student}"
+        return f"compiled PyTorch{'' if self.mode == 'default' else f' ({self.mode})'}, {student}"
+
+
 # Largest difference of a chunk, relative to its standard deviation; errors add up over a stream.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
@@ -50,7 +66,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 class Exported:
     """A stream of the PyTorch student that ETM + SDD is exported to, with the calls of ``TorchCausal``."""
 
-    def __init__(self, ours: "Ours", plan: StepPlan, device: str, *, compiled: bool):
+    def __init__(self, ours: "Ours", plan: StepPlan, device: str, *, mode: str | None):
         import torch
 
         self.torch, cfg = torch, ours.run.model.cfg
@@ -63,8 +79,8 @@ class Exported:
             spec.loader.exec_module(module)
             dtype = getattr(torch, cfg.base.dtype)
             student = module.Student.from_pretrained(target, device=device, dtype=dtype).eval()
-        if compiled:
-            student.compile()
+        if mode is not None:
+            student.compile(mode=mode)
         text = torch.from_numpy(np.array(ours.text, np.float32)).to(self.device)
         self.stream = student.stream(text, ours.run.latent_shape[1:3])
 
@@ -91,14 +107,14 @@ class Ours:
         self.state = self.programs.init(self.run.params, self.text, jax.random.key(2), shape)
 
 
-def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: str) -> dict:
+def measure(size: Size, steps: int, repeats: int, peers: Sequence[Peer], device: str) -> dict:
     """Milliseconds per latent frame, their ratios, and how far the causal frames are apart.
 
     Args:
       size: of ``sizes.SIZES``.
       steps: denoising steps.
       repeats: timed chunks.
-      peers: of ``OURS_OF``.
+      peers: what to time beside ours.
       device: PyTorch's name of the device.
 
     Raises:
@@ -110,12 +126,12 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
     cfg = run.model.cfg
     inputs = run.params, cfg, np.asarray(ours[CAUSAL].text, np.float32), plan.sigmas[0], run.latent_shape[1:3]
 
-    def peer_of(name):
-        if OURS_OF[name] == ETM_SDD:
-            return Exported(ours[ETM_SDD], plan, device, compiled=name == EXPORTED_COMPILED)
-        return TorchCausal(*inputs, device=device, dtype=cfg.base.dtype, compiled=name == COMPILED)
+    def stream_of(peer: Peer):
+        if peer.ours == ETM_SDD:
+            return Exported(ours[ETM_SDD], plan, device, mode=peer.mode)
+        return TorchCausal(*inputs, device=device, dtype=cfg.base.dtype, mode=peer.mode)
 
-    others = {name: peer_of(name) for name in peers}
+    others = {peer: stream_of(peer) for peer in peers}
     laps, worst = clock.Laps(), dict.fromkeys(ours, 0.0)
     # Chunks until every slot is filled, and one more with the shapes that stay, which compiles.
     warm = max(one.programs.warm_up for one in ours.values()) + 2
@@ -126,16 +142,18 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
             noise = step_noise(one.state, steps)
             one.state, x = laps.time(kind, one.programs.step(number), one.run.params, one.state, **options)
             x = np.asarray(x, np.float32)
-            for name, peer in ((name, peer) for name, peer in others.items() if OURS_OF[name] == kind):
-                theirs = laps.time(name, peer.step, [peer.tensor(y) for y in noise], **options)
+            for peer, stream in ((peer, stream) for peer, stream in others.items() if peer.ours == kind):
+                theirs = laps.time(peer.name, stream.step, [stream.tensor(y) for y in noise], **options)
                 difference = float(np.abs(theirs.float().cpu().numpy() - x).max() / x.std())
                 if not difference < TOLERANCE[cfg.base.dtype]:  # not a number is no pass either
-                    raise RuntimeError(f"chunk {number}: {name} differs by {difference:.1e}; no times of unlike work")
+                    raise RuntimeError(
+                        f"chunk {number}: {peer.name} differs by {difference:.1e}; no times of unlike work"
+                    )
                 worst[kind] = max(worst[kind], difference)
-    ms = {name: laps.median_ms(name) for name in (*peers, CAUSAL, ETM_SDD)}
+    ms = {name: laps.median_ms(name) for name in (*(peer.name for peer in peers), CAUSAL, ETM_SDD)}
     return {
         "ms_per_latent_frame": ms,
-        "ratios": {f"{peer} / {name}": ms[peer] / ms[name] for peer in peers for name in _beside(peer, peers)},
+        "ratios": {f"{p.name} / {name}": ms[p.name] / ms[name] for p in peers for name in _beside(p, peers)},
         "largest_difference": max(worst.values()),
         "largest_difference_of": worst,
         "config": {
@@ -153,11 +171,10 @@ def measure(size: Size, steps: int, repeats: int, peers: Sequence[str], device: 
     }
 
 
-def _beside(peer: str, peers: Sequence[str]) -> list[str]:
+def _beside(peer: Peer, peers: Sequence[Peer]) -> list[str]:
     """What a peer's time is divided by: ours, and of a compiled one its eager self."""
-    if OURS_OF[peer] == CAUSAL:
-        return [CAUSAL, ETM_SDD]
-    return [ETM_SDD] + [EXPORTED] * (peer == EXPORTED_COMPILED and EXPORTED in peers)
+    ours, eager = [CAUSAL, ETM_SDD] if peer.ours == CAUSAL else [ETM_SDD], peer._replace(mode=None)
+    return ours + [eager.name] * (peer != eager and eager in peers)
 
 
 def _torch_device() -> str:
@@ -167,6 +184,9 @@ def _torch_device() -> str:
         raise UserError(f"jax runs on a {backend}, which PyTorch does not; use a GPU, or JAX_PLATFORMS=cpu.")
     import torch
 
+    # Streams compiled one after another share their functions' graphs; one that gave up would run eagerly in silence.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     if backend == "cpu":
         torch.set_num_threads(1)
         return "cpu"
@@ -182,14 +202,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["small", "medium"])
     parser.add_argument("--steps", type=int, default=4, help="evaluations per chunk, besides the clean pass (4)")
     parser.add_argument("--repeats", type=int, default=5, help="chunks that are timed (5)")
-    parser.add_argument("--compile", action="store_true", help="time PyTorch under torch.compile, too")
+    parser.add_argument(
+        "--compile", nargs="*", metavar="MODE", help=f"time PyTorch under torch.compile, too: {', '.join(MODES)}"
+    )
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.repeats < 1:
         raise UserError(f"--steps {args.steps} --repeats {args.repeats}: both must be at least 1.")
+    modes = [] if args.compile is None else args.compile or ["default"]
+    if unknown := set(modes) - set(MODES):
+        raise UserError(f"--compile {' '.join(sorted(unknown))}: choose from {', '.join(MODES)}.")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch memory on a GPU
     clock.one_thread()
-    device, peers = _torch_device(), tuple(OURS_OF) if args.compile else (EAGER, EXPORTED)
+    device, peers = _torch_device(), [Peer(ours, mode) for ours in (CAUSAL, ETM_SDD) for mode in (None, *modes)]
     dtypes = {read_settings(SIZES[name].config("causal"), imagine_runs=True).wan.dtype for name in args.size}
     result = {
         **environment.environment(),
@@ -202,29 +227,25 @@ def main(argv: list[str]) -> None:
     for name in args.size:
         result["sizes"][name] = measure(SIZES[name], args.steps, args.repeats, peers, device)
         record.write_json(args.output, result)
-    rows = [
-        [
-            name,
-            f"{row['config']['latents'][0]}x{row['config']['latents'][1]}",
-            row["config"]["dim"],
-            *row["ms_per_latent_frame"].values(),
-            *row["ratios"].values(),
-            f"{row['largest_difference']:.0e}",
-        ]
-        for name, row in result["sizes"].items()
-    ]
     print(f"{result['device']} ({result['cpu']}), {result['clock']}")
     for dtype, rates in result["matmul_flops_per_s"].items():
         print(f"matmul, {dtype}: {', '.join(f'{name} {rate / 1e9:.0f} GFLOP/s' for name, rate in rates.items())}")
-    header = [
-        "size",
-        "latents",
-        "width",
-        *(f"{name}, ms/frame" for name in (*peers, CAUSAL, ETM_SDD)),
-        *next(iter(result["sizes"].values()))["ratios"],
-        "frames differ by",
-    ]
-    print(record.table(header, rows))
+    header = ["size", "latents", "width", "", "ms/frame", "over ours", "over ours, ETM + SDD", "over eager"]
+    print(record.table(header, [row for name, found in result["sizes"].items() for row in _rows(name, found)]))
+    for name, found in result["sizes"].items():
+        print(f"{name}: frames differ by {found['largest_difference']:.0e}")
+
+
+def _rows(name: str, found: dict) -> list[list]:
+    """Of a size, one for every stream: its time, and that over others'."""
+    config, rows = found["config"], []
+    for stream, ms in found["ms_per_latent_frame"].items():
+        start = f"{stream} / "
+        over = {key.removeprefix(start): ratio for key, ratio in found["ratios"].items() if key.startswith(start)}
+        eager = next((ratio for other, ratio in over.items() if other.startswith("eager")), None)
+        latents = "{}x{}".format(*config["latents"])
+        rows.append([name, latents, config["dim"], stream, ms, over.get(CAUSAL), over.get(ETM_SDD), eager])
+    return rows
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class TorchCausal:
       context_sigma: noise level that chunks are kept at.
       device: PyTorch's name of it.
       dtype: of weights, activations and cache, "float32" or "bfloat16"; norms and softmax accumulate in float32.
-      compiled: ``torch.compile`` the network once the window is full and every shape stays as it is.
+      mode: of ``torch.compile``, for the network once the window is full and every shape stays as it is; None: eager.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TorchCausal:
         context_sigma: float = 0.0,
         device: str = "cpu",
         dtype: str = "float32",
-        compiled: bool = False,
+        mode: str | None = None,
     ):
         import torch
 
@@ -79,7 +79,12 @@ class TorchCausal:
             self.times = {sigma: self._time(sigma, len(text)) for sigma in {*self.sigmas, context_sigma}}
         self.filled = 0  # tokens in the cache, without the chunk in the making
         self.frames = None  # of the chunks in the cache, or that were there last, as they are kept
-        self.compiled = torch.compile(self._velocity, dynamic=False) if compiled else None
+        self.compiled = None
+        if mode is not None:
+            # Without this a CUDA graph would copy weights and cache in every call, and refuse to write the cache.
+            for tensor in (*self.weights.values(), *(x for pair in self.cache for x in pair)):
+                torch._dynamo.mark_static_address(tensor)
+            self.compiled = torch.compile(self._velocity, dynamic=False, mode=mode)
 
     def tensor(self, value: np.ndarray):
         """An array on the peer's device, in its dtype."""

@@ -132,7 +132,10 @@ def test_stream_next_to_torch(benchmark, tmp_path, capsys, monkeypatch):
     assert len(row["ms_per_latent_frame"]) == 4 and all(ratio > 0 for ratio in row["ratios"].values())
     # The same in float32 first: bfloat16 frames are only near.
     assert result["float32_check"] < 1e-3 < row["largest_difference"] < 0.2
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| half | ")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| half | 4x4 | ")]
+    assert [row.split(" | ")[3] for row in rows] == list(row["ms_per_latent_frame"])
+    with pytest.raises(UserError, match="--compile fastest: choose from default, reduce-overhead"):
+        stream_torch.main(["--size", "half", "--compile", "fastest"])
 
 
 def test_gradient_precision(benchmarks):

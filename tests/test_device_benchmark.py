@@ -138,7 +138,7 @@ def test_rows_of_the_correctness_item(chosen):
 @pytest.mark.parametrize(
     "item, rows",
     [
-        ("torch_peer", {"float32, tiny", "eager", "compiled"}),
+        ("torch_peer", {"float32, tiny", "eager", "compiled, reduce-overhead"}),
         ("training", {"stage 1", "stage 1, Hopper kernels", "critic", "generator", "rollout gradient"}),
         ("trace", {"stage 1", "frame, 4 steps"}),
     ],

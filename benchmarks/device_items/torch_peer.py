@@ -1,4 +1,7 @@
-"""The same causal stream in PyTorch with the same weights, eager and compiled (``benchmarks/stream_torch.py``)."""
+"""The same causal stream in PyTorch with the same weights, eager and compiled (``benchmarks/stream_torch.py``).
+
+Compiled in three modes of ``torch.compile``; "reduce-overhead" replays CUDA graphs.
+"""
 
 import importlib.util
 
@@ -9,15 +12,17 @@ from sizes import SIZES
 from device_items.record import NotHere, Record
 
 STEPS, REPEATS = 4, 7
+PEER = stream_torch.Peer(stream_torch.CAUSAL)
 
 
 def run(record: Record) -> None:
     """Frames that are the same, then times."""
     size = record.data["size"]
     record.row("float32, tiny", float32)
-    record.row("eager", lambda: peer(size, stream_torch.EAGER), needs=40)
+    record.row("eager", lambda: peer(size, None), needs=40)
     # 30 layers unrolled take Inductor over a minute: only where this item is run by itself.
-    record.row("compiled", lambda: peer(size, stream_torch.COMPILED), needs=120)
+    for mode in stream_torch.MODES:
+        record.row(f"compiled, {mode}", lambda mode=mode: peer(size, mode), needs=240 if "autotune" in mode else 120)
 
 
 def _device() -> str:
@@ -30,20 +35,21 @@ def float32() -> dict:
     """Frames of the peer and of ours where they can be the same."""
     device = _device()
     with jax.default_matmul_precision("highest"):
-        found = stream_torch.measure(SIZES["tiny"], STEPS, 1, (stream_torch.EAGER,), device)["largest_difference"]
+        found = stream_torch.measure(SIZES["tiny"], STEPS, 1, (PEER,), device)["largest_difference"]
     return {
         "figures": {"largest difference": found},
         "checks": {"largest difference": (found, stream_torch.TOLERANCE["float32"])},
     }
 
 
-def peer(size: str, name: str) -> dict:
+def peer(size: str, mode: str | None) -> dict:
     """Times in turns; every chunk of the peer is compared with ours."""
-    device = _device()
-    if device == "cpu" and name == stream_torch.COMPILED:
+    device, of_mode = _device(), PEER._replace(mode=mode)
+    if device == "cpu" and mode is not None:
         raise NotHere("torch.compile is measured on a GPU")
-    found = stream_torch.measure(SIZES[size], STEPS, REPEATS if device != "cpu" else 1, (name,), device)
+    found = stream_torch.measure(SIZES[size], STEPS, REPEATS if device != "cpu" else 1, (of_mode,), device)
     ms = found["ms_per_latent_frame"]
+    name = of_mode.name
     short = {name: "PyTorch", stream_torch.CAUSAL: "ours, causal", stream_torch.ETM_SDD: "ours, ETM + SDD"}
     figures = {f"{short[key]} ms/frame": value for key, value in ms.items()}
     figures |= {f"PyTorch / {short[ours]}": ms[name] / ms[ours] for ours in (stream_torch.CAUSAL, stream_torch.ETM_SDD)}
