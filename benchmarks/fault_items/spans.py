@@ -84,7 +84,8 @@ def spanned(root: Path, case: str, way: str, limit: float) -> dict[str, Any]:
     """Trains a case in one way, and before on one device what it is compared with where that is not there."""
     root.mkdir(exist_ok=True)
     stage = case.split(":")[0]
-    first = [] if (root / "trajectories" / "dataset.json").exists() else ["origin"]
+    first = [] if (root / "student" / "checkpoints" / "2").exists() else ["origin"]
+    first += ["trajectories"] if stage == "ode" else []
     if not (root / f"1x1-{stage}-one.npz").exists():
         trained(root, "1 x 1", [*first, f"{stage}:one"], limit)
     trained(root, way, [case], limit)

@@ -2,8 +2,9 @@
 
     python spans_job.py ROOT CASE...
 
-A case is STAGE:MESH (see ``spans``), also "origin", which trains what the others start from, and "stream". Every update
-is plain gradient descent, so that it is the gradient. Process 0 writes ROOT/CASE.npz.
+A case is STAGE:MESH (see ``spans``), stream:MESH, "origin", which trains what the others start from, or
+"trajectories", which stage ode learns from. Every update is plain gradient descent, so that it is the gradient. Process
+0 writes an .npz of each.
 """
 
 import functools
@@ -36,7 +37,7 @@ from greedy_distill_jax.training.stages import base as stage_base
 
 SIZES = dict(model__dim=48, model__ffn_dim=64, model__num_heads=4, data__batch=8, data__max_bad_records=0)
 TRAJECTORIES, PROMPTS, CHUNKS = "trajectories", ("a red square", "a blue circle"), 3
-RATE = 0.1
+RATE = 1.0
 _adaptive = stage_base.make_optimizer
 
 
@@ -44,7 +45,7 @@ def config_of(root: Path, stage: str, mesh: str) -> Any:
     """A run of a few steps from those of "origin"."""
     changes = SIZES | {"steps": STEPS[stage], "ema__start": 0, "optimizer__warmup": 0}
     changes |= {f"mesh__{axis}": size for axis, size in MESHES[mesh].items()}
-    changes |= {"log__samples_every": STEPS[stage] if stage == "teacher_forcing" else 0}
+    changes |= {"log__samples_every": int(stage == "teacher_forcing" and mesh != "one")}
     if stage in ("teacher", "teacher_forcing", "dmd", "ode"):
         changes["teacher_from"] = str(root / "teacher")
     if stage in ("dmd", "rl"):
@@ -74,6 +75,10 @@ def origin(root: Path) -> None:
         ("student", "teacher_forcing", {"teacher_from": str(root / "teacher")}),
     ):
         train(tiny.train_config(stage, steps=2, **SIZES, **changes), root / name, show_progress=False)
+
+
+def trajectories(root: Path) -> None:
+    """Of the teacher, at the noise levels of stage ode."""
     run, levels = Run.load(root / "teacher"), read_settings(config_of(root, "ode", "one"), imagine_runs=True)
     sampler = run.teacher_sampler(steps=4)
     sigmas = levels.plan.sigmas[0]
@@ -145,8 +150,8 @@ def main(argv: list[str]) -> None:
     root = Path(argv[0])
     join_hosts()
     for case in argv[1:]:
-        if case == "origin":
-            origin(root)
+        if case in ("origin", "trajectories"):
+            {"origin": origin, "trajectories": trajectories}[case](root)
             continue
         stage, mesh = case.split(":")
         found = streamed(root, mesh) if stage == "stream" else learnt(root, stage, mesh)
