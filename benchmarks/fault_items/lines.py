@@ -31,11 +31,14 @@ def made_by(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[
     told = []
     for group in groups.values():
         first, count = group[0], f"{len(group)} {'result' if len(group) == 1 else 'results'}"
-        if "commit" not in first:
+        if not any(name in first for name in MADE_BY):
             told.append(f"{count}: commit, versions and SILENCE_TIMEOUT are not recorded.")
             continue
-        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        place = f"{first['device']}, {first['cpu']}; SILENCE_TIMEOUT={first['silence']:g}"
-        told.append(f"{count}: {place}; commit {first['commit'] or 'unknown'}; {versions}.")
+        versions = ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items())
+        place = ", ".join(first[name] for name in ("device", "cpu") if name in first)
+        limit = f"SILENCE_TIMEOUT={first['silence']:g}" if "silence" in first else "SILENCE_TIMEOUT is not recorded"
+        told.append(
+            f"{count}: {place}; {limit}; commit {first.get('commit') or 'unknown'}{versions and f'; {versions}'}."
+        )
     values = {name: [result.get(name, "not recorded") for result in results] for name in MADE_BY}
     return {name: of[0] if of and all(x == of[0] for x in of) else "differs" for name, of in values.items()}, told
