@@ -52,6 +52,7 @@ BASE = [
     "safetensors>=0.8.0",
     "tensorboard>=2.21.0",
     "tqdm>=4.70.1",
+    "zstandard>=0.25.0; python_version < '3.14'",  # else jax packs kept programs by zlib, slowly
 ]
 EVAL = ["scikit-image>=0.26.0"]
 DOCS = ["furo>=2025.12.19", "myst-parser>=5.2.0", "sphinx>=9.0.4", "sphinx-copybutton>=0.5.2"]

@@ -2,10 +2,10 @@
 
     python benchmarks/convert.py --output benchmarks/results/convert.json
 
-Every step runs in a process of its own. "Beyond the device copy" is the peak of resident memory minus what the process
-held before and minus the bytes of the parameters; on a CPU the device copy lies in the same memory. It is compared with
-the largest shard of a stacked parameter, the unit in which weights are streamed. Needs five times the weights in disk
-space.
+Every step runs in a process of its own; its CPU seconds are what it costs whatever else the machine does. "Beyond the
+device copy" is the peak of resident memory minus what the process held before and minus the bytes of the parameters; on
+a CPU the device copy lies in the same memory. It is compared with the largest shard of a stacked parameter, the unit in
+which weights are streamed. Needs seven times the weights in disk space.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --size wan1_3b --output benchmarks/results/train-step.json
     JAX_PLATFORMS=cpu python benchmarks/train_step.py --size small
+    JAX_PLATFORMS=cpu python benchmarks/train_step.py --size quickstart
 
 Times the jitted functions that `train` runs, built from the configurations of `configs/wan1_3b` (`pods.build_job`), one
 video on one device, rematerialisation as configured: a step of stage 1, and of stage 2 a generator step and a critic
@@ -11,6 +12,7 @@ MFU and HFU are their shares of a large matmul's rate, measured in the same run.
 one parallel pass against the chunk-by-chunk loop (`rollout_gradient.py`), whose gradients are compared.
 
 Times are synchronised medians; on a CPU they are CPU time of one pinned thread. The file is rewritten after every row.
+`quickstart` takes the configurations of `configs/quickstart.py` as they are, batch included, without the gradient.
 """
 
 import time
@@ -23,6 +25,7 @@ from rollout_gradient import gradients
 from sizes import SIZES, Size, random_params
 
 from greedy_distill_jax import cli
+from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import Settings, read_settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
@@ -34,12 +37,18 @@ from greedy_distill_jax.testing import tiny
 # Name here -> (configuration of `sizes.CONFIGS`, name of the job's step).
 STEPS = {"stage 1": ("etm_sdd", "teacher_forcing"), "generator": ("dmd", "dmd"), "critic": ("dmd", "critic")}
 GRADIENT = "gradient"
+# Instead of the configurations of `sizes.CONFIGS`, with rows and columns of the latents.
+QUICKSTART, GRID = "quickstart", (4, 4)
+QUICKSTART_CONFIGS = {"etm_sdd": "configs/quickstart.py:student", "dmd": "configs/quickstart.py:stage2"}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of one form's gradient against the other's, by norm
 
 
-def training_settings(size: Size, name: str) -> Settings:
-    """The settings of a step, of runs that need not exist; the work of stage 2 does not depend on a draw."""
-    config = size.config(name)
+def training_settings(size: Size | None, name: str) -> Settings:
+    """The settings of a step, of runs that need not exist; the work of stage 2 does not depend on a draw.
+
+    ``size``: None for the quickstart.
+    """
+    config = size.config(name) if size else read_config(QUICKSTART_CONFIGS[name])
     if config.stage == "dmd":
         config.distill.exit = "last"
     return read_settings(config, imagine_runs=True)
@@ -113,20 +122,22 @@ def measure_gradient(size: Size, repeats: int) -> dict:
 def main(argv: list[str]) -> None:
     """Command line."""
     parser = cli.Parser(prog="python benchmarks/train_step.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=(*SIZES, QUICKSTART), default="small")
     parser.add_argument("--only", choices=(*STEPS, GRADIENT), nargs="+", default=(*STEPS, GRADIENT))
     parser.add_argument("--repeats", type=int, default=5, help="timed updates after a first one (5)")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1.")
-    size, begin = SIZES[args.size], time.perf_counter()
+    size, begin = SIZES.get(args.size), time.perf_counter()
     clock.one_thread()
-    dtype = read_settings(size.config("dmd"), imagine_runs=True).wan.dtype
+    settings = {name: training_settings(size, source) for name, (source, _) in STEPS.items()}
+    data, dtype = settings["stage 1"].data, settings["stage 1"].wan.dtype
+    grid = size.latent_shape[:2] if size else GRID
     result = {
         "size": args.size,
-        "latents": [size.frames, *size.latent_shape],
-        "batch": 1,
+        "latents": [data.frames, *grid, settings["stage 1"].wan.channels],
+        "batch": data.batch,
         "dtype": dtype,
         "exit": "last",
         **environment.environment(),
@@ -135,15 +146,14 @@ def main(argv: list[str]) -> None:
     }
     ceiling = result["ceilings"]["matmul_flops_per_s"]
     for name in [n for n in STEPS if n in args.only]:
-        source, part = STEPS[name]
-        job = build_job(training_settings(size, source), jax.devices()[:1], size.latent_shape[:2], only=part)
+        job = build_job(settings[name], jax.devices()[:1], grid, only=STEPS[name][1])
         (step,) = [s for s in job.steps if s.name != STREAM]
         row = measure(job, step, args.repeats, ceiling)
         result["steps"][name] = row
         record.write_json(args.output, result)
         print(f"{name}: {row['ms']:.0f} ms, compiled in {row['compile_s']:.0f} s", flush=True)
     try:
-        if GRADIENT in args.only:
+        if GRADIENT in args.only and size:
             result["rollout_gradient"] = measure_gradient(size, args.repeats)
     finally:  # what was measured is shown even if the gradients are not the same
         result["wall_s"] = time.perf_counter() - begin

@@ -9,6 +9,7 @@ from typing import Any
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.eval.comparison import Held
 from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.eval.suites import suite_names
 from greedy_distill_jax.eval.tables import MODELS, NOT_THERE, is_missing, shown, shown_in
@@ -22,6 +23,9 @@ PLACES = {
     "videos": "--videos",
     "suites": "--suite",
     "refresh_history": "--refresh-history",
+    "data": "--data",
+    "text": "--text",
+    "codec": "--codec",
 }
 RESULTS = {True: "pass", False: "FAIL", None: "not measured"}
 
@@ -62,8 +66,8 @@ def further_students(pairs: list[str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = cli.Parser(prog="python -m greedy_distill_jax.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", required=True, help="run directory of the teacher")
-    parser.add_argument("--student", required=True, help="run directory of the student")
+    parser.add_argument("--teacher", required=True, help="run directory of the teacher, or imported weights")
+    parser.add_argument("--student", required=True, help="run directory of the student, or imported weights")
     parser.add_argument(
         "--more",
         action="append",
@@ -88,6 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         help="also stream every student on real history except for its own last KEEP chunks (1): does a stream drift "
         "because of its cache or of its denoiser?",
     )
+    imported = parser.add_argument_group("imported weights (beside a run that was trained they get its data)")
+    imported.add_argument("--data", metavar="SOURCE", help="compares on its held-out videos, such as latents:DIR")
+    imported.add_argument("--text", metavar="DIR", help="text store or model folder that encodes its captions")
+    imported.add_argument("--codec", metavar="PATH", help="decodes: codec.npz, model folder or weights of a VAE")
     args = parser.parse_args(argv)
     with cli.places(**PLACES):
         metrics = evaluate(
@@ -99,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             suites=args.suite,
             refresh_history=args.refresh_history,
+            held=Held(args.data, args.text, args.codec),
             commands=[shlex.join(["python", "-m", "greedy_distill_jax.evaluate", *sys.argv[1:]])],
         )
     print_table(metrics)

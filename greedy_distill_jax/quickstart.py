@@ -19,6 +19,7 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.cli.workdir import claim
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.registry import load_source
+from greedy_distill_jax.distribution.freed_memory import keep_freed_memory
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.eval.evaluation import evaluate
 from greedy_distill_jax.evaluate import print_table
@@ -167,4 +168,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     cli.run(main)

@@ -2,6 +2,7 @@
 
     python -m greedy_distill_jax.sample --checkpoint runs/student --prompt "a red square moving left" \
         --frames 256 --seed 0 --output out.mp4 --switch 128:"a blue circle moving up"
+    python -m greedy_distill_jax.sample --checkpoint runs/student --prompt "a red square moving left" --given in.mp4
     python -m greedy_distill_jax.sample --model Wan2.1-T2V-1.3B-Diffusers --prompt "a cat" --output cat.mp4
 """
 
@@ -20,10 +21,12 @@ from greedy_distill_jax.streaming.timeline import Timeline, check_switches
 # What takes seconds to import is imported inside functions, so that --help and mistakes are answered at once.
 
 OPTIONS = ("frames", "steps", "height", "width", "shift", "codec", "text", "fps", "upscale", "output", "weights")
+OPTIONS += ("given", "given_frames")
 PLACES = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
 PLACES |= {"switches": "--switch", "context_sigma": "--context-sigma"}
 PLACES |= {"path": "--output", "directory": "--checkpoint", "folder": "--model"}
-OF_A_STUDENT, OF_A_TEACHER = ("switch", "context_sigma"), ("negative_prompt", "solver", "shift", "guidance")
+OF_A_STUDENT = ("switch", "context_sigma", "given", "given_frames")
+OF_A_TEACHER = ("negative_prompt", "solver", "shift", "guidance")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -37,6 +40,10 @@ def _check(args: argparse.Namespace) -> None:
         field, folder, remedy = "folder", args.model, "give a model folder in the layout of diffusers"
     if not Path(folder).expanduser().is_dir():
         raise UserError(f"{folder}: no such folder; {remedy}", field)
+    if args.given_frames and not args.given:
+        raise UserError(f"{args.given_frames} frames of what? Name it with --given", "given_frames")
+    if args.given and not Path(args.given).expanduser().exists():
+        raise UserError(f"{args.given} does not exist; give a video, an image, a folder of images or latents", "given")
     args.switches = options.parse_switches(args.switch)
     if args.frames:
         check_switches(args.switches, args.frames)
@@ -67,7 +74,7 @@ def _load(args: argparse.Namespace):
     return run if args.weights == "float32" else run.computing()
 
 
-def _videos(run, args: argparse.Namespace) -> Iterator:
+def _videos(run, args: argparse.Namespace, fps: float | int) -> Iterator:
     """The videos as they are made, uint8 [B, some frames, H, W, 3]; sets ``args.frames`` where it was not given.
 
     Every prompt is encoded and sampled by itself: in a program for several videos the last bits depend on how many.
@@ -75,10 +82,14 @@ def _videos(run, args: argparse.Namespace) -> Iterator:
     import numpy as np
 
     if run.is_student:
-        args.frames = args.frames or Timeline(run.codec.temporal_stride, run.model.cfg.chunk).fill(options.FRAMES)
+        timeline = Timeline(run.codec.temporal_stride, run.model.cfg.chunk)
+        args.frames = args.frames or timeline.fill(options.FRAMES)
+        given = _given(run, args, fps, timeline) if args.given else None
         more = {name: getattr(args, name) for name in ("seed", "steps", "context_sigma")}
         more["weights"] = args.weights or "compute"
         sessions = [run.session([prompt], **more) for prompt in args.prompt]
+        for session in sessions if args.given else ():
+            session.give(given)
         playing = [session.play(args.frames, args.switches) for session in sessions]
         return (np.concatenate(frames) for frames in zip(*playing, strict=True))
     trained = (
@@ -94,6 +105,16 @@ def _videos(run, args: argparse.Namespace) -> Iterator:
     size = args.frames, run.latent_shape[1:], args.seed
     video = np.concatenate([sampler.videos(run.codec, run.text([prompt]), *size) for prompt in args.prompt])
     return (video[:, t : t + 1] for t in range(args.frames))
+
+
+def _given(run, args: argparse.Namespace, fps: float | int, timeline: Timeline):
+    """Latents that every video begins with."""
+    from greedy_distill_jax.runs.given import read_given
+
+    given = read_given(run, args.given, fps=fps, last=args.given_frames)
+    if (count := timeline.video_frames(given.shape[1])) >= args.frames:
+        raise UserError(f"{args.frames} frames are no more than the {count} that are given; make more", "frames")
+    return given
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         use_compile_cache(run.settings.compile_cache)
         run.check_words([*args.prompt, *args.switches.values()])  # in one line, before a video is made
         recording.fps = args.fps or run.settings.log.fps
-        videos = _videos(run, args)
+        videos = _videos(run, args, recording.fps)
         bar = stack.enter_context(tqdm(total=args.frames, unit="frame", desc="sample"))
         for chunk in videos:
             recording.write(chunk)

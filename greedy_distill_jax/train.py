@@ -23,6 +23,7 @@ from greedy_distill_jax import cli
 from greedy_distill_jax.cli.config_flags import load_config
 from greedy_distill_jax.config import open_keys, read_settings
 from greedy_distill_jax.distribution.compile_cache import use_compile_cache
+from greedy_distill_jax.distribution.freed_memory import keep_freed_memory
 from greedy_distill_jax.distribution.hosts import alike
 from greedy_distill_jax.distribution.hosts.join import check_devices, check_joined, join_hosts
 from greedy_distill_jax.distribution.mesh import make_mesh
@@ -116,4 +117,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     cli.run(main)

@@ -61,7 +61,7 @@ def job(tmp_path):
 
 
 def run(script, *arguments, env, cwd=ROOT):
-    return subprocess.run(["bash", script, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", script, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 def kinds(calls):
@@ -152,7 +152,7 @@ def test_a_signal_reaches_the_training_and_nothing_starts_again(job, tmp_path, n
             assert script.poll() is None
             time.sleep(0.01)
         script.send_signal(number)
-        assert script.communicate(timeout=60)[0] == "saved\n" and script.returncode == code
+        assert script.communicate(timeout=600)[0] == "saved\n" and script.returncode == code
     finally:
         script.kill()
     assert kinds(calls()) == ["preflight", "train"]

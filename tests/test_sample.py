@@ -1,19 +1,26 @@
 """The command sample: every prompt by itself, words without a meaning, switches that contradict each other."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from greedy_distill_jax import sample
 from greedy_distill_jax.cli import sample_options
+from greedy_distill_jax.codecs.vae_codec import VAECodec
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import read_frames
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan.dit import Teacher
+from greedy_distill_jax.runs.given import read_given
 from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.streaming.recording import Recording
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.testing.vae import TINY, random_params
 from greedy_distill_jax.text.hashed_words import HashWordEncoder
 from greedy_distill_jax.text.vocabulary import vocabulary
 
@@ -142,3 +149,128 @@ def test_a_key_gives_every_video_noise_of_its_own(codec):
     np.testing.assert_array_equal(one, run.sample_latents(same, seed=jax.numpy.stack([key, key])))
     with pytest.raises(ValueError, match="keys of shape \\(3,\\) for 2 videos"):
         run.sample_latents(same, seed=jax.random.split(key, 3))
+
+
+@pytest.fixture
+def shapes():
+    """Frames of a moving shape, which the run's codec keeps at 29 dB."""
+    return load_source("moving_shapes")[0][0]["video"][:FRAMES]
+
+
+@pytest.fixture
+def given(tmp_path, shapes):
+    """A folder of the frames as images, in the order of numbers, not of letters."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, frame in zip((1, 2, 10, 11), shapes, strict=True):
+        Image.fromarray(frame).save(folder / f"frame_{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_a_video_goes_on_behind_given_frames(run, shapes, given, tmp_path, capsys):
+    latents = read_given(run, given, fps=8)
+    np.testing.assert_array_equal(latents[0], run.codec.encode(shapes))
+
+    def expected(latents, frames):
+        """The video of a session that is given these latents, through a file."""
+        session = run.session(PROMPTS[:1], seed=3)
+        session.give(latents)
+        with Recording([tmp_path / "expected.mp4"], fps=8, upscale=1) as recording:
+            for chunk in session.play(frames):
+                recording.write(chunk)
+        return np.stack(list(read_frames(tmp_path / "expected.mp4")))
+
+    options = "--seed", 3, "--upscale", 1
+    (video,) = _sample(tmp_path / "out", "--given", given, "--frames", 7, *options)
+    np.testing.assert_array_equal(video, expected(latents, 7))
+    np.save(tmp_path / "given.npy", latents[0])
+    (again,) = _sample(tmp_path / "latents", "--given", tmp_path / "given.npy", "--frames", 7, *options)
+    np.testing.assert_array_equal(again, video)
+    assert (video != _sample(tmp_path / "alone", "--frames", 7, *options)[0]).any()
+    last = read_given(run, given / "frame_11.png", fps=8)
+    (video,) = _sample(tmp_path / "last", "--given", given, "--given-frames", 1, "--frames", 4, *options)
+    np.testing.assert_array_equal(video, expected(last, 4))
+    assert "note" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_given_frames_of_another_size_and_rate_are_fitted_and_named(run, shapes, tmp_path, capsys):
+    with Recording([tmp_path / "in.mp4"], fps=16, upscale=2) as recording:
+        recording.write(np.repeat(shapes, 2, axis=0)[None])
+    latents = read_given(run, tmp_path / "in.mp4", fps=8)
+    told = "4 of 4 frames are given, cropped and resized from 32x32 to 16x16, resampled from 16 to 8 frames per second"
+    assert f"note: {tmp_path / 'in.mp4'}: {told}." in capsys.readouterr().err
+    assert np.abs(run.codec.decode(latents)[0].astype(int) - shapes).mean() < 12
+
+
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_given_images_are_taken_as_they_are_shown(run, shapes, tmp_path):
+    turned, clear = Image.fromarray(np.rot90(shapes[0])), Image.fromarray(shapes[0])
+    exif = turned.getexif()
+    exif[0x0112] = 6  # orientation: a quarter turn clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    for name, shown in (("turned.png", shapes[:1]), ("clear.png", np.zeros_like(shapes[:1]))):
+        np.testing.assert_array_equal(read_given(run, tmp_path / name, fps=8)[0], run.codec.encode(shown))
+
+
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_given_frames_go_through_an_autoencoder_of_videos(run, given, tmp_path):
+    codec = VAECodec(TINY, random_params(TINY))
+    run = dataclasses.replace(run, codec=codec, latent_shape=(2, *codec.latent_shape(16, 16)))
+    Image.open(given / "frame_1.png").save(given / "frame_3.png")
+    frames = np.stack([np.array(Image.open(given / f"frame_{number}.png")) for number in (1, 2, 3, 10, 11)])
+    np.testing.assert_array_equal(read_given(run, given, fps=8)[0], codec.encode(frames))
+    np.testing.assert_array_equal(read_given(run, given, fps=8, last=1)[0], codec.encode(frames[-1:]))
+    with pytest.raises(UserError, match=r"4 frames do not fit the codec, which makes 1 \+ 4 k of them; choose 1 or 5"):
+        read_given(run, given, fps=8, last=4)
+
+
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_what_cannot_be_given_is_refused(run, given, shapes, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    Image.fromarray(shapes[0]).save(turned / "a.png")
+    Image.fromarray(shapes[0, 1:]).save(turned / "b.png")
+    Image.fromarray(shapes[0].astype(np.uint16)[..., 0] * 257).save(tmp_path / "deep.png")
+    latents = run.codec.encode(shapes)
+    for name, array in (("size", latents[:, 1:]), ("none", latents[:0]), ("int", latents.astype(int))):
+        np.save(tmp_path / f"{name}.npy", array)
+    np.save(tmp_path / "nan.npy", np.full_like(latents, np.nan))
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    for path, options, said in (
+        (tmp_path / "gone.mp4", [], "--given: .*gone.mp4 does not exist; give a video"),
+        (tmp_path / "empty", [], "--given: .*empty holds no image; put frames ending in .png"),
+        (tmp_path / "text.png", [], "--given: .*text.png is no image that can be read"),
+        (turned, [], "--given: .*b.png is of 16x15 pixels, 16x16 of a.png; make them equal"),
+        (tmp_path / "deep.png", [], "--given: .*deep.png has pixels of the kind I;16; save it with 8 bits"),
+        (
+            tmp_path / "size.npy",
+            [],
+            r"--given: .*holds float32 \[4, 3, 4, 16\]; give clean latents of floating",
+        ),
+        (tmp_path / "none.npy", [], r"--given: .*\[0, 4, 4, 16\]; give .*, \[T, 4, 4, 16\] with T a multiple of 1"),
+        (tmp_path / "int.npy", [], "--given: .*int.npy holds int64"),
+        (tmp_path / "nan.npy", [], "--given: .*nan.npy holds values that are not finite"),
+        (tmp_path / "object.npy", [], "--given: .*object.npy is no array of numpy's"),
+        (given, ["--given-frames", 5], "--given-frames: the last 5 frames are asked for, but .* has 4; ask for fewer"),
+        (given, [], "--frames: 4 frames are no more than the 4 that are given; make more"),
+    ):
+        with pytest.raises(UserError, match=said):
+            _sample(tmp_path / "out", "--given", path, "--frames", 4, *options)
+    with pytest.raises(UserError, match="--given-frames: 3 frames of what"):
+        _sample(tmp_path / "out", "--given-frames", 3)
+    chunks = dataclasses.replace(run, model=Student(dataclasses.replace(run.model.cfg, chunk=3)))
+    with pytest.raises(UserError, match="4 frames do not fit the student's chunk of 3 latent frames") as error:
+        read_given(chunks, given, fps=8)
+    assert error.value.field == "given_frames"
+
+
+@pytest.mark.parametrize("run", ["teacher"], indirect=True)
+def test_a_teacher_takes_no_given_frames(run, given, tmp_path):
+    with pytest.raises(UserError, match="--given needs a streaming student"):
+        _sample(tmp_path / "out", "--given", given)

@@ -72,6 +72,9 @@ def parser(description: str) -> Parser:
     student = out.add_argument_group("streaming students")
     more = dict(type=text, action="append", default=[], metavar='FRAME:"PROMPT"')
     student.add_argument("--switch", **more, help="new prompt from a frame on")
+    given = "goes on behind this video, image, folder of images or latents (.npy), which begin the video"
+    student.add_argument("--given", metavar="PATH", help=given)
+    student.add_argument("--given-frames", type=number(Count), metavar="N", help="the last N of its frames (all)")
     kept = "noise level at which chunks are kept for later ones, the first one clean; 0.1,0.1 is one per chunk"
     student.add_argument("--context-sigma", type=parse_levels, metavar="LEVEL", help=f"{kept} (default: the run's)")
     teacher = out.add_argument_group("teachers (default: the run's; with --model the values in parentheses)")

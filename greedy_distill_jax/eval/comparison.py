@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from greedy_distill_jax.data.sources.moving_shapes import is_shapes
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.eval.videos import held_out_videos, sampled
-from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.eval.videos import held_out_shape, held_out_videos, sampled
+from greedy_distill_jax.runs.run import Run, is_trained
 from greedy_distill_jax.storage.checkpoint import load_meta
 
 HORIZON = 8  # rollouts are this many times longer than training videos
@@ -46,12 +46,12 @@ class Entry:
     @property
     def train_seed(self) -> int | None:
         """Seed of the run's training."""
-        return self.run.settings.seed if self.run else None
+        return self.run.settings.seed if self.run and self.run.trained else None
 
     @property
     def train_cpu_s(self) -> float:
         """CPU seconds of the run's training."""
-        return self.run.meta["train_cpu_s"] if self.run else 0.0
+        return self.run.meta["train_cpu_s"] if self.run and self.run.trained else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +111,44 @@ def shown_steps(run: Run, steps: Any) -> int | str:
     return lengths[0] if len(lengths) == 1 else ",".join(map(str, lengths))
 
 
-def load_runs(teacher: str | Path, student: str | Path, more: Mapping[str, str | Path]) -> dict[str, Run]:
+class Held(NamedTuple):
+    """Held-out data to judge imported weights on, where no trained run tells; see ``Run.load`` for text and codec.
+
+    source: as ``config.data.source``. text: encodes its captions. codec: decodes latents.
+    """
+
+    source: str | None = None
+    text: str | None = None
+    codec: str | Path | None = None
+
+
+def load_runs(
+    teacher: str | Path, student: str | Path, more: Mapping[str, str | Path], held: Held | None = None
+) -> dict[str, Run]:
     """Loads the runs of a comparison by row: "teacher", "stage1" and the names of ``more``.
+
+    Imported weights are judged on the data of the first run that was trained, with its codec and text encoder, or on
+    ``held``.
 
     Raises:
       UserError: with field "teacher", "student" or "more": no run, one of the other kind, or runs that do not belong
-        together.
+        together; with field "data", "text" or "codec": ``held`` is missing, or not asked for.
     """
-    runs = {"teacher": _load("teacher", teacher, False), "stage1": _load("student", student, True)}
+    rows = {"teacher": ("teacher", teacher, ""), "stage1": ("student", student, "")}
     for name, directory in more.items():
         if name in TAKEN:
             raise UserError(f"{name!r} cannot be the row of {directory}, which others have; call it OTHER.", "more")
-        runs[name] = _load("more", directory, True, f"{name}: ")
+        rows[name] = ("more", directory, f"{name}: ")
+    held, runs, judged = held or Held(), {}, None
+    for name, row in sorted(rows.items(), key=lambda item: _imported(item[1][1])):  # what was trained comes first
+        runs[name] = run = _load(*row, held, judged)
+        judged = judged or run
+    if judged.trained and (unused := next((name for name, value in held._asdict().items() if value is not None), "")):
+        raise UserError(
+            "the runs are compared on the data that they were trained on; leave this out.",
+            "data" if unused == "source" else unused,
+        )
+    runs = {name: runs[name] for name in rows}
     frames, trained = runs["teacher"].latent_shape[0], _data_of(runs["teacher"])
     for name, run in list(runs.items())[1:]:
         field, directory = ("student", student) if name == "stage1" else ("more", f"{name}={more[name]}")
@@ -152,23 +178,50 @@ def _about(name: str, run: Run, directory: Path, steps: int | str) -> str:
     return f"{told}: {steps} per frame; stage {run.settings.stage}, run {directory.name}."
 
 
-def _load(field: str, directory: str | Path, is_student: bool, row: str = "") -> Run:
+def _imported(directory: str | Path) -> bool:
+    checkpoints = Path(directory).expanduser() / "checkpoints"
+    return checkpoints.is_dir() and not is_trained(load_meta(checkpoints))
+
+
+def _load(field: str, directory: str | Path, row: str, held: Held, judged: Run | None) -> Run:
     """A run of the wanted kind; errors are the argument's."""
     try:
-        checkpoints = Path(directory).expanduser() / "checkpoints"
-        if checkpoints.is_dir() and "train_cpu_s" not in load_meta(checkpoints):
-            raise UserError(
-                f"{directory} holds weights that were imported; a report compares runs on the data that they were "
-                f"trained on here. Look at its videos with `python -m greedy_distill_jax.sample`, or train a run from "
-                f"them (config.teacher_from, config.student_from) and evaluate that."
-            )
-        run = Run.load(directory)
+        run = _of_imported(directory, held, judged) if _imported(directory) else Run.load(directory)
     except UserError as error:
+        if error.field in ("data", "text", "codec"):
+            raise
         raise UserError(f"{row}{error}", field) from error
-    if run.is_student != is_student:
-        held, wanted = ("teacher", "student") if is_student else ("student", "teacher")
-        raise UserError(f"{row}{Path(directory)} holds a {held}; give the run directory of a {wanted}.", field)
+    if run.is_student != (field != "teacher"):
+        found, wanted = ("student", "teacher") if run.is_student else ("teacher", "student")
+        raise UserError(f"{row}{Path(directory)} holds a {found}; give the run directory of a {wanted}.", field)
     return run
+
+
+def _of_imported(directory: str | Path, held: Held, judged: Run | None) -> Run:
+    """Imported weights with the data, codec and text encoder of ``judged``, or of ``held`` where that is None."""
+    if judged is None:
+        if held.source is None:
+            raise UserError(
+                f"none of these was trained here ({directory} was imported); name the data whose held-out videos they "
+                f"are compared on, such as latents:DIR of `prepare latents`.",
+                "data",
+            )
+        run = Run.load(directory, text=held.text, codec=held.codec)
+        data = dataclasses.replace(run.settings.data, source=held.source, text=held.text or run.settings.data.text)
+        run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, data=data))
+        return dataclasses.replace(run, latent_shape=held_out_shape(run))
+    run = Run.load(directory, needs_codec=False)
+    settings = dataclasses.replace(run.settings, data=judged.settings.data, log=judged.settings.log)
+    wan, of_data = run.settings.wan, judged.settings.wan
+    for name in ("channels", "text_len", "text_dim"):
+        if getattr(wan, name) != getattr(of_data, name):
+            raise UserError(
+                f"{directory} takes {name}={getattr(wan, name)}, and the data have {getattr(of_data, name)}; give runs "
+                f"that belong together."
+            )
+    return dataclasses.replace(
+        run, settings=settings, codec=judged.codec, encoder=judged.encoder, latent_shape=judged.latent_shape
+    )
 
 
 def _data_of(run: Run) -> str:

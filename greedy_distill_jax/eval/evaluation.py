@@ -9,7 +9,7 @@ from typing import Any
 from greedy_distill_jax import ranges
 from greedy_distill_jax.distribution.compile_cache import use_compile_cache
 from greedy_distill_jax.errors import UserError
-from greedy_distill_jax.eval.comparison import Comparison, Entry, compare, load_runs
+from greedy_distill_jax.eval.comparison import Comparison, Entry, Held, compare, load_runs
 from greedy_distill_jax.eval.histories import real_histories, with_real_histories
 from greedy_distill_jax.eval.page import Section
 from greedy_distill_jax.eval.report import write_report
@@ -75,6 +75,7 @@ def evaluate(
     lengths: Sequence[int] | None = None,
     suites: Sequence[str] | None = None,
     refresh_history: int | None = None,
+    held: Held | None = None,
     commands: Sequence[str] = (),
     announce: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def evaluate(
       suites: by name, see ``suites.resolve``; None for all that apply to the data.
       refresh_history: also stream every student on real history except for so many chunks of its own, see
         ``eval.histories``; None for no such rows.
+      held: data that imported weights are compared on; without them that of the runs that were trained.
       commands: shown in the report.
       announce: told what is being done.
 
@@ -102,7 +104,7 @@ def evaluate(
     ranges.check(refresh_history, Natural | None, "refresh_history")
     wanted = [resolve(name) for name in (suite_names() if suites is None else suites)]
     directories = {"teacher": teacher, "stage1": student, **(more or {})}
-    runs = load_runs(teacher, student, more or {})
+    runs = load_runs(teacher, student, more or {}, held)
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -198,7 +200,7 @@ def loss_plots(comparison: Comparison) -> list[Plot]:
     """Returns a plot of the loss terms of every run's log, from its first update on."""
     plots, drawn = [], set()
     for name, entry in comparison.entries.items():
-        if entry.run is None or entry.directory in drawn:  # several rows of one run
+        if entry.run is None or not entry.run.trained or entry.directory in drawn:  # several rows of one run
             continue
         drawn.add(entry.directory)
         settings, stage = entry.run.settings, entry.run.settings.stage

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from greedy_distill_jax.data.loader import videos_of
+from greedy_distill_jax.data.loader import latents_of, videos_of
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, data_source
 from greedy_distill_jax.streaming.refresh import refreshed_stream
@@ -34,6 +34,16 @@ def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[UInt8
         )
     examples = [source[i] for i in range(min(count, len(source)))]
     return videos_of(examples, codec), [e["caption"] for e in examples]
+
+
+def held_out_shape(run: Run) -> tuple[int, ...]:
+    """Latent shape (T, h, w, C) of the held-out examples of ``run.settings.data``."""
+    source, codec = data_source(run.settings, "held_out", frames=run.settings.data.frames, seed=0)
+    if not len(source):
+        raise UserError(
+            f"{run.settings.data.source} has no held-out windows; prepare it with a held-out share.", "data"
+        )
+    return latents_of([source[0]], codec or run.codec).shape[1:]
 
 
 def sampled(

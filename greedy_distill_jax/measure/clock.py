@@ -12,16 +12,19 @@ from typing import Any
 
 import jax
 
+from greedy_distill_jax.distribution.freed_memory import keep_freed_memory
+
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def one_thread() -> None:
     """Limits work on the CPU to one thread, and to one core where there is no accelerator.
 
-    It must be called before jax has a backend.
+    Freed memory is kept, as the commands do it. It must be called before jax has a backend.
     """
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
     os.environ["OMP_NUM_THREADS"] = "1"
+    keep_freed_memory()
     if jax.default_backend() == "cpu":
         core = {min(os.sched_getaffinity(0))}
         for thread in os.listdir("/proc/self/task"):  # the backend has started some already

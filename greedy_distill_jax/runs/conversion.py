@@ -29,6 +29,7 @@ from greedy_distill_jax.weights.source import ENCODER, Source
 from greedy_distill_jax.weights.write import write
 
 WAN_LATENT = (21, 60, 104)  # frames, rows and columns of 81 frames of 480 x 832 pixels
+WAN_FPS = 16  # of its videos
 WAN_SAMPLING = {"sampler": "unipc", "steps": 50, "guidance": 5.0}  # of a teacher, in Wan's pipeline of diffusers
 # Of Self-Forcing and LongLive: 1000, 750, 500, 250 under this shift.
 FEW_STEPS = {"sampler": "renoise", "steps": 4, "shift": 5.0, "guidance": 1.0}
@@ -87,6 +88,8 @@ def _meta(source: Source) -> dict[str, Any]:
     if isinstance(cfg, CausalConfig):
         latent_shape = (max(1, latent_shape[0] // cfg.chunk) * cfg.chunk, *latent_shape[1:])  # whole chunks
     config.data.frames = latent_shape[0]
+    if origin["text"] == ENCODER:
+        config.log.fps = WAN_FPS
     if isinstance(cfg, CausalConfig):
         config.stage, config.student.kind = "teacher_forcing", "causal"
         for name in ("chunk", "context", "context_weights"):

@@ -8,7 +8,7 @@ from greedy_distill_jax.codecs.protocol import VideoCodec
 from greedy_distill_jax.config import base, read_settings
 from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.runs.conversion import WAN_SAMPLING
+from greedy_distill_jax.runs.conversion import WAN_FPS, WAN_SAMPLING
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.runs.teacher_sampler import check_memory
 from greedy_distill_jax.streaming.timeline import Timeline
@@ -72,6 +72,6 @@ def load_model_folder(
         cfg, params = pipeline.load_transformer(folder, dtype=dtype)
     config = base()
     config.model.update(dataclasses.asdict(cfg))
-    config.data.frames, config.data.negative_prompt, config.log.fps = latent_shape[0], negative, 16
+    config.data.frames, config.data.negative_prompt, config.log.fps = latent_shape[0], negative, WAN_FPS
     config.sample.update(WAN_SAMPLING, shift=pipeline.read_shift(folder))
     return Run(read_settings(config), Teacher(cfg), params, codec, encoder, latent_shape, {})

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ def data_source(settings: Settings, split: str, *, frames: int, seed: int):
     """(source, codec) of ``config.data``; clips have a size of their own."""
     size = settings.data.size if is_shapes(settings.data.source) else None
     return load_source(settings.data.source, split, size=size, frames=frames, seed=seed)
+
+
+def is_trained(meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of a training, not of imported weights."""
+    return "train_cpu_s" in meta
 
 
 @dataclasses.dataclass
@@ -159,6 +164,11 @@ class Run:
     def fingerprint(self) -> str:
         """Tells this checkpoint from any other run's or step's (16 hexadecimal digits of what it was saved with)."""
         return hashlib.sha256(json.dumps(self.meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def trained(self) -> bool:
+        """Trained here, not imported."""
+        return is_trained(self.meta)
 
     @property
     def is_student(self) -> bool:

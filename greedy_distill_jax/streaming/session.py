@@ -71,19 +71,20 @@ class Programs(NamedTuple):
         params: Any,
         state: Any,
         text: Float[Array, "B M D"],
-        made: int,
-        chunks: int | None,
+        first: int,
+        end: int | None,
         switches: bool,
     ) -> None:
         """Compiles what a stream needs to come this far, nothing of which is run; see ``Session.prepare``.
 
         Args:
           params, state, text: of the stream.
-          made: chunks that it has made.
-          chunks: that it will have made then; None for no end.
+          first: number of the first chunk that it will make, behind those that it is given.
+          end: number of the first chunk that it will not come to; None for no end.
           switches: whether prompts may be switched on the way.
         """
-        needed = {self.filling: made < self.warm_up, self.steady: chunks is None or chunks > self.warm_up}
+        end = math.inf if end is None else end
+        needed = {self.filling: first < min(end, self.warm_up), self.steady: end > max(first, self.warm_up)}
         for step in (step for step, needs in needed.items() if needs):
             made = compiled_ahead(step.make, params, state)
             compiled_ahead(step.finish, params, *made)
@@ -178,17 +179,16 @@ class Session:
         who knows how short the stream will be saves the time of the others.
 
         Args:
-          chunks: how many; None for no end.
+          chunks: how many, those that are given already included; None for no end.
           frames: they are read as frames of video, not as latents.
           switches: prompts may be switched.
         """
-        last = None if chunks is None else self._made + chunks
-        begins = self._made + len(self._given)
-        self._programs.prepare(self._params, self.state, self._rows, begins, last, switches)
+        first, end = self._made + len(self._given), None if chunks is None else self._made + chunks
+        self._programs.prepare(self._params, self.state, self._rows, first, end, switches)
         if frames and self._codec is not None:
             self._decoder = self._decoder or StreamDecoder(self._codec)
             self._decoder.prepare(self.state.last)
-        self._ready = math.inf if last is None else max(last, self._ready)
+        self._ready = math.inf if end is None else max(end, self._ready)
 
     def switch_prompts(self, prompts: str | Sequence[str]) -> None:
         """Makes the next chunks follow other prompts: one for every video, or a single one for all of them.

@@ -7,7 +7,7 @@ searched for zeros that it holds by construction: what differentiation puts wher
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,30 +42,65 @@ def watching() -> Iterator[list[Finding]]:
         _FOUND.reset(token)
 
 
-def note(objective: Callable, params: Any, *, leaves: bool = True) -> None:
-    """Called where a gradient is taken of ``objective(params) -> (value, metrics by term or None)``.
+def value_and_grad(objective: Callable, params: Any) -> tuple[tuple[Any, Any], Any]:
+    """``jax.value_and_grad(objective, has_aux=True)(params)``; where gradients are watched, a Finding of it.
 
-    ``leaves``: ``params`` are those of a network; False where other arrays are among them.
+    Tracing a large network takes long: the program that is searched is the one that is returned from, so that an
+    objective of one term is traced once.
+
+    Args:
+      objective: ``objective(params) -> (value, metrics by term or None)``.
+      params: of a network.
     """
-    found = _FOUND.get()
+    call, found = jax.value_and_grad(objective, has_aux=True), _FOUND.get()
     if found is None:
-        return
+        return call(params)
+    program, shapes = jax.make_jaxpr(call, return_shape=True)(params)
+    (_, by_term), grads = shapes
+    terms, reached = _terms(by_term), {}
+    if len(terms) == 1:
+        reached = {terms[0]: _reached(program, grads)}
+    if not any(reached.values()):  # of several terms each has its own; one of weight 0 has one, too
+        reached = _by_term(objective, params)
+    found.append(Finding(reached, {path for path, _ in leaf_paths(params)}))
+    return jax.tree.unflatten(jax.tree.structure(shapes), core.jaxpr_as_fun(program)(*jax.tree.leaves(params)))
+
+
+def note(objective: Callable, arrays: Any) -> None:
+    """A Finding of ``objective(arrays) -> (value, metrics by term)`` where gradients are watched.
+
+    For a gradient with respect to other arrays than a network's parameters.
+    """
+    if (found := _FOUND.get()) is not None:
+        found.append(Finding(_by_term(objective, arrays), set()))
+
+
+def _by_term(objective: Callable, params: Any) -> dict[str, set[str]]:
     reached: dict[str, set[str]] = {}
     terms: list[str] = []  # known once the objective has been traced
 
     def next_term(params):
         total, by_term = objective(params)
-        terms[:] = [name for name in by_term or () if "/" not in name] or [""]
+        terms[:] = _terms(by_term)
         term = terms[len(reached)]
         return by_term[term] if term else total
 
     while not reached or len(reached) < len(terms):
         # A function of its own each time: jax would answer from the last trace of the same one.
-        program, shapes = jax.make_jaxpr(jax.grad(lambda p: next_term(p)), return_shape=True)(params)
-        zeros = zero_outputs(program.jaxpr, program.consts, [False] * len(program.jaxpr.invars))
-        paths = [path for path, _ in leaf_paths(shapes)]
-        reached[terms[len(reached)]] = {path for path, is_zero in zip(paths, zeros, strict=True) if not is_zero}
-    found.append(Finding(reached, {path for path, _ in leaf_paths(params)} if leaves else set()))
+        program, grads = jax.make_jaxpr(jax.grad(lambda p: next_term(p)), return_shape=True)(params)
+        reached[terms[len(reached)]] = _reached(program, grads)
+    return reached
+
+
+def _terms(by_term: Mapping[str, Any] | None) -> list[str]:
+    return [name for name in by_term or () if "/" not in name] or [""]
+
+
+def _reached(program: core.ClosedJaxpr, grads: Any) -> set[str]:
+    """Paths of the last outputs of a program, ``grads``, that are not zero."""
+    paths = [path for path, _ in leaf_paths(grads)]
+    zeros = zero_outputs(program.jaxpr, program.consts, [False] * len(program.jaxpr.invars))
+    return {path for path, is_zero in zip(paths, zeros[len(zeros) - len(paths) :], strict=True) if not is_zero}
 
 
 def idle_terms(found: Sequence[Finding]) -> list[str]:

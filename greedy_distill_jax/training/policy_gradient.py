@@ -165,7 +165,7 @@ def generator_step(
     batch = {**batch, "text": text}
     if own.pg == "actor_critic":
         drawn, learnt, objective = episode(batch, keys[1:-1])
-        audit.note(lambda both: objective(*both), (drawn.video_BTHWC, net.params), leaves=False)
+        audit.note(lambda both: objective(*both), (drawn.video_BTHWC, net.params))
         (loss, metrics), towards = jax.value_and_grad(objective, has_aux=True)(drawn.video_BTHWC, net.params)
 
         def actor(params):

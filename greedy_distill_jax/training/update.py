@@ -71,8 +71,7 @@ class Update:
 
 def value_and_gradients(objective: Callable, params):
     """((value, metrics by term or None), gradients) of ``objective(params)``."""
-    audit.note(objective, params)
-    value, grads = jax.value_and_grad(objective, has_aux=True)(params)
+    value, grads = audit.value_and_grad(objective, params)
     return value, parallel.at_rest(grads)
 
 

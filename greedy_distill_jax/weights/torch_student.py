@@ -11,6 +11,7 @@ This file lies in a folder with `config.json` and `*.safetensors` and belongs to
     for _ in range(240):
         latents = stream.step()                   # [B, g, C, H, W], clean; decode them with your VAE
         stream.switch_prompt(other_text)          # optional, at any chunk
+        stream.give(clean)                        # optional: the next chunks are these
     velocity = student(noisy, sigma, text, clean) # all frames of a known video at once (teacher forcing)
 
 What it computes. A video is made in chunks of g = `chunk` latent frames. **ETM**, a causal transformer over the chunks
@@ -179,6 +180,7 @@ class Stream:
         self._etm = Cache(student.etm, cfg.sink, cfg.window - 1, *shape)
         self._sdd = Cache(student.sdd, int(cfg.anchor), 1, *shape)
         self._read, self._pending = self._kept, None  # as ETM reads it; context "fused": the call whose pass is due
+        self._given: list[Tensor] = []  # chunks that come before any that is made
 
     @torch.no_grad()
     def switch_prompt(self, text: Tensor) -> None:
@@ -186,16 +188,31 @@ class Stream:
         _check("text", text, (self._batch, None, self.student.cfg.text_dim))
         self._text = {net: net.project_text(text) for net in self.student.children()}
 
+    def give(self, latents: Tensor) -> None:
+        """Makes the next chunks be these, clean: a first frame, the beginning of a video, what another model made.
+
+        latents: [B, T, C, H, W], T a multiple of the chunk; ValueError for others. `step` hands them out, then what it
+        makes behind them.
+        """
+        (batch, g, *size), given = self._kept[0].shape, list(latents.shape)
+        if latents.ndim != 5 or [given[0], *given[2:]] != [batch, *size] or not given[1] or given[1] % g:
+            wanted = f"[{batch}, T, {', '.join(map(str, size))}], T a multiple of {g}"
+            raise ValueError(f"latents are of shape {given}; give {wanted}")
+        chunks = latents.detach().to(self._kept[0].device, torch.float32).split(g, dim=1)
+        self._given += [x.clone(memory_format=torch.contiguous_format) for x in chunks]
+
     @torch.no_grad()
     def step(self, noise: list[Tensor] | None = None) -> Tensor:
         """The next clean chunk [B, g, C, H, W] float32.
 
         noise: [B, g, C, H, W] each: what the chunk starts from, with "renoise" one more per further step, and at the
-        end what it is kept with, where its context has a noise level. ValueError for others, or another number.
+        end what it is kept with, where its context has a noise level. ValueError for others, or another number. A given
+        chunk takes the last alone, before it one for its keys with context "last_step_kv".
         """
         cfg, i, shape, device = self.student.cfg, self.index, self._kept[0].shape, self._kept[0].device
         sigmas, level = (self.plan[name][: i + 1][-1] for name in ("sigmas", "context_sigmas"))
-        noise = self._noise(noise, (len(sigmas) if self.plan["sampler"] == "renoise" else 1) + bool(level))
+        last_kv, steps = cfg.context == "last_step_kv", len(sigmas) if self.plan["sampler"] == "renoise" else 1
+        noise = self._noise(noise, (last_kv if self._given else steps) + bool(level))
         if self._pending:
             self._sdd.push(self._pending(*self._kept)[1])
         z, sdd, context = self._think(), self.student.sdd, self.student.sdd_context or self.student.sdd
@@ -207,20 +224,29 @@ class Stream:
             sigma = torch.full(shape[:2], sigma, device=device)
             return net(x, sigma, view, self._text[net], self._sdd.layers, z, z_kv[net], rope_z)
 
-        sigmas, x = [*sigmas, 0.0], next(noise)
-        for sigma, after in itertools.pairwise(sigmas):
+        if self._given:
+            x = self._given.pop(0)
+            own = call((1 - sigmas[-1]) * x + sigmas[-1] * next(noise), sigmas[-1])[1] if last_kv else None
+        else:
+            x, own = self._denoise(call, sigmas, noise)
+        self._kept, self.index = ((1 - level) * x + level * next(noise) if level else x, level), i + 1
+        self._read = self._kept if cfg.etm_input == "kept" else (x, 0.0)
+        self._pending = call if cfg.context == "fused" else None
+        if not self._pending:
+            self._sdd.push(own if last_kv else call(*self._kept, context)[1])
+        return x
+
+    def _denoise(self, call, sigmas: list[float], noise):
+        """(A clean chunk, the keys and values of its last call)."""
+        x = next(noise)
+        for sigma, after in itertools.pairwise([*sigmas, 0.0]):
             velocity, own = call(x, sigma)
             if self.plan["sampler"] == "euler":
                 x = x + (after - sigma) * velocity
             else:
                 x = x - sigma * velocity
                 x = (1 - after) * x + after * next(noise) if after else x
-        self._kept, self.index = ((1 - level) * x + level * next(noise) if level else x, level), i + 1
-        self._read = self._kept if cfg.etm_input == "kept" else (x, 0.0)
-        self._pending = call if cfg.context == "fused" else None
-        if not self._pending:
-            self._sdd.push(own if cfg.context == "last_step_kv" else call(*self._kept, context)[1])
-        return x
+        return x, own
 
     def _noise(self, given: list[Tensor] | None, count: int):
         """An iterator over the noise of the next chunk."""

@@ -79,13 +79,13 @@ def test_a_store_that_does_not_answer_is_the_first_process():
 
 
 def test_who_leaves_is_not_waited_for():
-    job = Job(3, silence=0.3)
+    job = Job(3, silence=1.0)  # on a busy machine a thread may rest for a good part of it
     job.start(0, 1, 2)
     job.close(1)
     time.sleep(0.1)
     job.close(0)  # then 2 has nobody to look at
     with pytest.raises(queue.Empty):
-        job.lines.get(timeout=0.8)
+        job.lines.get(timeout=1.5)
     assert job.store.texts["alive/0"] == job.store.texts["alive/1"] == "left"
     job.close()
 
@@ -101,15 +101,15 @@ def test_who_gives_no_new_sign_when_a_computation_breaks():
 
 
 def test_steps_that_go_on_are_no_stall():
-    job = Job(2, stall=0.4)
+    job = Job(2, stall=1.0)
     job.start(0, 1)
     for step in range(1, 12):
         job.steps = [step, step]
-        time.sleep(0.08)
+        time.sleep(0.12)
     assert job.lines.empty()
     job.steps = [13, 12]  # 1 has not begun it
     process, line = job.lines.get(timeout=LONG)
-    assert process == 0 and line.startswith("process 1 has begun no step for 0 s since step 12, it is at ")
+    assert process == 0 and line.startswith("process 1 has begun no step for 1 s since step 12, it is at ")
     job.close()
 
 

@@ -124,7 +124,7 @@ def test_two_processes_are_looked_at(tmp_path, subprocess_env):
         )
         for index in (0, 1)
     ]
-    outputs = [process.communicate(timeout=300) for process in running]
+    outputs = [process.communicate(timeout=900) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     rows = [re.split(r"  +", line.strip()) for line in outputs[0][0].splitlines() if not line.startswith("[Gloo]")]
     hosts = [row for row in rows if len(row) == 9]

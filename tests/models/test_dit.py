@@ -1,5 +1,7 @@
 """The Wan DiT: exact sizes, RoPE, noise levels, what the teacher sees."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,8 @@ from greedy_distill_jax.models.students.config import StudentConfig, split_layer
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.models.wan import rope
 from greedy_distill_jax.models.wan.config import WAN_SIZES, WanConfig
-from greedy_distill_jax.models.wan.dit import Teacher
-from greedy_distill_jax.models.wan.layers import sinusoid
+from greedy_distill_jax.models.wan.dit import Dit, Teacher
+from greedy_distill_jax.models.wan.layers import Layout, sinusoid
 from greedy_distill_jax.testing import tiny
 
 WAN = [("wan1_3b", 1_418_996_800, 46_440_704), ("wan14b", 14_288_491_584, 351_394_304)]
@@ -139,3 +141,19 @@ def test_a_parameter_of_another_shape_is_named(teacher):
     x, text = jnp.zeros((1, 2, 4, 4, 4)), tiny.text_rows(1, jax.random.key(0))
     with pytest.raises(ScopeParamShapeError, match=r'"modulation" in "/head".*\(2, 24\).*\(2, 7\)'):
         jax.eval_shape(model, wrong, x, jnp.ones((1, 1)), text)
+
+
+def test_a_pass_that_writes_keys_computes_no_more_of_the_last_block():
+    """FLOPs of the compiled program: of a loop one body is counted, and all of it would be run for the last block."""
+    cfg = dataclasses.replace(tiny.BASE, remat="none")
+    x, text, sigma = jnp.ones((1, 2, 8, 8, cfg.channels)), jnp.ones((1, cfg.text_len, cfg.text_dim)), jnp.ones((1, 1))
+    table, options = rope.rope_table(np.arange(2), (4, 4), cfg.head_dim), dict(emit=("own",), with_head=False)
+
+    def flops(depth):
+        network = Dit(cfg, depth, Layout.full(2, 16), **options)
+        params = jax.eval_shape(lambda key: network.init(key, x, sigma, text, rope_q=table), jax.random.key(0))
+        call = jax.jit(lambda params: network.apply(params, x, sigma, text, rope_q=table)[1])
+        return call.lower(params).compile().cost_analysis()["flops"]
+
+    one, two, three = map(flops, (1, 2, 3))
+    assert three - two == pytest.approx(two - one, rel=0.02) and two > 1.5 * one

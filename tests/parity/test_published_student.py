@@ -1,6 +1,7 @@
 """A causal student as it is published, from end to end: in, streamed, trained further, out to PyTorch and back."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.data.sources.moving_shapes import captions
 from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.data.video_io import probe
+from greedy_distill_jax.eval.tables import NOT_THERE
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.wan.dit import Teacher
 from greedy_distill_jax.runs import conversion
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.streaming.causal import CausalStreamer
 from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.text.prompts import WAN_NEGATIVE_PROMPT
 from greedy_distill_jax.text.write_store import write_text_store
 from greedy_distill_jax.train import train
 from greedy_distill_jax.weights.open import open_source
@@ -57,7 +60,7 @@ def home(tmp_path_factory):
         state = tensors_of(source, "original", "float32")
         parts[name] = {f"model.{key}": torch.from_numpy(x.copy()) for key, x in state}
     torch.save(parts, home / "model.pt")
-    every = [*captions("train"), *captions("held_out"), settings.data.negative_prompt]
+    every = [*captions("train"), *captions("held_out"), settings.data.negative_prompt, WAN_NEGATIVE_PROMPT]
     encoder, plan = Rows(wan.text_len, wan.text_dim), dict(text_len=wan.text_len, text_dim=wan.text_dim)
     write_text_store(every, home / "text", lambda: encoder, plan=plan, dtype="float32", progress=False)
     codec = load_source("moving_shapes")[1]
@@ -94,6 +97,13 @@ def test_it_streams_as_its_peer_and_through_the_command(home, benchmarks, tmp_pa
     options += ["--frames", 9, "--prompt", PROMPTS[0], "--switch", f"6:{PROMPTS[1]}", "--output", tmp_path / "out.mp4"]
     assert exit_code(sample.main, *options) == 0
     assert probe(tmp_path / "out.mp4").frames == 9
+    given = ["--given", tmp_path / "out.mp4", "--given-frames", 3, "--output", tmp_path / "longer.mp4"]
+    assert exit_code(sample.main, *options[:-2], *given) == 0
+    assert probe(tmp_path / "longer.mp4").frames == 9
+    told = "out.mp4: 3 of 9 frames are given, cropped and resized from 128x128 to 16x16.\n"
+    assert told in capsys.readouterr().err
+    assert exit_code(sample.main, *options[:-2], *given, "--given-frames", 4) == 2
+    assert "--given-frames: 4 frames do not fit the student's chunk of 3 latent frames" in capsys.readouterr().err
     assert run.streamer(context_sigma=(0.1,)).plan.context_sigmas == (0.1,)
     for level, said in (("0.7,0.7", "kept at noise level 0.7, above 0.625"), ("-1", "it must be at least 0")):
         assert exit_code(sample.main, *options, f"--context-sigma={level}") == 2
@@ -101,7 +111,7 @@ def test_it_streams_as_its_peer_and_through_the_command(home, benchmarks, tmp_pa
         assert "--context-sigma" in error and said in error
 
 
-def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path):
+def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path, capsys):
     imported = Run.load(home / "student", needs_codec=False)
     student = imported.settings
     changes = {f"model__{name}": value for name, value in dataclasses.asdict(student.model).items() if value}
@@ -124,6 +134,27 @@ def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path):
     moved = [float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max()) for a, b in pairs]
     assert all(np.isfinite(moved)) and 0 < max(moved) < 0.1  # updated, from what was imported
 
+    report = [
+        "--teacher",
+        home / "teacher",
+        "--student",
+        tmp_path / "stage2",
+        "--more",
+        f"published={home / 'student'}",
+    ]
+    report += ["--output", tmp_path / "report", "--videos", 2, "--suite", "cache_bytes"]
+    assert exit_code(evaluate.main, *report, "--text", home / "text") == 2  # the run tells it
+    assert "error: --text: the runs are compared on the data" in capsys.readouterr().err
+    assert exit_code(evaluate.main, *report) == 0
+    rows = json.loads((tmp_path / "report" / "metrics.json").read_text())["rows"]
+    assert {row["name"]: row["train_cpu_s"] != NOT_THERE for row in rows} == {
+        "data": False,
+        "teacher": False,
+        "stage1": True,
+        "stage1_few_steps": True,
+        "published": False,
+    }
+
     trained = open_source(tmp_path / "stage2", part="params")
     target = tmp_path / "out.pt"
     options = ["--format", "causal-pt", "--part", "params"]
@@ -135,9 +166,46 @@ def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path):
     assert compare(back, trained) == [] and back.cfg == trained.cfg
 
 
-def test_it_is_not_evaluated_as_it_is(home, tmp_path, capsys):
-    options = ["--teacher", home / "teacher", "--student", home / "student", "--output", tmp_path / "report"]
+def test_it_is_evaluated_on_named_data(home, tmp_path, capsys):
+    """Nothing was trained here: held-out videos, their captions' encoder and the decoder are named."""
+    sizes = [
+        "--heads",
+        read_settings(tiny.train_config()).wan.num_heads,
+        "--text-len",
+        Run.load(home / "student", needs_codec=False).settings.wan.text_len,
+    ]
+    assert (
+        exit_code(
+            convert.main,
+            "import",
+            home / "model.pt",
+            tmp_path / "student",
+            *sizes,
+            "--chunk",
+            2,
+            "--window",
+            4,
+            "--sink",
+            0,
+        )
+        == 0
+    )
+    options = [
+        "--teacher",
+        home / "teacher",
+        "--student",
+        tmp_path / "student",
+        "--output",
+        tmp_path / "report",
+        "--videos",
+        2,
+    ]
     assert exit_code(evaluate.main, *options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: --teacher: ") and "holds weights that were imported" in error
-    assert "config.teacher_from" in error and not (tmp_path / "report").exists()
+    assert "error: --data: none of these was trained here" in capsys.readouterr().err
+    options += ["--data", "moving_shapes", "--codec", home / "codec.npz", "--suite", "cache_bytes"]
+    assert exit_code(evaluate.main, *options) == 2
+    assert "error: --text: " in capsys.readouterr().err and not (tmp_path / "report").exists()
+    assert exit_code(evaluate.main, *options, "--text", home / "text") == 0
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert [row["name"] for row in metrics["rows"]] == ["data", "teacher", "stage1", "stage1_few_steps"]
+    assert {row[key] for row in metrics["rows"] for key in ("train_cpu_s", "train_seed")} == {NOT_THERE}

@@ -12,7 +12,8 @@ from greedy_distill_jax.diffusion.step_plan import StepPlan
 from greedy_distill_jax.models.students.base import History
 from greedy_distill_jax.models.students.etm_sdd import Student
 from greedy_distill_jax.streaming.etm_sdd import Streamer
-from greedy_distill_jax.streaming.loop import CONTEXT_FOLD, initial_noise
+from greedy_distill_jax.streaming.loop import CONTEXT_FOLD, draw_noise, initial_noise, split_key
+from greedy_distill_jax.streaming.session import Session
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.testing.pairwise import pairwise
 from greedy_distill_jax.weights.source import TreeSource
@@ -132,3 +133,46 @@ def test_parallel_and_streamed(case, tmp_path):
         theirs = other(to_torch(noisy), levels[0], text_t, to_torch(clean), levels[1], to_torch(last), levels[2])
     scale = max(1.0, float(np.abs(ours).std()))
     np.testing.assert_allclose(from_torch(theirs) / scale, np.asarray(ours) / scale, atol=TOLERANCE, rtol=0)
+
+
+GIVEN = [
+    dict(context="clean", sampler="renoise", context_sigmas=(0.0, 0.357), etm_input="clean", anchor=False, chunk=2),
+    dict(context="clean", sampler="euler", context_weights="own", rope_mode="absolute"),
+    dict(context="fused", sampler="renoise", context_sigmas=(0.1,), sink=2),
+    dict(context="last_step_kv", sampler="euler", window=1),
+]
+
+
+@pytest.mark.parametrize("case", GIVEN, ids=lambda case: "-".join(map(str, case.values())))
+def test_goes_on_behind_given_chunks(case, tmp_path):
+    """A first frame, then after some made chunks two others; noise by number as ``Streamer.observe`` takes it."""
+    case = dict(case)
+    plan = StepPlan(SIGMAS, case.pop("sampler"), context_sigmas=case.pop("context_sigmas", (0.0,)))
+    cfg = tiny.student_config(base=dataclasses.replace(tiny.BASE, dtype="float32", remat="none"), **case)
+    student = Student(cfg)
+    params = tiny.random_params(student, latent_shape=(1, *LATENT))
+    text, g = np.array(tiny.text_rows(2, jax.random.key(1))), cfg.chunk
+    given = np.array(jax.random.normal(jax.random.key(5), (2, 3 * g, *LATENT), jnp.float32))
+    key, options = jax.random.key(7), dict(seed=jax.random.key(7), latent_shape=LATENT)
+    session = Session(Streamer(student, plan), params, None, lambda prompts: jnp.asarray(text), ["", ""], **options)
+    stream = exported(tmp_path / "out", cfg, params, plan=dataclasses.asdict(plan)).stream(
+        torch.from_numpy(text), LATENT[:2]
+    )
+    made = []
+    for i in range(10):
+        for chunks in {0: [given[:, :g]], 4: [given[:, g:]]}.get(i, []):
+            session.give(chunks)
+            held = to_torch(chunks)
+            stream.give(held)
+            held.zero_()  # it was copied
+        key, own = split_key(key)
+        sigmas, level = plan.sigmas[: i + 1][-1], plan.context_sigmas[: i + 1][-1]
+        numbers = range(len(sigmas) if plan.sampler == "renoise" else 1)
+        if i in (0, 4, 5):
+            numbers = [len(sigmas) - 1] if cfg.context == "last_step_kv" else []
+        noise = [draw_noise(own, n, (2, g, *LATENT)) for n in (*numbers, *([CONTEXT_FOLD] if level else []))]
+        made.append([from_torch(stream.step([to_torch(x) for x in noise])), np.asarray(session.next_latents())])
+    theirs, ours = (np.concatenate(chunks, axis=1) for chunks in zip(*made, strict=True))
+    np.testing.assert_array_equal(np.concatenate([theirs[:, :g], theirs[:, 4 * g : 6 * g]], axis=1), given)
+    scale = max(1.0, float(ours.std()))
+    np.testing.assert_allclose(theirs / scale, ours / scale, atol=1e-5, rtol=0)

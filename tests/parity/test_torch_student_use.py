@@ -106,6 +106,9 @@ def test_compiles_a_fixed_number_of_graphs(options, chunks, graphs, tmp_path):
     assert len(compiled) == graphs
     transposed = [torch.randn(1, *LATENT[:2], LATENT[2], 1).permute(0, 4, 3, 1, 2) for _ in range(NOISE[1])]
     stream.step(transposed)
+    stream.give(torch.cat(transposed, dim=1))
+    for _ in range(NOISE[1] + 1):
+        stream.step()
     frames(student, 3)
     assert len(compiled) == graphs
 
@@ -143,6 +146,13 @@ def test_wrong_inputs_are_named(folder):
     stream.step(noise)  # refused noise has changed nothing
     with pytest.raises(ValueError, match="noise has 4 tensors; chunk 1 takes 3"):
         stream.step(noise)
+    for latents in (noise[0][:1], noise[0][..., :-1], noise[0][0], noise[0][:, :0]):
+        with pytest.raises(ValueError, match=r"latents are of shape .*; give \[2, T, 4, 4, 6\], T a multiple of 1"):
+            stream.give(latents)
+    stream.give(noise[0])
+    with pytest.raises(ValueError, match="noise has 3 tensors; chunk 1 takes 1"):
+        stream.step(noise[:3])
+    assert torch.equal(stream.step(noise[:1]), noise[0])  # and it is still there
     for prompts in (text(1), text(2)[..., :-1], text(2)[0]):
         with pytest.raises(ValueError, match=rf"text is of shape .*; give \[2, any, {tiny.BASE.text_dim}\]"):
             stream.switch_prompt(prompts)

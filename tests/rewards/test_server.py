@@ -179,7 +179,7 @@ def test_sigterm_lets_the_request_in_work_end(tmp_path, subprocess_env):
         process.stdin.write("\n")
         process.stdin.flush()
         thread.join()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     np.testing.assert_array_equal(found[0]["q"], 1.0)

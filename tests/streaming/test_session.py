@@ -183,6 +183,22 @@ def test_a_short_stream_compiles_what_it_needs(compilations):
     assert compilations == []
 
 
+def test_given_chunks_need_no_step(compilations):
+    """Compiled is what chunks that are made need, from the first one behind those that are given."""
+    model, plan = Student(tiny.student_config(chunk=1)), StepPlan(((1.0, 0.65),))  # of this test alone
+    stream = Session(make_streamer(model, plan), tiny.random_params(model), None, text, ["a"], latent_shape=SHAPE)
+    warm_up = stream._programs.warm_up
+    assert warm_up > 1
+    stream.give(np.zeros((1, warm_up, *SHAPE), np.float32))
+    for chunks, steps in ((warm_up, 0), (warm_up + 1, 1)):
+        compilations.clear()
+        stream.prepare(chunks, switches=False)
+        assert [name for event, name in compilations if "mlir" in event] == ["jit(make)", "jit(finish)"] * steps
+    compilations.clear()
+    latents(stream, warm_up + 1)
+    assert compilations == []
+
+
 def test_a_video_that_is_left_early_goes_on_where_it_was_left(codec):
     whole, left = list(session(codec=codec).play(13)), session(codec=codec)
     next(left.play(13))

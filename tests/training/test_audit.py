@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from greedy_distill_jax.training import audit
 from greedy_distill_jax.training.audit import zero_outputs
 
 CASES = {
@@ -28,3 +30,35 @@ def test_outputs_of_a_zero_and_another(call, expected):
     x = jnp.ones(2)
     program = jax.make_jaxpr(call, axis_env=[("i", 1)])(x, x)
     assert tuple(zero_outputs(program.jaxpr, program.consts, [True, False])) == expected
+
+
+@pytest.mark.parametrize(
+    "weights, idle, traces",
+    [
+        (dict(used=2.0), [], 1),
+        (dict(used=0.0), [], 2),  # a term of weight 0 has a gradient
+        (dict(stopped=1.0), ["stopped"], 2),
+        (dict(used=2.0, stopped=1.0), ["stopped"], 3),
+        (None, [], 1),
+    ],
+    ids=str,
+)
+def test_a_gradient_under_audit_is_the_gradient(weights, idle, traces):
+    """Of one term it is traced once; ``b`` is reached by none."""
+    params, traced = {"a": jnp.arange(3.0), "b": jnp.ones(2)}, []
+    losses = {"used": lambda a: jnp.sum(a**3), "stopped": lambda a: jnp.sum(jax.lax.stop_gradient(a) ** 2)}
+
+    def objective(params):
+        traced.append(1)
+        values = {name: losses[name](params["a"]) for name in weights or ("used",)}
+        total = sum((weights or {}).get(name, 1.0) * value for name, value in values.items())
+        return total, weights and values | {f"{name}/twice": 2 * value for name, value in values.items()}
+
+    expected = jax.value_and_grad(objective, has_aux=True)(params)
+    traced.clear()
+    with audit.watching() as found:
+        given = jax.jit(lambda params: audit.value_and_grad(objective, params))(params)
+    assert len(traced) == traces
+    assert audit.idle_terms(found) == idle
+    assert audit.idle_leaves(found) == (["a", "b"] if weights == dict(stopped=1.0) else ["b"])
+    jax.tree.map(np.testing.assert_array_equal, given, expected)

@@ -40,20 +40,20 @@ CAUSAL = [
     dict(causal=True, chunk=2, window=4, sink=0, rope_mode="relative", context="last_step_kv", sdd="params"),
 ]
 
-
+NOISY_CAUSAL = dict(plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative")  # several tests share its programs
 PLANS = [
     dict(plan=NOISY, sdd="none"),
     dict(plan=NOISY, etm_input="clean", sdd="params"),
     dict(plan=StepPlan(SIGMAS, "euler", (0.1, 0.3, 0.357)), chunk=2, sink=1, rope_mode="absolute", sdd="params"),
     dict(plan=DIAGONAL, context="last_step_kv", sdd="params"),
-    dict(plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative", sdd="params"),
+    dict(**NOISY_CAUSAL, sdd="params"),
     dict(plan=DIAGONAL, causal=True, window=3, sink=0, context="last_step_kv", sdd="none"),
 ]
 OWN = [
     dict(context_weights="own", plan=OLD, sdd="params"),
     dict(context_weights="own", plan=NOISY, fusion="xattn2", chunk=2, sdd="params"),
     dict(context_weights="own", plan=NOISY, rope_mode="absolute", sdd="none"),
-    dict(context_weights="own", plan=NOISY, causal=True, window=3, sink=1, rope_mode="relative", sdd="params"),
+    dict(context_weights="own", **NOISY_CAUSAL, sdd="params"),
     dict(context_weights="own", plan=OLD, causal=True, chunk=2, window=4, sink=0, sdd="none"),
 ]
 DEFAULTS = {name: getattr(tiny.STUDENT, name, "params") for name in OPTIONS}
@@ -161,7 +161,7 @@ def test_every_pair_of_options_occurs():
 @pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
 def test_context_gradients_are_those_of_the_two_passes(causal):
     """``none`` is the gradient through the denoising call, ``params`` that plus the one through the context pass."""
-    model = dict(plan=NOISY, **(dict(causal=True, window=3) if causal else {}))
+    model = NOISY_CAUSAL if causal else dict(plan=NOISY)
     student, _, params, text, drawn = _setup(**model)
     apart = make_student(dataclasses.replace(student.cfg, context_weights="own"))
     stopped, whole = (_recomputed(ContextGrad("params", g), **model)[1] for g in ("none", "params"))
@@ -255,7 +255,7 @@ def test_training_looks_back_on_the_keys_that_inference_keeps(causal):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["etm_sdd", "causal"])
 def test_the_kept_frames_are_recorded(causal):
-    _, streamer, params, text, drawn = _setup(plan=NOISY, **(dict(causal=True) if causal else {}))
+    drawn = _setup(**(NOISY_CAUSAL if causal else dict(plan=NOISY)))[4]
     np.testing.assert_allclose(drawn.context_sigma_T, [0.0] + [0.357] * (FRAMES - 1), atol=1e-7)
     np.testing.assert_array_equal(drawn.context_BTHWC[:, 0], drawn.x0_BTHWC[:, 0])
     noise = (drawn.context_BTHWC - (1 - 0.357) * drawn.x0_BTHWC)[:, 1:] / 0.357

@@ -118,7 +118,7 @@ class _Pair:
         return "\n".join(file.read_text() for file in self.files)
 
     def codes(self):
-        codes = [process.wait(timeout=240) for process in self.processes]
+        codes = [process.wait(timeout=900) for process in self.processes]
         for thread in self.threads:
             thread.join()
         return codes
@@ -275,7 +275,7 @@ def test_who_takes_a_share_waits_for_nobody_at_its_end(tmp_path, subprocess_env)
     try:
         assert [process.stdout.readline() for process in pair] == ["0 2 0 1\n", "1 2 0 1\n"]
         for process in reversed(pair):
-            process.communicate("", timeout=240)
+            process.communicate("", timeout=900)
             assert process.returncode == 3
     finally:
         for process in pair:

@@ -206,7 +206,7 @@ def test_a_teacher_is_sampled_as_wan_is(tmp_path):
     settings = Run.load(tmp_path / "wan", needs_codec=False).settings
     own = settings.sample
     assert (own.sampler, own.steps, own.shift, own.guidance) == ("unipc_wan", 50, 5.0, 5.0)
-    assert settings.data.negative_prompt == WAN_NEGATIVE_PROMPT
+    assert settings.data.negative_prompt == WAN_NEGATIVE_PROMPT and settings.log.fps == 16
     folder = tmp_path / "pipeline"
     (folder / "transformer").mkdir(parents=True)
     (folder / "scheduler").mkdir()

@@ -58,6 +58,7 @@ class Dit(nn.Module):
             cfg,
             self.depth,
             layout=self.layout,
+            keys_only=not self.with_head,
             fusion=self.fusion,
             z_gate_init=self.z_gate_init,
             emit=self.emit,

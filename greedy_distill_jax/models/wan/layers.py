@@ -307,13 +307,18 @@ class Block(nn.Module):
         return x_BSD, Emitted(**{name: getattr(emitted, name) for name in self.emit})
 
 
+WRITTEN_OUT = 8  # blocks at most: programs grow with them, and the last one's share of the pass shrinks
 _REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots}
 
 
 def block_stack(
-    cfg: WanConfig, depth: int, *, layout: Layout | None, name: str | None = None, **block: Any
+    cfg: WanConfig, depth: int, *, layout: Layout | None, name: str | None = None, keys_only: bool = False, **block: Any
 ) -> nn.Module:
-    """``depth`` scanned blocks; call as (x, Shared, Layer with leading layers axis) -> (x, stacked Emitted)."""
+    """``depth`` scanned blocks; call as (x, Shared, Layer with leading layers axis) -> (x, stacked Emitted).
+
+    ``keys_only``: nobody needs x. A few blocks are written out then, so that the compiler leaves out what of the last
+    one follows its keys and values; of a loop's body it cannot.
+    """
     body = Block
     if cfg.remat != "none":
         body = nn.remat(Block, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=False)
@@ -323,6 +328,7 @@ def block_stack(
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         length=depth,
+        unroll=depth if keys_only and depth <= WRITTEN_OUT else 1,
         check_constancy_invariants=False,  # nothing of the body is broadcast: saves one trace of it
     )
     return scanned(cfg, layout=layout, name=name, **block)

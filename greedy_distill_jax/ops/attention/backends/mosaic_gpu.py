@@ -5,6 +5,8 @@ computed. Softmax is in float32; probabilities are rounded to the dtype of q bef
 
 A card's tuned table (``tuned/h100.json``, ``tuned/h200.json``), which a measurement on that card writes, says for which
 chunks the kernels beat cuDNN. Elsewhere they run where they are asked for by name.
+
+Mosaic GPU and the kernels are imported where they are used: every command imports this file, few have such a card.
 """
 
 import dataclasses
@@ -12,25 +14,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import tuning
-from greedy_distill_jax.ops.attention.backends.hopper import (
-    backward as kernels_backward,
-    forward as kernels_forward,
-    tables,
-)
-from greedy_distill_jax.ops.attention.backends.hopper.parts import Launch
+from greedy_distill_jax.ops.attention.backends.hopper import tables
 from greedy_distill_jax.ops.attention.backends.record import Backend, Call, Kernel, Request
 from greedy_distill_jax.ops.attention.pattern import Pattern
 from greedy_distill_jax.ops.attention.tuning import Blocks
 
 KERNELS = {
     "forward_kernel": Kernel(2, "forward"),
-    "dq_kernel": Kernel(3, "dq", spilled=24),  # with blocks of 128 keys
-    # Two accumulators take half of the registers; what is spilled is spilled where a block is partly masked.
-    "dkv_kernel": Kernel(4, "dkv", by_key=True, spilled=104),
+    "dq_kernel": Kernel(3, "dq"),
+    "dkv_kernel": Kernel(4, "dkv", by_key=True),
 }
 HEAD_DIMS = (64, 128)
 MULTIPLE = 8  # tokens: blocks begin at rows of 8 in memory
@@ -44,6 +39,8 @@ def why_not(request: Request) -> str | None:
     target = target_of(request.kind)
     if not request.interpret and (request.platform != "gpu" or target is None):
         return f"it needs an NVIDIA H100 or H200 and this is {request.kind} (interpret=True emulates it)"
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     if not hasattr(plgpu, "InterpretGPUParams"):
         return f"this is jax {jax.__version__}; the kernels need 0.11.2 or later"
     if request.head_dim not in HEAD_DIMS:
@@ -83,20 +80,24 @@ def attend(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
 
 def forward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
     """(output, what ``backward`` needs)."""
+    from greedy_distill_jax.ops.attention.backends.hopper import forward as kernels
+
     launch, visits, plan = _launch(call, q_BLNK, lengths_Q, keys=False, pair=call.blocks.forward)
-    out, lse = kernels_forward.forward(q_BLNK, k_BSNK, v_BSNK, launch, visits, plan, call.scale)
+    out, lse = kernels.forward(q_BLNK, k_BSNK, v_BSNK, launch, visits, plan, call.scale)
     return out, (q_BLNK, k_BSNK, v_BSNK, lengths_Q, out, lse)
 
 
 def backward(residual, g_BLNK, call: Call):
     """(dq, dk, dv)."""
+    from greedy_distill_jax.ops.attention.backends.hopper import backward as kernels
+
     q_BLNK, k_BSNK, v_BSNK, lengths_Q, out_BLNK, lse_BNL = residual
     delta_BNL = jnp.einsum("blnk,blnk->bnl", out_BLNK, g_BLNK, preferred_element_type=jnp.float32)
     queries, keys, rows = (q_BLNK, g_BLNK.astype(q_BLNK.dtype)), (k_BSNK, v_BSNK), (lse_BNL, delta_BNL)
     by_query = _launch(call, q_BLNK, lengths_Q, keys=False, pair=call.blocks.dq, whole=True)
     by_key = _launch(call, q_BLNK, lengths_Q, keys=True, pair=call.blocks.dkv, whole=True)
-    dq = kernels_backward.dq((*queries, *keys), rows, *by_query, call.scale)
-    return dq, *kernels_backward.dkv((*keys, *queries), rows, *by_key, call.scale)
+    dq = kernels.dq((*queries, *keys), rows, *by_query, call.scale)
+    return dq, *kernels.dkv((*keys, *queries), rows, *by_key, call.scale)
 
 
 def _launch(call: Call, q_BLNK, lengths_Q, *, keys: bool, pair: tuple[int, int], whole: bool = False):
@@ -105,6 +106,10 @@ def _launch(call: Call, q_BLNK, lengths_Q, *, keys: bool, pair: tuple[int, int],
     Raises:
       UserError: blocks that the kernels do not have, or a scale that is not positive.
     """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from greedy_distill_jax.ops.attention.backends.hopper.parts import Launch
+
     if not call.scale > 0:
         raise UserError(f"chunk_attention: the kernels need a positive scale, got {call.scale}.", field="scale")
     pattern = call.pattern.merged() if lengths_Q is None else call.pattern

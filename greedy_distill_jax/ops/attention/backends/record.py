@@ -47,7 +47,6 @@ class Kernel(NamedTuple):
     matmuls: int  # of a visit of a block pair
     blocks: str  # field of ``Blocks`` with its block sizes
     by_key: bool = False  # it visits the list that is sorted by key
-    spilled: int = 0  # bytes of a thread's registers that it may write to memory and read back
 
 
 @dataclasses.dataclass(frozen=True)

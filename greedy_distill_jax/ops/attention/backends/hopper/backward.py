@@ -65,13 +65,17 @@ def _kernel(launch: Launch, scale: float, by_key: bool, *refs, tiles, rows, side
         refs[6:11],
         refs[11:],
     )
-    warpgroup, thread_block = lax.axis_index(parts.PARALLEL), lax.axis_index(parts.GRID)
-    example, chunk, head, place = (parts_ref[thread_block, i] for i in range(4))
-    total, columns = total_ref[chunk], launch.columns(head)
+    warpgroup = lax.axis_index(parts.PARALLEL)
+
+    def numbers():
+        """Read by each role for itself: what lives across the branch is spilled, for a loader has few registers."""
+        example, chunk, head, place = (parts_ref[lax.axis_index(parts.GRID), i] for i in range(4))
+        return example, chunk, head, place, total_ref[chunk], launch.columns(head)
 
     @pl.when(warpgroup < launch.warpgroups)
     def _():
         plgpu.set_max_registers(parts.REGISTERS[launch.warpgroups], action="increase")
+        example, chunk, head, place, total, columns = numbers()
         here, tokens = example * launch.chunks + chunk, launch.rows(place, warpgroup)
         mine = [tile.at[warpgroup] for tile in tiles]
         for ref, tile in zip(outer_refs, mine):
@@ -125,6 +129,7 @@ def _kernel(launch: Launch, scale: float, by_key: bool, *refs, tiles, rows, side
     @pl.when(warpgroup == launch.warpgroups)
     def _():
         plgpu.set_max_registers(parts.LOADING, action="decrease")
+        example, chunk, head, _, total, columns = numbers()
 
         def sources(i):
             where, tokens = launch.inner_place(starts_ref[chunk, i])
