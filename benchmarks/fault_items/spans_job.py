@@ -25,7 +25,7 @@ from greedy_distill_jax.data.sources.trajectories import write_trajectories
 from greedy_distill_jax.distribution.hosts.join import join_hosts
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.distribution.parallel import on_mesh
-from greedy_distill_jax.distribution.rows import whole_here
+from greedy_distill_jax.distribution.rows import whole_at_first
 from greedy_distill_jax.distribution.sharding import leaf_paths, shardings
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.streaming.loop import noise_keys
@@ -122,7 +122,7 @@ def learnt(root: Path, stage: str, mesh: str) -> dict[str, np.ndarray]:
 
 
 def _parameters(state: Any) -> dict[str, np.ndarray]:
-    trees = {name: whole_here(net.params) for name, net in state.nets.items()}
+    trees = {name: whole_at_first(net.params) for name, net in state.nets.items()}
     return {path: np.asarray(x) for path, x in leaf_paths(trees)}
 
 

@@ -65,9 +65,9 @@ class SkipBadRecords:
         # Outside the lock: other processes wait for what the other threads of this one find, too.
         if self._readers and (others := self._readers(index)):
             raise _TooManyBad(
-                f"{error}; but process {others[0]}, which feeds the same rows, can read it, and would train on other "
-                "data; see why this process cannot, or set max_bad_records to 0",
-                field="max_bad_records",
+                f"{error}; but process {others[0]}, which feeds the same rows, did not say that it cannot read it, and "
+                "would train on other data; see why this process cannot, or prepare the data again",
+                field="source",
             ) from error
         with self._lock:
             known, count = index in self._bad, self._count(index, error)
@@ -99,7 +99,6 @@ def make_loader(
     shuffle: bool = True,
     num_threads: int = 2,
     max_bad_records: int = 10,
-    readers: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Endless batches of this process; the global batch at `start` is a function of (seed, start) alone.
 
@@ -118,7 +117,6 @@ def make_loader(
       shuffle: False for the order of the source.
       num_threads: threads that prefetch batches; 0 reads in the calling thread.
       max_bad_records: different records of the source that may be bad before it is an error.
-      readers: see `SkipBadRecords`; where several processes read the same rows.
 
     Returns:
       Iterator of {"latents": float32 [b, T, h, w, C], "text": float32 [b, M, D], "captions": list of b strings},
@@ -143,7 +141,7 @@ def make_loader(
         raise UserError(f"seed={seed}; use 0 to {2**32 - 1}", "seed")
     if not len(source):
         raise UserError(f"{source!r} is empty; give a split with at least one record", "source")
-    examples = grain.MapDataset.source(SkipBadRecords(source, max_bad_records, readers))
+    examples = grain.MapDataset.source(SkipBadRecords(source, max_bad_records))
     if shuffle:
         examples = examples.shuffle(seed=seed)
     examples = examples.repeat()

@@ -19,13 +19,16 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
+from jax.sharding import Mesh
 
 from greedy_distill_jax.cli import RETRY
+from greedy_distill_jax.distribution.mesh import feeding
 from greedy_distill_jax.storage.records import first_line
 
 ANSWER = 20.0  # seconds in which every process must say which step it has begun
 _SLICE = 1.0  # seconds between two looks at whether an answer is still wanted
 _QUIET = 600.0  # seconds of one wait for a question: the service keeps something of every wait that nobody ended
+READ_ALIKE = 300.0  # seconds in which processes that feed the same rows come to the same record
 _runs = itertools.count()
 
 
@@ -224,6 +227,23 @@ class ServiceStore:
             if "DEADLINE_EXCEEDED" in str(error):
                 return None
             raise
+
+
+def readers(mesh: Mesh) -> Callable[[int], list[int]] | None:
+    """Of a bad record, the processes that feed this one's rows and do not say that they cannot read it.
+
+    None where every process feeds rows of its own. All processes have to call this.
+    """
+    fed, own = feeding(mesh), jax.process_index()
+    if len(set(fed.values())) == len(fed):
+        return None
+    store, others = ServiceStore(), [other for other, parts in fed.items() if parts == fed[own] and other != own]
+
+    def not_told(index: int) -> list[int]:
+        store.set(f"bad/{index}/{own}", "")
+        return [other for other in others if store.get(f"bad/{index}/{other}", READ_ALIKE) is None]
+
+    return not_told
 
 
 def _line(error: Exception) -> str:

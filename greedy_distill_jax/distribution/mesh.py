@@ -19,8 +19,8 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
     """Lays devices out over the axes of ``AXES``.
 
     TPUs are laid out so that neighbours along an axis are neighbours in their slice's torus, where that can be
-    (``mesh_utils``); several slices are put along the outer axes. Other devices are taken in their order, which is host
-    by host.
+    (``mesh_utils``); several slices are put along the outer axes. Other devices are taken in the order of their
+    numbers, which is host by host.
 
     Args:
       shape: size by axis, 1 where it is missing; one may be -1 and takes the remaining devices.
@@ -89,8 +89,9 @@ def feeding(mesh: Mesh) -> dict[int, tuple[int, ...]]:
     sets = set(found.values())
     if sum(map(len, sets)) != batch_parts(mesh) or len(set(map(len, sets))) > 1:
         raise UserError(
-            f"the {batch_parts(mesh)} data and fsdp parts of the mesh do not divide over the {len(processes)} "
-            f"processes, nor these over them; choose another config.mesh."
+            f"the {batch_parts(mesh)} data and fsdp parts of the mesh are fed unevenly by its {len(processes)} "
+            f"processes ({', '.join(f'{p} feeds {parts}' for p, parts in tuple(found.items())[:3])}); choose other "
+            f"sizes of config.mesh."
         )
     return found
 

@@ -1,5 +1,6 @@
 """Global arrays as the rows of this process, for work on the host between two jitted functions."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,16 +60,22 @@ def assembled(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(shape, sharding, shard)
 
 
-def whole_here(tree: Any) -> Any:
-    """The arrays of a tree, whole on the first device of every process; all processes have to call this.
+def whole_at_first(tree: Any) -> Any:
+    """The arrays of a tree, whole on the first device of process 0; None elsewhere. All processes have to call this.
 
-    Array by array, so that no device but these holds more than one of them whole.
+    Array by array, so that no other device holds more than one of them whole.
     """
-    return jax.tree.map(_whole_here, tree)
+    return jax.tree.map(_whole_at_first, tree)
 
 
-def _whole_here(x: jax.Array) -> jax.Array:
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x).addressable_data(0)
+def _whole_at_first(x: jax.Array) -> jax.Array | None:
+    whole = _gather(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+    return None if jax.process_index() else whole.addressable_data(0)
+
+
+@functools.cache
+def _gather(sharding: NamedSharding):
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 class Rows(Mapping[str, Any]):

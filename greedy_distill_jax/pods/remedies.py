@@ -27,10 +27,11 @@ def remedies(job: Job, name: str, done: Compiled) -> list[str]:
         options.append(f"config.data.accumulate={c.data.accumulate * share} (microbatch of 1 instead of {share})")
     if mesh[copies] > 1:
         options.append(f"config.mesh.{copies}=1 with config.mesh.{split}=-1 (parameters and moments over all devices)")
-    # Streams are not split into stripes, and every host feeds whole groups of devices.
+    # Streams are not split into stripes; hosts feed as many groups of devices each, or share them evenly.
     for n in range(mesh[stripes] + 1, columns + 1) if trained else ():
         groups, rest = divmod(job.mesh.size, n * mesh[RULES.heads[0]])
-        if rest or columns % n or groups % mesh[copies] or groups % hosts(job.mesh) or c.data.batch % groups:
+        uneven = groups % hosts(job.mesh) and hosts(job.mesh) % groups
+        if rest or columns % n or groups % mesh[copies] or uneven or c.data.batch % groups:
             continue
         adjusted = c.data.batch // groups
         also = "" if c.mesh[split] == -1 else f" with config.mesh.{split}=-1"

@@ -6,7 +6,7 @@ import json
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from greedy_distill_jax.config.tree import default_text
 from greedy_distill_jax.data.augment import WORDS, augmented
 from greedy_distill_jax.data.loader import SkipBadRecords, latents_of
 from greedy_distill_jax.data.sources.protocol import captions_of, check_example
+from greedy_distill_jax.distribution import agreement
 from greedy_distill_jax.distribution.parallel import on_mesh
 from greedy_distill_jax.distribution.sharding import shardings, with_shardings
 from greedy_distill_jax.errors import UserError
@@ -99,13 +100,13 @@ class Data(NamedTuple):
     codec: VideoCodec | None
 
 
-def open_data(settings: Settings) -> Data:
-    """Opens the training data; UserError when it is not what the stage trains on."""
+def open_data(settings: Settings, readers: Callable[[int], Sequence[int]] | None = None) -> Data:
+    """Opens the training data; UserError when it is not what the stage trains on. ``readers``: of `SkipBadRecords`."""
     raw, codec = data_source(settings, "train", frames=settings.kind.example_frames(settings), seed=settings.seed)
     settings.kind.check_source(settings, raw)
     if not len(raw):
         raise UserError(f"{settings.data.source!r} is empty; give data with at least one example", "source")
-    source = SkipBadRecords(raw, settings.data.max_bad_records)
+    source = SkipBadRecords(raw, settings.data.max_bad_records, readers)
     examples = [source[i] for i in range(min(4, len(source)))]
     for example in examples:
         check_example(example, settings.data.source)
@@ -124,7 +125,7 @@ def prepare_job(settings: Settings, workdir: Path, mesh: Mesh) -> Job:
       UserError: what is wrong with settings, data, runs or mesh.
     """
     with cli.places(**DATA_PLACES):
-        data, wan = open_data(settings), settings.wan
+        data, wan = open_data(settings, agreement.readers(mesh)), settings.wan
         encoder = load_text_encoder(settings.data.text, text_len=wan.text_len, text_dim=wan.text_dim)
         held = _content(source=data.raw, text=encoder)
     stored = _stored_meta(workdir)

@@ -1,6 +1,7 @@
 """The one loop that every stage runs in: batches in, parts in their order, scalars, samples and checkpoints out."""
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from greedy_distill_jax.cli.progress import progress
 from greedy_distill_jax.data.loader import make_loader
 from greedy_distill_jax.distribution.agreement import ServiceStore
 from greedy_distill_jax.distribution.compile_cache import compiled_ahead
-from greedy_distill_jax.distribution.mesh import batch_parts, feeding, parts_of
-from greedy_distill_jax.distribution.rows import Rows, assembled, global_rows, whole_here
+from greedy_distill_jax.distribution.mesh import batch_parts, parts_of
+from greedy_distill_jax.distribution.rows import Rows, assembled, global_rows, whole_at_first
 from greedy_distill_jax.distribution.sharding import with_shardings
 from greedy_distill_jax.errors import Diverged
 from greedy_distill_jax.runs.run import Run, architecture
 from greedy_distill_jax.storage.checkpoint import Checkpointer
+from greedy_distill_jax.storage.records import first_line
 from greedy_distill_jax.storage.together import all_said
 from greedy_distill_jax.training.job import DATA_PLACES, Job, check_resume, initial_state
 from greedy_distill_jax.training.metrics import UNKNOWN, MetricWriter
@@ -27,7 +29,7 @@ from greedy_distill_jax.training.stages.base import Part, returned
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.training.stop import Stop
 
-READ_ALIKE = 300.0  # seconds in which processes that feed the same rows come to the same record
+WAIT = 60.0  # seconds of one wait for samples, of which the coordination service keeps a little
 
 
 class Progress:
@@ -168,27 +170,12 @@ def _batches(job: Job, seed: int, seen: int) -> Iterator[Batch]:
         rows=rows,
         num_threads=data.threads,
         max_bad_records=data.max_bad_records,
-        readers=_readers(job.mesh),
     )
     while True:
         with cli.places(**DATA_PLACES):
             batch = next(loader)
         arrays = {name: assembled(batch[name], sharding) for name, sharding in job.batch_sharding.items()}
         yield Batch(arrays, batch["captions"])
-
-
-def _readers(mesh: Mesh) -> Callable[[int], list[int]] | None:
-    """Of a bad record, the processes that feed this one's rows and can read it; None where it alone feeds them."""
-    fed, own = feeding(mesh), jax.process_index()
-    if len(set(fed.values())) == len(fed):
-        return None
-    store, others = ServiceStore(), [other for other, parts in fed.items() if parts == fed[own] and other != own]
-
-    def readers(index: int) -> list[int]:
-        store.set(f"bad/{index}/{own}", "")
-        return [other for other in others if store.get(f"bad/{index}/{other}", READ_ALIKE) is None]
-
-    return readers
 
 
 def run_loop(
@@ -246,16 +233,27 @@ class Samples:
 
     def write(self, state: TrainState, meta: dict[str, Any], step: int) -> None:
         """Writes the videos of a step's average; all processes have to call this."""
-        job = self._job
-        ema = state.nets[job.stage.name].ema
+        ema = state.nets[self._job.stage.name].ema
         if self._store:
-            ema = whole_here(ema)
+            ema = whole_at_first(ema)
         if jax.process_index():
-            while self._store.get(f"sampled/{step}", 1.0) is None:
+            while self._store.get(f"sampled/{step}", WAIT) is None:
                 pass
             return
+        try:
+            self._write(ema, meta, step)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            warnings.warn(
+                f"no samples at step {step}: the device has no room for them beside the training "
+                f"({first_line(error)[:200]}); set config.log.samples_every=0, and sample from a checkpoint"
+            )
+        if self._store:
+            self._store.set(f"sampled/{step}", "")
+
+    def _write(self, ema: Any, meta: dict[str, Any], step: int) -> None:
+        job = self._job
         run = Run(job.settings, job.stage.model, ema, job.codec, job.encoder, job.latent_shape, meta, self._told)
         for number, video in enumerate(run.sample_videos(job.captions, seed=jax.random.key(0))):
             self._writer.gif(step, f"samples/{number}: {job.captions[number]}", video)
-        if self._store:
-            self._store.set(f"sampled/{step}", "")

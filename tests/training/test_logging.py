@@ -7,6 +7,7 @@ import re
 import sys
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,9 @@ from tensorboard.summary.writer import event_file_writer
 from greedy_distill_jax.cli import progress as progress_lines
 from greedy_distill_jax.cli.progress import _Lines, progress
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.runs.run import Run
+from greedy_distill_jax.testing import tiny
+from greedy_distill_jax.train import train
 from greedy_distill_jax.training import metrics
 from greedy_distill_jax.training.metrics import SCALARS, MetricWriter, read_scalars
 
@@ -149,3 +153,22 @@ def test_progress_can_be_off(capsys):
         bar.update(1)
         bar.set_postfix(loss=1)
     assert capsys.readouterr().err == ""
+
+
+def test_a_training_goes_on_without_samples_that_have_no_room(tmp_path, monkeypatch):
+    """What the device says of a sampling that does not fit; anything else that it says ends the run."""
+    config = tiny.train_config(steps=2, log__samples_every=1)
+
+    def full(self, *args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr(Run, "sample_videos", full)
+    with pytest.warns(UserWarning, match="no samples at step 2: .*set config.log.samples_every=0"):
+        assert int(train(config, tmp_path / "run", show_progress=False).step) == 2
+
+    def broken(self, *args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(Run, "sample_videos", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        train(config, tmp_path / "other", show_progress=False)
