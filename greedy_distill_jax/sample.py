@@ -81,10 +81,12 @@ def _videos(run, args: argparse.Namespace, fps: float | int) -> Iterator:
     """
     import numpy as np
 
+    from greedy_distill_jax.runs.given import read_given
+
     if run.is_student:
         timeline = Timeline(run.codec.temporal_stride, run.model.cfg.chunk)
         args.frames = args.frames or timeline.fill(options.FRAMES)
-        given = _given(run, args, fps, timeline) if args.given else None
+        given = read_given(run, args.given, fps=fps, last=args.given_frames, frames=args.frames) if args.given else None
         more = {name: getattr(args, name) for name in ("seed", "steps", "context_sigma")}
         more["weights"] = args.weights or "compute"
         sessions = [run.session([prompt], **more) for prompt in args.prompt]
@@ -105,16 +107,6 @@ def _videos(run, args: argparse.Namespace, fps: float | int) -> Iterator:
     size = args.frames, run.latent_shape[1:], args.seed
     video = np.concatenate([sampler.videos(run.codec, run.text([prompt]), *size) for prompt in args.prompt])
     return (video[:, t : t + 1] for t in range(args.frames))
-
-
-def _given(run, args: argparse.Namespace, fps: float | int, timeline: Timeline):
-    """Latents that every video begins with."""
-    from greedy_distill_jax.runs.given import read_given
-
-    given = read_given(run, args.given, fps=fps, last=args.given_frames)
-    if (count := timeline.video_frames(given.shape[1])) >= args.frames:
-        raise UserError(f"{args.frames} frames are no more than the {count} that are given; make more", "frames")
-    return given
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -229,7 +229,7 @@ def test_given_frames_go_through_an_autoencoder_of_videos(run, given, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
-def test_what_cannot_be_given_is_refused(run, given, shapes, tmp_path):
+def test_what_cannot_be_given_is_refused(run, given, shapes, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
     turned = tmp_path / "turned"
@@ -241,7 +241,12 @@ def test_what_cannot_be_given_is_refused(run, given, shapes, tmp_path):
     for name, array in (("size", latents[:, 1:]), ("none", latents[:0]), ("int", latents.astype(int))):
         np.save(tmp_path / f"{name}.npy", array)
     np.save(tmp_path / "nan.npy", np.full_like(latents, np.nan))
+    np.save(tmp_path / "short.npy", latents)
+    with (tmp_path / "ARCHIVE.NPY").open("wb") as archive:
+        np.savez(archive, latents=latents)
+    (tmp_path / "torn.npy").write_bytes((tmp_path / "ARCHIVE.NPY").read_bytes()[:100])
     np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    monkeypatch.setattr(type(run.codec), "encode", lambda *_: pytest.fail("encoded before it was checked"))
     for path, options, said in (
         (tmp_path / "gone.mp4", [], "--given: .*gone.mp4 does not exist; give a video"),
         (tmp_path / "empty", [], "--given: .*empty holds no image; put frames ending in .png"),
@@ -257,17 +262,37 @@ def test_what_cannot_be_given_is_refused(run, given, shapes, tmp_path):
         (tmp_path / "int.npy", [], "--given: .*int.npy holds int64"),
         (tmp_path / "nan.npy", [], "--given: .*nan.npy holds values that are not finite"),
         (tmp_path / "object.npy", [], "--given: .*object.npy is no array of numpy's"),
-        (given, ["--given-frames", 5], "--given-frames: the last 5 frames are asked for, but .* has 4; ask for fewer"),
-        (given, [], "--frames: 4 frames are no more than the 4 that are given; make more"),
+        (tmp_path / "short.npy", [], "--frames: 4 frames are no more than the 4 of .*short.npy; make more"),
+        (tmp_path / "ARCHIVE.NPY", [], r"--given: .*ARCHIVE.NPY is an archive of arrays \(.npz\)"),
+        (tmp_path / "torn.npy", [], "--given: .*torn.npy is no array of numpy's"),
+        (given, ["--given-frames", 4], "--frames: 4 frames are no more than the 4 that are given; make more"),
+        (
+            given,
+            ["--frames", 8, "--given-frames", 5],
+            "--given-frames: the last 5 frames .*, but .* has 4; ask for fewer",
+        ),
+        (given, ["--frames", 3], "--frames: 3 frames are no more than .*frames has; make more, or give the last ones"),
     ):
         with pytest.raises(UserError, match=said):
             _sample(tmp_path / "out", "--given", path, "--frames", 4, *options)
     with pytest.raises(UserError, match="--given-frames: 3 frames of what"):
         _sample(tmp_path / "out", "--given-frames", 3)
     chunks = dataclasses.replace(run, model=Student(dataclasses.replace(run.model.cfg, chunk=3)))
-    with pytest.raises(UserError, match="4 frames do not fit the student's chunk of 3 latent frames") as error:
+    with pytest.raises(UserError, match="the student's chunk of 3 latent frames; choose 3$") as error:  # of 4
         read_given(chunks, given, fps=8)
     assert error.value.field == "given_frames"
+    with pytest.raises(UserError, match="1 frames do not fit .*; give at least 3$"):
+        read_given(chunks, given / "frame_1.png", fps=8)
+
+
+@pytest.mark.parametrize("run", ["teacher_forcing"], indirect=True)
+def test_images_of_one_number_are_ordered_by_name(run, shapes, tmp_path, monkeypatch):
+    for name, frame in (("frame_01.png", shapes[0]), ("frame_1.png", shapes[1])):
+        Image.fromarray(frame).save(tmp_path / name)
+    files, expected = sorted(tmp_path.iterdir()), run.codec.encode(shapes[:2])
+    for order in (files, files[::-1]):
+        monkeypatch.setattr(type(tmp_path), "iterdir", lambda folder, order=order: iter(order))
+        np.testing.assert_array_equal(read_given(run, tmp_path, fps=8)[0], expected)
 
 
 @pytest.mark.parametrize("run", ["teacher"], indirect=True)

@@ -1,9 +1,10 @@
 """A teacher, the students distilled from it and real videos, sampled for the same captions: what suites measure."""
 
+import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from greedy_distill_jax.data.sources.moving_shapes import is_shapes
-from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.errors import UserError, about
 from greedy_distill_jax.eval.videos import held_out_shape, held_out_videos, sampled
+from greedy_distill_jax.models.wan.config import WanConfig
 from greedy_distill_jax.runs.run import Run, is_trained
 from greedy_distill_jax.storage.checkpoint import load_meta
+from greedy_distill_jax.weights.source import ENCODER, HASHED
 
 HORIZON = 8  # rollouts are this many times longer than training videos
 TAKEN = ("", "data", "teacher", "stage1", "stage1_few_steps")  # rows of every report
@@ -83,7 +86,7 @@ class Comparison:
 
     @property
     def data(self) -> str:
-        """What the runs were trained on."""
+        """What the runs are compared on."""
         return self.teacher.settings.data.source
 
     @property
@@ -114,10 +117,10 @@ def shown_steps(run: Run, steps: Any) -> int | str:
 class Held(NamedTuple):
     """Held-out data to judge imported weights on, where no trained run tells; see ``Run.load`` for text and codec.
 
-    source: as ``config.data.source``. text: encodes its captions. codec: decodes latents.
+    data: as ``config.data.source``. text: encodes its captions. codec: decodes latents.
     """
 
-    source: str | None = None
+    data: str | None = None
     text: str | None = None
     codec: str | Path | None = None
 
@@ -140,22 +143,20 @@ def load_runs(
             raise UserError(f"{name!r} cannot be the row of {directory}, which others have; call it OTHER.", "more")
         rows[name] = ("more", directory, f"{name}: ")
     held, runs, judged = held or Held(), {}, None
-    for name, row in sorted(rows.items(), key=lambda item: _imported(item[1][1])):  # what was trained comes first
-        runs[name] = run = _load(*row, held, judged)
-        judged = judged or run
-    if judged.trained and (unused := next((name for name, value in held._asdict().items() if value is not None), "")):
-        raise UserError(
-            "the runs are compared on the data that they were trained on; leave this out.",
-            "data" if unused == "source" else unused,
-        )
+    imported = {name: _imported(*row) for name, row in rows.items()}
+    for name in sorted(rows, key=imported.get):  # what was trained comes first
+        runs[name] = run = _load(*rows[name], imported[name], held, judged)
+        if judged is None:
+            judged = run
+            _check_unused(held if run.trained else Held(), run, rows[name][1])
     runs = {name: runs[name] for name in rows}
-    frames, trained = runs["teacher"].latent_shape[0], _data_of(runs["teacher"])
+    frames, compared = runs["teacher"].latent_shape[0], _data_of(runs["teacher"])
     for name, run in list(runs.items())[1:]:
         field, directory = ("student", student) if name == "stage1" else ("more", f"{name}={more[name]}")
-        if _data_of(run) != trained:
+        if _data_of(run) != compared:  # was trained: imported weights are given the data of the others
             raise UserError(
-                f"{directory} was trained on {_data_of(run)}, the teacher {teacher} on {trained}; give runs that "
-                "belong together.",
+                f"{directory} was trained on {_data_of(run)}, the teacher {teacher} is compared on {compared}; "
+                "give runs that belong together.",
                 field,
             )
         if HORIZON * frames % run.model.cfg.chunk:
@@ -178,54 +179,102 @@ def _about(name: str, run: Run, directory: Path, steps: int | str) -> str:
     return f"{told}: {steps} per frame; stage {run.settings.stage}, run {directory.name}."
 
 
-def _imported(directory: str | Path) -> bool:
-    checkpoints = Path(directory).expanduser() / "checkpoints"
-    return checkpoints.is_dir() and not is_trained(load_meta(checkpoints))
+def _check_unused(held: Held, judged: Run, directory: str | Path) -> None:
+    for name, value in held._asdict().items():
+        if value is not None:
+            raise UserError(
+                f"the runs are compared on {judged.settings.data.source}, with the text encoder and the codec of "
+                f"{directory}, which was trained on it; leave {value} out.",
+                name,
+            )
 
 
-def _load(field: str, directory: str | Path, row: str, held: Held, judged: Run | None) -> Run:
-    """A run of the wanted kind; errors are the argument's."""
+@contextlib.contextmanager
+def _of_row(field: str, row: str) -> Iterator[None]:
+    """Errors are those of the argument that names the row, but for those of ``Held``."""
     try:
-        run = _of_imported(directory, held, judged) if _imported(directory) else Run.load(directory)
+        yield
     except UserError as error:
-        if error.field in ("data", "text", "codec"):
+        if error.field in Held._fields:
             raise
         raise UserError(f"{row}{error}", field) from error
-    if run.is_student != (field != "teacher"):
-        found, wanted = ("student", "teacher") if run.is_student else ("teacher", "student")
-        raise UserError(f"{row}{Path(directory)} holds a {found}; give the run directory of a {wanted}.", field)
+
+
+def _imported(field: str, directory: str | Path, row: str) -> bool:
+    """Whether a row's directory holds imported weights; no run at all is for ``Run.load`` to refuse."""
+    checkpoints = Path(directory).expanduser() / "checkpoints"
+    with _of_row(field, row):
+        return checkpoints.is_dir() and not is_trained(load_meta(checkpoints))
+
+
+def _load(field: str, directory: str | Path, row: str, imported: bool, held: Held, judged: Run | None) -> Run:
+    """A run of the wanted kind."""
+    with _of_row(field, row):
+        if not imported:
+            run = Run.load(directory)
+        elif judged is None:
+            run = _on_held(directory, held)
+        else:
+            run = _beside(directory, judged)
+        if run.is_student != (field != "teacher"):
+            found, wanted = ("student", "teacher") if run.is_student else ("teacher", "student")
+            raise UserError(f"{Path(directory)} holds a {found}; give the run directory of a {wanted}.")
     return run
 
 
-def _of_imported(directory: str | Path, held: Held, judged: Run | None) -> Run:
-    """Imported weights with the data, codec and text encoder of ``judged``, or of ``held`` where that is None."""
-    if judged is None:
-        if held.source is None:
-            raise UserError(
-                f"none of these was trained here ({directory} was imported); name the data whose held-out videos they "
-                f"are compared on, such as latents:DIR of `prepare latents`.",
-                "data",
-            )
-        run = Run.load(directory, text=held.text, codec=held.codec)
-        data = dataclasses.replace(run.settings.data, source=held.source, text=held.text or run.settings.data.text)
-        run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, data=data))
-        return dataclasses.replace(run, latent_shape=held_out_shape(run))
+def _on_held(directory: str | Path, held: Held) -> Run:
+    """Imported weights with the data, codec and text encoder of ``held``."""
+    if held.data is None:
+        raise UserError(
+            f"none of these was trained here ({directory} was imported); name the data whose held-out videos they "
+            f"are compared on, such as latents:DIR of `prepare latents`.",
+            "data",
+        )
+    run = Run.load(directory, text=held.text, codec=held.codec)
+    with about("data"):
+        shape = held_out_shape(run, held.data)
+        _check_latents(directory, run.settings.wan, shape)
+    data = dataclasses.replace(
+        run.settings.data, source=held.data, frames=shape[0], text=held.text or run.settings.data.text
+    )
+    return dataclasses.replace(run, settings=dataclasses.replace(run.settings, data=data), latent_shape=shape)
+
+
+def _beside(directory: str | Path, judged: Run) -> Run:
+    """Imported weights with the data, codec and text encoder of ``judged``."""
     run = Run.load(directory, needs_codec=False)
-    settings = dataclasses.replace(run.settings, data=judged.settings.data, log=judged.settings.log)
     wan, of_data = run.settings.wan, judged.settings.wan
-    for name in ("channels", "text_len", "text_dim"):
+    for name in ("text_len", "text_dim"):
         if getattr(wan, name) != getattr(of_data, name):
             raise UserError(
                 f"{directory} takes {name}={getattr(wan, name)}, and the data have {getattr(of_data, name)}; give runs "
                 f"that belong together."
             )
+    words, encoder = {HASHED: "hashed words", ENCODER: "a text encoder"}, judged.settings.data.text
+    trained, used = run.meta["source"].get("text"), ENCODER if encoder else HASHED
+    if trained in words and trained != used:  # rows of the same size that mean nothing to these weights
+        raise UserError(
+            f"{directory} was trained with {words[trained]}, and the captions of the data are embedded by "
+            f"{encoder or words[used]}; give runs that belong together."
+        )
+    _check_latents(directory, wan, judged.latent_shape)
+    settings = dataclasses.replace(run.settings, data=judged.settings.data, log=judged.settings.log)
     return dataclasses.replace(
         run, settings=settings, codec=judged.codec, encoder=judged.encoder, latent_shape=judged.latent_shape
     )
 
 
+def _check_latents(directory: str | Path, wan: WanConfig, latent_shape: Sequence[int]) -> None:
+    height, width, channels = latent_shape[1:]
+    if channels != wan.channels or height % wan.patch or width % wan.patch:
+        raise UserError(
+            f"{directory} takes latents of {wan.channels} channels and of sides that {wan.patch} divides, and those of "
+            f"the data are {height}x{width} of {channels} channels; give weights and data that belong together."
+        )
+
+
 def _data_of(run: Run) -> str:
-    """What a run was trained on, in words: source and latent shape."""
+    """What a run is compared on, in words: source and latent shape."""
     return f"{run.settings.data.source} ({'x'.join(map(str, run.latent_shape))})"
 
 

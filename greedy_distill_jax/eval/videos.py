@@ -1,5 +1,6 @@
 """Videos to judge: held-out real ones, and a run's own for the same captions."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from greedy_distill_jax.config import Settings
 from greedy_distill_jax.data.loader import latents_of, videos_of
+from greedy_distill_jax.data.sources.moving_shapes import is_shapes
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, data_source
 from greedy_distill_jax.streaming.refresh import refreshed_stream
@@ -26,24 +29,38 @@ def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[UInt8
     Raises:
       UserError: the data have no held-out windows.
     """
-    source, codec = data_source(run.settings, "held_out", frames=frames, seed=seed)
-    if not len(source):
-        raise UserError(
-            f"{run.settings.data.source}, which the run was trained on, has no held-out windows; prepare it again "
-            "with a held-out share above 0."
-        )
+    source, codec = _held_out(run.settings, frames, seed)
     examples = [source[i] for i in range(min(count, len(source)))]
     return videos_of(examples, codec), [e["caption"] for e in examples]
 
 
-def held_out_shape(run: Run) -> tuple[int, ...]:
-    """Latent shape (T, h, w, C) of the held-out examples of ``run.settings.data``."""
-    source, codec = data_source(run.settings, "held_out", frames=run.settings.data.frames, seed=0)
+def held_out_shape(run: Run, data: str) -> tuple[int, ...]:
+    """Latent shape (T, h, w, C) of the held-out examples of other data than the run's, as long as they are there.
+
+    Args:
+      run: whose codec encodes videos that come without one; moving shapes are drawn as long as its own examples.
+      data: as ``config.data.source``.
+
+    Raises:
+      UserError: data that cannot be read, without held-out windows, or without videos.
+    """
+    own = run.settings.data
+    settings = dataclasses.replace(run.settings, data=dataclasses.replace(own, source=data))
+    source, codec = _held_out(settings, own.frames if is_shapes(data) else None, seed=0)
+    example = source[0]
+    if not {"latents", "video"} & set(example):
+        raise UserError(f"{data} holds no videos; name data with videos, such as latents:DIR of `prepare latents`.")
+    return latents_of([example], codec or run.codec).shape[1:]
+
+
+def _held_out(settings: Settings, frames: int | None, seed: int):
+    """(source, codec) of the held-out part of ``config.data``; UserError if there is none."""
+    source, codec = data_source(settings, "held_out", frames=frames, seed=seed)
     if not len(source):
         raise UserError(
-            f"{run.settings.data.source} has no held-out windows; prepare it with a held-out share.", "data"
+            f"{settings.data.source} has no held-out windows; prepare it again with a held-out share above 0."
         )
-    return latents_of([source[0]], codec or run.codec).shape[1:]
+    return source, codec
 
 
 def sampled(

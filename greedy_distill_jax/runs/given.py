@@ -1,8 +1,10 @@
 """What a stream is given to go on from, as latents: a video, an image, a folder of images, or latents in a file."""
 
 import collections
+import math
 import re
 import sys
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +24,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # others h
 
 
 def read_given(
-    run: Run, given: str | Path, *, fps: float | int, last: int | None = None
+    run: Run, given: str | Path, *, fps: float | int, last: int | None = None, frames: int | None = None
 ) -> Float32[np.ndarray, "1 T h w C"]:
     """Returns latents for ``Session.give`` of the run's student, as its codec encodes them.
 
@@ -35,33 +37,63 @@ def read_given(
         names, or a file of numpy's with clean latents [T, h, w, C].
       fps: frames per second of the video to be made.
       last: how many of the frames, the last ones, are given; None for all.
+      frames: of the video to be made, more than are given; None for any number.
 
     Raises:
       UserError: what cannot be read, is of another size (latents and images of a folder) or not finite (field "given"),
-        and a number of frames that the codec and whole chunks do not take (field "given_frames").
+        a number of frames that the codec and whole chunks do not take (field "given_frames"), and a video of no more
+        frames (field "frames"), before it is decoded further or encoded.
     """
     path = Path(given).expanduser()
-    if path.suffix == LATENTS:
+    timeline, enough = Timeline(run.codec.temporal_stride, run.model.cfg.chunk), frames or math.inf
+    if path.suffix.lower() == LATENTS:
         if last is not None:
             raise UserError(f"{path} holds latents, which are given as they are; leave it out", "given_frames")
         with about("given"):
-            return _latents(path, run.latent_shape[1:], run.model.cfg.chunk)
+            latents = _latents(path, run.latent_shape[1:], timeline.chunk)
+        if (count := timeline.video_frames(latents.shape[1])) >= enough:
+            raise _too_short(frames, f"the {count} of {path}")
+        return latents
+    if last is not None and last >= enough:
+        raise _too_short(frames, f"the {last} that are given")
     frame = jax.ShapeDtypeStruct((1, 1, *run.latent_shape[1:]), np.float32)
     height, width = jax.eval_shape(run.codec.pixels, run.codec.params, frame).shape[2:4]
     with about("given"):
-        frames, count, told = collections.deque(maxlen=last), 0, ""
+        kept, count, told = collections.deque(maxlen=last), 0, ""
         images, rate = _frames(path, fps)
         for image in images:
             count += 1
             if not told and image.shape[:2] != (height, width):
                 told = f"cropped and resized from {image.shape[1]}x{image.shape[0]} to {width}x{height}"
-            frames.append(fit_frame(image, width, height))
+            kept.append(fit_frame(image, width, height))
+            if len(kept) >= enough:
+                break
+    if len(kept) >= enough:
+        raise _too_short(frames, f"{path} has", ", or give the last ones only")
     if last is not None and last > count:
         raise UserError(f"the last {last} frames are asked for, but {path} has {count}; ask for fewer", "given_frames")
-    Timeline(run.codec.temporal_stride, run.model.cfg.chunk).latent_frames(len(frames), "given_frames")
+    _check_whole(timeline, len(kept), count)
     if changes := ", ".join(filter(None, (told, rate))):
-        print(f"note: {path}: {len(frames)} of {count} frames are given, {changes}.", file=sys.stderr)
-    return run.codec.encode(np.stack(frames))[None]
+        print(f"note: {path}: {len(kept)} of {count} frames are given, {changes}.", file=sys.stderr)
+    return run.codec.encode(np.stack(kept))[None]
+
+
+def _too_short(frames: int, given: str, other: str = "") -> UserError:
+    return UserError(f"{frames} frames are no more than {given}; make more{other}", "frames")
+
+
+def _check_whole(timeline: Timeline, frames: int, count: int) -> None:
+    """As ``Timeline.latent_frames``, of frames that are there: no more than ``count`` can be chosen."""
+    fits = timeline.fill(frames)
+    if fits == frames:
+        return
+    if (frames - 1) % timeline.stride:
+        why = f"the codec, which makes 1 + {timeline.stride} k of them"
+    else:
+        why = f"the student's chunk of {timeline.chunk} latent frames"
+    near = [n for n in (fits - timeline.chunk * timeline.stride, fits) if 0 < n <= count]
+    remedy = f"choose {' or '.join(map(str, near))}" if near else f"give at least {timeline.video_frames(1)}"
+    raise UserError(f"{frames} frames do not fit {why}; {remedy}", "given_frames")
 
 
 def _frames(path: Path, fps: float | int) -> tuple[Iterable[UInt8[np.ndarray, "H W 3"]], str]:
@@ -77,8 +109,8 @@ def _frames(path: Path, fps: float | int) -> tuple[Iterable[UInt8[np.ndarray, "H
 
 
 def _folder(path: Path) -> Iterable[UInt8[np.ndarray, "H W 3"]]:
-    def place(file: Path) -> list:  # frame_2 before frame_10
-        return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", file.name)]
+    def place(file: Path) -> tuple[list, str]:  # frame_2 before frame_10; the name settles 1 and 01
+        return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", file.name)], file.name
 
     files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGES), key=place)
     if not files:
@@ -114,8 +146,11 @@ def _image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 def _latents(path: Path, shape: tuple[int, ...], chunk: int) -> Float32[np.ndarray, "1 T h w C"]:
     try:
         latents = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no array of numpy's ({error}); write it with numpy.save") from error
+    if not isinstance(latents, np.ndarray):
+        latents.close()
+        raise UserError(f"{path} is an archive of arrays (.npz), whatever its name; write one with numpy.save")
     wanted = f"clean latents of floating point, [T, {', '.join(map(str, shape))}] with T a multiple of {chunk}"
     fits = latents.ndim == 4 and latents.shape[1:] == shape and len(latents) and not len(latents) % chunk
     if not fits or latents.dtype.kind != "f":

@@ -10,9 +10,12 @@ import pytest
 
 from greedy_distill_jax import convert, evaluate, sample
 from greedy_distill_jax.config import read_settings
+from greedy_distill_jax.data.sources.cutting import Cutting
+from greedy_distill_jax.data.sources.latents import prepare_latents
 from greedy_distill_jax.data.sources.moving_shapes import captions
 from greedy_distill_jax.data.sources.registry import load_source
-from greedy_distill_jax.data.video_io import probe
+from greedy_distill_jax.data.video_io import VideoWriter, probe
+from greedy_distill_jax.eval.comparison import Held, load_runs
 from greedy_distill_jax.eval.tables import NOT_THERE
 from greedy_distill_jax.models.students.causal import CausalStudent
 from greedy_distill_jax.models.wan.dit import Teacher
@@ -32,6 +35,7 @@ from tests.conftest import exit_code
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'greedy_distill_jax[parity]'")
 
+HELD = 6  # frames of the held-out latents
 LONGLIVE = {"chunk": 3, "window": 12, "sink": 3}
 PROMPTS = captions("train")[:3]
 
@@ -111,7 +115,13 @@ def test_it_streams_as_its_peer_and_through_the_command(home, benchmarks, tmp_pa
         assert "--context-sigma" in error and said in error
 
 
-def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path, capsys):
+def _hashed(run):
+    """Changes of a run that make it one on hashed words."""
+    data = dataclasses.replace(run.settings.data, text="")
+    return {"settings": dataclasses.replace(run.settings, data=data)}
+
+
+def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path, capsys, monkeypatch):
     imported = Run.load(home / "student", needs_codec=False)
     student = imported.settings
     changes = {f"model__{name}": value for name, value in dataclasses.asdict(student.model).items() if value}
@@ -144,7 +154,26 @@ def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path, caps
     ]
     report += ["--output", tmp_path / "report", "--videos", 2, "--suite", "cache_bytes"]
     assert exit_code(evaluate.main, *report, "--text", home / "text") == 2  # the run tells it
-    assert "error: --text: the runs are compared on the data" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: --text: the runs are compared on moving_shapes, with " in error
+    assert f"leave {home / 'text'} out." in error
+    load = Run.load
+    for change, said in (
+        ({"latent_shape": (6, 3, 4, 16)}, "sides that 2 divides, and those of the data are 3x4 of 16 channels; give"),
+        (_hashed, "was trained with a text encoder, and the captions of the data are embedded by hashed words; give"),
+    ):
+
+        def other(directory, *, change=change, **options):
+            run = load(directory, **options)
+            if directory != str(tmp_path / "stage2"):
+                return run
+            return dataclasses.replace(run, **(change(run) if callable(change) else change))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "load", other)
+            assert exit_code(evaluate.main, *report) == 2
+        error = capsys.readouterr().err
+        assert f"error: --teacher: {home / 'teacher'} " in error and said in error
     assert exit_code(evaluate.main, *report) == 0
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())["rows"]
     assert {row["name"]: row["train_cpu_s"] != NOT_THERE for row in rows} == {
@@ -166,7 +195,25 @@ def test_stage_two_goes_on_from_it_and_it_goes_out_and_back(home, tmp_path, caps
     assert compare(back, trained) == [] and back.cfg == trained.cfg
 
 
-def test_it_is_evaluated_on_named_data(home, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def latents(home):
+    """A folder of latents of another length than the weights were trained on."""
+    videos, lines = load_source("moving_shapes", frames=HELD * 2)[0], ["clip,caption"]
+    (home / "clips").mkdir()
+    for number in range(2):
+        lines.append(f"{number}.mp4,{videos[number]['caption']}")
+        with VideoWriter(home / f"clips/{number}.mp4", fps=8) as writer:
+            for frame in videos[number]["video"]:
+                writer.write(frame)
+    (home / "captions.csv").write_text("\n".join(lines))
+    for name, held_out in (("latents", 0.5), ("none_held", 0.0)):
+        cutting = Cutting(width=16, height=16, frames=HELD, held_out=held_out)
+        codec = load_source("moving_shapes")[1]
+        prepare_latents(home / "clips", home / "captions.csv", home / name, cutting, codec, progress=False)
+    return home / "latents"
+
+
+def test_it_is_evaluated_on_named_data(home, latents, tmp_path, capsys):
     """Nothing was trained here: held-out videos, their captions' encoder and the decoder are named."""
     sizes = [
         "--heads",
@@ -202,10 +249,31 @@ def test_it_is_evaluated_on_named_data(home, tmp_path, capsys):
     ]
     assert exit_code(evaluate.main, *options) == 2
     assert "error: --data: none of these was trained here" in capsys.readouterr().err
-    options += ["--data", "moving_shapes", "--codec", home / "codec.npz", "--suite", "cache_bytes"]
+    options += ["--data", f"latents:{latents}", "--codec", home / "codec.npz", "--suite", "cache_bytes"]
     assert exit_code(evaluate.main, *options) == 2
     assert "error: --text: " in capsys.readouterr().err and not (tmp_path / "report").exists()
-    assert exit_code(evaluate.main, *options, "--text", home / "text") == 0
+    options += ["--text", home / "text"]
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    for source, said in (
+        ("latent", "data 'latent' is unknown; use one of"),
+        (f"latents:{home / 'none_held'}", "has no held-out windows; prepare it again with a held-out share above 0"),
+        (f"prompts:{tmp_path / 'prompts.txt'}", "holds no videos; name data with videos"),
+    ):
+        assert exit_code(evaluate.main, *options, "--data", source) == 2
+        error = capsys.readouterr().err
+        assert "error: --data: " in error and said in error
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for option, value, said in (
+        ("--teacher", tmp_path / "empty", "--teacher: "),
+        ("--more", f"other={tmp_path / 'empty'}", "--more: other: "),
+    ):
+        assert exit_code(evaluate.main, *options, option, value) == 2
+        assert f"error: {said}{tmp_path / 'empty' / 'checkpoints'}" in capsys.readouterr().err
+    held = Held("moving_shapes", str(home / "text"), home / "codec.npz")
+    drawn = load_runs(home / "teacher", tmp_path / "student", {}, held)["stage1"]
+    assert drawn.latent_shape[0] == drawn.settings.data.frames == 21  # as the weights were trained
+    assert exit_code(evaluate.main, *options) == 0
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["training_frames"] == HELD
     assert [row["name"] for row in metrics["rows"]] == ["data", "teacher", "stage1", "stage1_few_steps"]
     assert {row[key] for row in metrics["rows"] for key in ("train_cpu_s", "train_seed")} == {NOT_THERE}
