@@ -1,6 +1,5 @@
 """Videos to judge: held-out real ones, and a run's own for the same captions."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,9 +7,10 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from greedy_distill_jax.config import Settings
 from greedy_distill_jax.data.loader import latents_of, videos_of
 from greedy_distill_jax.data.sources.moving_shapes import is_shapes
+from greedy_distill_jax.data.sources.protocol import VideoSource
+from greedy_distill_jax.data.sources.registry import load_source
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.runs.run import Run, data_source
 from greedy_distill_jax.streaming.refresh import refreshed_stream
@@ -29,7 +29,8 @@ def held_out_videos(run: Run, frames: int, count: int, seed: int) -> tuple[UInt8
     Raises:
       UserError: the data have no held-out windows.
     """
-    source, codec = _held_out(run.settings, frames, seed)
+    source, codec = data_source(run.settings, "held_out", frames=frames, seed=seed)
+    _check_some(source, run.settings.data.source)
     examples = [source[i] for i in range(min(count, len(source)))]
     return videos_of(examples, codec), [e["caption"] for e in examples]
 
@@ -45,22 +46,18 @@ def held_out_shape(run: Run, data: str) -> tuple[int, ...]:
       UserError: data that cannot be read, without held-out windows, or without videos.
     """
     own = run.settings.data
-    settings = dataclasses.replace(run.settings, data=dataclasses.replace(own, source=data))
-    source, codec = _held_out(settings, own.frames if is_shapes(data) else None, seed=0)
+    drawn = dict(size=own.size, frames=own.frames) if is_shapes(data) else {}
+    source, codec = load_source(data, "held_out", **drawn)
+    _check_some(source, data)
     example = source[0]
     if not {"latents", "video"} & set(example):
         raise UserError(f"{data} holds no videos; name data with videos, such as latents:DIR of `prepare latents`.")
     return latents_of([example], codec or run.codec).shape[1:]
 
 
-def _held_out(settings: Settings, frames: int | None, seed: int):
-    """(source, codec) of the held-out part of ``config.data``; UserError if there is none."""
-    source, codec = data_source(settings, "held_out", frames=frames, seed=seed)
+def _check_some(source: VideoSource, data: str) -> None:
     if not len(source):
-        raise UserError(
-            f"{settings.data.source} has no held-out windows; prepare it again with a held-out share above 0."
-        )
-    return source, codec
+        raise UserError(f"{data} has no held-out windows; prepare it again with a held-out share above 0.")
 
 
 def sampled(
