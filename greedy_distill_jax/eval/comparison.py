@@ -251,7 +251,7 @@ def _beside(directory: str | Path, judged: Run) -> Run:
                 f"that belong together."
             )
     words, encoder = {HASHED: "hashed words", ENCODER: "a text encoder"}, judged.settings.data.text
-    trained, used = run.meta["source"].get("text"), ENCODER if encoder else HASHED
+    trained, used = run.meta.get("source", {}).get("text"), ENCODER if encoder else HASHED
     if trained in words and trained != used:  # rows of the same size that mean nothing to these weights
         raise UserError(
             f"{directory} was trained with {words[trained]}, and the captions of the data are embedded by "
