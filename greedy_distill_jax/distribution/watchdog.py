@@ -29,7 +29,7 @@ _PACKAGE = Path(__file__).parents[1]
 class Sign(NamedTuple):
     """Of life. step: the last that the process has begun. place: of its main thread, in the package's code.
 
-    own: the last step that the process which hears it had begun then.
+    own: the last step that the process which hears it had surely begun before it was said.
     """
 
     step: int
@@ -71,6 +71,7 @@ class Watchdog:
         watched = range(1, processes) if process == 0 else [0]
         self._signs = {other: Sign(0, "") for other in watched}
         self._seen, self._texts = dict.fromkeys(watched, now), dict.fromkeys(watched, "")
+        self._heard_at = dict.fromkeys(watched, 0)  # the step of this process when it last heard each
         self._slowest, self._moved = 0, now
         for work in (self._talk, self._look):
             threading.Thread(target=work, daemon=True).start()
@@ -82,7 +83,11 @@ class Watchdog:
             self._say(_LEFT)
 
     def slowest(self) -> tuple[int, int, int]:
-        """(process, the last step it had begun, the last that this one had) at the last sign of who is most behind."""
+        """(process, the last step it had begun, the last that this one had) at the last sign of who is most behind.
+
+        A sign is heard up to a period after it was said, in which this process goes on. So it is held against the step
+        at which the sign before it was heard: who is behind that one was behind when it spoke.
+        """
         behind = ((sign.step - sign.own, other, sign) for other, sign in tuple(self._signs.items()))
         _, process, sign = min(behind, default=(0, self._process, Sign(0, "")))
         return process, sign.step, sign.own
@@ -116,13 +121,15 @@ class Watchdog:
                     self._hear(other)
 
     def _hear(self, other: int) -> None:
+        begun = self._step()
         text = self._store.get(f"alive/{other}", self._period)
         if text == _LEFT:
-            for of_other in (self._signs, self._texts, self._seen):
+            for of_other in (self._signs, self._texts, self._seen, self._heard_at):
                 of_other.pop(other, None)
         elif text and text != self._texts[other]:
             _, step, place = text.split(" ", 2)
-            self._signs[other] = Sign(int(step), place, self._step())
+            self._signs[other] = Sign(int(step), place, self._heard_at[other])
+            self._heard_at[other] = begun
             self._texts[other], self._seen[other] = text, time.monotonic()
 
     def _look(self) -> None:

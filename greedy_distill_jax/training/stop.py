@@ -133,6 +133,7 @@ class AgreedStop(Stop):
             line = self._watchdog.missing()
         except jax.errors.JaxRuntimeError:
             line = "process 0 does not answer"
+        # Such an error may last; who starts again counts starts (RESTARTS of launch/train.sh, maxRestarts of a JobSet).
         if not line and _LINK.search(str(error)):
             line = "a computation of all processes failed, and all of them live"
         return Lost(f"{line} ({first_line(error)[:200]})") if line else None

@@ -1,5 +1,6 @@
 """Who is silent, or at a step that does not end, is found and named."""
 
+import itertools
 import queue
 import threading
 import time
@@ -44,17 +45,30 @@ def test_a_process_that_is_silent_is_named_by_the_first():
     job.close()
 
 
-def test_who_is_most_behind_by_the_last_sign():
-    job = Job(3, silence=LONG)
-    job.steps[0] = 43
+def test_who_is_most_behind_by_the_last_sign(monkeypatch):
+    """A sign is as old as a period when it is heard: steps that this process made meanwhile put nobody behind."""
+    monkeypatch.setattr(Watchdog, "_talk", lambda _: None)  # a thread: here it is said when a sign is heard
+    job = Job(3)
     assert Job(1).watch(0).slowest()[0] == 0
     job.start(0)
-    for process, step in ((1, 42), (2, 40)):
-        job.store.set(f"alive/{process}", f"7 {step} training/loop.py:1 (run_loop)")
-    until = time.monotonic() + LONG
-    while job.dogs[0].slowest() != (2, 40, 43) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert job.dogs[0].slowest() == (2, 40, 43)
+    dog, signs = job.dogs[0], itertools.count()
+
+    def hear(own, *steps):
+        job.steps[0] = own
+        for process, step in enumerate(steps, 1):
+            job.store.set(f"alive/{process}", f"{next(signs)} {step} training/loop.py:1 (run_loop)")
+            dog._hear(process)
+        return dog.slowest()
+
+    assert hear(43, 41, 41)[1:] == (41, 0), "no sign before it"
+    for own in (46, 49, 52):  # three steps in a period, one of which the others make after their sign
+        _, step, begun = hear(own, own - 1, own - 1)
+        assert step == own - 1 >= begun == own - 3
+    assert hear(53, 53, 50) == (2, 50, 52)
+    job.steps[0] = 60
+    dog._hear(2)
+    assert dog.slowest() == (2, 50, 52), "no new sign"
+    assert hear(60, 60, 60)[1:] == (60, 53)
     job.close()
 
 
@@ -134,7 +148,7 @@ def test_the_place_of_a_thread_is_in_the_package():
             hold(key)
 
     thread = threading.Thread(target=lambda: watchdog.Watchdog._hear(dog, 1), daemon=True)
-    dog = type("Dog", (), {"_store": Held(), "_period": 0.0, "_seen": {}})()
+    dog = type("Dog", (), {"_store": Held(), "_period": 0.0, "_step": lambda _: 0})()
     thread.start()
     assert entered.wait(LONG)
     place = place_of(thread.ident)
