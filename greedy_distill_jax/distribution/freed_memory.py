@@ -6,6 +6,7 @@ cleared in their place (docs/benchmarks.md has what that costs). On accelerators
 
 import ctypes
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,11 +20,13 @@ DEVICES = ("dev/nvidia[0-9]*", "dev/accel*", "dev/vfio/[0-9]*", "dev/kfd")
 def keep_freed_memory() -> bool:
     """Keeps freed memory from now on, where jax will compute on a CPU; says whether it does.
 
-    It must be called before jax starts its threads. Does nothing with another C library than glibc, or where MALLOC_*
-    or GLIBC_TUNABLES are set, which say what is wanted.
+    It must be called before jax starts its threads. Does nothing with another C library than glibc of Linux, or where
+    MALLOC_* or GLIBC_TUNABLES are set, which say what is wanted.
     """
-    libc = ctypes.CDLL(None)
-    if not wanted(os.environ) or not hasattr(libc, "gnu_get_libc_version"):
+    if sys.platform != "linux" or not wanted(os.environ):
+        return False
+    libc = ctypes.CDLL(None)  # Windows has none
+    if not hasattr(libc, "gnu_get_libc_version"):
         return False
     return all([libc.mallopt(option, value) for option, value in KEPT.items()])
 

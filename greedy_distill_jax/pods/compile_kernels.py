@@ -69,7 +69,8 @@ def compile_kernels(targets: Sequence[str], only: str, bundles: bool, say: Calla
 def spills(assembled: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Kernels that write registers to memory and read them back, which none has to."""
     return [
-        f"{name} spills {found['spilled']} bytes of a thread's registers; none was spilled before"
+        f"{name} spills {found['spilled']} bytes of a thread's registers; change its block sizes, or what lives across "
+        f"its branches, until it spills none"
         for name, found in assembled.items()
         if found["spilled"]
     ]

@@ -3,9 +3,11 @@
 import ctypes
 import subprocess
 import sys
+import types
 
 import pytest
 
+from greedy_distill_jax.distribution import freed_memory
 from greedy_distill_jax.distribution.freed_memory import wanted
 
 # A thread frees and takes an array again, larger than any that glibc keeps by itself; the pages that it had to map.
@@ -38,6 +40,15 @@ def test_an_array_gets_the_memory_of_the_one_before(subprocess_env, said, kept):
     )
     assert first > 50, "fresh pages"
     assert (second < first / 10) is kept
+
+
+@pytest.mark.parametrize("platform, said", [("win32", "cpu"), ("linux", "cuda")])
+def test_the_c_library_is_asked_only_where_it_is_wanted(monkeypatch, platform, said):
+    """Windows has none of that name."""
+    monkeypatch.setattr(freed_memory, "sys", types.SimpleNamespace(platform=platform))
+    monkeypatch.delattr(freed_memory.ctypes, "CDLL")
+    monkeypatch.setenv("JAX_PLATFORMS", said)
+    assert freed_memory.keep_freed_memory() is False
 
 
 @pytest.mark.parametrize(

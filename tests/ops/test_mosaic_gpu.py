@@ -169,7 +169,12 @@ def test_kernels_are_assembled_for_cards_that_are_not_there(benchmarks):
         wanted = {(spec, name, getattr(blocks, kernel.blocks)) for name, kernel in mosaic_gpu.KERNELS.items()} - seen
         assert made.keys() == {name for _, name, _ in wanted} and not compile_kernels.spills(made), (blocks, made)
         seen |= wanted
-    assert compile_kernels.spills({"dq_kernel": {"registers": 168, "spilled": 8}})
+
+
+def test_a_kernel_that_spills_is_named_with_a_remedy():
+    made = {"dq_kernel": {"registers": 168, "spilled": 8}, "fwd_kernel": {"registers": 168, "spilled": 0}}
+    (line,) = compile_kernels.spills(made)
+    assert line.startswith("dq_kernel spills 8 bytes") and "change its block sizes" in line
 
 
 def _plan(spec):
