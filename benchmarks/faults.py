@@ -17,6 +17,7 @@ device. Results are appended to a file of lines (--resume-from; beside --output 
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from greedy_distill_jax.measure import environment, record
 from greedy_distill_jax.ranges import Natural, Positive
 
 PARTS = ("kills", "faults", "moves", "spans")
+KEPT = ("half", "whole", "spans")  # in --folder: what a later call goes on from, and compares with
 
 
 def missing(args: argparse.Namespace, found: Mapping[tuple[str, Any], Any]) -> Iterator[tuple[str, Any]]:
@@ -65,6 +67,17 @@ def run(root: Path, key: tuple[str, Any], args: argparse.Namespace, results: Map
     if not (root / "whole" / "checkpoints" / str(moves.STEPS)).exists():
         moves.begun(root, *times)
     return moves.moved(root, name, *times)
+
+
+def forget(root: Path, commit: str | None) -> None:
+    """Removes what another commit, or one that is not known, has left to compare with; writes down this one."""
+    made_by = root / "commit"
+    if commit and made_by.is_file() and made_by.read_text(encoding="utf-8") == commit:
+        return
+    for name in KEPT:
+        shutil.rmtree(root / name, ignore_errors=True)
+    root.mkdir(parents=True, exist_ok=True)
+    made_by.write_text(commit or "", encoding="utf-8")
 
 
 def summary(results: Mapping[tuple[str, Any], Mapping[str, Any]], given: float) -> tuple[str, list[str]]:
@@ -121,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--silence", type=cli.number(Positive), default=15.0, help="SILENCE_TIMEOUT (default: 15)")
     parser.add_argument("--limit", type=cli.number(Positive), default=600.0, help="seconds of a wait (default: 600)")
     parser.add_argument("--resume-from", type=Path, help="file of results (default: beside --output)")
-    parser.add_argument("--folder", type=Path, help="keeps runs and compiled programs, for the next call, too")
+    parser.add_argument("--folder", type=Path, help="keeps runs of this commit and compiled programs, for the next")
     parser.add_argument("--output", type=Path, help="write tables to this name with .md, figures with .json")
     args = parser.parse_args(argv)
     path = args.resume_from or (args.output and args.output.with_suffix(".lines.jsonl"))
@@ -130,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = {name: here[name] for name in lines.MADE_BY}
     with tempfile.TemporaryDirectory() as folder:
         root = args.folder or Path(folder)
+        if not args.tables:
+            forget(root, here["commit"])
         for key in () if args.tables else missing(args, results):
             results[key] = found = {**run(root, key, args, results), **here}
             print(json.dumps(found), flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.cli.config_flags import CHECKOUT, read_config
 from greedy_distill_jax.codecs.vae import VAEConfig, WanVAE
 from greedy_distill_jax.codecs.vae_codec import VAECodec
 from greedy_distill_jax.codecs.vae_tiny import TinyVAE, TinyVAEConfig
@@ -44,7 +44,7 @@ class Size:
 
     def config(self, name: str) -> Any:
         """The configuration ``CONFIGS[name]`` at this size, for one video on one device."""
-        config = read_config(CONFIGS[name])
+        config = read_config(str(CHECKOUT / CONFIGS[name]))
         config.update_from_flattened_dict({f"model.{key}": value for key, value in self.model.items()})
         config.data.frames, config.data.batch, config.data.accumulate = self.frames, 1, 1
         config.mesh.data = config.mesh.fsdp = config.mesh.context = config.mesh.tensor = 1

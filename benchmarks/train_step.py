@@ -25,7 +25,7 @@ from rollout_gradient import gradients
 from sizes import SIZES, Size, random_params
 
 from greedy_distill_jax import cli
-from greedy_distill_jax.cli.config_flags import read_config
+from greedy_distill_jax.cli.config_flags import CHECKOUT, read_config
 from greedy_distill_jax.config import Settings, read_settings
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.measure import clock, environment, memory, record
@@ -48,7 +48,7 @@ def training_settings(size: Size | None, name: str) -> Settings:
 
     ``size``: None for the quickstart.
     """
-    config = size.config(name) if size else read_config(QUICKSTART_CONFIGS[name])
+    config = size.config(name) if size else read_config(str(CHECKOUT / QUICKSTART_CONFIGS[name]))
     if config.stage == "dmd":
         config.distill.exit = "last"
     return read_settings(config, imagine_runs=True)
@@ -123,12 +123,15 @@ def main(argv: list[str]) -> None:
     """Command line."""
     parser = cli.Parser(prog="python benchmarks/train_step.py", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=(*SIZES, QUICKSTART), default="small")
-    parser.add_argument("--only", choices=(*STEPS, GRADIENT), nargs="+", default=(*STEPS, GRADIENT))
+    parser.add_argument("--only", choices=(*STEPS, GRADIENT), nargs="+", help="(default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="timed updates after a first one (5)")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1.")
+    if args.size == QUICKSTART and GRADIENT in (args.only or ()):
+        raise UserError(f"--only {GRADIENT}: not measured with --size {QUICKSTART}; name another size, or a step.")
+    only = args.only or (*STEPS, GRADIENT)
     size, begin = SIZES.get(args.size), time.perf_counter()
     clock.one_thread()
     settings = {name: training_settings(size, source) for name, (source, _) in STEPS.items()}
@@ -145,7 +148,7 @@ def main(argv: list[str]) -> None:
         "steps": {},
     }
     ceiling = result["ceilings"]["matmul_flops_per_s"]
-    for name in [n for n in STEPS if n in args.only]:
+    for name in [n for n in STEPS if n in only]:
         job = build_job(settings[name], jax.devices()[:1], grid, only=STEPS[name][1])
         (step,) = [s for s in job.steps if s.name != STREAM]
         row = measure(job, step, args.repeats, ceiling)
@@ -153,7 +156,7 @@ def main(argv: list[str]) -> None:
         record.write_json(args.output, result)
         print(f"{name}: {row['ms']:.0f} ms, compiled in {row['compile_s']:.0f} s", flush=True)
     try:
-        if GRADIENT in args.only and size:
+        if GRADIENT in only and size:
             result["rollout_gradient"] = measure_gradient(size, args.repeats)
     finally:  # what was measured is shown even if the gradients are not the same
         result["wall_s"] = time.perf_counter() - begin

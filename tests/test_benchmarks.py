@@ -293,6 +293,9 @@ def test_faults(benchmark, tmp_path, capsys, monkeypatch):
     assert wrong(steps_kept={"6": ["x", "d"]}) == ["kill 1: a checkpoint is another one"]
     assert wrong(ended=ended | {"steps": {"24": ["e", "x"]}}) == ["it ended otherwise"]
     assert wrong(ended=ended | {"steps": {"6": ["c", "d"]}}) == ["its last step is not there"]
+    assert wrong(ended=ended | {"ended": [[75, -6], [75, 75], [0, 0]]}) == [], "they came to each other too late"
+    for codes in ([1], [75, 1], [-6], [None]):
+        assert wrong(ended=ended | {"ended": [codes, [0]]}) == [f"end 0, of no kill: {codes}"]
     assert wrong(ended=ended | {"ended": [[75]], "said": ["error: x"]}) == ["it did not end: ['error: x']"]
 
     ran = []
@@ -358,6 +361,28 @@ def test_spans_are_compared_by_norm(benchmark, tmp_path, monkeypatch):
     bad = json.loads((tmp_path / "faults.json").read_text())["bad"]
     assert len(bad) == 2 and bad[0].startswith("rl:tensor 2 x 2: apart by 0.001")
 
+    here = environment.environment()
+    for commit, compared in (("a", ["1 x 1"]), ("a", []), ("b", ["1 x 1"])):
+        made.clear()
+        monkeypatch.setattr(faults.environment, "environment", lambda commit=commit: here | {"commit": commit})
+        faults.main(["--only=spans", f"--folder={tmp_path}"])
+        assert {way for way, *_ in made} == {*compared, "2 x 2", "1 x 4"}, "what is compared with is of the same commit"
+    np.savez(tmp_path / "spans" / "2x2-rl-fsdp.npz", **{"moved/student/x": np.full(9, np.nan), "scalar/1/rl/loss": 2.0})
+    np.savez(tmp_path / "spans" / "1x1-rl-one.npz", **{"moved/student/x": np.ones(9), "scalar/1/rl/loss": 2.0})
+    with pytest.raises(UserError, match="2 x 2, rl:fsdp: moved/student/x are not finite"):
+        spans.apart(tmp_path / "spans", "2 x 2", "rl:fsdp")
+
+
+def test_a_move_whose_steps_are_missing_is_no_number(benchmark, tmp_path):
+    benchmark("faults")
+    moves = importlib.import_module("fault_items.moves")
+    for name, last in (("whole", moves.STEPS), ("moved", moves.STEPS - 2)):
+        lines = [json.dumps({"step": step, "teacher/loss": 2.0}) for step in range(1, last + 1)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scalars.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"moved: the scalars of steps \[7, 8\] are missing"):
+        moves._losses_apart(tmp_path)
+
 
 def test_train_step(benchmark, tmp_path, capsys):
     train_step, output = benchmark("train_step"), tmp_path / "train.json"
@@ -370,6 +395,17 @@ def test_train_step(benchmark, tmp_path, capsys):
         assert row["mfu"] == pytest.approx(row["model_flops"] / row["ms"] * 1e3 / _ceiling(result))
         assert row["program_bytes"]["total"] > 0 and row["peak"]["bytes"] > 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("| critic | ")
+
+
+def test_train_step_of_the_quickstart(benchmark, tmp_path, capsys, monkeypatch):
+    """Its configurations are those of the repository, wherever it runs; it has no gradient to measure."""
+    train_step = benchmark("train_step")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert train_step.training_settings(None, "dmd").stage == "dmd"
+    assert exit_code(train_step.main, "--size=quickstart", "--only", "gradient") == 2
+    assert "--only gradient: not measured with --size quickstart" in capsys.readouterr().err
 
 
 def test_train_step_gradient(benchmark, tmp_path, capsys):

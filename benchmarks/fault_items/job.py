@@ -95,11 +95,7 @@ class Job:
 
     def gone(self, limit: float, but: Sequence[int] = ()) -> bool:
         """Waits until all processes, ``but`` some, have ended; False after ``limit`` seconds."""
-        until = time.monotonic() + limit
-        others = [process for index, process in enumerate(self.processes) if index not in but]
-        while not all(process.ended for process in others) and time.monotonic() < until:
-            time.sleep(_PAUSE)
-        return all(process.ended for process in others)
+        return gone([process for index, process in enumerate(self.processes) if index not in but], limit)
 
     def codes(self) -> list[int | None]:
         """Exit codes of all processes, -9 for one that was killed, None for one that runs."""
@@ -119,6 +115,14 @@ class Job:
 
     def __exit__(self, *_) -> None:
         self.end()
+
+
+def gone(processes: Sequence[Process], limit: float) -> bool:
+    """Waits until all have ended; False after ``limit`` seconds."""
+    until = time.monotonic() + limit
+    while not all(process.ended for process in processes) and time.monotonic() < until:
+        time.sleep(_PAUSE)
+    return all(process.ended for process in processes)
 
 
 def hashes(workdir: Path) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_items.job import JOIN, Job, finished, hashes
+from greedy_distill_jax.cli import RETRY
 from greedy_distill_jax.training.metrics import read_scalars
 
 PROCESSES = (1, 2, 4)
@@ -134,6 +135,10 @@ def verdict(found: Mapping[str, Any], reference: Mapping[str, Any], silence: flo
         most = silence if kill["joined"] else JOIN
         if kill["seconds"] > most + MARGIN:
             wrong.append(f"kill {number}: late")
+    # Processes that came to each other too late, on a busy machine, ask for another start; jax aborts who loses them.
+    for number, codes in enumerate(found["ended"][:-1]):
+        if RETRY not in codes or not set(codes) <= {RETRY, -signal.SIGABRT}:
+            wrong.append(f"end {number}, of no kill: {codes}")
     if not found["ended"] or set(found["ended"][-1]) != {0}:
         wrong.append(f"it did not end: {found['said'][-1:]}")
     elif str(STEPS) not in found["steps"]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from fault_items.job import Job, finished
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.storage.checkpoint import load_params
 from greedy_distill_jax.training.metrics import read_scalars
 
@@ -52,10 +53,14 @@ def moved(root: Path, name: str, silence: float, limit: float) -> dict[str, Any]
 
 
 def _losses_apart(root: Path) -> float:
-    """Largest difference of a step's loss, over the loss."""
-    own, other = ([line["teacher/loss"] for line in read_scalars(root / name)] for name in ("whole", "moved"))
-    if len(own) != STEPS or len(other) != STEPS:
-        return float("inf")
+    """Largest difference of a step's loss, over the loss; UserError if a step is missing in one of them."""
+    steps, losses = range(1, STEPS + 1), []
+    for name in ("whole", "moved"):
+        logged = {line["step"]: line["teacher/loss"] for line in read_scalars(root / name)}
+        if absent := [step for step in steps if step not in logged]:
+            raise UserError(f"{root / name}: the scalars of steps {absent} are missing; its training did not log them.")
+        losses.append([logged[step] for step in steps])
+    own, other = losses
     return float(np.max(np.abs(np.subtract(own, other)) / np.abs(own)))
 
 

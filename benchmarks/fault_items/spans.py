@@ -1,15 +1,15 @@
 """Mesh axes that span processes: what every stage learns and streams there, held against one process and one device."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from processes import variables
+from processes import Process, variables
 
+from fault_items.job import gone
 from greedy_distill_jax.errors import UserError
 
 MESHES = {  # of two processes with two devices each, whose devices come one process after the other
@@ -29,7 +29,7 @@ SPREAD = ("2 x 2", "1 x 4")
 def trained(
     root: Path, way: str, cases: Iterable[str], limit: float, environment: Mapping[str, str] = os.environ
 ) -> None:
-    """Trains cases in as many processes and devices as ``way`` says; UserError if they do not end with 0.
+    """Trains cases in as many processes and devices as ``way`` says; UserError if they do not end with 0 in time.
 
     Args:
       root: folder of all runs.
@@ -43,18 +43,18 @@ def trained(
     paths = (str(script.parents[1]), str(script.parents[2]), environment.get("PYTHONPATH"))
     environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(script), str(root), *cases]
-    running = [
-        subprocess.Popen(command, env=one, stderr=subprocess.PIPE, text=True)
-        for one in variables(processes, devices, environment)
-    ]
+    running = [Process(command, one) for one in variables(processes, devices, environment)]
     try:
-        said = [process.communicate(timeout=limit)[1] for process in running]
+        in_time = gone(running, limit)
+        codes = [process.code() for process in running]  # None: it runs
     finally:
         for process in running:
-            process.kill()
-    if any(process.returncode for process in running):
-        codes = [process.returncode for process in running]
-        raise UserError(f"{way}: {' '.join(cases)} ended with {codes}: {' / '.join(text[-2000:] for text in said)}")
+            process.end()
+    said = " / ".join("\n".join(line for _, line in process.said)[-2000:] for process in running)
+    if any(codes):
+        raise UserError(f"{way}: {' '.join(cases)} ended with {codes}: {said}")
+    if not in_time:
+        raise UserError(f"{way}: {' '.join(cases)} did not end within {limit:g} s ({said}); give it more: --limit.")
 
 
 def apart(root: Path, way: str, case: str) -> dict[str, Any]:
@@ -65,6 +65,9 @@ def apart(root: Path, way: str, case: str) -> dict[str, Any]:
     one = np.load(root / f"1x1-{stage}-one.npz")
     if set(own.files) != set(one.files):
         raise UserError(f"{way}, {case}: {sorted(set(own.files) ^ set(one.files))} are of one of them alone.")
+    for made, x in ((way, own), ("1 x 1", one)):
+        if bad := [name for name in x.files if _counts(name) and not np.isfinite(x[name]).all()]:
+            raise UserError(f"{made}, {case}: {', '.join(bad)} are not finite; there is nothing to compare.")
     far: dict[str, Any] = {"norm": 0.0, "update": 0.0, "scalars": 0.0}
     nets = sorted({name.split("/")[1] for name in one.files if name.startswith("moved/")})
     for net in nets:
@@ -75,9 +78,14 @@ def apart(root: Path, way: str, case: str) -> dict[str, Any]:
             far["norm"] = max(far["norm"], float(np.linalg.norm(b)))
             far["update"] = max(far["update"], float(np.linalg.norm(a - b) / np.linalg.norm(b)))
     for name in one.files:
-        if name.startswith("scalar/") and name.split("/")[-1].startswith(LOSSES):
+        if name.startswith("scalar/") and _counts(name):
             far["scalars"] = max(far["scalars"], float(abs(own[name] - one[name]) / max(abs(one[name]), 1e-3)))
     return far | {"good": far["norm"] > 0 and max(far["update"], far["scalars"]) <= FAR}
+
+
+def _counts(name: str) -> bool:
+    """Whether an array is compared."""
+    return name.startswith("moved/") or name.split("/")[-1].startswith(LOSSES)
 
 
 def spanned(root: Path, case: str, way: str, limit: float) -> dict[str, Any]:
