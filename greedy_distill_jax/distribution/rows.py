@@ -69,7 +69,8 @@ def whole_at_first(tree: Any) -> Any:
 
 
 def _whole_at_first(x: jax.Array) -> jax.Array | None:
-    whole = _gather(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+    # One at a time: of several that are under way, Gloo's may wait for one another.
+    whole = jax.block_until_ready(_gather(NamedSharding(x.sharding.mesh, PartitionSpec()))(x))
     return None if jax.process_index() else whole.addressable_data(0)
 
 
