@@ -1,6 +1,7 @@
 """What a benchmark leaves: a JSON file for programs, a Markdown table for people, lines of JSON to go on from."""
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,10 +35,20 @@ def append_line(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Writes a record to ``path``, whose folder is made; None writes nothing."""
+    """Writes a record to ``path``, whose folder is made; None writes nothing. What is no finite number becomes null."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(_finite(result), indent=1, allow_nan=False)  # JSON has no other numbers
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """A value of JSON, with None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def command_line(script: str, arguments: Sequence[str]) -> str:
