@@ -143,16 +143,10 @@ class Bench:
         return config
 
     def train(self, directory: Path, config) -> Path:
-        """Trains a run to its end, or finds it there; KeyboardInterrupt where a signal has stopped it before."""
+        """Trains a run to its end, or finds it there."""
         checkpoints, examples = directory / "checkpoints", config.steps * config.data.batch
-
-        def ended() -> bool:
-            return has_checkpoint(checkpoints) and load_meta(checkpoints)["data_position"] == examples
-
-        if not ended():
+        if not (has_checkpoint(checkpoints) and load_meta(checkpoints)["data_position"] == examples):
             train(config, directory, show_progress=sys.stderr.isatty())
-            if not ended():  # it has saved what there is, and half a run is not judged
-                raise KeyboardInterrupt
         return directory
 
     def sources(self, task: str, seed: int, row: Row = ROWS["stage1"]) -> tuple[Path, Path]:

@@ -36,8 +36,8 @@ class SkipBadRecords:
         Args:
           source: what to read.
           limit: of different bad records (0: the first one raises).
-          readers: of a bad record's index, the processes that can read it although they have to skip what this one
-            skips.
+          readers: of a bad record's index, the processes that have to skip what this one skips and do not say that
+            they cannot read it; see ``distribution.agreement.readers``.
         """
         self._source, self._limit, self._readers = source, limit, readers
         self._bad: set[int] = set()

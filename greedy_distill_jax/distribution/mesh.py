@@ -1,5 +1,6 @@
 """Devices: the mesh, and who feeds which part of a batch."""
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,7 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+@functools.cache  # asked for every array of every batch
 def parts_of(mesh: Mesh, process: int) -> tuple[int, ...]:
     """The parts of every batch that a process's devices work on; its rows are those of the parts in this order.
 
@@ -78,6 +80,7 @@ def parts_of(mesh: Mesh, process: int) -> tuple[int, ...]:
     return tuple(i for i, devices in enumerate(parts) if any(d.process_index == process for d in devices))
 
 
+@functools.cache
 def feeding(mesh: Mesh) -> dict[int, tuple[int, ...]]:
     """``parts_of`` every process.
 

@@ -146,9 +146,9 @@ def load_runs(
     imported = {name: _imported(*row) for name, row in rows.items()}
     for name in sorted(rows, key=imported.get):  # what was trained comes first
         runs[name] = run = _load(*rows[name], imported[name], held, judged)
-        if judged is None:
-            judged = run
-            _check_unused(held if run.trained else Held(), run, rows[name][1])
+        if judged is None and run.trained:
+            _check_unused(held, run, rows[name][1])
+        judged = judged or run
     runs = {name: runs[name] for name in rows}
     frames, compared = runs["teacher"].latent_shape[0], _data_of(runs["teacher"])
     for name, run in list(runs.items())[1:]:

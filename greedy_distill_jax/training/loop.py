@@ -29,7 +29,7 @@ from greedy_distill_jax.training.stages.base import Part, returned
 from greedy_distill_jax.training.state import TrainState
 from greedy_distill_jax.training.stop import Stop
 
-WAIT = 60.0  # seconds of one wait for samples, of which the coordination service keeps a little
+_SAMPLING = 60.0  # seconds of one wait for samples: the coordination service keeps something of every wait
 
 
 class Progress:
@@ -237,7 +237,7 @@ class Samples:
         if self._store:
             ema = whole_at_first(ema)
         if jax.process_index():
-            while self._store.get(f"sampled/{step}", WAIT) is None:
+            while self._store.get(f"sampled/{step}", _SAMPLING) is None:
                 pass
             return
         try:
