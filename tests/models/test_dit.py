@@ -156,4 +156,5 @@ def test_a_pass_that_writes_keys_computes_no_more_of_the_last_block():
         return call.lower(params).compile().cost_analysis()["flops"]
 
     one, two, three = map(flops, (1, 2, 3))
-    assert three - two == pytest.approx(two - one, rel=0.02) and two > 1.5 * one
+    # XLA counts elementwise work by how it was fused, which differs between CPUs; a whole last block would add 85%
+    assert three - two == pytest.approx(two - one, rel=0.1) and two > 1.5 * one
