@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True
         )
         state = run_loop(progress, state, frozen, writer, stop, show_progress and main)
 
-    if progress.step < settings.steps:
+    if progress.step < settings.steps or stop.signal:  # told in the last update, too: what follows is not to begin
         step = progress.step
         saved = f"saved step {step} of {settings.steps} in {workdir}" if step else NOTHING
         message = STOPPED.format(settings.stage, saved)

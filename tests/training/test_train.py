@@ -1,6 +1,7 @@
 """The training loop: resume, interruption, divergence, losses of one's own, bad input."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,14 @@ import pytest
 
 from greedy_distill_jax import losses, train as training
 from greedy_distill_jax.config import read_settings
-from greedy_distill_jax.errors import Diverged, UserError
+from greedy_distill_jax.errors import Diverged, Stopped, UserError
 from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.storage.checkpoint import Checkpointer, load_meta
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
 from greedy_distill_jax.training import job, loop
 from greedy_distill_jax.training.metrics import read_scalars
+from greedy_distill_jax.training.stop import Stop
 from tests.conftest import exit_code
 
 CONFIG = """
@@ -101,6 +103,25 @@ def test_an_interrupted_run_ends_bit_identical(undisturbed, tmp_path, subprocess
     _assert_identical(_leaves(workdir), undisturbed)
     steps = [line["step"] for line in read_scalars(workdir)]
     assert steps == list(range(1, 41)), "scalars.jsonl has a hole or a duplicate"
+
+
+@pytest.mark.parametrize("number, ends", [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_in_the_last_update_ends_what_would_follow(number, ends, tmp_path, monkeypatch):
+    """The run is whole, and whoever called ``train`` (the quickstart, a benchmark) does not begin the next one."""
+
+    def begins(stop, step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return True
+
+    monkeypatch.setattr(Stop, "begins", begins)
+    config = tiny.train_config("teacher", steps=2)
+    with pytest.raises(ends):
+        train(config, tmp_path / "run", show_progress=False)
+    with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as checkpointer:
+        assert checkpointer.latest_step() == 2
+    monkeypatch.undo()
+    assert int(train(config, tmp_path / "run", show_progress=False).step) == 2
 
 
 def test_stages_follow_each_other_and_sample(tiny_teacher, tmp_path):
