@@ -129,7 +129,6 @@ class Bench:
         config = read_config(f"configs/quickstart.py:{preset},{self.speed}")
         config.lock()
         config.seed, config.data.source, config.student.anchor = seed, TASKS[task], task == "plain"
-        config.log.samples_every = 0
         return self.changed(config, changes)
 
     @staticmethod

@@ -61,7 +61,6 @@ def stage_configs(speed: str, clips: Path | None, workdir: Path, *, controls: bo
                 config.optimizer.update(muon_rate=2e-2, learning_rate=2e-3)
             if speed != "smoke":
                 config.steps = CLIP_STEPS[speed][name]
-            config.log.samples_every = config.steps
         config.data.batch = -(-config.data.batch // jax.device_count()) * jax.device_count()
         read_settings(config)
     return configs
@@ -73,7 +72,6 @@ def control_config(config: ConfigDict, stage1: Path, stage2: Path) -> ConfigDict
     of_update = spent[stage1]["train_cpu_s"] / spent[stage1]["steps"]
     control = config.copy_and_resolve_references()
     control.student_from, control.steps = str(stage1), max(1, round(spent[stage2]["train_cpu_s"] / of_update))
-    control.log.samples_every = control.steps
     control.seed += 1  # other examples than the first time
     return control
 

@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
     def stage_configs(*args, **kwargs):
         configs = configs_of(*args, **kwargs)
         for config in configs.values():
-            config.compile_cache, config.log.samples_every = "", 0
+            config.compile_cache = ""
             config.data.batch = 8  # one example for each of the suite's devices
         return configs
 
