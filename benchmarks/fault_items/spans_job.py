@@ -3,8 +3,9 @@
     python spans_job.py ROOT CASE...
 
 A case is STAGE:MESH (see ``spans``), stream:MESH, "origin", which trains what the others start from, or
-"trajectories", which stage ode learns from. Every update is plain gradient descent, so that it is the gradient. Process
-0 writes an .npz of each.
+"trajectories", which stage ode learns from. Every update is plain gradient descent, so that it is the gradient, and is
+read from the optimiser's state: parameters a thousand times as large round most of its digits away. Process 0 writes an
+.npz of each.
 """
 
 import functools
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -31,23 +33,26 @@ from greedy_distill_jax.runs.run import Run
 from greedy_distill_jax.streaming.loop import noise_keys
 from greedy_distill_jax.testing import tiny
 from greedy_distill_jax.train import train
-from greedy_distill_jax.training import loop
 from greedy_distill_jax.training.metrics import read_scalars
 from greedy_distill_jax.training.stages import base as stage_base
 
 SIZES = dict(model__dim=48, model__ffn_dim=64, model__num_heads=4, data__batch=8)
 TRAJECTORIES, PROMPTS, CHUNKS = "trajectories", ("a red square", "a blue circle"), 3
-RATE = 1.0
+# Of descent. The student learns from how far the critic's scores are from its teacher's, as which it starts: while it has
+# not left it, that difference is mostly rounding.
+RATE, CRITIC_RATE = 1.0, 30.0
 _adaptive = stage_base.make_optimizer
 
 
 def config_of(root: Path, stage: str, mesh: str) -> Any:
     """A run of a few steps from those of "origin"."""
-    changes = SIZES | {"steps": STEPS[stage], "ema__start": 0, "optimizer__warmup": 0}
+    changes = SIZES | {"steps": STEPS[stage], "ema__start": 0, "optimizer__learning_rate": RATE}
     changes |= {f"mesh__{axis}": size for axis, size in MESHES[mesh].items()}
     changes |= {"log__samples_every": int(stage == "teacher_forcing" and mesh != "one")}
     if stage in ("teacher", "teacher_forcing", "dmd", "ode"):
         changes["teacher_from"] = str(root / "teacher")
+    if stage == "dmd":
+        changes |= dict(critic__optimizer__learning_rate=CRITIC_RATE, distill__critic_warmup=1)
     if stage in ("dmd", "rl"):
         changes["student_from"] = str(root / "student")
     if stage == "rl":
@@ -95,35 +100,30 @@ def trajectories(root: Path) -> None:
     )
 
 
+def _descent(keys: Any, **_: Any) -> optax.GradientTransformation:
+    """Plain gradient descent whose state is the sum of its updates."""
+
+    def update(gradients, moved, params=None):
+        updates = jax.tree.map(lambda gradient: -keys.learning_rate * gradient, gradients)
+        return updates, jax.tree.map(jnp.add, moved, updates)
+
+    return optax.GradientTransformation(optax.tree.zeros_like, update)
+
+
 def learnt(root: Path, stage: str, mesh: str) -> dict[str, np.ndarray]:
     """What every network of a stage has moved by, and every scalar that was logged."""
-    stage_base.make_optimizer = lambda *args, **kwargs: optax.sgd(RATE)
-    start, first = loop.Progress.start, {}
-
-    def started(self):
-        state = start(self)
-        first.update(_parameters(state))
-        return state
-
+    stage_base.make_optimizer = _descent
     workdir = root / f"run-{stage}-{mesh}"
     if jax.process_index() == 0:
         shutil.rmtree(workdir, ignore_errors=True)
-    loop.Progress.start = started
-    try:
-        last = _parameters(train(config_of(root, stage, mesh), workdir, show_progress=False))
-    finally:
-        loop.Progress.start = start
-    found = {f"moved/{name}": last[name] - x for name, x in first.items()}
+    state = train(config_of(root, stage, mesh), workdir, show_progress=False)
+    trees = {name: whole_at_first(net.opt_state) for name, net in state.nets.items()}
+    found = {f"moved/{path}": np.asarray(x) for path, x in leaf_paths(trees)}
     lines = read_scalars(workdir) if jax.process_index() == 0 else []
     for line in lines:
         step = line["step"]
         found |= {f"scalar/{step}/{k}": np.float64(x) for k, x in line.items() if k not in ("step", "time")}
     return found
-
-
-def _parameters(state: Any) -> dict[str, np.ndarray]:
-    trees = {name: whole_at_first(net.params) for name, net in state.nets.items()}
-    return {path: np.asarray(x) for path, x in leaf_paths(trees)}
 
 
 def streamed(root: Path, mesh: str) -> dict[str, np.ndarray]:
