@@ -209,7 +209,7 @@ def test_stage_3_moves_on_and_stays_well_formed(change, passed):
     assert [gate["passed"] for gate in gates.stage3_gates(good | change, still, real)][1] is False
 
 
-@pytest.mark.parametrize("run", ["2026-11-21", "2026-11-28"])
+@pytest.mark.parametrize("run", ["2026-11-21", "2026-11-28", "2026-11-29"])
 def test_the_committed_runs_pass_and_their_controls_fail(run):
     stored = Path(__file__).parents[2] / f"benchmarks/results/{run}-cpu-quickstart.json"
     rows = {row["name"]: row for row in json.loads(stored.read_text(encoding="utf-8"))["rows"]}
