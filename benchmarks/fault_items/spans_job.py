@@ -4,7 +4,7 @@
 
 A case is STAGE:MESH (see ``spans``), stream:MESH, "origin", which trains what the others start from, or
 "trajectories", which stage ode learns from. Every update is plain gradient descent, so that it is the gradient, and is
-read from the optimiser's state: parameters a thousand times as large round most of its digits away. Process 0 writes an
+read from the optimiser's state: parameters, many times as large, round its last digits away. Process 0 writes an
 .npz of each.
 """
 
