@@ -37,7 +37,9 @@ from greedy_distill_jax.training.metrics import read_scalars
 from greedy_distill_jax.training.stages import base as stage_base
 
 SIZES = dict(model__dim=48, model__ffn_dim=64, model__num_heads=4, data__batch=8)
-TRAJECTORIES, PROMPTS, CHUNKS = "trajectories", ("a red square", "a blue circle"), 3
+# fsdp is one of the axes along which a batch is cut: a prompt for each of its four devices.
+TRAJECTORIES, CHUNKS = "trajectories", 3
+PROMPTS = ("a red square", "a blue circle", "a green square", "a red circle")
 # Of descent. The student learns from how far the critic's scores are from those of the teacher, as which it starts:
 # while it has not left it, that difference is mostly rounding.
 RATE, CRITIC_RATE = 1.0, 30.0
