@@ -131,7 +131,7 @@ def _shift(source: Source) -> float:
 
 
 def export_weights(source: Source, target: str | Path, form: str, **options: Any) -> None:
-    """Writes as `weights.write.write`, with the step plan and the codec of the run a student comes from.
+    """Writes as `weights.write.write`, with the codec of the run that they come from, and a student's step plan.
 
     An adapter is written as by `weights.adapter.write_adapter`.
 
@@ -142,9 +142,11 @@ def export_weights(source: Source, target: str | Path, form: str, **options: Any
     if form in ADAPTERS:
         write_adapter(source, target, form, **options)
         return
-    extra = {}
-    if form == "torch-student" and source.format == "ours":
-        extra = dict(student=_plan(source), codec=saved_codec(source.path))
+    extra: dict[str, Any] = {}
+    if source.format == "ours":
+        extra["codec"] = saved_codec(source.path)
+        if form == "torch-student":
+            extra["student"] = _plan(source)
     write(source, target, form, **extra, **options)
 
 

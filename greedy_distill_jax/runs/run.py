@@ -155,7 +155,8 @@ class Run:
         elif needs_codec:
             raise UserError(
                 f"{directory} holds converted weights without a codec, so nothing can be decoded; train a student from "
-                f"them (config.teacher_from), give the directory of a trained run, or name a codec.",
+                f"them (config.teacher_from), give the directory of a trained run, or name a codec, such as its "
+                "codec.npz.",
                 "codec",
             )
         return cls(settings, model, params, codec, encoder, tuple(meta["latent_shape"]), meta)

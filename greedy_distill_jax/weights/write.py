@@ -66,7 +66,7 @@ def write(
       dtype: of the written tensors, "keep" or a name.
       shard_bytes: largest safetensors file; more than one get an index.json.
       student: for "torch-student": "plan" and "latent_shape" for config.json.
-      codec: for "torch-student": the codec of a run, copied along.
+      codec: of a run, copied into the folder.
       overwrite: replace the target.
 
     Raises:
@@ -96,8 +96,8 @@ def write(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if is_student:
             (partial / STUDENT_FILE).write_text(student_file(), encoding="utf-8")
-            if codec is not None:
-                shutil.copyfile(codec, partial / codec.name)
+        if codec is not None:
+            shutil.copyfile(codec, partial / codec.name)
 
 
 def student_file() -> str:

@@ -22,9 +22,13 @@ run = functools.partial(exit_code, convert.main)
 def test_a_job_with_converted_weights(tiny_teacher, tmp_path, capsys):
     assert run("export", tiny_teacher, tmp_path / "wan", "--format", "original", "--dtype", "bfloat16") == 0
     assert "predicts x0" in capsys.readouterr().err
+    assert (tmp_path / "wan" / "codec.npz").read_bytes() == (tiny_teacher / "codec.npz").read_bytes()
     assert run("import", tmp_path / "wan", tmp_path / "converted") == 0
-    with pytest.raises(UserError, match="teacher_from"):
-        Run.load(tmp_path / "converted")
+    assert Run.load(tmp_path / "converted").codec.latent_shape(16, 16) == Run.load(tiny_teacher).latent_shape[1:]
+    shutil.copytree(tmp_path / "wan", tmp_path / "bare", ignore=shutil.ignore_patterns("codec.npz"))
+    assert run("import", tmp_path / "bare", tmp_path / "without") == 0
+    with pytest.raises(UserError, match="teacher_from.* such as its codec.npz"):
+        Run.load(tmp_path / "without")
 
     config = tiny.train_config("teacher_forcing", teacher_from=str(tmp_path / "converted"), steps=1)
     state = train(config, tmp_path / "student", show_progress=False)
