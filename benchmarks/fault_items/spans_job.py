@@ -37,8 +37,8 @@ from greedy_distill_jax.training.metrics import read_scalars
 from greedy_distill_jax.training.stages import base as stage_base
 
 SIZES = dict(model__dim=48, model__ffn_dim=64, model__num_heads=4, data__batch=8)
-# fsdp is one of the axes along which a batch is cut: a prompt for each of its four devices.
 TRAJECTORIES, CHUNKS = "trajectories", 3
+# fsdp is one of the axes along which a batch is cut: a prompt for each of its four devices.
 PROMPTS = ("a red square", "a blue circle", "a green square", "a red circle")
 # Of descent. The student learns from how far the critic's scores are from those of the teacher, as which it starts:
 # while it has not left it, that difference is mostly rounding.
@@ -129,7 +129,7 @@ def learnt(root: Path, stage: str, mesh: str) -> dict[str, np.ndarray]:
 
 
 def streamed(root: Path, mesh: str) -> dict[str, np.ndarray]:
-    """Chunks of a student that streams two prompts on the mesh."""
+    """Chunks of a student that streams the prompts on the mesh."""
     mesh = make_mesh(MESHES[mesh])
     run = Run.load(root / "student", sharding=functools.partial(shardings, mesh=mesh))
     streamer, shape, text = run.streamer(), tuple(run.latent_shape[1:]), np.asarray(run.text(PROMPTS))

@@ -153,8 +153,8 @@ def test_a_pass_that_writes_keys_computes_no_more_of_the_last_block():
         network = Dit(cfg, depth, Layout.full(2, 16), **options)
         params = jax.eval_shape(lambda key: network.init(key, x, sigma, text, rope_q=table), jax.random.key(0))
         call = jax.jit(lambda params: network.apply(params, x, sigma, text, rope_q=table)[1])
-        return call.lower(params).compile().cost_analysis()["flops"]
+        unfused = {"xla_disable_hlo_passes": "fusion"}  # elementwise work that is fused twice would be counted twice
+        return call.lower(params).compile(unfused).cost_analysis()["flops"]
 
     one, two, three = map(flops, (1, 2, 3))
-    # XLA counts elementwise work by how it was fused, which differs between CPUs; a whole last block would add 85%
-    assert three - two == pytest.approx(two - one, rel=0.1) and two > 1.5 * one
+    assert three - two == pytest.approx(two - one, rel=0.02) and two > 1.5 * one
