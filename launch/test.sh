@@ -19,6 +19,7 @@ status=0
 
 workers="${TEST_WORKERS:-2}"
 say "pytest in $workers processes"
-"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder "$@" || status=$?
+# A process that dies ends the suite: pytest-xdist would run its file again, and again if it dies again.
+"$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@" || status=$?
 say "launch/test.sh: $([ "$status" = 0 ] && echo passed || echo "FAILED with exit code $status") in $((SECONDS - start)) s"
 exit "$status"

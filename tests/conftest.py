@@ -93,8 +93,22 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+def _mappings() -> tuple[int, int]:
+    """Regions of this process's memory and how many the system allows it; (0, 1) where the system does not say."""
+    maps, most = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")
+    return (maps.read_bytes().count(b"\n"), int(most.read_text())) if maps.exists() and most.exists() else (0, 1)
+
+
 LIMIT = 3 * 2**30  # bytes in memory from where on programs are forgotten
 _kept = [0]  # what a process held after it last forgot
+
+
+def _forget():
+    jax.clear_caches()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+    _kept[0] = _resident()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,11 +120,16 @@ def _forget_programs():
     """
     yield
     if _resident() > max(LIMIT, _kept[0] + 2**30):
-        jax.clear_caches()
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
-            libc.malloc_trim(0)
-        _kept[0] = _resident()
+        _forget()
+
+
+@pytest.fixture(autouse=True)
+def _forget_mappings():
+    """Every program is a few regions of memory, and Linux allows a process 65,530: beyond, XLA dies or waits forever."""
+    yield
+    count, most = _mappings()
+    if count > most / 2:
+        _forget()
 
 
 @pytest.fixture(scope="session")
