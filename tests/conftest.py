@@ -125,7 +125,7 @@ def _forget_programs():
 
 @pytest.fixture(autouse=True)
 def _forget_mappings():
-    """Every program is a few regions of memory, and Linux allows a process 65,530: beyond, XLA dies or waits forever."""
+    """A program is some dozens of regions of memory; beyond Linux's 65,530 of a process, XLA dies or waits forever."""
     yield
     count, most = _mappings()
     if count > most / 2:
