@@ -19,12 +19,11 @@ MODELS = {"1.3b": "wan1_3b", "14b": "wan14b"}
 FRAMES = 21
 
 
-def _network(model: str, size: str, frames: int = FRAMES) -> Iterator[Spec]:
+def calls(wan: WanConfig, tokens: int, frames: int) -> dict[str, Pattern]:
     """Parallel passes over a whole video, and the calls of a stream, of a teacher and both students."""
-    wan, tokens = WanConfig(**WAN_SIZES[MODELS[model]]), FRAME[size]
     etm_sdd, causal = StudentConfig(base=wan), CausalConfig(base=wan)
     chunk = tokens * causal.chunk
-    calls = {
+    return {
         "teacher": Pattern.full(frames, tokens),
         "etm": patterns.etm_parallel(etm_sdd, frames, tokens).pattern,
         "sdd": patterns.sdd_parallel(etm_sdd, frames, tokens).pattern,
@@ -33,7 +32,11 @@ def _network(model: str, size: str, frames: int = FRAMES) -> Iterator[Spec]:
         "etm step": patterns.etm_step(etm_sdd, tokens).pattern,
         "causal step": patterns.causal_step(causal, chunk).pattern,
     }
-    for name, pattern in calls.items():
+
+
+def _network(model: str, size: str) -> Iterator[Spec]:
+    wan = WanConfig(**WAN_SIZES[MODELS[model]])
+    for name, pattern in calls(wan, FRAME[size], FRAMES).items():
         yield Spec(f"{model} {size} {name}", pattern, wan.num_heads, wan.head_dim)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,28 @@ def test_what_is_not_a_number_stays_where_it_is(few_sms):
 @emulated
 def test_three_warpgroups_equal_dense():
     _check(Pattern.full(1, 200, 2, 72), heads=1, blocks=Blocks((192, 64), (192, 64), (64, 192)))
+
+
+@emulated
+def test_the_table_of_errors(benchmarks, tmp_path, monkeypatch):
+    parity, output = benchmarks("kernel_parity"), tmp_path / "parity"
+    options = ["--only=sdd step", "--tokens=8", "--frames=3", "--dim=64", f"--output={output}"]
+    assert parity.main([*options, "--limit=1e-9"]) == 1
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    assert [row["call"] for row in rows] == ["sdd step", "sdd step, 2 of 4 slots"]
+    assert all(0 < row[name] < 8e-3 and not row["races"] for row in rows for name in parity.OUTPUTS)
+    for races in (False, True):
+        row = dict.fromkeys(parity.OUTPUTS, 1e-3) | {"races": races}
+        monkeypatch.setattr(parity, "parity", lambda *args, row=row: row)
+        assert parity.main(options) == int(races)
+    with pytest.raises(UserError, match="--only is 'nothing', which no call has in its name"):
+        parity.main(["--only=nothing"])
+
+
+def test_an_old_jax_prints_no_table_of_errors(benchmarks, monkeypatch):
+    monkeypatch.delattr(plgpu, "InterpretGPUParams", raising=False)
+    with pytest.raises(UserError, match=f"this is jax {jax.__version__}, which cannot emulate GPU kernels"):
+        benchmarks("kernel_parity").main([])
 
 
 @needs_plugin

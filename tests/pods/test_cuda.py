@@ -14,6 +14,7 @@ from greedy_distill_jax.cli.config_flags import read_config
 from greedy_distill_jax.config import read_settings
 from greedy_distill_jax.distribution.mesh import make_mesh
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.models.wan.linear import compute_precision
 from greedy_distill_jax.ops.attention import Pattern, aot, select, tuning
 from greedy_distill_jax.ops.attention.api import chunk_attention
 from greedy_distill_jax.ops.attention.calls import recorded_calls
@@ -53,7 +54,10 @@ def test_streams_attend_by_cudnn_alone(lower, size, student):
     settings = read_settings(size.config(student), imagine_runs=True)
     model, plan, base, key = settings.kind.model(settings), settings.plan, settings.wan, jax.random.key(0)
     streamer = make_streamer(model, plan)
-    params = jax.eval_shape(lambda: model.init(key, (1, *size.latent_shape)))
+    stored = jax.eval_shape(lambda: model.init(key, (1, *size.latent_shape)))
+    params = jax.eval_shape(lambda p: compute_precision(p, base.dtype), stored)  # as a stream holds them
+    read, kept = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, stored))
+    assert 0.5 <= read / kept < 0.52, "half, but for the embedding of the noise level, which is computed in float32"
     text = jax.ShapeDtypeStruct((1, base.text_len, base.text_dim), jnp.float32)
     state = jax.eval_shape(lambda p, t: streamer.init(p, t, key, size.latent_shape), params, text)
     made = jax.eval_shape(streamer.make, params, state)
