@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(tables, *bad, sep="\n")
     if args.output:
         made, told = lines.made_by(list(results.values()))
-        command = record.command_line("benchmarks/faults.py", argv or sys.argv[1:])
+        command = record.command_line("benchmarks/faults.py", sys.argv[1:] if argv is None else argv)
         result = {"command": command, "results": list(results.values()), "bad": bad, **made, "clock": "wall time"}
         record.write_json(args.output.with_suffix(".json"), result)
         text = "\n\n".join([*told, tables]) + "\n"

@@ -19,7 +19,8 @@ status=0
 
 workers="${TEST_WORKERS:-2}"
 say "pytest in $workers processes"
-# A process that dies ends the suite: pytest-xdist would run its file again, and again if it dies again.
+# pytest-xdist would run the test that killed a process again, up to eight times; so the suite ends once the other
+# process has done what it has begun.
 "$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@" || status=$?
 say "launch/test.sh: $([ "$status" = 0 ] && echo passed || echo "FAILED with exit code $status") in $((SECONDS - start)) s"
 exit "$status"

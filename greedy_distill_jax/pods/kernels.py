@@ -19,8 +19,14 @@ MODELS = {"1.3b": "wan1_3b", "14b": "wan14b"}
 FRAMES = 21
 
 
-def calls(wan: WanConfig, tokens: int, frames: int) -> dict[str, Pattern]:
-    """Parallel passes over a whole video, and the calls of a stream, of a teacher and both students."""
+def attention_calls(wan: WanConfig, tokens: int, frames: int) -> dict[str, Pattern]:
+    """Parallel passes over a video, and the calls of a stream, of a teacher and both students.
+
+    Args:
+      wan: the teacher's architecture.
+      tokens: of a latent frame.
+      frames: latent frames of the video, at least a chunk of the causal student.
+    """
     etm_sdd, causal = StudentConfig(base=wan), CausalConfig(base=wan)
     chunk = tokens * causal.chunk
     return {
@@ -36,7 +42,7 @@ def calls(wan: WanConfig, tokens: int, frames: int) -> dict[str, Pattern]:
 
 def _network(model: str, size: str) -> Iterator[Spec]:
     wan = WanConfig(**WAN_SIZES[MODELS[model]])
-    for name, pattern in calls(wan, FRAME[size], FRAMES).items():
+    for name, pattern in attention_calls(wan, FRAME[size], FRAMES).items():
         yield Spec(f"{model} {size} {name}", pattern, wan.num_heads, wan.head_dim)
 
 

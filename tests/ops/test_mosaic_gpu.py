@@ -164,12 +164,20 @@ def test_the_table_of_errors(benchmarks, tmp_path, monkeypatch):
     rows = json.loads(output.with_suffix(".json").read_text())["rows"]
     assert [row["call"] for row in rows] == ["sdd step", "sdd step, 2 of 4 slots"]
     assert all(0 < row[name] < 8e-3 and not row["races"] for row in rows for name in parity.OUTPUTS)
-    for races in (False, True):
-        row = dict.fromkeys(parity.OUTPUTS, 1e-3) | {"races": races}
-        monkeypatch.setattr(parity, "parity", lambda *args, row=row: row)
-        assert parity.main(options) == int(races)
-    with pytest.raises(UserError, match="--only is 'nothing', which no call has in its name"):
-        parity.main(["--only=nothing"])
+    for changes, code in (({}, 0), ({"dv": float("nan")}, 1), ({"races": True}, 1)):
+        row = dict.fromkeys(parity.OUTPUTS, 1e-3) | {"races": False} | changes
+        with monkeypatch.context() as patch:
+            patch.setattr(parity, "parity", lambda *args, row=row: row)
+            assert parity.main(options) == code
+
+    def races(*args, **kwargs):
+        raise RuntimeError("callback failed: RACE DETECTED")
+
+    monkeypatch.setattr(parity, "chunk_attention", races)
+    assert parity.main(options) == 1
+    for bad, line in (("--only=nothing", "which no call has in its name"), ("--frames=2", "student has 3")):
+        with pytest.raises(UserError, match=line):
+            parity.main([bad])
 
 
 def test_an_old_jax_prints_no_table_of_errors(benchmarks, monkeypatch):

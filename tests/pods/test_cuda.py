@@ -57,7 +57,7 @@ def test_streams_attend_by_cudnn_alone(lower, size, student):
     stored = jax.eval_shape(lambda: model.init(key, (1, *size.latent_shape)))
     params = jax.eval_shape(lambda p: compute_precision(p, base.dtype), stored)  # as a stream holds them
     read, kept = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, stored))
-    assert 0.5 <= read / kept < 0.52, "half, but for the embedding of the noise level, which is computed in float32"
+    assert 0.5 <= read / kept < 0.52, "half, but for time embedding, head, biases and norms"
     text = jax.ShapeDtypeStruct((1, base.text_len, base.text_dim), jnp.float32)
     state = jax.eval_shape(lambda p, t: streamer.init(p, t, key, size.latent_shape), params, text)
     made = jax.eval_shape(streamer.make, params, state)
