@@ -3,6 +3,8 @@
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -315,7 +317,7 @@ def test_the_timeout_is_a_variable():
 
 def test_others_that_do_not_come_are_worth_another_start(monkeypatch):
     def late(**arguments):
-        assert arguments == EXPLICIT | {"initialization_timeout": 7, "heartbeat_timeout_seconds": 100}
+        assert arguments == EXPLICIT | {"initialization_timeout": 37, "heartbeat_timeout_seconds": 100}
         raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nmore")
 
     monkeypatch.setattr(jax.distributed, "initialize", late)
@@ -329,6 +331,22 @@ def test_others_that_do_not_come_are_worth_another_start(monkeypatch):
         "error: the other processes, at 127.0.0.1:1234, did not come within 7 s (JAX_COORDINATOR_ADDRESS; "
         "DEADLINE_EXCEEDED: Barrier timed out.); at 127.0.0.1 every host finds itself, so give another address if "
         "there are several"
+    )
+
+
+@pytest.mark.subprocesses
+def test_a_process_that_waits_in_vain_ends_with_a_line(subprocess_env):
+    """And not in jax's client, which aborts: process 0 of two, the other of which never comes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JOIN_TIMEOUT": "2"}
+    code = "from greedy_distill_jax.distribution.hosts.join import join_hosts; join_hosts()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**subprocess_env, **job}, capture_output=True, text=True)
+    assert done.returncode == 75 and done.stderr == (
+        f"error: the other processes, at {address}, did not come within 2 s (JAX_COORDINATOR_ADDRESS; some are "
+        f"missing); at 127.0.0.1 every host finds itself, so give another address if there are several\n"
     )
 
 
@@ -347,7 +365,7 @@ def test_a_first_process_that_does_not_come_is_a_line(monkeypatch):
         first.listen()
         monkeypatch.setattr(join.time, "monotonic", iter([0.0, 3.2]).__next__)
         join._join(found, 7)
-    assert joined[0]["process_id"] == 1 and joined[0]["initialization_timeout"] == 4, "the rest of the time"
+    assert joined[0]["process_id"] == 1 and joined[0]["initialization_timeout"] == 34, "the rest of the time, and spare"
 
 
 def test_a_metadata_server_that_does_not_answer_is_a_line(monkeypatch):

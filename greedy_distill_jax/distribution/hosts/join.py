@@ -1,16 +1,19 @@
 """How the processes of a job find each other, and what each prints of it."""
 
+import contextlib
 import ipaddress
 import math
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from greedy_distill_jax import cli
 from greedy_distill_jax.cli.signals import saying
 from greedy_distill_jax.cli.variables import number
 from greedy_distill_jax.distribution.agreement import coordinator, leave, place
@@ -23,6 +26,7 @@ TIMEOUT = "JOIN_TIMEOUT"  # variable: seconds in which all processes have to com
 _SECONDS, _SILENCE = 300, 100  # seconds: the timeout without one; without a sign of life a process is dead to jax
 
 _PAUSE = 0.5  # seconds between two looks for process 0, and of one
+_SPARE = 30  # seconds that jax waits longer than this process
 
 
 class Joined(NamedTuple):
@@ -184,9 +188,10 @@ def _join(found: Found, seconds: int) -> None:
         with saying(stopped):
             _wait_for_first(found, until, seconds)
     left = max(1, round(until - time.monotonic()))  # jax takes whole seconds
-    limits: dict[str, Any] = {"initialization_timeout": left, "heartbeat_timeout_seconds": _SILENCE}
+    limits: dict[str, Any] = {"initialization_timeout": left + _SPARE, "heartbeat_timeout_seconds": _SILENCE}
+    late = Lost(_did_not_come(found, seconds, "some are missing"))
     try:
-        with saying(stopped):
+        with saying(stopped), _ended_after(left, late):
             jax.distributed.initialize(**found.arguments, **limits)
     except ValueError as error:
         raise UserError(
@@ -200,6 +205,24 @@ def _join(found: Found, seconds: int) -> None:
             f"jax cannot ask who the other processes are ({found.source}: {first_line(error)[:200]}); set {ADDRESS}, "
             f"{COUNT} and {INDEX}, or {COUNT}=1 for a process alone"
         ) from error
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: int, error: Exception) -> Iterator[None]:
+    """Ends the process as ``error`` would if the block takes longer; jax would abort it, with a stack of C++."""
+    done = threading.Event()
+
+    def wait() -> None:
+        if not done.wait(seconds):
+            code, line = cli.outcome(error)
+            print(line, file=sys.stderr, flush=True)
+            os._exit(code)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _wait_for_first(found: Found, until: float, seconds: int) -> None:
