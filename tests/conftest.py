@@ -125,7 +125,7 @@ def _forget_programs():
 
 @pytest.fixture(autouse=True)
 def _forget_mappings():
-    """A program is about 95 mappings of memory; at the 65,530 that Linux allows a process XLA dies or waits forever.
+    """A program is dozens of mappings of memory, of which Linux allows a process 65,530; there XLA dies.
 
     A single module can get there, so that every test is followed by a look.
     """

@@ -1,6 +1,12 @@
 """Chunk attention and its gradients in float64 numpy: an oracle that shares no code with the library."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
 import numpy as np
+
+OUTPUTS = ("output", "dq", "dk", "dv")
 
 
 def dense_attention(q_BLNK, k_BSNK, v_BSNK, mask_LS, scale: float, g_BLNK=None):
@@ -37,3 +43,17 @@ def relative_error(ours, exact) -> float:
     """Largest absolute difference over the largest value (over 1 if all are 0)."""
     ours, exact = np.asarray(ours).astype(np.float64), np.asarray(exact)
     return float(np.max(np.abs(ours - exact), initial=0.0) / (np.max(np.abs(exact), initial=0.0) or 1.0))
+
+
+def errors(attend: Callable[..., Any], inputs: Sequence[Any], mask_LS) -> dict[str, float]:
+    """Relative errors of the ``OUTPUTS`` of ``attend(q, k, v)``, whose scale is the usual one.
+
+    Args:
+      attend: makes the output [B, L, N, K].
+      inputs: q, k, v and a cotangent of the output.
+      mask_LS: as for ``dense_attention``.
+    """
+    q, k, v, g = inputs
+    out, pull = jax.vjp(attend, q, k, v)
+    exact = dense_attention(q, k, v, mask_LS, q.shape[-1] ** -0.5, g)
+    return {name: relative_error(x, y) for name, x, y in zip(OUTPUTS, (out, *pull(g)), exact, strict=True)}

@@ -25,14 +25,12 @@ def _compile(*arguments, env):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.subprocesses
-@pytest.mark.parametrize("target, only", [("v5p", ""), ("v5e", "14b 720p sdd"), ("v6e", "1.3b 480p etm")])
-def test_workloads_compile_and_none_got_worse(target, only, subprocess_env):
-    """All for v5p; for v5e and v6e some, and every entry of their tuned tables."""
-    env = {**subprocess_env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = _compile("kernels", "--target", target, "--only", only, env=env)
+@pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
+def test_every_workload_compiles_and_none_got_worse(target, subprocess_env):
+    done = _compile("kernels", "--target", target, env={**subprocess_env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     for name in SPECS:
-        assert (name in done.stdout) == (only in name)
+        assert name in done.stdout
     assert "kFLOP per bundle" in done.stdout
 
 

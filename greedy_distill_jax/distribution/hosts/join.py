@@ -189,9 +189,8 @@ def _join(found: Found, seconds: int) -> None:
             _wait_for_first(found, until, seconds)
     left = max(1, round(until - time.monotonic()))  # jax takes whole seconds
     limits: dict[str, Any] = {"initialization_timeout": left + _SPARE, "heartbeat_timeout_seconds": _SILENCE}
-    late = Lost(_did_not_come(found, seconds, "some are missing"))
     try:
-        with saying(stopped), _ended_after(left, late):
+        with saying(stopped), _ended_after(left, lambda: Lost(_did_not_come(found, seconds, "some are missing"))):
             jax.distributed.initialize(**found.arguments, **limits)
     except ValueError as error:
         raise UserError(
@@ -208,13 +207,13 @@ def _join(found: Found, seconds: int) -> None:
 
 
 @contextlib.contextmanager
-def _ended_after(seconds: int, error: Exception) -> Iterator[None]:
-    """Ends the process as ``error`` would if the block takes longer; jax would abort it, with a stack of C++."""
+def _ended_after(seconds: int, error: Callable[[], Exception]) -> Iterator[None]:
+    """Ends the process as ``error()`` would if the block takes longer; jax would abort it, with a stack of C++."""
     done = threading.Event()
 
     def wait() -> None:
         if not done.wait(seconds):
-            code, line = cli.outcome(error)
+            code, line = cli.outcome(error())
             print(line, file=sys.stderr, flush=True)
             os._exit(code)
 
