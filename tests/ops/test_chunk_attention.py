@@ -259,3 +259,33 @@ def test_kernels_have_no_races(capfd):
     options = dict(blocks=Blocks(*[(8, 8)] * 3), interpret=pltpu.InterpretParams(detect_races=True))
     _check(pattern, "mosaic_tpu", heads=1, batch=1, dim=64, **options)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_read_before_its_copy_has_come_is_seen_as_a_race(waits, capfd):
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(x_ref, out_ref, buffer, semaphore):
+        copy = pltpu.make_async_copy(x_ref, buffer, semaphore)
+        copy.start()
+        if waits:
+            copy.wait()
+        out_ref[...] = buffer[...]
+        if not waits:
+            copy.wait()
+
+    x = jnp.ones((8, 128), jnp.float32)
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=pltpu.InterpretParams(detect_races=True),
+    )
+    try:
+        call(x).block_until_ready()
+        said = ""
+    except jax.errors.JaxRuntimeError as error:  # jax 0.12 raises what earlier versions print
+        said = str(error)
+    assert ("RACE DETECTED" in "".join(capfd.readouterr()) + said) != waits

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import Pattern, aot, chunk_attention, select, tuning
 from greedy_distill_jax.ops.attention.backends import mosaic_gpu
-from greedy_distill_jax.ops.attention.backends.hopper import tables
+from greedy_distill_jax.ops.attention.backends.hopper import parts, tables
 from greedy_distill_jax.ops.attention.tuning import Blocks
 from greedy_distill_jax.pods import compile_kernels, kernels
 from greedy_distill_jax.testing.attention import errors
@@ -136,6 +136,24 @@ def test_parts_of_tiles_are_merged_and_nothing_races(few_sms, pattern, capfd):
     assert tables.schedule(work, 1, 1, -(-pattern.merged().q_chunk // 128), may_split=True).split
     _check(pattern, heads=1, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+class _Hasty:
+    """``plgpu`` for a warpgroup that loads without waiting until a slot was used."""
+
+    barrier_wait = staticmethod(lambda barrier: None)
+
+    def __getattr__(self, name):
+        return getattr(plgpu, name)
+
+
+@emulated
+def test_a_load_into_a_slot_in_use_is_seen_as_a_race(benchmarks, monkeypatch):
+    """Of three visits the last takes the slot of the first."""
+    parity, pattern = benchmarks("kernel_parity"), Pattern.full(1, 136, 3, 64)
+    assert not parity.parity(pattern, None, 64, np.random.default_rng(0))["races"]
+    monkeypatch.setattr(parts, "plgpu", _Hasty())
+    assert parity.parity(pattern, None, 64, np.random.default_rng(0))["races"]
 
 
 @emulated
