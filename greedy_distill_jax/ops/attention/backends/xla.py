@@ -124,6 +124,11 @@ def zeros(shape, *like):
     return jnp.broadcast_to(zero, shape)
 
 
+def _if_seen(live, seen, hidden, *carry):
+    """``seen(*carry)`` for a visit that counts, else ``hidden(*carry)``; ``live`` is None where all count."""
+    return seen(*carry) if live is None else jax.lax.cond(live, seen, hidden, *carry)
+
+
 def _scanned(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
     """(out [B, L, N, K], log-sum-exp [B, N, L] float32)."""
     scale, (pattern, block_q, block_k) = call.scale, _blocks(lengths_Q, call.pattern)
@@ -136,17 +141,16 @@ def _scanned(q_BLNK, k_BSNK, v_BSNK, lengths_Q, call: Call):
         peak, total, acc, out, lse = carry
         i, j, first, live = xs
         peak, total, acc = jnp.where(first, NEVER, peak), jnp.where(first, 0.0, total), jnp.where(first, 0.0, acc)
-        z = jnp.einsum(
-            "bnlk,bnsk->bnls", _part(q, i, block_q), _part(k, j, block_k), preferred_element_type=jnp.float32
-        )
-        z = z * scale if live is None else jnp.where(live, z * scale, NEVER)
-        new = jax.lax.stop_gradient(jnp.maximum(peak, jnp.max(z, axis=-1)))
-        shrink, p = jnp.exp(peak - new), jnp.exp(z - new[..., None])
-        if live is not None:
-            p = jnp.where(live, p, 0.0)
-        total = total * shrink + jnp.sum(p, axis=-1)
-        pv = jnp.einsum("bnls,bnsk->bnlk", p.astype(v.dtype), _part(v, j, block_k), preferred_element_type=jnp.float32)
-        acc = acc * shrink[..., None] + pv
+
+        def seen(peak, total, acc):
+            q_, k_, v_ = _part(q, i, block_q), _part(k, j, block_k), _part(v, j, block_k)
+            z = jnp.einsum("bnlk,bnsk->bnls", q_, k_, preferred_element_type=jnp.float32) * scale
+            new = jax.lax.stop_gradient(jnp.maximum(peak, jnp.max(z, axis=-1)))
+            shrink, p = jnp.exp(peak - new), jnp.exp(z - new[..., None])
+            pv = jnp.einsum("bnls,bnsk->bnlk", p.astype(v.dtype), v_, preferred_element_type=jnp.float32)
+            return new, total * shrink + jnp.sum(p, axis=-1), acc * shrink[..., None] + pv
+
+        new, total, acc = _if_seen(live, seen, lambda *old: old, peak, total, acc)
         safe = jnp.where(total > 0, total, 1.0)
         # The last visit of a query block leaves the final values.
         out = _replace(out, acc / safe[..., None], i, block_q)
@@ -181,15 +185,19 @@ def _scanned_backward(q_BLNK, k_BSNK, v_BSNK, lengths_Q, out_BLNK, lse_BNL, g_BL
     def visit(carry, xs):
         dq, dk, dv = carry
         i, j, _, live = xs
-        q_, g_, k_, v_ = _part(q, i, block_q), _part(g, i, block_q), _part(k, j, block_k), _part(v, j, block_k)
-        p = jnp.exp(dot("bnlk,bnsk->bnls", q_, k_) * scale - row(lse_BNL, i))
-        if live is not None:
-            p = jnp.where(live, p, 0.0)
-        ds = p * (dot("bnlk,bnsk->bnls", g_, v_) - row(delta, i))
-        p, ds = p.astype(g.dtype), ds.astype(q.dtype)
-        dq = add(dq, dot("bnls,bnsk->bnlk", ds, k_), i, block_q)
-        dk = add(dk, dot("bnls,bnlk->bnsk", ds, q_), j, block_k)
-        dv = add(dv, dot("bnls,bnlk->bnsk", p, g_), j, block_k)
+
+        def seen():
+            q_, g_, k_, v_ = _part(q, i, block_q), _part(g, i, block_q), _part(k, j, block_k), _part(v, j, block_k)
+            p = jnp.exp(dot("bnlk,bnsk->bnls", q_, k_) * scale - row(lse_BNL, i))
+            ds = p * (dot("bnlk,bnsk->bnls", g_, v_) - row(delta, i))
+            p, ds = p.astype(g.dtype), ds.astype(q.dtype)
+            return dot("bnls,bnsk->bnlk", ds, k_), dot("bnls,bnlk->bnsk", ds, q_), dot("bnls,bnlk->bnsk", p, g_)
+
+        def hidden():
+            return tuple(zeros((*dq.shape[:2], size, dq.shape[3]), q, k, v, g) for size in (block_q, block_k, block_k))
+
+        of_q, of_k, of_v = _if_seen(live, seen, hidden)
+        dq, dk, dv = add(dq, of_q, i, block_q), add(dk, of_k, j, block_k), add(dv, of_v, j, block_k)
         return (dq, dk, dv), None
 
     start = tuple(zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), q, k, v, g) for x in (q, k, v))
