@@ -6,8 +6,9 @@
 Seven items in this order: ceilings of the card, correctness, streaming, the same stream in PyTorch, the attention op,
 training steps, a profile. Each is a process of its own with a share of the time; what it leaves goes to the next ones.
 A row of an item is written to OUTPUT/N-ITEM.json when it is done; the command goes on where it stopped, row by row, and
-prints one table last (OUTPUT/table.md). A figure counts if it was checked in the same run, on random data; rows that
-could not be measured say why. Exits with 1 if a row failed, was wrong, or found no time left.
+prints one table last (OUTPUT/table.md). First it says what it needs and what is there, and refuses (exit code 2) where
+a package, a device or its memory is missing. A figure counts if it was checked in the same run, on random data; rows
+that could not be measured say why. Exits with 1 if a row failed, was wrong, or found no time left.
 
 Where the package is not installed, PYTHONPATH has to name the checkout; beyond what images for jax and PyTorch usually
 have it imports ml-collections, grain (which needs portpicker), array_record and av. Expect a quarter of an hour on an
@@ -28,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from device_items import record as records
+from device_items import needs, record as records
 
 from greedy_distill_jax import cli
 from greedy_distill_jax.errors import UserError
@@ -151,6 +152,8 @@ def main(argv: list[str]) -> int:
     end = time.perf_counter() + 60 * args.minutes
     begun = {item: records.read(path_of(args.output, item)) or {} for item in args.only}
     todo = [item for item in ITEMS if item in args.only and begun[item].get("state") != "done"]
+    if todo and (missing := needs.missing(args.size, todo)):
+        raise UserError("; ".join(missing) + ".")
     for number, item in enumerate(todo):
         left = end - time.perf_counter()
         share = SECONDS[item] / sum(SECONDS[later] for later in todo[number:])

@@ -1,5 +1,6 @@
 """``benchmarks/device.py`` on a CPU at the tiny size, two items from end to end; what it refuses, keeps and counts."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -158,6 +159,70 @@ def test_a_limit_is_kept_and_said(tmp_path, subprocess_env):
 def test_no_time_at_all(tmp_path, subprocess_env):
     done = run(tmp_path, subprocess_env, "--minutes=0")
     assert done.returncode == 2 and "must be positive" in done.stderr
+
+
+CARD = {"name": "NVIDIA H100", "driver_version": "580.1", "memory.free": "80000 MiB"}
+SEEN = {"missing": [], "platform": "gpu", "kind": "NVIDIA H100", "free": 0}
+
+
+@pytest.mark.parametrize(
+    "look, card, only, line",
+    [
+        ({}, {}, "streaming", None),
+        ({"missing": ["av", "grain"]}, {}, "streaming", "the package grain is not installed"),
+        ({"error": "the device has not answered for 120 s"}, {}, "streaming", "has not answered"),
+        ({"platform": "cpu"}, {}, "streaming", "jax 0.12.0 does not use the NVIDIA H100; install its build for CUDA"),
+        ({"platform": "cpu"}, None, "streaming", "there is no accelerator; --size tiny tries"),
+        ({}, {"memory.free": "40960 MiB"}, "streaming", None),
+        (
+            {},
+            {"memory.free": "40960 MiB"},
+            "training",
+            "40.0 GiB of the device are free and training needs 72; end what",
+        ),
+        (
+            {"platform": "tpu", "free": 2**30},
+            None,
+            "streaming",
+            "1.0 GiB of the device are free and ceilings needs 20",
+        ),
+        ({"jax": "0.9.2"}, {}, "streaming", "jax 0.9.2 is too old; 0.10.2 or newer is needed"),
+    ],
+)
+def test_what_is_missing_is_said_first(items, monkeypatch, capsys, look, card, only, line):
+    needs, jax = items("needs"), look.get("jax", "0.12.0")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(needs, "_look", lambda of: SEEN | look)
+    monkeypatch.setattr(needs, "driver", lambda: {} if card is None else CARD | card)
+    monkeypatch.setattr(needs, "_versions", lambda: {"jax": jax})
+    wrong = needs.missing("1_3b", ["ceilings", only])
+    assert (line is None and not wrong) or line in "; ".join(wrong)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("needs: a device with ") and second.startswith("here: NVIDIA H100")
+    if "platform" in look:
+        assert needs.missing("tiny", [only]) == []
+
+
+def test_every_package_that_is_missing_is_named(items, monkeypatch):
+    needs, real, lacking = items("needs"), importlib.import_module, ["grain.python", "av"]
+
+    def load(name):
+        if name == "device_items.ceilings" and lacking:
+            raise ModuleNotFoundError(name=lacking.pop())
+        return real(name)
+
+    for name in lacking:
+        monkeypatch.setitem(sys.modules, name, None)  # put back at the end
+    monkeypatch.setattr(needs.importlib, "import_module", load)
+    assert needs._packages(["ceilings"]) == ["av", "grain"]
+
+
+@pytest.mark.subprocesses
+def test_a_cpu_is_refused_at_once(tmp_path, subprocess_env):
+    done = run(tmp_path / "out", subprocess_env, "--size=1_3b")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "error: JAX_PLATFORMS is 'cpu', so that jax uses no accelerator" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_are_written_judged_and_kept(items, tmp_path, capsys):

@@ -132,7 +132,16 @@ def driver() -> dict[str, str]:
     """What nvidia-smi says of the card; {} without it."""
     if shutil.which("nvidia-smi") is None:
         return {}
-    fields = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "power.limit", "temperature.gpu")
+    fields = (
+        "name",
+        "driver_version",
+        "memory.total",
+        "memory.free",
+        "clocks.sm",
+        "clocks.max.sm",
+        "power.limit",
+        "temperature.gpu",
+    )
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=20)
     lines = done.stdout.splitlines()
