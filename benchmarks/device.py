@@ -54,7 +54,7 @@ def measure(item: str, args: argparse.Namespace, seconds: float) -> None:
     command += ["--seconds", str(max(seconds - SPARE, 1.0)), "--commit", args.commit]
     # Memory that jax takes at once is one piece: what a row frees is there for a larger array of the next one.
     env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false" if item in WITH_TORCH else "true"}
-    env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6" if item in WITH_TORCH else "0.93")
+    env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6" if item in WITH_TORCH else needs.FRACTION)
     env.setdefault(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0"
     )  # the drawing of weights: dozens of small programs
@@ -149,11 +149,11 @@ def main(argv: list[str]) -> int:
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes}: must be positive.")
     same_run(args)
-    end = time.perf_counter() + 60 * args.minutes
     begun = {item: records.read(path_of(args.output, item)) or {} for item in args.only}
     todo = [item for item in ITEMS if item in args.only and begun[item].get("state") != "done"]
     if todo and (missing := needs.missing(args.size, todo)):
-        raise UserError("; ".join(missing) + ".")
+        raise UserError(missing)
+    end = time.perf_counter() + 60 * args.minutes
     for number, item in enumerate(todo):
         left = end - time.perf_counter()
         share = SECONDS[item] / sum(SECONDS[later] for later in todo[number:])

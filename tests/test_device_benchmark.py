@@ -1,15 +1,17 @@
 """``benchmarks/device.py`` on a CPU at the tiny size, two items from end to end; what it refuses, keeps and counts."""
 
-import importlib
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from greedy_distill_jax.errors import UserError
 from greedy_distill_jax.ops.attention import Pattern, backends, select, tuning
 from tests.conftest import ROOT
 
@@ -162,59 +164,105 @@ def test_no_time_at_all(tmp_path, subprocess_env):
 
 
 CARD = {"name": "NVIDIA H100", "driver_version": "580.1", "memory.free": "80000 MiB"}
-SEEN = {"missing": [], "platform": "gpu", "kind": "NVIDIA H100", "free": 0}
+SEEN = {"platform": "gpu", "kind": "NVIDIA H100", "free": 74 * 2**30}
+CPU = {"platform": "cpu", "kind": "cpu", "free": 0}
+SOME = ["ceilings", "streaming", "training"]
 
 
 @pytest.mark.parametrize(
-    "look, card, only, line",
+    "seen, card, items_, line",
     [
-        ({}, {}, "streaming", None),
-        ({"missing": ["av", "grain"]}, {}, "streaming", "the package grain is not installed"),
-        ({"error": "the device has not answered for 120 s"}, {}, "streaming", "has not answered"),
-        ({"platform": "cpu"}, {}, "streaming", "jax 0.12.0 does not use the NVIDIA H100; install its build for CUDA"),
-        ({"platform": "cpu"}, None, "streaming", "there is no accelerator; --size tiny tries"),
-        ({}, {"memory.free": "40960 MiB"}, "streaming", None),
+        (SEEN, CARD, SOME, ""),
+        (SEEN | {"free": 0}, {}, SOME, ""),
+        (SEEN, CARD | {"memory.free": "[N/A]"}, SOME, ""),
+        ({"error": "the package grain is not installed."}, CARD, SOME, "the package grain is not installed."),
+        (CPU, CARD, SOME, "jax does not use the NVIDIA H100; install its build for CUDA"),
+        (CPU, {}, SOME, "there is no accelerator; --size tiny tries"),
         (
+            SEEN,
+            CARD | {"memory.free": "40960 MiB"},
+            SOME,
+            "40.0 GiB of the device are free and training needs 72; end what else uses it, or measure the others "
+            "(--only ceilings streaming).",
+        ),
+        (
+            SEEN | {"platform": "tpu", "free": 2**30},
             {},
-            {"memory.free": "40960 MiB"},
-            "training",
-            "40.0 GiB of the device are free and training needs 72; end what",
+            ["trace"],
+            "1.0 GiB of the device are free and trace needs 51; end",
         ),
-        (
-            {"platform": "tpu", "free": 2**30},
-            None,
-            "streaming",
-            "1.0 GiB of the device are free and ceilings needs 20",
-        ),
-        ({"jax": "0.9.2"}, {}, "streaming", "jax 0.9.2 is too old; 0.10.2 or newer is needed"),
     ],
 )
-def test_what_is_missing_is_said_first(items, monkeypatch, capsys, look, card, only, line):
-    needs, jax = items("needs"), look.get("jax", "0.12.0")
+def test_what_is_missing_is_said_first(items, monkeypatch, capsys, seen, card, items_, line):
+    needs = items("needs")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(needs, "_look", lambda of: SEEN | look)
-    monkeypatch.setattr(needs, "driver", lambda: {} if card is None else CARD | card)
-    monkeypatch.setattr(needs, "_versions", lambda: {"jax": jax})
-    wrong = needs.missing("1_3b", ["ceilings", only])
-    assert (line is None and not wrong) or line in "; ".join(wrong)
+    monkeypatch.setattr(needs, "_look", lambda of: seen)
+    monkeypatch.setattr(needs, "driver", lambda: card)
+    told = needs.missing("1_3b", items_)
+    assert told.startswith(line) and bool(told) == bool(line)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("needs: a device with ") and second.startswith("here: NVIDIA H100")
-    if "platform" in look:
-        assert needs.missing("tiny", [only]) == []
+    assert first.startswith("needs: a device with ") and f"jax {jax.__version__}" in second
+    assert second.startswith(f"here: {seen.get('kind', 'no device')}, ")
+    assert needs.missing("tiny", items_) == seen.get("error", "")
 
 
-def test_every_package_that_is_missing_is_named(items, monkeypatch):
-    needs, real, lacking = items("needs"), importlib.import_module, ["grain.python", "av"]
+def test_an_old_jax_is_said_before_it_is_imported(items, monkeypatch):
+    needs = items("needs")
+    monkeypatch.setattr(needs, "_versions", lambda: {"jax": "0.9.2"})
+    monkeypatch.setattr(needs, "_look", None)
+    assert needs.missing("tiny", SOME) == "jax 0.9.2 is too old; 0.10.2 or newer is needed."
 
-    def load(name):
-        if name == "device_items.ceilings" and lacking:
-            raise ModuleNotFoundError(name=lacking.pop())
-        return real(name)
 
-    for name in lacking:
-        monkeypatch.setitem(sys.modules, name, None)  # put back at the end
-    monkeypatch.setattr(needs.importlib, "import_module", load)
-    assert needs._packages(["ceilings"]) == ["av", "grain"]
+def test_the_bound_is_that_of_the_package(items):
+    assert f'"jax>={items("needs").JAX}"' in pathlib.Path(ROOT, "setup.py").read_text()
+    assert set(items("needs").MEMORY) == set(ITEMS)
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("surely_not_there.part", "the package surely_not_there is not installed"),
+        ("jax.gone", "the package jax that is installed has no jax.gone"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(items, monkeypatch, name, line):
+    needs = items("needs")
+
+    def absent(module):
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr(needs.importlib, "import_module", absent)
+    with pytest.raises(UserError, match=line):
+        needs.load(SOME)
+
+
+def test_a_process_that_looks_in_vain_is_quoted(items, monkeypatch):
+    needs, run_ = items("needs"), subprocess.run
+    for script, line in (
+        ("import sys; sys.exit('error: one line.')", "one line."),
+        ("raise RuntimeError('no')", "looking for a device: RuntimeError: no"),
+        ("import os; os._exit(7)", "looking for a device: it ended with 7"),
+        ("import time; time.sleep(60)", "the device has not answered for 1 s; look at it with nvidia-smi."),
+    ):
+        monkeypatch.setattr(needs, "SECONDS", 1 if "sleep" in script else 60)
+        monkeypatch.setattr(subprocess, "run", lambda _, s=script, **o: run_([sys.executable, "-c", s], **o))
+        assert needs._look(SOME) == {"error": line}
+
+
+def test_the_driver_is_asked_for_the_card_in_use_and_may_hang(items, monkeypatch, tmp_path):
+    record, script = items("record"), tmp_path / "nvidia-smi"
+    script.write_text('#!/bin/sh\nfor last; do :; done\necho "$last, 580.1, 81559 MiB, 80000 MiB, 1, 2, 3, 4"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    found = record.driver()
+    assert (found["name"], found["memory.free"]) == ("--id=3", "80000 MiB")
+
+    def hangs(*args, timeout, **kwargs):
+        raise subprocess.TimeoutExpired(args, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert record.driver() == {}
 
 
 @pytest.mark.subprocesses

@@ -129,21 +129,17 @@ def number(value: float) -> str:
 
 
 def driver() -> dict[str, str]:
-    """What nvidia-smi says of the card; {} without it."""
+    """What nvidia-smi says of the first card that this process may use; {} where it says nothing."""
     if shutil.which("nvidia-smi") is None:
         return {}
-    fields = (
-        "name",
-        "driver_version",
-        "memory.total",
-        "memory.free",
-        "clocks.sm",
-        "clocks.max.sm",
-        "power.limit",
-        "temperature.gpu",
-    )
+    fields = ("name", "driver_version", "memory.total", "memory.free")
+    fields += ("clocks.sm", "clocks.max.sm", "power.limit", "temperature.gpu")
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    query += [f"--id={card}" for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:1] if card]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
     lines = done.stdout.splitlines()
     return dict(zip(fields, (x.strip() for x in lines[0].split(",")))) if done.returncode == 0 and lines else {}
 

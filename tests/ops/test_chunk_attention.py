@@ -146,6 +146,27 @@ def test_what_lies_in_free_slots_does_not_matter(implementation):
         assert relative_error(out, dense_attention(q, k, v, mask, SCALE)) < 2e-5, length
 
 
+def test_the_scan_does_not_read_what_is_hidden(monkeypatch):
+    """Where there is no number: forward, backward, in forward mode, and under vmap over lengths."""
+    monkeypatch.setattr(xla, "GATHER_AREA", 0)
+    pattern, lengths = Pattern.full(1, 8, 4), jnp.asarray([2], jnp.int32)
+    q, k, v, g = _inputs(pattern)
+    seen = (q, *(x.at[:, 16:].set(0.0) for x in (k, v)))
+    given_ = (q, *(x.at[:, 16:].set(jnp.nan) for x in (k, v)))
+
+    def attend(q, k, v, lengths=lengths):
+        return chunk_attention(q, k, v, pattern, lengths_Q=lengths, implementation="xla", scale=SCALE)
+
+    out, pull = jax.vjp(attend, *given_)
+    exact = _exact(pattern, lengths, *seen, g)
+    for ours, dense in zip((out, *pull(g)), exact, strict=True):
+        assert relative_error(ours, dense) < 2e-5
+    _, slope = jax.jvp(lambda q: xla.attend(q, *given_[1:], lengths, Call(pattern, SCALE)), (q,), (g,))
+    np.testing.assert_allclose(jnp.vdot(slope, g), jnp.vdot(exact[1], g), rtol=1e-4)
+    both = jax.vmap(lambda n: attend(*given_, n))(jnp.asarray([[1], [2]], jnp.int32))
+    assert relative_error(both[1], exact[0]) < 2e-5 and not np.isnan(both).any()
+
+
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_bfloat16_by_fraction(implementation):
     pattern = Pattern.sliding_window(4, 8, 3)
@@ -171,8 +192,8 @@ def test_vmap_and_remat():
         assert relative_error(ours[:, 0], dense) < 2e-5
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
-def test_shard_map_over_batch_and_heads(implementation):
+@pytest.mark.parametrize("implementation, partly", [("xla", False), ("xla", True), ("mosaic_tpu", False)])
+def test_shard_map_over_batch_and_heads(implementation, partly):
     from jax.sharding import Mesh, PartitionSpec as P
 
     pattern = Pattern.sliding_window(3, 40, 2)
@@ -182,9 +203,10 @@ def test_shard_map_over_batch_and_heads(implementation):
     spec = P("data", None, "tensor", None)
     # Emulated kernels are ordinary loops, whose carries the check of shard_map does not accept.
     checked = implementation == "xla"
-    run = functools.partial(_run.__wrapped__, pattern, implementation, None, **options)
+    lengths = _lengths(pattern) if partly else None
+    run = functools.partial(_run.__wrapped__, pattern, implementation, lengths, **options)
     sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 4, check_vma=checked))
-    for ours, exact in zip(sharded(*inputs), _exact(pattern, None, *inputs), strict=True):
+    for ours, exact in zip(sharded(*inputs), _exact(pattern, lengths, *inputs), strict=True):
         assert relative_error(ours, exact) < 2e-5
 
 
@@ -288,4 +310,5 @@ def test_a_read_before_its_copy_has_come_is_seen_as_a_race(waits, capfd):
         said = ""
     except jax.errors.JaxRuntimeError as error:  # jax 0.12 raises what earlier versions print
         said = str(error)
+        assert "RACE DETECTED" in said, said
     assert ("RACE DETECTED" in "".join(capfd.readouterr()) + said) != waits

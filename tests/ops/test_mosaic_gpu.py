@@ -139,7 +139,7 @@ def test_parts_of_tiles_are_merged_and_nothing_races(few_sms, pattern, capfd):
 
 
 class _Hasty:
-    """``plgpu`` for a warpgroup that loads without waiting until a slot was used."""
+    """``plgpu`` for a warpgroup that does not wait until what it loaded was used, neither for a slot nor at its end."""
 
     barrier_wait = staticmethod(lambda barrier: None)
 

@@ -125,7 +125,11 @@ def zeros(shape, *like):
 
 
 def _if_seen(live, seen, hidden, *carry):
-    """``seen(*carry)`` for a visit that counts, else ``hidden(*carry)``; ``live`` is None where all count."""
+    """``seen(*carry)`` for a visit that counts, else ``hidden(*carry)``; ``live`` is None where all count.
+
+    A block that is hidden costs nothing and is not read: free slots of a cache may hold anything. Under a vmap over
+    lengths both are computed and one is chosen.
+    """
     return seen(*carry) if live is None else jax.lax.cond(live, seen, hidden, *carry)
 
 
