@@ -19,7 +19,6 @@ torch_peer has several minutes for itself.
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -89,8 +88,7 @@ def item_process(args: argparse.Namespace) -> None:
 
     clock.one_thread()
     found = environment.environment()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # items import it when they need it
-        found["versions"]["torch"] = importlib.metadata.version("torch")
+    found["versions"] |= needs.versions()
     about = {"item": args.item, "size": SIZES[args.size], **found, "commit": args.commit or found["commit"]}
     about |= {"card": records.driver(), "host": records.machine()}
     record = records.Record(path_of(args.output, args.item), args.seconds, about)

@@ -208,7 +208,7 @@ def test_what_is_missing_is_said_first(items, monkeypatch, capsys, seen, card, i
 
 def test_an_old_jax_is_said_before_it_is_imported(items, monkeypatch):
     needs = items("needs")
-    monkeypatch.setattr(needs, "_versions", lambda: {"jax": "0.9.2"})
+    monkeypatch.setattr(needs, "versions", lambda: {"jax": "0.9.2"})
     monkeypatch.setattr(needs, "_look", None)
     assert needs.missing("tiny", SOME) == "jax 0.9.2 is too old; 0.10.2 or newer is needed."
 
@@ -242,7 +242,10 @@ def test_a_process_that_looks_in_vain_is_quoted(items, monkeypatch):
         ("import sys; sys.exit('error: one line.')", "one line."),
         ("raise RuntimeError('no')", "looking for a device: RuntimeError: no"),
         ("import os; os._exit(7)", "looking for a device: it ended with 7"),
-        ("import time; time.sleep(60)", "the device has not answered for 1 s; look at it with nvidia-smi."),
+        (
+            "import time; time.sleep(60)",
+            "the device has not answered for 1 s; end what holds it, or start the machine again.",
+        ),
     ):
         monkeypatch.setattr(needs, "SECONDS", 1 if "sleep" in script else 60)
         monkeypatch.setattr(subprocess, "run", lambda _, s=script, **o: run_([sys.executable, "-c", s], **o))

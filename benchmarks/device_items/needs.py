@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from device_items.record import driver
 from greedy_distill_jax import cli
 from greedy_distill_jax.errors import UserError
+from greedy_distill_jax.storage import versions as storage_versions
 
 JAX = "0.10.2"  # as setup.py has it
 # GiB of a device at 1.3B. Compiled (docs/pods.md): training's generator step, and stage 1, of which there is a trace;
@@ -44,14 +44,14 @@ def missing(size: str, items: Sequence[str]) -> str:
     most = max(items, key=MEMORY.__getitem__)
     device = "no accelerator" if size == "tiny" else f"a device with {MEMORY[most]} GiB free ({most})"
     print(f"needs: {device}, jax {JAX} or newer and what else the package imports; PyTorch for the rows beside it")
-    versions = _versions()
-    if "jax" in versions and _numbers(versions["jax"]) < _numbers(JAX):
-        return f"jax {versions['jax']} is too old; {JAX} or newer is needed."
+    installed = versions()
+    if "jax" in installed and _numbers(installed["jax"]) < _numbers(JAX):
+        return f"jax {installed['jax']} is too old; {JAX} or newer is needed."
     found, card = _look(items), driver()
     free = _free(found, card)
     here = [found.get("kind", "no device")] + ([f"{free:.1f} GiB free"] if free else [])
     here += [f"driver {card['driver_version']}"] if card else []
-    print(f"here: {', '.join(here + [f'{name} {version}' for name, version in versions.items()])}", flush=True)
+    print(f"here: {', '.join(here + [f'{name} {version}' for name, version in installed.items()])}", flush=True)
     if "error" in found or size == "tiny":
         return found.get("error", "")
     if found["platform"] == "cpu":
@@ -73,11 +73,11 @@ def _no_device(card: Mapping[str, str]) -> str:
     return "there is no accelerator; --size tiny tries the command on a CPU."
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("jax", "torch"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+def versions() -> dict[str, str]:
+    """Of what the package runs on, and of PyTorch, which items import when they need it."""
+    found = storage_versions.versions()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["torch"] = importlib.metadata.version("torch")
     return found
 
 
@@ -103,7 +103,7 @@ def _look(items: Sequence[str]) -> dict[str, Any]:
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return {"error": f"the device has not answered for {SECONDS} s; look at it with nvidia-smi."}
+        return {"error": f"the device has not answered for {SECONDS} s; end what holds it, or start the machine again."}
     lines = [line for line in done.stdout.splitlines() if line.startswith(_KEY)]
     if done.returncode == 0 and lines:
         return json.loads(lines[-1].removeprefix(_KEY))

@@ -56,7 +56,7 @@ def get_config(stage="teacher"):
 """
 # TensorStore's report of an array whose write fails after that of another, to a loop that Orbax has closed.
 LATE = re.compile(r"Traceback \(most recent call last\):\n(?:  .*\n)+RuntimeError: Event loop is closed\n")
-# The state of Muon, and a rate that decays. An update of Muon sums over processes some ten times as often as AdamW's.
+# The state of Muon, and a rate that decays. Its update talks to the other process far more often than AdamW's.
 MUON = dict(optimizer__name="muon", optimizer__final=0.05)
 FLAGS = [f"--config.{key.replace('__', '.')}={value}" for key, value in MUON.items()]
 
